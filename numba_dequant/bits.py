@@ -1,0 +1,149 @@
+"""The few primitives that every `decode` is made of.
+
+Each is a plain Python function: a reader can step through it, and Numba's CUDA simulator runs it. The CPU and the
+CUDA target replace the bodies by machine instructions (`lowering.py`); a decode need not know.
+
+`block` is a one-dimensional array of unsigned integers; `at` counts bytes from its start. The item size of the array
+is the alignment that the caller vouches for: loads are as wide as it allows, and the plain bodies below check it.
+
+Arithmetic in a decode stays within these rules, so that the same source means the same in Python, NumPy and Numba:
+integers are signed 64-bit, shifts and masks (never ``/``, ``//``, ``%``); floats are float32, made by the functions
+below; a number that multiplies a float is made a float first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+shared_helpers: list[Callable[..., Any]] = []
+"""Functions that decodes call besides these primitives; each target compiles them."""
+
+
+def helper(function: Function) -> Function:
+    """Let a decode call `function`, which must itself be written like a decode."""
+    shared_helpers.append(function)
+    return function
+
+
+def _load(block: NDArray[Any], at: int, width: int, signed: bool) -> int:
+    if at % min(width, block.itemsize):
+        raise ValueError(f"a load of {width} bytes at byte {at} of an array aligned to {block.itemsize}")
+    item = bytes(memoryview(block.view(np.uint8))[at : at + width])
+    if len(item) != width:
+        raise IndexError(f"a load of {width} bytes at byte {at} of an array of {block.nbytes}")
+    return int.from_bytes(item, "little", signed=signed)
+
+
+def load_u8(block: Any, at: int) -> int:
+    """One byte."""
+    return _load(block, at, 1, signed=False)
+
+
+def load_i8(block: Any, at: int) -> int:
+    """One signed byte."""
+    return _load(block, at, 1, signed=True)
+
+
+def load_u16(block: Any, at: int) -> int:
+    """Two bytes, little-endian."""
+    return _load(block, at, 2, signed=False)
+
+
+def load_u32(block: Any, at: int) -> int:
+    """Four bytes, little-endian."""
+    return _load(block, at, 4, signed=False)
+
+
+def load_8_bytes(block: Any, at: int) -> int:
+    """Eight bytes, little-endian, as one signed integer: the bytes of a run, to be masked and shifted together."""
+    return _load(block, at, 8, signed=True)
+
+
+def _as_float32(bits: int) -> np.float32:
+    return np.uint32(bits).view(np.float32)
+
+
+def half(bits: int) -> np.float32:
+    """The value of a float16, given its 16 bits."""
+    return np.float32(np.uint16(bits).view(np.float16))
+
+
+def brain(bits: int) -> np.float32:
+    """The value of a bfloat16, given its 16 bits."""
+    return _as_float32(bits << 16)
+
+
+def single(bits: int) -> np.float32:
+    """The value of a float32, given its 32 bits."""
+    return _as_float32(bits)
+
+
+def to_float(number: int) -> np.float32:
+    """An integer as a float32."""
+    return np.float32(number)
+
+
+def unsigned_bytes(eight: int) -> NDArray[np.float32]:
+    """Eight bytes, packed in an integer, as eight float32: 0 to 255, the lowest byte first."""
+    return np.array([eight & (2**64 - 1)], "<u8").view(np.uint8).astype(np.float32)
+
+
+def signed_bytes(eight: int) -> NDArray[np.float32]:
+    """Eight bytes, packed in an integer, as eight float32: -128 to 127, the lowest byte first."""
+    return np.array([eight & (2**64 - 1)], "<u8").view(np.int8).astype(np.float32)
+
+
+def spread_bits(byte: int) -> int:
+    """The eight bits of a byte, one per byte of the result, the lowest bit first."""
+    return sum(((byte >> bit) & 1) << (8 * bit) for bit in range(8))
+
+
+def load_8_floats(block: Any, at: int) -> NDArray[np.float32]:
+    """Eight float32, from 32 bytes."""
+    return np.array([single(load_u32(block, at + 4 * index)) for index in range(8)])
+
+
+def load_8_halves(block: Any, at: int) -> NDArray[np.float32]:
+    """Eight float16, from 16 bytes, as float32."""
+    return np.array([half(load_u16(block, at + 2 * index)) for index in range(8)])
+
+
+def load_8_brains(block: Any, at: int) -> NDArray[np.float32]:
+    """Eight bfloat16, from 16 bytes, as float32."""
+    return np.array([brain(load_u16(block, at + 2 * index)) for index in range(8)])
+
+
+def store_float16(out: Any, index: int, values: Any, count: int) -> None:
+    """Write the first `count` of eight values as float16, rounded once to nearest even, from element `index` on."""
+    out[index : index + count] = values[:count]
+
+
+def store_bfloat16(out: Any, index: int, values: Any, count: int) -> None:
+    """Write the first `count` of eight values as bfloat16, rounded once to nearest even, from element `index` on."""
+    out[index : index + count] = values[:count]
+
+
+def store_float32(out: Any, index: int, values: Any, count: int) -> None:
+    """Write the first `count` of eight values as they are, from element `index` on."""
+    out[index : index + count] = values[:count]
+
+
+def copy_16_bytes(tile: Any, at: int, data: Any, start: int) -> None:
+    """Copy 16 aligned bytes of `data` from byte `start` to byte `at` of `tile`."""
+    tile.view(np.uint8)[at : at + 16] = data[start : start + 16]
+
+
+def copy_byte(tile: Any, at: int, data: Any, start: int) -> None:
+    """Copy byte `start` of `data` to byte `at` of `tile`."""
+    tile.view(np.uint8)[at] = data[start]
+
+
+def is_aligned(data: Any, start: int) -> bool:
+    """Whether byte `start` of `data` lies at an address that is a multiple of 16."""
+    return bool(start % 16 == 0)

@@ -1,0 +1,59 @@
+"""Every error that this package raises on purpose, one class per kind of failure."""
+
+from __future__ import annotations
+
+
+class NumbaDequantError(Exception):
+    """Base of every error raised on purpose by `numba_dequant`."""
+
+
+class UnknownFormatError(NumbaDequantError, LookupError):
+    """A format name or ggml id that this package does not know."""
+
+
+class DataError(NumbaDequantError, ValueError):
+    """Compressed bytes that cannot be read: not bytes, not contiguous, or not a whole number of blocks."""
+
+
+class ShapeError(NumbaDequantError, ValueError):
+    """A shape that does not match the number of elements."""
+
+
+class DtypeError(NumbaDequantError, TypeError):
+    """An output type other than float16, bfloat16 and float32."""
+
+
+class OutputError(NumbaDequantError, ValueError):
+    """An `out` array of the wrong size, type, memory order or device."""
+
+
+class DeviceError(NumbaDequantError, RuntimeError):
+    """A device that does not exist, cannot be used or ran out of memory, or a stream that is not one."""
+
+
+class TensorNotFoundError(NumbaDequantError, LookupError):
+    """A tensor name that the file does not hold."""
+
+
+class GgufError(NumbaDequantError, ValueError):
+    """A file that is not a GGUF file, or breaks a rule of the format.
+
+    Attributes:
+        path: the file.
+        field: what was being read, for example ``"tensor 'a.weight' offset"``.
+        offset: byte position of that field in the file, None where there is none.
+        found: what the file holds there.
+        allowed: what it may hold.
+    """
+
+    def __init__(self, path: str, field: str, offset: int | None, found: object, allowed: str) -> None:
+        self.path = path
+        self.field = field
+        self.offset = offset
+        self.found = found
+        self.allowed = allowed
+        where = "" if offset is None else f" at byte {offset}"
+        super().__init__(f"{path}: {field}{where}: found {found}, allowed: {allowed}")
+
+    def __reduce__(self) -> tuple[type[GgufError], tuple[str, str, int | None, object, str]]:
+        return type(self), (self.path, self.field, self.offset, self.found, self.allowed)

@@ -1,0 +1,124 @@
+"""A GGUF storage format: one declared block layout, and everything that follows from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.errors import DataError, ShapeError
+
+RUN = 8
+"""Elements that one call of a `decode` yields: the grain of every kernel."""
+
+Dequantize: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
+Decode: TypeAlias = Callable[[Any, int, int], Any]
+
+
+def block_layout(**fields: str | tuple[str, int]) -> np.dtype[np.void]:
+    """The fields of a block, in the order of GGML's C struct, little-endian and without padding.
+
+    Each field is a NumPy type code, or a pair of one and a count: ``block_layout(d="f2", qs=("i1", 32))``.
+    """
+    described: list[tuple[str, str] | tuple[str, str, tuple[int]]] = []
+    for name, kind in fields.items():
+        if isinstance(kind, str):
+            described.append((name, "<" + kind))
+        else:
+            described.append((name, "<" + kind[0], (kind[1],)))
+    return np.dtype(described)
+
+
+def field_offsets(layout: np.dtype[np.void]) -> tuple[int, ...]:
+    """Byte position of each field within its block, in the order of the fields."""
+    fields = layout.fields
+    assert fields is not None and layout.names is not None
+    return tuple(fields[name][1] for name in layout.names)
+
+
+@dataclass(frozen=True, eq=False)
+class Format:
+    """One GGUF storage format.
+
+    Attributes:
+        name: GGML's name, for example ``"Q4_K"``.
+        ggml_id: the number that a GGUF file stores for it.
+        block_size: elements per block; 1 for a plain array type.
+        layout: the block's fields as a NumPy structured dtype, in GGML's order.
+        summary: one line on what the block holds.
+        dequantize: the values, written to be read: blocks of dtype `layout` and shape ``(n,)`` in,
+            float32 of shape ``(n, block_size)`` out. None for a type that is returned as it is stored.
+        decode: the same values, written to run fast: ``decode(block, at, run)`` gives the eight float32
+            elements ``8 * run`` to ``8 * run + 7`` of the block whose bytes start at ``at``.
+    """
+
+    name: str
+    ggml_id: int
+    block_size: int
+    layout: np.dtype[np.void] = field(repr=False)
+    summary: str = field(repr=False)
+    dequantize: Dequantize | None = field(default=None, repr=False)
+    decode: Decode | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        fields = self.layout.fields
+        if not fields or sum(kind[0].itemsize for kind in fields.values()) != self.layout.itemsize:
+            raise ValueError(f"{self.name}: the layout must name its fields and leave no byte out: {self.layout}")
+        if self.block_size != 1 and self.block_size % RUN:
+            raise ValueError(f"{self.name}: block_size must be 1 or a multiple of {RUN}, not {self.block_size}")
+        if (self.dequantize is None) != (self.decode is None):
+            raise ValueError(f"{self.name}: give both `dequantize` and `decode`, or neither")
+
+    @property
+    def type_size(self) -> int:
+        """Bytes per block."""
+        return self.layout.itemsize
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Storage cost of one element, in bits."""
+        return 8 * self.type_size / self.block_size
+
+    @property
+    def alignment(self) -> int:
+        """Bytes to which every block of an aligned array is aligned: 1, 2, 4 or 8."""
+        return math.gcd(self.type_size, 8)
+
+    @property
+    def stored_dtype(self) -> np.dtype[Any] | None:
+        """NumPy dtype of a type that is returned as it is stored (integers, F64); None for all others."""
+        if self.decode is not None:
+            return None
+        assert self.layout.fields is not None
+        return self.layout[0]
+
+    def n_elements(self, n_bytes: int) -> int:
+        """Elements in `n_bytes` of compressed data.
+
+        Raises:
+            DataError: `n_bytes` is not a whole number of blocks.
+        """
+        if n_bytes % self.type_size:
+            raise DataError(
+                f"{self.name} data comes in blocks of {self.type_size} bytes, but {n_bytes} bytes were given: "
+                f"{n_bytes % self.type_size} too many. Pass whole blocks."
+            )
+        return n_bytes // self.type_size * self.block_size
+
+    def n_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes that a tensor of `shape` (rows first) takes.
+
+        Raises:
+            ShapeError: a row is not a whole number of blocks.
+        """
+        row = shape[-1] if shape else 1
+        if row % self.block_size:
+            raise ShapeError(
+                f"a row of a {self.name} tensor is a whole number of blocks of {self.block_size} elements, "
+                f"but the last dimension of shape {shape} is {row}"
+            )
+        return math.prod(shape) // self.block_size * self.type_size

@@ -1,0 +1,22 @@
+"""BF16: plain bfloat16, the upper half of a float32, one after the other."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import load_8_brains
+from numba_dequant.format import Format, block_layout
+
+LAYOUT = block_layout(x="u2")
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    return (blocks["x"].astype(np.uint32) << 16).view(np.float32)[:, None]
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    return load_8_brains(block, at)
+
+
+BF16 = Format("BF16", 30, 1, LAYOUT, "plain bfloat16, the upper half of a float32", dequantize, decode)

@@ -1,0 +1,42 @@
+"""Q2_K: a super-block of 16 sub-blocks of 16 two-bit numbers, each with a 4-bit scale and a 4-bit minimum.
+
+A byte of `scales` holds the scale of its sub-block in the low nibble, the minimum in the high one. Each half of the
+super-block (128 elements) takes 32 bytes of `qs`: byte i holds elements i, i + 32, i + 64 and i + 96 of the half,
+lowest bits first.
+
+Source: GGML, `block_q2_K` in ggml-common.h and `dequantize_row_q2_K` in ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import half, load_8_bytes, load_u8, load_u16, to_float, unsigned_bytes
+from numba_dequant.format import Format, block_layout, field_offsets
+
+LAYOUT = block_layout(scales=("u1", 16), qs=("u1", 64), d="f2", dmin="f2")
+SCALES, QS, D, DMIN = field_offsets(LAYOUT)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    d = blocks["d"].astype(np.float32)[:, None] * (blocks["scales"] & 15).astype(np.float32)
+    dmin = blocks["dmin"].astype(np.float32)[:, None] * (blocks["scales"] >> 4).astype(np.float32)
+    halves = blocks["qs"].reshape(-1, 2, 1, 32)
+    shifts = np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1)
+    quants = ((halves >> shifts) & 3).reshape(-1, 16, 16).astype(np.float32)
+    return (d[:, :, None] * quants - dmin[:, :, None]).reshape(-1, 256)
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    scale = load_u8(block, at + SCALES + (run >> 1))
+    d = half(load_u16(block, at + D)) * to_float(scale & 15)
+    dmin = half(load_u16(block, at + DMIN)) * to_float(scale >> 4)
+    packed = load_8_bytes(block, at + QS + 32 * (run >> 4) + 8 * (run & 3))
+    quants = (packed >> (2 * ((run >> 2) & 3))) & 0x0303030303030303
+    return d * unsigned_bytes(quants) - dmin
+
+
+Q2_K = Format(
+    "Q2_K", 10, 256, LAYOUT, "16 sub-blocks of 16 two-bit numbers, a 4-bit scale and minimum each", dequantize, decode
+)

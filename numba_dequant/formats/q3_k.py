@@ -1,0 +1,48 @@
+"""Q3_K: a super-block of 16 sub-blocks of 16 three-bit numbers, centred on 4, each with a 6-bit scale centred on 32.
+
+`qs` holds the low two bits: each half of the super-block (128 elements) takes 32 bytes, of which byte i holds elements
+i, i + 32, i + 64 and i + 96 of the half. The third bit of element i is bit i // 32 of byte i % 32 of `hmask`.
+`scales` holds the low nibble of scale i in byte i % 8 (low nibble for the first eight scales, high nibble for the
+others) and its top two bits in byte 8 + i % 4, at bit 2 * (i // 4).
+
+Source: GGML, `block_q3_K` in ggml-common.h and `dequantize_row_q3_K` in ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import half, load_8_bytes, load_u8, load_u16, to_float, unsigned_bytes
+from numba_dequant.format import Format, block_layout, field_offsets
+
+LAYOUT = block_layout(hmask=("u1", 32), qs=("u1", 64), scales=("u1", 12), d="f2")
+HMASK, QS, SCALES, D = field_offsets(LAYOUT)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    packed = blocks["scales"]
+    low = np.concatenate([packed[:, :8] & 15, packed[:, :8] >> 4], axis=1)
+    high = np.concatenate([(packed[:, 8:] >> shift) & 3 for shift in (0, 2, 4, 6)], axis=1)
+    d = blocks["d"].astype(np.float32)[:, None] * ((low | (high << 4)).astype(np.float32) - 32)
+    halves = blocks["qs"].reshape(-1, 2, 1, 32)
+    shifts = np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1)
+    two_bits = ((halves >> shifts) & 3).reshape(-1, 16, 16)
+    third_bit = ((blocks["hmask"][:, None, :] >> np.arange(8, dtype=np.uint8)[:, None]) & 1).reshape(-1, 16, 16)
+    return (d[:, :, None] * ((two_bits | (third_bit << 2)).astype(np.float32) - 4)).reshape(-1, 256)
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    sub_block = run >> 1
+    low = (load_u8(block, at + SCALES + (sub_block & 7)) >> (4 * (sub_block >> 3))) & 15
+    high = (load_u8(block, at + SCALES + 8 + (sub_block & 3)) >> (2 * (sub_block >> 2))) & 3
+    d = half(load_u16(block, at + D)) * to_float((low | (high << 4)) - 32)
+    packed = load_8_bytes(block, at + QS + 32 * (run >> 4) + 8 * (run & 3))
+    two_bits = (packed >> (2 * ((run >> 2) & 3))) & 0x0303030303030303
+    third_bit = (load_8_bytes(block, at + HMASK + 8 * (run & 3)) >> (run >> 2)) & 0x0101010101010101
+    return d * (unsigned_bytes(two_bits | (third_bit << 2)) - 4)
+
+
+Q3_K = Format(
+    "Q3_K", 11, 256, LAYOUT, "16 sub-blocks of 16 three-bit numbers centred on 4, a 6-bit scale each", dequantize, decode
+)

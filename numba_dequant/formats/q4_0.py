@@ -1,0 +1,32 @@
+"""Q4_0: 32 nibbles, centred on 8, times one scale.
+
+Byte i of `qs` holds element i in its low nibble and element i + 16 in its high nibble.
+
+Source: GGML, `block_q4_0` in ggml-common.h and `dequantize_row_q4_0` in ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import half, load_8_bytes, load_u16, unsigned_bytes
+from numba_dequant.format import Format, block_layout, field_offsets
+
+LAYOUT = block_layout(d="f2", qs=("u1", 16))
+D, QS = field_offsets(LAYOUT)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    d = blocks["d"].astype(np.float32)[:, None]
+    quants = np.concatenate([blocks["qs"] & 15, blocks["qs"] >> 4], axis=1).astype(np.float32)
+    return d * (quants - 8)
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    packed = load_8_bytes(block, at + QS + 8 * (run & 1))
+    quants = (packed >> (4 * (run >> 1))) & 0x0F0F0F0F0F0F0F0F
+    return half(load_u16(block, at + D)) * (unsigned_bytes(quants) - 8)
+
+
+Q4_0 = Format("Q4_0", 2, 32, LAYOUT, "32 nibbles centred on 8, under one scale", dequantize, decode)

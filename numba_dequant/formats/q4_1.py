@@ -1,0 +1,33 @@
+"""Q4_1: 32 nibbles times one scale, plus one minimum.
+
+Byte i of `qs` holds element i in its low nibble and element i + 16 in its high nibble.
+
+Source: GGML, `block_q4_1` in ggml-common.h and `dequantize_row_q4_1` in ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import half, load_8_bytes, load_u16, unsigned_bytes
+from numba_dequant.format import Format, block_layout, field_offsets
+
+LAYOUT = block_layout(d="f2", m="f2", qs=("u1", 16))
+D, M, QS = field_offsets(LAYOUT)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    d = blocks["d"].astype(np.float32)[:, None]
+    m = blocks["m"].astype(np.float32)[:, None]
+    quants = np.concatenate([blocks["qs"] & 15, blocks["qs"] >> 4], axis=1).astype(np.float32)
+    return d * quants + m
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    packed = load_8_bytes(block, at + QS + 8 * (run & 1))
+    quants = (packed >> (4 * (run >> 1))) & 0x0F0F0F0F0F0F0F0F
+    return half(load_u16(block, at + D)) * unsigned_bytes(quants) + half(load_u16(block, at + M))
+
+
+Q4_1 = Format("Q4_1", 3, 32, LAYOUT, "32 nibbles under one scale and one minimum", dequantize, decode)

@@ -1,0 +1,42 @@
+"""Q4_K: a super-block of eight sub-blocks of 32, each with a 6-bit scale and a 6-bit minimum.
+
+`scales` packs eight scales and eight minima in 12 bytes: the low six bits of bytes 0 to 3 and 4 to 7 are the first four
+of each; bytes 8 to 11 hold the low nibbles of the last four, whose top two bits sit on top of bytes 0 to 7.
+
+Source: GGML, `block_q4_K` in ggml-common.h, `get_scale_min_k4` and `dequantize_row_q4_K` in ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import half, load_8_bytes, load_u16, to_float, unsigned_bytes
+from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.scales import minimum_of, scale_of, unpack_scales
+
+LAYOUT = block_layout(d="f2", dmin="f2", scales=("u1", 12), qs=("u1", 128))
+D, DMIN, SCALES, QS = field_offsets(LAYOUT)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    scales, minima = unpack_scales(blocks["scales"])
+    d = blocks["d"].astype(np.float32)[:, None] * scales
+    dmin = blocks["dmin"].astype(np.float32)[:, None] * minima
+    pairs = blocks["qs"].reshape(-1, 4, 1, 32)
+    quants = np.concatenate([pairs & 15, pairs >> 4], axis=2).reshape(-1, 8, 32)
+    return (d[:, :, None] * quants - dmin[:, :, None]).reshape(-1, 256)
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    sub_block = run >> 2
+    d = half(load_u16(block, at + D)) * to_float(scale_of(block, at + SCALES, sub_block))
+    dmin = half(load_u16(block, at + DMIN)) * to_float(minimum_of(block, at + SCALES, sub_block))
+    packed = load_8_bytes(block, at + QS + 32 * (sub_block >> 1) + 8 * (run & 3))
+    quants = (packed >> (4 * (sub_block & 1))) & 0x0F0F0F0F0F0F0F0F
+    return d * unsigned_bytes(quants) - dmin
+
+
+Q4_K = Format(
+    "Q4_K", 12, 256, LAYOUT, "eight sub-blocks of 32 nibbles, a 6-bit scale and minimum each", dequantize, decode
+)

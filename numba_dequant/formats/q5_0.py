@@ -1,0 +1,34 @@
+"""Q5_0: 32 five-bit numbers, centred on 16, times one scale.
+
+Byte i of `qs` holds the low four bits of elements i and i + 16; bit i of `qh` is the fifth bit of element i.
+
+Source: GGML, `block_q5_0` in ggml-common.h and `dequantize_row_q5_0` in ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import half, load_8_bytes, load_u8, load_u16, spread_bits, unsigned_bytes
+from numba_dequant.format import Format, block_layout, field_offsets
+
+LAYOUT = block_layout(d="f2", qh=("u1", 4), qs=("u1", 16))
+D, QH, QS = field_offsets(LAYOUT)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    d = blocks["d"].astype(np.float32)[:, None]
+    low = np.concatenate([blocks["qs"] & 15, blocks["qs"] >> 4], axis=1)
+    high = np.unpackbits(blocks["qh"], axis=1, bitorder="little")
+    return d * ((low | (high << 4)).astype(np.float32) - 16)
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    packed = load_8_bytes(block, at + QS + 8 * (run & 1))
+    low = (packed >> (4 * (run >> 1))) & 0x0F0F0F0F0F0F0F0F
+    high = spread_bits(load_u8(block, at + QH + run)) << 4
+    return half(load_u16(block, at + D)) * (unsigned_bytes(low | high) - 16)
+
+
+Q5_0 = Format("Q5_0", 6, 32, LAYOUT, "32 five-bit numbers centred on 16, under one scale", dequantize, decode)

@@ -1,0 +1,45 @@
+"""Q5_K: a super-block of eight sub-blocks of 32 five-bit numbers, each with a 6-bit scale and a 6-bit minimum.
+
+Scales and minima are packed as in Q4_K. Each pair of sub-blocks takes 32 bytes of `qs`, the first in the low nibbles;
+the fifth bit of element i of sub-block s is bit s of byte i of `qh`.
+
+Source: GGML, `block_q5_K` in ggml-common.h and `dequantize_row_q5_K` in ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import half, load_8_bytes, load_u16, to_float, unsigned_bytes
+from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.scales import minimum_of, scale_of, unpack_scales
+
+LAYOUT = block_layout(d="f2", dmin="f2", scales=("u1", 12), qh=("u1", 32), qs=("u1", 128))
+D, DMIN, SCALES, QH, QS = field_offsets(LAYOUT)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    scales, minima = unpack_scales(blocks["scales"])
+    d = blocks["d"].astype(np.float32)[:, None] * scales
+    dmin = blocks["dmin"].astype(np.float32)[:, None] * minima
+    pairs = blocks["qs"].reshape(-1, 4, 1, 32)
+    low = np.concatenate([pairs & 15, pairs >> 4], axis=2).reshape(-1, 8, 32)
+    high = (blocks["qh"][:, None, :] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
+    quants = (low | (high << 4)).astype(np.float32)
+    return (d[:, :, None] * quants - dmin[:, :, None]).reshape(-1, 256)
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    sub_block = run >> 2
+    d = half(load_u16(block, at + D)) * to_float(scale_of(block, at + SCALES, sub_block))
+    dmin = half(load_u16(block, at + DMIN)) * to_float(minimum_of(block, at + SCALES, sub_block))
+    packed = load_8_bytes(block, at + QS + 32 * (sub_block >> 1) + 8 * (run & 3))
+    low = (packed >> (4 * (sub_block & 1))) & 0x0F0F0F0F0F0F0F0F
+    high = (load_8_bytes(block, at + QH + 8 * (run & 3)) >> sub_block) & 0x0101010101010101
+    return d * unsigned_bytes(low | (high << 4)) - dmin
+
+
+Q5_K = Format(
+    "Q5_K", 13, 256, LAYOUT, "eight sub-blocks of 32 five-bit numbers, a 6-bit scale and minimum each", dequantize, decode
+)

@@ -1,0 +1,43 @@
+"""Q6_K: a super-block of 16 sub-blocks of 16 six-bit numbers, centred on 32, each with an 8-bit scale.
+
+Each half of the super-block (128 elements) is four groups of 32. Its 64 bytes of `ql` hold the low nibbles: groups 0 and
+1 in the low half of each byte, groups 2 and 3 in the high half. Its 32 bytes of `qh` hold the top two bits: byte i has
+those of element i of each group, group 0 lowest.
+
+Source: GGML, `block_q6_K` in ggml-common.h and `dequantize_row_q6_K` in ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import half, load_8_bytes, load_i8, load_u16, to_float, unsigned_bytes
+from numba_dequant.format import Format, block_layout, field_offsets
+
+LAYOUT = block_layout(ql=("u1", 128), qh=("u1", 64), scales=("i1", 16), d="f2")
+QL, QH, SCALES, D = field_offsets(LAYOUT)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    d = blocks["d"].astype(np.float32)[:, None] * blocks["scales"].astype(np.float32)
+    halves = blocks["ql"].reshape(-1, 2, 1, 64)
+    low = np.concatenate([halves & 15, halves >> 4], axis=2).reshape(-1, 16, 16)
+    shifts = np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1)
+    high = ((blocks["qh"].reshape(-1, 2, 1, 32) >> shifts) & 3).reshape(-1, 16, 16)
+    return (d[:, :, None] * ((low | (high << 4)).astype(np.float32) - 32)).reshape(-1, 256)
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    group = (run >> 2) & 3
+    d = half(load_u16(block, at + D)) * to_float(load_i8(block, at + SCALES + (run >> 1)))
+    packed = load_8_bytes(block, at + QL + 64 * (run >> 4) + 32 * (group & 1) + 8 * (run & 3))
+    low = (packed >> (4 * (group >> 1))) & 0x0F0F0F0F0F0F0F0F
+    top = load_8_bytes(block, at + QH + 32 * (run >> 4) + 8 * (run & 3))
+    high = (top >> (2 * group)) & 0x0303030303030303
+    return d * (unsigned_bytes(low | (high << 4)) - 32)
+
+
+Q6_K = Format(
+    "Q6_K", 14, 256, LAYOUT, "16 sub-blocks of 16 six-bit numbers centred on 32, an 8-bit scale each", dequantize, decode
+)

@@ -1,0 +1,27 @@
+"""Q8_0: signed bytes times one scale.
+
+Source: GGML, `block_q8_0` in ggml-common.h and `dequantize_row_q8_0` in ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import half, load_8_bytes, load_u16, signed_bytes
+from numba_dequant.format import Format, block_layout, field_offsets
+
+LAYOUT = block_layout(d="f2", qs=("i1", 32))
+D, QS = field_offsets(LAYOUT)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    d = blocks["d"].astype(np.float32)[:, None]
+    return d * blocks["qs"].astype(np.float32)
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    return half(load_u16(block, at + D)) * signed_bytes(load_8_bytes(block, at + QS + 8 * run))
+
+
+Q8_0 = Format("Q8_0", 8, 32, LAYOUT, "32 signed bytes under one scale", dequantize, decode)

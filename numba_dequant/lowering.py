@@ -1,0 +1,277 @@
+"""The primitives of `bits.py` as machine instructions, for Numba's CPU target and for its CUDA target.
+
+One description serves both: `install` takes what differs (how a target registers things, and how it converts between
+float types) as a `Target`. Eight float32 side by side are one LLVM vector; both targets know best how to cut it up.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+
+from numba_dequant import bits
+
+BYTE, SHORT, WORD, LONG = (ir.IntType(width) for width in (8, 16, 32, 64))
+FLOAT = ir.FloatType()
+EIGHT_FLOATS, EIGHT_WORDS, EIGHT_SHORTS, EIGHT_BYTES = (ir.VectorType(kind, 8) for kind in (FLOAT, WORD, SHORT, BYTE))
+
+Codegen = Callable[[Any, Any, Any, Any], Any]
+Emit = Callable[[ir.IRBuilder, Any], Any]
+
+
+class EightFloats(types.Type):  # type: ignore[misc]
+    """Numba's type of what a `decode` returns: eight float32 side by side."""
+
+    def __init__(self) -> None:
+        super().__init__("EightFloats")
+
+
+EIGHT = EightFloats()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What `install` needs to know of a Numba target."""
+
+    name: str
+    overload: Callable[..., Any]
+    intrinsic: Callable[..., Any]
+    register_model: Callable[..., Any]
+    primitive_model: type[Any]
+    half_to_float: Emit
+    """i16 -> float."""
+    round_to_half: Emit
+    """<8 x float> -> <4 x i32>, two float16 a word."""
+    round_to_brain: Emit
+    """<8 x float> -> <4 x i32>, two bfloat16 a word."""
+    store_alignment: int
+    """Bytes to which the target vouches that a run of outputs is aligned."""
+    registered: set[Callable[..., Any]] = field(default_factory=set)
+    """Decodes and helpers that the target can compile."""
+
+
+def vector(values: list[int], kind: ir.Type = WORD) -> ir.Constant:
+    """A constant vector."""
+    return ir.Constant(ir.VectorType(kind, len(values)), values)
+
+
+def splat(value: int, kind: ir.Type = WORD) -> ir.Constant:
+    """A constant vector of eight times the same value."""
+    return vector([value] * 8, kind)
+
+
+def data_pointer(context: Any, builder: ir.IRBuilder, kind: Any, value: Any) -> Any:
+    pointer = value if isinstance(kind, types.CPointer) else context.make_helper(builder, kind, value).data
+    return builder.bitcast(pointer, ir.PointerType(BYTE))
+
+
+def pointer_at(builder: ir.IRBuilder, pointer: Any, at: Any, kind: ir.Type) -> Any:
+    return builder.bitcast(builder.gep(pointer, [at]), ir.PointerType(kind))
+
+
+def load_codegen(width: int, signed: bool) -> Codegen:
+    """A load of `width` bytes that assumes no more alignment than the item size of its array."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        block, at = arguments
+        kind = ir.IntType(8 * width)
+        pointer = pointer_at(builder, data_pointer(context, builder, signature.args[0], block), at, kind)
+        item = builder.load(pointer, align=min(width, signature.args[0].dtype.bitwidth // 8))
+        if width == 8:
+            return item
+        return builder.sext(item, LONG) if signed else builder.zext(item, LONG)
+
+    return codegen
+
+
+def eight_loads_codegen(kind: ir.Type, widen: Emit) -> Codegen:
+    """A load of eight floats of type `kind`, one after the other, widened to float32."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        block, at = arguments
+        base = data_pointer(context, builder, signature.args[0], block)
+        alignment = min(kind.width // 8, signature.args[0].dtype.bitwidth // 8)
+        result = ir.Constant(EIGHT_FLOATS, ir.Undefined)
+        for index in range(8):
+            place = builder.add(at, LONG(index * kind.width // 8))
+            item = builder.load(pointer_at(builder, base, place, kind), align=alignment)
+            result = builder.insert_element(result, widen(builder, item), WORD(index))
+        return result
+
+    return codegen
+
+
+def store_codegen(convert: Emit, alignment: int) -> Codegen:
+    """Stores of up to eight values, as the words that `convert` packs them in, from element `index` on."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        out, index, values, count = arguments
+        words = convert(builder, values)
+        n_words = words.type.count
+        item = ir.IntType(4 * n_words)
+        base = data_pointer(context, builder, signature.args[0], out)
+        start = builder.gep(base, [builder.mul(index, LONG(item.width // 8))])
+        with builder.if_else(builder.icmp_signed(">=", count, LONG(8))) as (whole, part):
+            with whole:
+                for first in range(0, n_words, 4):
+                    four = builder.shuffle_vector(words, words, vector(list(range(first, first + 4))))
+                    builder.store(four, pointer_at(builder, start, LONG(4 * first), four.type), align=alignment)
+            with part:
+                items = builder.bitcast(words, ir.VectorType(item, 8))
+                for lane in range(8):
+                    with builder.if_then(builder.icmp_signed("<", LONG(lane), count)):
+                        place = pointer_at(builder, start, LONG(lane * item.width // 8), item)
+                        builder.store(builder.extract_element(items, WORD(lane)), place, align=item.width // 8)
+        return context.get_dummy_value()
+
+    return codegen
+
+
+def _broadcast(builder: ir.IRBuilder, value: Any) -> Any:
+    if isinstance(value.type, ir.VectorType):
+        return value
+    one = builder.insert_element(ir.Constant(EIGHT_FLOATS, ir.Undefined), value, WORD(0))
+    return builder.shuffle_vector(one, ir.Constant(EIGHT_FLOATS, ir.Undefined), splat(0))
+
+
+def arithmetic_codegen(operation: str) -> Codegen:
+    """A float operation whose sides are eight floats, or one that stands for eight."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        left, right = (_broadcast(builder, side) for side in arguments)
+        return getattr(builder, operation)(left, right)
+
+    return codegen
+
+
+def bytes_to_floats(builder: ir.IRBuilder, eight: Any, signed: bool) -> Any:
+    """i64 -> <8 x float>."""
+    lanes = builder.bitcast(eight, EIGHT_BYTES)
+    if signed:
+        return builder.sitofp(builder.sext(lanes, EIGHT_WORDS), EIGHT_FLOATS)
+    return builder.uitofp(builder.zext(lanes, EIGHT_WORDS), EIGHT_FLOATS)
+
+
+def emit(function: Emit) -> Codegen:
+    """A codegen of one argument that needs nothing but the builder."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        return function(builder, arguments[0])
+
+    return codegen
+
+
+def install(target: Target) -> None:
+    """Teach a Numba target the primitives of `bits.py` and the helpers that decodes share."""
+    target.register_model(EightFloats)(_model_for(target))
+
+    def brain(builder: ir.IRBuilder, number: Any) -> Any:
+        return builder.bitcast(builder.shl(builder.zext(number, WORD), WORD(16)), FLOAT)
+
+    def single(builder: ir.IRBuilder, number: Any) -> Any:
+        return builder.bitcast(number, FLOAT)
+
+    def to_float(builder: ir.IRBuilder, number: Any) -> Any:
+        return builder.sitofp(number, FLOAT)
+
+    for load, width, signed in (
+        (bits.load_u8, 1, False),
+        (bits.load_i8, 1, True),
+        (bits.load_u16, 2, False),
+        (bits.load_u32, 4, False),
+        (bits.load_8_bytes, 8, True),
+    ):
+        implement(target, load, types.int64, (None, types.int64), load_codegen(width, signed))
+    for convert, kind, codegen in (
+        (bits.half, types.uint16, emit(target.half_to_float)),
+        (bits.brain, types.uint16, emit(brain)),
+        (bits.single, types.uint32, emit(single)),
+        (bits.to_float, types.int32, emit(to_float)),
+    ):
+        implement(target, convert, types.float32, (kind,), codegen)
+    for spread, signed in ((bits.unsigned_bytes, False), (bits.signed_bytes, True)):
+        implement(target, spread, EIGHT, (types.int64,), emit(partial(bytes_to_floats, signed=signed)))
+    implement(target, bits.spread_bits, types.int64, (types.int64,), emit(spread_bits))
+    for load, kind, widen in (
+        (bits.load_8_floats, WORD, single),
+        (bits.load_8_halves, SHORT, target.half_to_float),
+        (bits.load_8_brains, SHORT, brain),
+    ):
+        implement(target, load, EIGHT, (None, types.int64), eight_loads_codegen(kind, widen))
+    for store, words in (
+        (bits.store_float16, target.round_to_half),
+        (bits.store_bfloat16, target.round_to_brain),
+        (bits.store_float32, lambda builder, values: builder.bitcast(values, EIGHT_WORDS)),
+    ):
+        kinds = (None, types.int64, EIGHT, types.int64)
+        implement(target, store, types.none, kinds, store_codegen(words, target.store_alignment))
+    for sign, operation in ((operator.mul, "fmul"), (operator.add, "fadd"), (operator.sub, "fsub")):
+        _implement_operator(target, sign, arithmetic_codegen(operation))
+
+
+def spread_bits(builder: ir.IRBuilder, number: Any) -> Any:
+    """Bit k of the low byte becomes byte k: keep bit k in copy k of the byte, then carry it to the top of its byte."""
+    four_copies = builder.mul(builder.and_(builder.trunc(number, WORD), WORD(0xFF)), WORD(0x01010101))
+    copies = builder.zext(four_copies, LONG)
+    copies = builder.or_(copies, builder.shl(copies, LONG(32)))
+    picked = builder.and_(copies, LONG(0x8040201008040201))
+    carried = builder.add(picked, LONG(0x00406070787C7E7F))
+    return builder.and_(builder.lshr(carried, LONG(7)), LONG(0x0101010101010101))
+
+
+def register_decode(target: Target, decode: Callable[..., Any]) -> None:
+    """Let compiled code of this target call a decode and the helpers it needs, which are compiled along with it."""
+    for function in [*bits.shared_helpers, decode]:
+        if function not in target.registered:
+            target.overload(function, strict=False)(lambda *arguments, function=function: function)
+            target.registered.add(function)
+
+
+def _model_for(target: Target) -> type[Any]:
+    class EightFloatsModel(target.primitive_model):  # type: ignore[name-defined, misc]
+        def __init__(self, manager: Any, kind: Any) -> None:
+            super().__init__(manager, kind, EIGHT_FLOATS)
+
+    return EightFloatsModel
+
+
+def implement(
+    target: Target,
+    function: Callable[..., Any],
+    result: Any,
+    kinds: tuple[Any, ...],
+    codegen: Codegen,
+) -> None:
+    """Let `codegen` stand for `function`; `kinds` are the argument types, None for one that is taken as it comes."""
+
+    def typed(*given: Any) -> Any:
+        return result(*(kind or here for kind, here in zip(kinds, given, strict=True))), codegen
+
+    # Numba wants the number of parameters spelled out.
+    if len(kinds) == 1:
+        one = target.intrinsic(lambda typing_context, a: typed(a))
+        target.overload(function)(lambda a: lambda a: one(a))
+    elif len(kinds) == 2:
+        two = target.intrinsic(lambda typing_context, a, b: typed(a, b))
+        target.overload(function)(lambda a, b: lambda a, b: two(a, b))
+    else:
+        four = target.intrinsic(lambda typing_context, a, b, c, d: typed(a, b, c, d))
+        target.overload(function)(lambda a, b, c, d: lambda a, b, c, d: four(a, b, c, d))
+
+
+def _implement_operator(target: Target, sign: Callable[..., Any], codegen: Codegen) -> None:
+    def of_eight(a: Any, b: Any) -> Any:
+        if EIGHT not in (a, b) or not all(kind is EIGHT or isinstance(kind, types.Number) for kind in (a, b)):
+            return None
+        return lambda a, b: two(a, b)
+
+    two = target.intrinsic(
+        lambda typing_context, a, b: (EIGHT(*(EIGHT if kind is EIGHT else types.float32 for kind in (a, b))), codegen)
+    )
+    target.overload(sign, strict=False)(of_eight)

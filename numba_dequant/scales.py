@@ -1,0 +1,37 @@
+"""The 12 bytes of 6-bit scales and minima that Q4_K and Q5_K share.
+
+Source: GGML, `get_scale_min_k4` in ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import helper, load_u8
+
+
+def unpack_scales(packed: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Scales and minima of every sub-block: (n, 12) bytes in, two (n, 8) float32 out."""
+    first, second, third = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
+    scales = np.concatenate([first & 63, (third & 15) | (first >> 6 << 4)], axis=1)
+    minima = np.concatenate([second & 63, (third >> 4) | (second >> 6 << 4)], axis=1)
+    return scales.astype(np.float32), minima.astype(np.float32)
+
+
+@helper
+def scale_of(block: Any, at: int, sub_block: int) -> int:
+    """The scale of one sub-block (0 to 7), from the 12 bytes that start at `at`."""
+    low = load_u8(block, at + (sub_block & 3))
+    if sub_block < 4:
+        return low & 63
+    return (load_u8(block, at + 4 + sub_block) & 15) | (low >> 6 << 4)
+
+
+@helper
+def minimum_of(block: Any, at: int, sub_block: int) -> int:
+    """The minimum of one sub-block (0 to 7), from the 12 bytes that start at `at`."""
+    low = load_u8(block, at + 4 + (sub_block & 3))
+    if sub_block < 4:
+        return low & 63
+    return (load_u8(block, at + 4 + sub_block) >> 4) | (low >> 6 << 4)
