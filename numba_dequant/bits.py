@@ -147,3 +147,14 @@ def copy_byte(tile: Any, at: int, data: Any, start: int) -> None:
 def is_aligned(data: Any, start: int) -> bool:
     """Whether byte `start` of `data` lies at an address that is a multiple of 16."""
     return bool(start % 16 == 0)
+
+
+def lookup(table: NDArray[Any], index: int) -> int:
+    """One item of a table of signed integers, which must be a constant of the module that uses it."""
+    return int(table[index])
+
+
+def lookup_nibbles(table: NDArray[np.int8], eight: int) -> int:
+    """Eight nibbles, one per byte of an integer, replaced by the signed bytes that a table of 16 gives for them."""
+    nibbles = (eight & (2**64 - 1)).to_bytes(8, "little")
+    return int.from_bytes(table[list(nibbles)].tobytes(), "little", signed=True)

@@ -1,19 +1,17 @@
 """The CUDA kernels: one template over all formats, written once over `Format.decode`.
 
 A thread block copies a tile of consecutive quant blocks to shared memory, 16 bytes a load; then each thread decodes
-runs of eight elements and writes each with stores of 16 bytes. The tile is the mapping's choice:
+runs of eight elements and writes each with stores of 16 bytes. `mapping.py` says how large a tile is: with a tile of
+one it is exactly one thread block per quant block.
 
-* ``"tile"``: 4096 elements, two runs a thread. This is the fast one.
-* ``"block"``: one quant block, one run a thread: exactly one thread block per quant block. This is the one to read.
-
-Nothing here compiles or launches: `runtime.py` does, and so can anyone with ``cuda.jit(function)``.
+`compiler.py` compiles these functions for the library's own launches. To launch one the plain Numba way, from a
+notebook say, take `jit`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 from numba import cuda
@@ -21,16 +19,16 @@ from numba.core import config
 
 from numba_dequant import bits
 from numba_dequant.bits import copy_16_bytes, copy_byte, is_aligned
+from numba_dequant.dtypes import dtype_name
 from numba_dequant.format import RUN, Format
+from numba_dequant.formats import format_named
+from numba_dequant.mapping import Mapping, mapping_named
 
-Mapping: TypeAlias = Literal["tile", "block"]
+IS_SIMULATED = bool(config.ENABLE_CUDASIM)
 
-MAPPINGS: tuple[Mapping, ...] = ("tile", "block")
-TILE_THREADS = 256
-TILE_RUNS = 2
-"""Runs per thread of the tile mapping, a tile's stride apart so that neighbouring threads store side by side."""
-
-SIMULATED = bool(config.ENABLE_CUDASIM)
+if not IS_SIMULATED:
+    from numba_dequant import lowering_cuda
+    from numba_dequant.lowering import register_decode
 
 STORES: dict[str, Callable[..., None]] = {
     "float16": bits.store_float16,
@@ -39,57 +37,41 @@ STORES: dict[str, Callable[..., None]] = {
 }
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """A kernel function, not compiled, and how to launch it.
+def jit(format: str | Format, dtype: Any = "float16", mapping: str = "block") -> Any:
+    """A kernel as a `numba.cuda` dispatcher, to launch the plain Numba way.
 
-    Attributes:
-        function: ``function(data, n_elements, out)``: compressed bytes, elements to write, output.
-        tile_elements: elements that one thread block writes.
-        threads: threads per thread block.
+    Its arguments are the compressed bytes (uint8), the number of elements to write, and the output: a flat array of
+    the output type, or of unsigned integers of its size for bfloat16. `mapping_named(mapping, format)` has the
+    numbers of a launch:
+
+    >>> shape = mapping_named("block", FORMATS["Q8_0"])                               # doctest: +SKIP
+    >>> jit("Q8_0")[shape.thread_blocks(n), shape.threads](data, n, out)              # doctest: +SKIP
     """
-
-    function: Callable[[Any, int, Any], None]
-    tile_elements: int
-    threads: int
-
-    def n_thread_blocks(self, n_elements: int) -> int:
-        """Thread blocks that cover `n_elements`."""
-        return -(-n_elements // self.tile_elements)
+    source = format_named(format)
+    return cuda.jit(make_kernel(source, dtype_name(dtype), mapping_named(mapping, source)))
 
 
-def make_kernel(source: Format, dtype: str, mapping: Mapping = "tile") -> Kernel:
-    """The kernel that turns blocks of `source` into `dtype` ("float16", "bfloat16", "float32")."""
-    if mapping == "block":
-        runs_per_thread = 1
-        tile_elements = max(source.block_size, RUN)
-    else:
-        runs_per_thread = TILE_RUNS
-        tile_elements = -(-TILE_THREADS * TILE_RUNS * RUN // source.block_size) * source.block_size
-    threads = -(-tile_elements // (RUN * runs_per_thread))
-    function = _tile_function(source, STORES[dtype], tile_elements, threads, runs_per_thread)
-    function.__name__ = f"dequantize_{source.name}_to_{dtype}_by_{mapping}"
-    return Kernel(function, tile_elements, threads)
-
-
-def _tile_function(
-    source: Format, store: Callable[..., None], tile_elements: int, threads: int, runs_per_thread: int
-) -> Callable[[Any, int, Any], None]:
-    decode = source.decode
+def make_kernel(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any, int, Any], None]:
+    """The kernel, not compiled, that turns blocks of `source` into `dtype`: ``kernel(data, n_elements, out)``."""
+    decode, store = source.decode, STORES[dtype]
     assert decode is not None
-    block_size = source.block_size
-    type_size = source.type_size
+    if IS_SIMULATED:
+        decode = _quietly(decode)
+    else:
+        register_decode(lowering_cuda.target, decode)
+    block_size, type_size = source.block_size, source.type_size
     runs_per_block = max(block_size // RUN, 1)
     blocks_per_run = max(RUN // block_size, 1)
     has_partial_runs = block_size % RUN != 0
-    tile_blocks = tile_elements // block_size
-    unit = np.dtype(f"u{source.alignment}")
+    threads, runs = mapping.threads, mapping.runs
+    tile_blocks = mapping.tile_elements // block_size
     wide_steps = -(-tile_blocks * type_size // (16 * threads))
     tile_units = -(-tile_blocks * type_size // 16) * 16 // source.alignment
-    is_simulated = SIMULATED
+    unit = np.dtype(f"u{source.alignment}")
 
     def dequantize_tile(data: Any, n_elements: int, out: Any) -> None:
-        if is_simulated:
+        # The simulator refuses the alignment that the 16-byte copies need on a GPU; Numba drops the dead branch.
+        if IS_SIMULATED:
             tile = cuda.shared.array(tile_units, unit)
         else:
             tile = cuda.shared.array(tile_units, unit, alignment=16)
@@ -100,6 +82,7 @@ def _tile_function(
         n_wide = n_bytes >> 4
         if not is_aligned(data, start):
             n_wide = np.int32(0)
+        # A fixed number of steps rather than a loop that ends early: the loads are then in flight together.
         for step in range(wide_steps):
             index = thread + np.int32(step * threads)
             if index < n_wide:
@@ -110,13 +93,24 @@ def _tile_function(
             index += threads
         cuda.syncthreads()
 
-        first_element = first_block * block_size
-        for step in range(runs_per_thread):
+        # Unsigned, so that the compiler may divide by shifting.
+        for step in range(runs):
             run = np.uint32(thread + np.int32(step * threads))
-            element = first_element + np.int64(run) * RUN
+            element = first_block * block_size + np.int64(run) * RUN
             if element < n_elements:
-                block = np.int32(run // np.uint32(runs_per_block)) * np.int32(blocks_per_run)
-                values = decode(tile, block * np.int32(type_size), np.int32(run % np.uint32(runs_per_block)))
+                at = np.int32(run // np.uint32(runs_per_block)) * np.int32(blocks_per_run * type_size)
+                values = decode(tile, at, np.int32(run % np.uint32(runs_per_block)))
                 store(out, element, values, n_elements - element if has_partial_runs else RUN)
 
+    dequantize_tile.__name__ = f"dequantize_{source.name}"
     return dequantize_tile
+
+
+def _quietly(decode: Callable[..., Any]) -> Callable[..., Any]:
+    def without_warnings(block: Any, at: int, run: int) -> Any:
+        # Infinite and NaN scales have defined results. The simulator runs each thread as a thread of Python's, which
+        # does not inherit NumPy's settings.
+        with np.errstate(all="ignore"):
+            return decode(block, int(at), int(run))
+
+    return without_warnings

@@ -39,7 +39,6 @@ EIGHT = EightFloats()
 class Target:
     """What `install` needs to know of a Numba target."""
 
-    name: str
     overload: Callable[..., Any]
     intrinsic: Callable[..., Any]
     register_model: Callable[..., Any]
@@ -50,6 +49,8 @@ class Target:
     """<8 x float> -> <4 x i32>, two float16 a word."""
     round_to_brain: Emit
     """<8 x float> -> <4 x i32>, two bfloat16 a word."""
+    loads_are_invariant: bool
+    """Whether nothing changes a block while it is decoded, so that loads may be moved across stores."""
     store_alignment: int
     """Bytes to which the target vouches that a run of outputs is aligned."""
     registered: set[Callable[..., Any]] = field(default_factory=set)
@@ -75,7 +76,7 @@ def pointer_at(builder: ir.IRBuilder, pointer: Any, at: Any, kind: ir.Type) -> A
     return builder.bitcast(builder.gep(pointer, [at]), ir.PointerType(kind))
 
 
-def load_codegen(width: int, signed: bool) -> Codegen:
+def load_codegen(width: int, signed: bool, invariant: bool) -> Codegen:
     """A load of `width` bytes that assumes no more alignment than the item size of its array."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
@@ -83,6 +84,8 @@ def load_codegen(width: int, signed: bool) -> Codegen:
         kind = ir.IntType(8 * width)
         pointer = pointer_at(builder, data_pointer(context, builder, signature.args[0], block), at, kind)
         item = builder.load(pointer, align=min(width, signature.args[0].dtype.bitwidth // 8))
+        if invariant:
+            item.set_metadata("invariant.load", builder.module.add_metadata([]))
         if width == 8:
             return item
         return builder.sext(item, LONG) if signed else builder.zext(item, LONG)
@@ -187,7 +190,7 @@ def install(target: Target) -> None:
         (bits.load_u32, 4, False),
         (bits.load_8_bytes, 8, True),
     ):
-        implement(target, load, types.int64, (None, types.int64), load_codegen(width, signed))
+        implement(target, load, types.int64, (None, types.int64), load_codegen(width, signed, target.loads_are_invariant))
     for convert, kind, codegen in (
         (bits.half, types.uint16, emit(target.half_to_float)),
         (bits.brain, types.uint16, emit(brain)),

@@ -22,16 +22,16 @@ def unpack_scales(packed: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArr
 @helper
 def scale_of(block: Any, at: int, sub_block: int) -> int:
     """The scale of one sub-block (0 to 7), from the 12 bytes that start at `at`."""
+    is_late = sub_block >> 2
     low = load_u8(block, at + (sub_block & 3))
-    if sub_block < 4:
-        return low & 63
-    return (load_u8(block, at + 4 + sub_block) & 15) | (low >> 6 << 4)
+    late = (load_u8(block, at + 4 + sub_block) & 15) | (low >> 6 << 4)
+    return (low & 63 & (is_late - 1)) | (late & -is_late)
 
 
 @helper
 def minimum_of(block: Any, at: int, sub_block: int) -> int:
     """The minimum of one sub-block (0 to 7), from the 12 bytes that start at `at`."""
+    is_late = sub_block >> 2
     low = load_u8(block, at + 4 + (sub_block & 3))
-    if sub_block < 4:
-        return low & 63
-    return (load_u8(block, at + 4 + sub_block) >> 4) | (low >> 6 << 4)
+    late = (load_u8(block, at + 4 + sub_block) >> 4) | (low >> 6 << 4)
+    return (low & 63 & (is_late - 1)) | (late & -is_late)

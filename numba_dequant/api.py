@@ -1,0 +1,119 @@
+"""`dequantize`: the one function that the others are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.arguments import check_output, host_bytes, is_on_gpu, result_shape
+from numba_dequant.device import Place, is_simulated, place_named
+from numba_dequant.dtypes import dtype_name, numpy_dtype
+from numba_dequant.errors import DeviceError, OutputError
+from numba_dequant.format import Format
+from numba_dequant.formats import format_named
+from numba_dequant.mapping import mapping_named
+
+
+def dequantize(
+    data: Any,
+    format: str | Format,
+    dtype: Any = "float16",
+    shape: Sequence[int] | int | None = None,
+    device: str | None = None,
+    out: Any = None,
+    stream: Any = None,
+    *,
+    mapping: str = "tile",
+) -> Any:
+    """The values of compressed blocks.
+
+    >>> import numpy as np, numba_dequant as nd
+    >>> block = np.float16(0.5).tobytes() + bytes(range(32))
+    >>> nd.dequantize(block, "Q8_0", device="cpu")[:4]
+    array([0. , 0.5, 1. , 1.5], dtype=float16)
+
+    Args:
+        data: whole blocks: bytes, a memoryview, a NumPy array, or an array on a GPU that has
+            `__cuda_array_interface__` or `__dlpack__` (PyTorch, CuPy, Numba), which is read where it lies.
+        format: a name in `FORMATS`, or a `Format`.
+        dtype: "float16", "bfloat16" or "float32", or a NumPy, ml_dtypes or torch dtype of that name. Values are those
+            of GGML in float32, rounded once to nearest even. Integers and F64 are returned as they are stored.
+        shape: of the result, rows first; flat without one.
+        device: "reference" (NumPy), "cpu", "cuda", "cuda:1"...; None is the GPU that `data` lies on, else the first
+            GPU, else the CPU, which is then said once in a warning.
+        out: array to write to, contiguous and of the right shape and type: NumPy's for the CPU, anything on the GPU
+            for CUDA. It is returned.
+        stream: on which to compute (CUDA): None for the default stream, an int, a stream of PyTorch, CuPy or Numba,
+            or an object with `__cuda_stream__`. Nothing waits for it.
+        mapping: how the kernel is cut (CUDA): "tile", or "block" for one thread block per quant block.
+
+    Returns:
+        A NumPy array from the CPU, a `DeviceTensor` from CUDA, or `out`.
+
+    Raises:
+        UnknownFormatError, DtypeError, DataError, ShapeError, OutputError, DeviceError: what is wrong with the
+            argument of that name. Nothing has been allocated or launched then.
+    """
+    source = format_named(format)
+    name = dtype_name(dtype)
+    mapping_named(mapping, source)
+    on_gpu = is_on_gpu(data)
+    if on_gpu and device is None:
+        from numba_dequant import runtime
+
+        device = f"cuda:{runtime.device_of(data)}"
+    place = place_named(device)
+    if place.kind == "cuda" and not is_simulated():
+        from numba_dequant import gpu
+
+        return gpu.dequantize(data, source, name, shape, place.index, out, stream, mapping)
+    if on_gpu:
+        raise DeviceError(f"the data lies on a GPU, but the device is {place}; copy it to the host first")
+    if stream is not None and place.kind != "cuda":
+        raise DeviceError(f"stream is for CUDA, but the device is {place}")
+    return _on_host(host_bytes(data), source, name, shape, place, out, mapping)
+
+
+def _on_host(
+    data: NDArray[np.uint8], source: Format, dtype: str, shape: Any, place: Place, out: Any, mapping: str
+) -> Any:
+    n_elements = source.n_elements(data.size)
+    asked = result_shape(shape, n_elements, out)
+    kind = source.stored_dtype or numpy_dtype(dtype)
+    if out is None:
+        result = np.empty(asked, kind)
+    elif not isinstance(out, np.ndarray) or not out.flags.c_contiguous or not out.flags.writeable:
+        raise OutputError(f"out must be a contiguous, writable NumPy array where the device is {place}")
+    else:
+        result = out
+        check_output(out.dtype.name, out.shape, kind.name, asked, n_elements)
+        if np.may_share_memory(out, data):
+            raise OutputError("out shares memory with data")
+    _write(data, source, dtype, result.reshape(-1), place, mapping)
+    if place.kind == "cuda" and out is None:
+        from numba_dequant.simulator import SimulatedTensor
+
+        return SimulatedTensor(result)
+    return result
+
+
+def _write(
+    data: NDArray[np.uint8], source: Format, dtype: str, flat: NDArray[Any], place: Place, mapping: str
+) -> None:
+    if source.stored_dtype is not None:
+        flat[:] = data.view(source.stored_dtype)
+    elif place.kind == "reference":
+        from numba_dequant import reference
+
+        reference.dequantize_into(data, source, flat)
+    elif place.kind == "cpu":
+        from numba_dequant import cpu
+
+        cpu.dequantize_into(data, source, dtype, flat)
+    else:
+        from numba_dequant import simulator
+
+        simulator.dequantize_into(data, source, dtype, flat, mapping)

@@ -1,0 +1,87 @@
+"""Checks that every device shares, all made before anything is allocated or launched."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.errors import DataError, OutputError, ShapeError
+
+
+def is_on_gpu(thing: Any) -> bool:
+    """Whether an object lies in GPU memory, by its DLPack device or its `__cuda_array_interface__`."""
+    if isinstance(thing, (bytes, bytearray, memoryview, np.ndarray)):
+        return False
+    if hasattr(thing, "__dlpack_device__"):
+        return int(thing.__dlpack_device__()[0]) in (2, 13)
+    return hasattr(thing, "__cuda_array_interface__")
+
+
+def host_bytes(data: Any) -> NDArray[np.uint8]:
+    """Contiguous host memory as a flat array of bytes, which is not copied.
+
+    Raises:
+        DataError: it is not contiguous memory.
+    """
+    if isinstance(data, np.ndarray):
+        array = data
+    else:
+        try:
+            array = np.frombuffer(data, np.uint8) if memoryview(data).nbytes else np.empty(0, np.uint8)
+        except (TypeError, ValueError, BufferError):
+            array = _host_array(data)
+    if array.dtype.hasobject or not array.flags.c_contiguous:
+        raise DataError("the data is not one contiguous piece of memory; pass numpy.ascontiguousarray(data)")
+    return array.reshape(-1).view(np.uint8)
+
+
+def _host_array(data: Any) -> NDArray[Any]:
+    if hasattr(data, "__dlpack__"):
+        try:
+            return np.from_dlpack(data)
+        except (BufferError, RuntimeError, TypeError) as error:
+            raise DataError(f"cannot read bytes from {type(data).__name__}: {error}") from None
+    raise DataError(
+        f"cannot read bytes from {type(data).__name__}; pass bytes, a memoryview, a NumPy array or an array on a GPU"
+    )
+
+
+def result_shape(shape: Sequence[int] | int | None, n_elements: int, out: Any) -> tuple[int, ...]:
+    """The shape of a result of `n_elements`: as asked for, else that of `out`, else flat.
+
+    Raises:
+        ShapeError: the shape asked for has another number of elements.
+    """
+    if shape is None:
+        if out is not None and hasattr(out, "shape"):
+            return tuple(out.shape)
+        return (n_elements,)
+    try:
+        asked = (operator.index(shape),) if not isinstance(shape, Sequence) else tuple(map(operator.index, shape))
+    except TypeError:
+        raise ShapeError(f"a shape is whole numbers, rows first, not {shape!r}") from None
+    if min(asked, default=0) < 0 or math.prod(asked) != n_elements:
+        raise ShapeError(
+            f"shape {asked} has {math.prod(asked)} elements, the data has {n_elements}; give a shape of that size"
+        )
+    return asked
+
+
+def check_output(
+    found_dtype: str, found_shape: tuple[int, ...], dtype: str, shape: tuple[int, ...], n_elements: int
+) -> None:
+    """Check that an `out` has the type and the shape of the result.
+
+    Raises:
+        OutputError: it has not.
+    """
+    if found_dtype != dtype:
+        raise OutputError(f"out holds {found_dtype}, the result is {dtype}; pass an array of {dtype}")
+    if found_shape != shape or math.prod(found_shape) != n_elements:
+        expected = f"{n_elements} elements" if found_shape == shape else f"shape {shape}"
+        raise OutputError(f"out has shape {found_shape}, the result has {expected}")

@@ -1,0 +1,79 @@
+"""Kernels to machine code, through numba-cuda and the CUDA toolkit; no GPU is needed.
+
+What comes out is a cubin rather than PTX: a driver older than the toolkit refuses the toolkit's PTX, but loads its
+cubins. They are kept on disk.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
+
+from numba_dequant import store
+from numba_dequant.format import Format
+from numba_dequant.mapping import mapping_named
+
+_lock = threading.Lock()
+
+TOOLCHAIN = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink", "cuda-core")
+
+
+def cubin(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -> tuple[str, bytes]:
+    """The entry point's name and the machine code of a kernel, for GPUs of a compute capability."""
+    is_ours = source.decode is not None and source.decode.__module__.startswith("numba_dequant.")
+    label = f"sm{capability[0]}{capability[1]}-{source.name}-{dtype}-{mapping}"
+    entry = store.entry_name(label, *_versions())
+    kept = store.read(entry) if is_ours else None
+    if kept is None:
+        text = ptx(source, dtype, mapping, capability)
+        kept = _entry_point(text).encode() + b"\0" + _assemble(text, capability)
+        if is_ours:
+            store.write(entry, kept)
+    name, code = kept.split(b"\0", 1)
+    return name.decode(), code
+
+
+def ptx(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -> str:
+    """The PTX text of a kernel whose arguments are two addresses, with the number of elements between them."""
+    from numba import cuda, types
+    from numba.cuda import dispatcher
+
+    from numba_dequant.kernels import make_kernel
+
+    kernel = make_kernel(source, dtype, mapping_named(mapping, source))
+    address = types.CPointer(types.uint8)
+    with _lock:
+        # numba-cuda asks the current device which GPU to compile the kernel's callees for; here we know better.
+        real = dispatcher.get_current_device
+        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+        try:
+            text, _ = cuda.compile_ptx(kernel, (address, types.int64, address), cc=capability)
+        finally:
+            dispatcher.get_current_device = real
+    assert isinstance(text, str)
+    return text
+
+
+def _entry_point(text: str) -> str:
+    found = re.search(r"\.entry\s+(\w+)", text)
+    assert found is not None
+    return found[1]
+
+
+def _assemble(text: str, capability: tuple[int, int]) -> bytes:
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(arch=f"sm_{capability[0]}{capability[1]}")
+    return bytes(Program(text, "ptx", options).compile("cubin").code)
+
+
+def _versions() -> list[str]:
+    found = []
+    for package in TOOLCHAIN:
+        try:
+            found.append(f"{package}={version(package)}")
+        except PackageNotFoundError:
+            found.append(f"{package}=")
+    return found

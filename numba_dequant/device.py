@@ -1,0 +1,78 @@
+"""Where to compute: the ``device`` argument."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from numba_dequant.errors import DeviceError
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device: its kind, and for CUDA the ordinal of the GPU."""
+
+    kind: Literal["reference", "cpu", "cuda"]
+    index: int = 0
+
+    def __str__(self) -> str:
+        return f"cuda:{self.index}" if self.kind == "cuda" else self.kind
+
+
+def place_named(device: str | None) -> Place:
+    """The device of that name; None is the first GPU where one can be used, and otherwise the CPU.
+
+    Raises:
+        DeviceError: there is no such device, or no GPU can be used.
+    """
+    if device is None:
+        problem = cuda_problem()
+        if problem is None:
+            return Place("cuda")
+        _say_once(problem)
+        return Place("cpu")
+    if device in ("reference", "cpu"):
+        return Place("reference" if device == "reference" else "cpu")
+    match = re.fullmatch(r"cuda(?::(\d+))?", str(device))
+    if match is None:
+        raise DeviceError(f"unknown device {device!r}; choose 'reference', 'cpu', 'cuda', 'cuda:1', ... or None")
+    problem = cuda_problem()
+    if problem is not None:
+        raise DeviceError(f"device {device!r} cannot be used: {problem}")
+    return Place("cuda", int(match[1] or 0))
+
+
+def is_simulated() -> bool:
+    """Whether Numba's CUDA simulator stands in for a GPU."""
+    return os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
+
+
+@lru_cache(maxsize=1)
+def cuda_problem() -> str | None:
+    """Why no GPU can be used here, or None if one can."""
+    if is_simulated():
+        return None
+    try:
+        from numba_dequant import runtime
+
+        runtime.n_devices()
+    except (ImportError, DeviceError) as error:
+        return str(error)
+    try:
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+
+        for library in ("nvvm", "nvJitLink"):
+            load_nvidia_dynamic_lib(library)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return f"the CUDA toolkit is incomplete ({reason}); install numba_dequant[cu13] or numba_dequant[cu12]"
+    return None
+
+
+@lru_cache(maxsize=1)
+def _say_once(problem: str) -> None:
+    warnings.warn(f"numba_dequant computes on the CPU: {problem}", RuntimeWarning, stacklevel=5)

@@ -1,0 +1,100 @@
+"""What a call returns that computed on a GPU."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant import runtime
+from numba_dequant.dtypes import numpy_dtype
+
+
+class DeviceTensor:
+    """A contiguous array in GPU memory, which PyTorch, CuPy and Numba can use without a copy.
+
+    ``torch.from_dlpack(tensor)``, ``cupy.from_dlpack(tensor)``, ``cupy.asarray(tensor)`` and
+    ``numba.cuda.as_cuda_array(tensor)`` share its memory, which lives as long as any of them. NumPy and Numba have no
+    bfloat16 in ``__cuda_array_interface__``: DLPack carries it.
+
+    The values are ready once `stream` has got there. Memory goes back to the GPU's pool in the order of that stream:
+    if another stream still uses it, keep the tensor until that is done.
+
+    Attributes:
+        shape: rows first.
+        dtype: the NumPy dtype; bfloat16 is that of ml_dtypes.
+        device: ordinal of the GPU.
+        stream: handle of the stream on which the values are computed.
+    """
+
+    def __init__(self, memory: runtime.DeviceBytes, shape: tuple[int, ...], dtype: np.dtype[Any], stream: int) -> None:
+        self._memory = memory
+        self.shape = shape
+        self.dtype = dtype
+        self.device = memory.device
+        self.stream = stream
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def ptr(self) -> int:
+        """Address in GPU memory; 0 if there are no elements."""
+        return self._memory.pointer if self.size else 0
+
+    def copy_to_host(self) -> NDArray[Any]:
+        """A NumPy array of the values; waits until they are there."""
+        host = np.empty(self.shape, self.dtype)
+        with runtime.current(self.device):
+            runtime.copy_to_host(host, self._memory.pointer, self.stream)
+        return host
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        if self.dtype == numpy_dtype("bfloat16"):
+            raise AttributeError("__cuda_array_interface__ has no bfloat16; use DLPack, e.g. torch.from_dlpack(tensor)")
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.ptr, False),
+            "strides": None,
+            "stream": self.stream or runtime.LEGACY_STREAM,
+            "version": 3,
+        }
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (2, self.device)
+
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
+        if copy or dl_device not in (None, self.__dlpack_device__()):
+            raise BufferError(f"this tensor is shared, not copied, and stays on cuda:{self.device}")
+        if stream is not None and stream < -1:
+            raise BufferError(f"{stream} is no stream")
+        if stream != -1:
+            with runtime.current(self.device):
+                runtime.wait(0 if stream in (None, 0, 1) else stream or 0, self.stream)
+        return runtime.export(self._memory, self.shape, self.dtype, max_version)
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("a tensor without dimensions has no length")
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"DeviceTensor(shape={self.shape}, dtype={self.dtype.name}, device='cuda:{self.device}')"

@@ -1,0 +1,44 @@
+"""IQ2_S: a super-block of 32 points of a grid, eight values each, and a 4-bit scale for every two of them.
+
+The first 32 bytes of `qs` are the low eight bits of the points' numbers, the last 32 hold their signs, a set bit for
+minus. Byte i of `qh` holds the top two bits of points 4i to 4i + 3, lowest bits first; byte i of `scales` the scales of
+points 4i and 4i + 1 (low nibble) and the next two (high).
+
+Source: GGML, `block_iq2_s` and `iq2s_grid` in ggml-common.h, `dequantize_row_iq2_s` in ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import half, load_u8, load_u16, lookup, signed_bytes, to_float
+from numba_dequant.codebooks import IQ2_S_GRID, negate_bytes, points, signs_of
+from numba_dequant.format import Format, block_layout, field_offsets
+
+LAYOUT = block_layout(d="f2", qs=("u1", 64), qh=("u1", 8), scales=("u1", 8))
+D, QS, QH, SCALES = field_offsets(LAYOUT)
+SIGNS = QS + 32
+EIGHTH = np.float32(0.125)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    low, signs = blocks["qs"][:, :32], signs_of(blocks["qs"][:, 32:])
+    high = (blocks["qh"][:, :, None] >> np.array([0, 2, 4, 6], np.uint8)) & 3
+    indexes = low | (high.reshape(-1, 32).astype(np.uint16) << 8)
+    scales = np.stack([blocks["scales"] & 15, blocks["scales"] >> 4], axis=2).reshape(-1, 16).astype(np.float32)
+    d = blocks["d"].astype(np.float32)[:, None] * (scales + 0.5) * 0.25
+    return (np.repeat(d, 2, axis=1)[:, :, None] * points(IQ2_S_GRID)[indexes] * signs).reshape(-1, 256)
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    high = (load_u8(block, at + QH + (run >> 2)) >> (2 * (run & 3))) & 3
+    point = lookup(IQ2_S_GRID, load_u8(block, at + QS + run) | (high << 8))
+    scale = (load_u8(block, at + SCALES + (run >> 2)) >> (4 * ((run >> 1) & 1))) & 15
+    d = half(load_u16(block, at + D)) * to_float(2 * scale + 1) * EIGHTH
+    return d * signed_bytes(negate_bytes(point, load_u8(block, at + SIGNS + run)))
+
+
+IQ2_S = Format(
+    "IQ2_S", 22, 256, LAYOUT, "32 points of eight from a grid of 1024, a 4-bit scale per two", dequantize, decode
+)

@@ -1,0 +1,43 @@
+"""IQ2_XXS: a super-block of eight sub-blocks of 32: four points of a grid with their signs, and a 4-bit scale.
+
+A sub-block takes four items of `qs`, 8 bytes: four bytes that number a point of eight values each, then a 32-bit word
+of four times seven signs (the eighth makes the number of minus signs even) below the scale.
+
+Source: GGML, `block_iq2_xxs` and `iq2xxs_grid` in ggml-common.h, `dequantize_row_iq2_xxs` in ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import half, load_u8, load_u16, load_u32, lookup, signed_bytes, to_float
+from numba_dequant.codebooks import IQ2_XXS_GRID, even_signs, even_signs_of, negate_bytes, points
+from numba_dequant.format import Format, block_layout, field_offsets
+
+LAYOUT = block_layout(d="f2", qs=("u2", 32))
+D, QS = field_offsets(LAYOUT)
+EIGHTH = np.float32(0.125)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    indexes = np.ascontiguousarray(blocks["qs"]).view(np.uint8).reshape(-1, 8, 8)[:, :, :4]
+    words = np.ascontiguousarray(blocks["qs"]).view("<u4").reshape(-1, 8, 2)[:, :, 1]
+    scales = (words >> 28).astype(np.float32)
+    signs = (words[:, :, None] >> np.array([0, 7, 14, 21], np.uint32)) & 127
+    d = blocks["d"].astype(np.float32)[:, None] * (scales + 0.5) * 0.25
+    return (d[:, :, None, None] * points(IQ2_XXS_GRID)[indexes] * even_signs_of(signs)).reshape(-1, 256)
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    sub_block = at + QS + 8 * (run >> 2)
+    index = load_u8(block, sub_block + (run & 3))
+    word = load_u32(block, sub_block + 4)
+    signs = even_signs((word >> (7 * (run & 3))) & 127)
+    d = half(load_u16(block, at + D)) * to_float(2 * (word >> 28) + 1) * EIGHTH
+    return d * signed_bytes(negate_bytes(lookup(IQ2_XXS_GRID, index), signs))
+
+
+IQ2_XXS = Format(
+    "IQ2_XXS", 16, 256, LAYOUT, "32 points of eight from a grid of 256, a 4-bit scale per four", dequantize, decode
+)

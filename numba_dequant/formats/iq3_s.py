@@ -1,0 +1,42 @@
+"""IQ3_S: a super-block of eight sub-blocks of 32: eight points of a grid, four values each, and a 4-bit scale.
+
+`qs` holds the low eight bits of the points' numbers, bit i of `qh` the ninth of point i. Bit i of `signs` says that
+element i is negative. A byte of `scales` holds the scales of two sub-blocks, the first in the low nibble.
+
+Source: GGML, `block_iq3_s` and `iq3s_grid` in ggml-common.h, `dequantize_row_iq3_s` in ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import half, load_u8, load_u16, lookup, signed_bytes, to_float
+from numba_dequant.codebooks import IQ3_S_GRID, negate_bytes, points, signs_of
+from numba_dequant.format import Format, block_layout, field_offsets
+
+LAYOUT = block_layout(d="f2", qs=("u1", 64), qh=("u1", 8), signs=("u1", 32), scales=("u1", 4))
+D, QS, QH, SIGNS, SCALES = field_offsets(LAYOUT)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    high = np.unpackbits(blocks["qh"], axis=1, bitorder="little").astype(np.uint16)
+    grid = points(IQ3_S_GRID)[blocks["qs"] | (high << 8)].reshape(-1, 8, 32)
+    scales = np.stack([blocks["scales"] & 15, blocks["scales"] >> 4], axis=2).reshape(-1, 8).astype(np.float32)
+    d = blocks["d"].astype(np.float32)[:, None] * (2 * scales + 1)
+    return (d[:, :, None] * grid * signs_of(blocks["signs"]).reshape(-1, 8, 32)).reshape(-1, 256)
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    pair = load_u16(block, at + QS + 2 * run)
+    high = load_u8(block, at + QH + (run >> 2)) >> (2 * (run & 3))
+    first = lookup(IQ3_S_GRID, (pair & 255) | ((high & 1) << 8))
+    second = lookup(IQ3_S_GRID, (pair >> 8) | ((high & 2) << 7))
+    scale = (load_u8(block, at + SCALES + (run >> 3)) >> (4 * ((run >> 2) & 1))) & 15
+    d = half(load_u16(block, at + D)) * to_float(2 * scale + 1)
+    return d * signed_bytes(negate_bytes(first | (second << 32), load_u8(block, at + SIGNS + run)))
+
+
+IQ3_S = Format(
+    "IQ3_S", 21, 256, LAYOUT, "64 points of four from a grid of 512, a 4-bit scale per eight", dequantize, decode
+)

@@ -1,0 +1,44 @@
+"""IQ3_XXS: a super-block of eight sub-blocks of 32: eight points of a grid with their signs, and a 4-bit scale.
+
+The first 64 bytes of `qs` number points of four values each, eight to a sub-block. The last 32 are a 32-bit word for
+each sub-block: four times seven signs (the eighth makes the number of minus signs even) below the scale.
+
+Source: GGML, `block_iq3_xxs` and `iq3xxs_grid` in ggml-common.h, `dequantize_row_iq3_xxs` in ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import half, load_u16, load_u32, lookup, signed_bytes, to_float
+from numba_dequant.codebooks import IQ3_XXS_GRID, even_signs, even_signs_of, negate_bytes, points
+from numba_dequant.format import Format, block_layout, field_offsets
+
+LAYOUT = block_layout(d="f2", qs=("u1", 96))
+D, QS = field_offsets(LAYOUT)
+WORDS = QS + 64
+QUARTER = np.float32(0.25)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    words = np.ascontiguousarray(blocks["qs"][:, 64:]).view("<u4")
+    scales = (words >> 28).astype(np.float32)
+    signs = (words[:, :, None] >> np.array([0, 7, 14, 21], np.uint32)) & 127
+    d = blocks["d"].astype(np.float32)[:, None] * (scales + 0.5) * 0.5
+    grid = points(IQ3_XXS_GRID)[blocks["qs"][:, :64]].reshape(-1, 8, 4, 8)
+    return (d[:, :, None, None] * grid * even_signs_of(signs)).reshape(-1, 256)
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    pair = load_u16(block, at + QS + 2 * run)
+    eight = lookup(IQ3_XXS_GRID, pair & 255) | (lookup(IQ3_XXS_GRID, pair >> 8) << 32)
+    word = load_u32(block, at + WORDS + 4 * (run >> 2))
+    signs = even_signs((word >> (7 * (run & 3))) & 127)
+    d = half(load_u16(block, at + D)) * to_float(2 * (word >> 28) + 1) * QUARTER
+    return d * signed_bytes(negate_bytes(eight, signs))
+
+
+IQ3_XXS = Format(
+    "IQ3_XXS", 18, 256, LAYOUT, "64 points of four from a grid of 256, a 4-bit scale per eight", dequantize, decode
+)

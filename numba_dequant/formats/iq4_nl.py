@@ -1,0 +1,35 @@
+"""IQ4_NL: 32 nibbles, each the number of a value in a table of 16, times one scale.
+
+Byte i of `qs` holds the nibbles of elements i (low) and i + 16 (high).
+
+Source: GGML, `block_iq4_nl` in ggml-common.h and `dequantize_row_iq4_nl` in ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import half, load_8_bytes, load_u16, lookup_nibbles, signed_bytes
+from numba_dequant.codebooks import IQ4_NL_VALUES
+from numba_dequant.format import Format, block_layout, field_offsets
+
+LAYOUT = block_layout(d="f2", qs=("u1", 16))
+D, QS = field_offsets(LAYOUT)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    d = blocks["d"].astype(np.float32)[:, None]
+    nibbles = np.concatenate([blocks["qs"] & 15, blocks["qs"] >> 4], axis=1)
+    return d * IQ4_NL_VALUES[nibbles].astype(np.float32)
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    packed = load_8_bytes(block, at + QS + 8 * (run & 1))
+    nibbles = (packed >> (4 * (run >> 1))) & 0x0F0F0F0F0F0F0F0F
+    return half(load_u16(block, at + D)) * signed_bytes(lookup_nibbles(IQ4_NL_VALUES, nibbles))
+
+
+IQ4_NL = Format(
+    "IQ4_NL", 20, 32, LAYOUT, "32 nibbles that number values of a table, under one scale", dequantize, decode
+)

@@ -1,0 +1,44 @@
+"""IQ4_XS: a super-block of eight sub-blocks of 32 nibbles, each the number of a value in the table of IQ4_NL.
+
+The scale of a sub-block has six bits and is centred on 32: a nibble of `scales_l` below two bits of `scales_h`, the
+first sub-block in the lowest bits of both. A sub-block takes 16 bytes of `qs`: byte i holds the nibbles of its elements
+i (low) and i + 16 (high).
+
+Source: GGML, `block_iq4_xs` in ggml-common.h and `dequantize_row_iq4_xs` in ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import half, load_8_bytes, load_u8, load_u16, lookup_nibbles, signed_bytes, to_float
+from numba_dequant.codebooks import IQ4_NL_VALUES
+from numba_dequant.format import Format, block_layout, field_offsets
+
+LAYOUT = block_layout(d="f2", scales_h="u2", scales_l=("u1", 4), qs=("u1", 128))
+D, SCALES_H, SCALES_L, QS = field_offsets(LAYOUT)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    low = np.stack([blocks["scales_l"] & 15, blocks["scales_l"] >> 4], axis=2).reshape(-1, 8)
+    high = (blocks["scales_h"][:, None] >> np.arange(0, 16, 2, dtype=np.uint16)) & 3
+    d = blocks["d"].astype(np.float32)[:, None] * ((low | (high << 4)).astype(np.float32) - 32)
+    pairs = blocks["qs"].reshape(-1, 8, 16)
+    nibbles = np.concatenate([pairs & 15, pairs >> 4], axis=2)
+    return (d[:, :, None] * IQ4_NL_VALUES[nibbles].astype(np.float32)).reshape(-1, 256)
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    sub_block = run >> 2
+    low = (load_u8(block, at + SCALES_L + (sub_block >> 1)) >> (4 * (sub_block & 1))) & 15
+    high = (load_u16(block, at + SCALES_H) >> (2 * sub_block)) & 3
+    d = half(load_u16(block, at + D)) * to_float((low | (high << 4)) - 32)
+    packed = load_8_bytes(block, at + QS + 16 * sub_block + 8 * (run & 1))
+    nibbles = (packed >> (4 * ((run >> 1) & 1))) & 0x0F0F0F0F0F0F0F0F
+    return d * signed_bytes(lookup_nibbles(IQ4_NL_VALUES, nibbles))
+
+
+IQ4_XS = Format(
+    "IQ4_XS", 23, 256, LAYOUT, "eight sub-blocks of 32 nibbles that number values of a table", dequantize, decode
+)

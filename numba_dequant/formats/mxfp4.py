@@ -1,0 +1,40 @@
+"""MXFP4: 32 four-bit floats (sign, two bits of exponent, one of mantissa) times a power of two.
+
+`e` is the exponent of the power of two, from 2^-127 to 2^128. The table holds the doubled floats, which are integers,
+so GGML halves the power: 2^(e - 128), of which the smallest two are subnormal. Every `e` is a number, 255 too.
+Byte i of `qs` holds the nibbles of elements i (low) and i + 16 (high).
+
+Source: GGML, `block_mxfp4` in ggml-common.h, `ggml_e8m0_to_fp32_half` in ggml-impl.h and `dequantize_row_mxfp4` in
+ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import load_8_bytes, load_u8, lookup_nibbles, signed_bytes, single
+from numba_dequant.codebooks import FP4_DOUBLED_VALUES
+from numba_dequant.format import Format, block_layout, field_offsets
+
+LAYOUT = block_layout(e="u1", qs=("u1", 16))
+E, QS = field_offsets(LAYOUT)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    d = np.ldexp(np.float32(1), blocks["e"].astype(np.int32) - 128)[:, None]
+    nibbles = np.concatenate([blocks["qs"] & 15, blocks["qs"] >> 4], axis=1)
+    return d * FP4_DOUBLED_VALUES[nibbles].astype(np.float32)
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    e = load_u8(block, at + E)
+    bits = (e - 1) << 23
+    if e < 2:
+        bits = 0x00200000 << e
+    packed = load_8_bytes(block, at + QS + 8 * (run & 1))
+    nibbles = (packed >> (4 * (run >> 1))) & 0x0F0F0F0F0F0F0F0F
+    return single(bits) * signed_bytes(lookup_nibbles(FP4_DOUBLED_VALUES, nibbles))
+
+
+MXFP4 = Format("MXFP4", 39, 32, LAYOUT, "32 four-bit floats under a power of two", dequantize, decode)

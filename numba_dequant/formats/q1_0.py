@@ -1,0 +1,30 @@
+"""Q1_0: 128 signs, plus or minus one scale.
+
+Bit i of `qs`, the lowest bit of a byte first, says that element i is positive.
+
+Source: GGML, `block_q1_0` in ggml-common.h and `dequantize_row_q1_0` in ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import half, load_u8, load_u16, spread_bits, unsigned_bytes
+from numba_dequant.format import Format, block_layout, field_offsets
+
+LAYOUT = block_layout(d="f2", qs=("u1", 16))
+D, QS = field_offsets(LAYOUT)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    d = blocks["d"].astype(np.float32)[:, None]
+    return np.where(np.unpackbits(blocks["qs"], axis=1, bitorder="little"), d, -d)
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    doubled = spread_bits(load_u8(block, at + QS + run)) << 1
+    return half(load_u16(block, at + D)) * (unsigned_bytes(doubled) - 1)
+
+
+Q1_0 = Format("Q1_0", 41, 128, LAYOUT, "128 signs of one scale", dequantize, decode)

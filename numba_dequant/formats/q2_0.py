@@ -1,0 +1,35 @@
+"""Q2_0: 64 two-bit numbers, centred on 1, times one scale.
+
+A byte of `qs` holds four elements that follow each other, lowest bits first.
+
+Source: GGML, `block_q2_0` in ggml-common.h and `dequantize_row_q2_0` in ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import half, load_u16, unsigned_bytes
+from numba_dequant.format import Format, block_layout, field_offsets
+
+LAYOUT = block_layout(d="f2", qs=("u1", 16))
+D, QS = field_offsets(LAYOUT)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    d = blocks["d"].astype(np.float32)[:, None]
+    quants = (blocks["qs"][:, :, None] >> np.array([0, 2, 4, 6], np.uint8)) & 3
+    return d * (quants.reshape(-1, 64).astype(np.float32) - 1)
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    # Halve three times: two bytes come to lie in two words, four nibbles in four, eight quants in eight bytes.
+    quants = load_u16(block, at + QS + 2 * run)
+    quants = (quants | (quants << 24)) & 0x000000FF000000FF
+    quants = (quants | (quants << 12)) & 0x000F000F000F000F
+    quants = (quants | (quants << 6)) & 0x0303030303030303
+    return half(load_u16(block, at + D)) * (unsigned_bytes(quants) - 1)
+
+
+Q2_0 = Format("Q2_0", 42, 64, LAYOUT, "64 two-bit numbers centred on 1, under one scale", dequantize, decode)

@@ -1,0 +1,29 @@
+"""Q8_1: signed bytes times one scale, and the scaled sum of them, which only dot products use.
+
+GGML keeps activations in it and has no function to dequantize it; the values are as plain as those of Q8_0.
+
+Source: GGML, `block_q8_1` in ggml-common.h.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import half, load_8_bytes, load_u16, signed_bytes
+from numba_dequant.format import Format, block_layout, field_offsets
+
+LAYOUT = block_layout(d="f2", s="f2", qs=("i1", 32))
+D, S, QS = field_offsets(LAYOUT)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    d = blocks["d"].astype(np.float32)[:, None]
+    return d * blocks["qs"].astype(np.float32)
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    return half(load_u16(block, at + D)) * signed_bytes(load_8_bytes(block, at + QS + 8 * run))
+
+
+Q8_1 = Format("Q8_1", 9, 32, LAYOUT, "32 signed bytes under one scale, and their sum", dequantize, decode)

@@ -1,0 +1,27 @@
+"""Q8_K: a super-block of 256 signed bytes times one float32 scale, and sums of 16 bytes, which only dot products use.
+
+Source: GGML, `block_q8_K` in ggml-common.h and `dequantize_row_q8_K` in ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import load_8_bytes, load_u32, signed_bytes, single
+from numba_dequant.format import Format, block_layout, field_offsets
+
+LAYOUT = block_layout(d="f4", qs=("i1", 256), bsums=("i2", 16))
+D, QS, BSUMS = field_offsets(LAYOUT)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    d: NDArray[np.float32] = blocks["d"][:, None]
+    return d * blocks["qs"].astype(np.float32)
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    return single(load_u32(block, at + D)) * signed_bytes(load_8_bytes(block, at + QS + 8 * run))
+
+
+Q8_K = Format("Q8_K", 15, 256, LAYOUT, "256 signed bytes under one float32 scale, and their sums", dequantize, decode)

@@ -1,0 +1,57 @@
+"""TQ1_0: a super-block of 256 ternary digits (-1, 0, 1) times one scale.
+
+A byte is a fraction of 256 with five digits to base three: its first digit is the whole part of 3/256 of the byte, and
+multiplying the byte by three, modulo 256, brings up the next. Elements 0 to 159 are the digits of bytes 0 to 31 of `qs`
+(all first digits, then all second ones, up to the fifth), elements 160 to 239 likewise those of bytes 32 to 47, and
+elements 240 to 255 the first four digits of the four bytes of `qh`.
+
+Source: GGML, `block_tq1_0` in ggml-common.h and `dequantize_row_tq1_0` in ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import half, load_8_bytes, load_u16, load_u32, unsigned_bytes
+from numba_dequant.format import Format, block_layout, field_offsets
+
+LAYOUT = block_layout(qs=("u1", 48), qh=("u1", 4), d="f2")
+QS, QH, D = field_offsets(LAYOUT)
+
+
+def _digits(packed: NDArray[np.uint8], count: int) -> NDArray[np.float32]:
+    powers = np.array([1, 3, 9, 27, 81], np.uint8)[:count, None]
+    shifted = (packed[:, None, :] * powers).astype(np.uint16)
+    return ((shifted * 3) >> 8).reshape(-1, count * packed.shape[1]).astype(np.float32)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    d = blocks["d"].astype(np.float32)[:, None]
+    qs, qh = blocks["qs"], blocks["qh"]
+    digits = np.concatenate([_digits(qs[:, :32], 5), _digits(qs[:, 32:], 5), _digits(qh, 4)], axis=1)
+    return d * (digits - 1)
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    if run < 20:
+        digit = run >> 2
+        packed = load_8_bytes(block, at + QS + 8 * (run & 3))
+    elif run < 30:
+        digit = (run - 20) >> 1
+        packed = load_8_bytes(block, at + QS + 32 + 8 * (run & 1))
+    else:
+        # The second half of the run is one digit further on.
+        digit = 2 * (run - 30)
+        packed = load_u32(block, at + QH)
+        tripled = ((packed & 0x00FF00FF) * 3 & 0x00FF00FF) | ((packed & 0xFF00FF00) * 3 & 0xFF00FF00)
+        packed = packed | (tripled << 32)
+    power = (0x511B090301 >> (8 * digit)) & 0xFF
+    # Every other byte, so that products have 16 bits to lie in.
+    even = ((packed & 0x00FF00FF00FF00FF) * power) & 0x00FF00FF00FF00FF
+    odd = (((packed >> 8) & 0x00FF00FF00FF00FF) * power) & 0x00FF00FF00FF00FF
+    digits = (((even * 3) >> 8) & 0x0003000300030003) | ((odd * 3) & 0x0300030003000300)
+    return half(load_u16(block, at + D)) * (unsigned_bytes(digits) - 1)
+
+
+TQ1_0 = Format("TQ1_0", 34, 256, LAYOUT, "256 ternary digits, five to a byte, under one scale", dequantize, decode)

@@ -1,0 +1,35 @@
+"""TQ2_0: a super-block of 256 two-bit numbers, centred on 1, times one scale; meant for ternary weights.
+
+Each half of the super-block (128 elements) takes 32 bytes of `qs`: byte i holds elements i, i + 32, i + 64 and i + 96
+of the half, lowest bits first.
+
+Source: GGML, `block_tq2_0` in ggml-common.h and `dequantize_row_tq2_0` in ggml-quants.c.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import half, load_8_bytes, load_u16, unsigned_bytes
+from numba_dequant.format import Format, block_layout, field_offsets
+
+LAYOUT = block_layout(qs=("u1", 64), d="f2")
+QS, D = field_offsets(LAYOUT)
+
+
+def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    d = blocks["d"].astype(np.float32)[:, None]
+    halves = blocks["qs"].reshape(-1, 2, 1, 32)
+    shifts = np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1)
+    quants = ((halves >> shifts) & 3).reshape(-1, 256)
+    return d * (quants.astype(np.float32) - 1)
+
+
+def decode(block: Any, at: int, run: int) -> Any:
+    packed = load_8_bytes(block, at + QS + 32 * (run >> 4) + 8 * (run & 3))
+    quants = (packed >> (2 * ((run >> 2) & 3))) & 0x0303030303030303
+    return half(load_u16(block, at + D)) * (unsigned_bytes(quants) - 1)
+
+
+TQ2_0 = Format("TQ2_0", 35, 256, LAYOUT, "256 two-bit numbers centred on 1, under one scale", dequantize, decode)

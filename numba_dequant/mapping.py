@@ -1,0 +1,49 @@
+"""How a kernel's work is cut into thread blocks and threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from numba_dequant.format import RUN, Format
+
+MAPPINGS = ("tile", "block")
+TILE_THREADS = 256
+TILE_RUNS = 2
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """What each thread block and each thread of a kernel does.
+
+    Attributes:
+        tile_elements: elements that one thread block writes.
+        threads: threads per thread block.
+        runs: runs of eight elements per thread, `threads` runs apart so that neighbours store side by side.
+    """
+
+    tile_elements: int
+    threads: int
+    runs: int
+
+    def thread_blocks(self, n_elements: int) -> int:
+        """Thread blocks that cover `n_elements`."""
+        return -(-n_elements // self.tile_elements)
+
+
+def mapping_named(name: str, source: Format) -> Mapping:
+    """The mapping of that name for a format.
+
+    ``"tile"`` gives a thread block a tile of consecutive quant blocks, 4096 elements: the fast one.
+    ``"block"`` gives it one quant block: exactly one thread block per quant block, the one to read.
+
+    Raises:
+        ValueError: there is no such mapping.
+    """
+    if name == "block":
+        # A plain array has no blocks to speak of: a thread block takes one run.
+        elements = max(source.block_size, RUN)
+        return Mapping(elements, elements // RUN, 1)
+    if name == "tile":
+        elements = -(-TILE_THREADS * TILE_RUNS * RUN // source.block_size) * source.block_size
+        return Mapping(elements, -(-elements // (TILE_RUNS * RUN)), TILE_RUNS)
+    raise ValueError(f"unknown mapping {name!r}; choose one of {', '.join(MAPPINGS)}")

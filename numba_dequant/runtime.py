@@ -1,0 +1,214 @@
+"""The GPU through `cuda.core`: devices, streams and memory. It compiles nothing and knows no format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from cuda.bindings import driver
+from cuda.core import Device, LegacyPinnedMemoryResource, Stream
+from cuda.core.utils import StridedMemoryView
+from numpy.typing import NDArray
+
+from numba_dequant.errors import DataError, DeviceError
+
+LEGACY_STREAM = 1
+"""The name of the default stream in `__cuda_array_interface__` and DLPack."""
+
+
+@dataclass(frozen=True)
+class DeviceBytes:
+    """A contiguous piece of device memory, alive as long as its owner is.
+
+    Attributes:
+        pointer: its address.
+        n_bytes: its length.
+        device: ordinal of its GPU.
+        owner: what keeps it alive; a `cuda.core.Buffer` if it is ours.
+        dtype: name of its element type, where it was given as an array.
+        shape: shape of that array.
+        is_readonly: whether it may only be read.
+    """
+
+    pointer: int
+    n_bytes: int
+    device: int
+    owner: Any = field(repr=False)
+    dtype: str = "uint8"
+    shape: tuple[int, ...] = ()
+    is_readonly: bool = False
+
+
+def n_devices() -> int:
+    """GPUs that this process can use, at least one.
+
+    Raises:
+        DeviceError: there is no driver, or no GPU.
+    """
+    try:
+        code, *_ = driver.cuInit(0)
+        if code == driver.CUresult.CUDA_SUCCESS:
+            code, count = driver.cuDeviceGetCount()
+            if code == driver.CUresult.CUDA_SUCCESS and count:
+                return int(count)
+    except RuntimeError:  # cuda.bindings found no driver library
+        raise DeviceError("no NVIDIA driver was found") from None
+    raise DeviceError(f"no GPU can be used ({code.name})")
+
+
+@contextmanager
+def current(device: int) -> Iterator[Device]:
+    """Make a GPU the current one, and put back what was."""
+    count = n_devices()
+    if not 0 <= device < count:
+        raise DeviceError(f"there is no device cuda:{device}; this process sees {count}, from cuda:0 on")
+    _, before = driver.cuCtxGetCurrent()
+    chosen = Device(device)
+    chosen.set_current()
+    try:
+        yield chosen
+    finally:
+        if int(before):
+            driver.cuCtxSetCurrent(before)
+
+
+def stream_handle(stream: Any) -> int:
+    """The handle of a stream; None and 0 are the default stream, which PyTorch, CuPy and Numba use by default too.
+
+    Raises:
+        DeviceError: it is no stream.
+    """
+    if stream is None:
+        return 0
+    if isinstance(stream, int) and not isinstance(stream, bool) and stream >= 0:
+        return stream
+    protocol = getattr(stream, "__cuda_stream__", None)
+    if protocol is not None:
+        return int((protocol() if callable(protocol) else protocol)[1])
+    for attribute in ("cuda_stream", "ptr", "handle"):  # PyTorch, CuPy, Numba
+        handle = getattr(stream, attribute, None)
+        if handle is not None:
+            return int(getattr(handle, "value", handle) or 0)
+    raise DeviceError(
+        f"{stream!r} is no stream; pass None, an int, a stream of PyTorch, CuPy or Numba, or an object with "
+        "__cuda_stream__"
+    )
+
+
+def view(thing: Any, stream: int) -> DeviceBytes:
+    """The device memory of an array, which is not copied; work on `stream` will wait for what fills it.
+
+    Raises:
+        DataError: it is not one contiguous piece.
+    """
+    found = StridedMemoryView.from_any_interface(thing, stream_ptr=stream or LEGACY_STREAM)
+    shape, dtype = tuple(found.shape), found.dtype
+    if dtype is None:
+        raise DataError(f"cannot tell the element type of a {type(thing).__name__}")
+    if found.strides is not None and found.size:
+        expected = 1
+        for extent, stride in zip(reversed(shape), reversed(found.strides), strict=True):
+            if extent != 1 and stride != expected:
+                raise DataError(f"the array of shape {shape} is not one contiguous piece of memory; make it so")
+            expected *= extent
+    pointer = int(found.ptr)
+    n_bytes = int(found.size) * dtype.itemsize
+    return DeviceBytes(pointer, n_bytes, _device_at(pointer, found.device_id), thing, dtype.name, shape, found.readonly)
+
+
+def device_of(thing: Any) -> int:
+    """Ordinal of the GPU on which an array lies."""
+    n_devices()
+    if hasattr(thing, "__dlpack_device__"):
+        return int(thing.__dlpack_device__()[1])
+    return _device_at(int(thing.__cuda_array_interface__["data"][0]), 0)
+
+
+def _device_at(pointer: int, claimed: int) -> int:
+    # __cuda_array_interface__ does not say which GPU it speaks of; the driver knows.
+    if pointer:
+        ordinal = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+        code, device = driver.cuPointerGetAttribute(ordinal, pointer)
+        if code == driver.CUresult.CUDA_SUCCESS:
+            return int(device)
+    return max(claimed, 0)
+
+
+def allocate(n_bytes: int, device: Device, stream: int) -> DeviceBytes:
+    """Device memory from the GPU's pool, in the order of a stream; it goes back in that order too.
+
+    Raises:
+        DeviceError: there is not enough.
+    """
+    try:
+        buffer = device.memory_resource.allocate(max(n_bytes, 1), stream=Stream.from_handle(stream))
+    except Exception as error:
+        if "OUT_OF_MEMORY" not in str(error):
+            raise
+        _, free, total = driver.cuMemGetInfo()
+        raise DeviceError(
+            f"cuda:{device.device_id} is out of memory: {n_bytes:,} bytes were asked for, "
+            f"{int(free):,} of {int(total):,} are free"
+        ) from error
+    return DeviceBytes(int(buffer.handle), n_bytes, device.device_id, buffer)
+
+
+def upload(host: NDArray[np.uint8], device: Device, stream: int) -> DeviceBytes:
+    """A copy of host memory on a GPU. The host memory may be changed as soon as this returns."""
+    memory = allocate(host.nbytes, device, stream)
+    if host.size:
+        copy_to_device(memory.pointer, host, stream)
+        kind = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
+        code, _ = driver.cuPointerGetAttribute(kind, host.ctypes.data)
+        if code == driver.CUresult.CUDA_SUCCESS:
+            synchronize(stream)  # Pinned memory is read in its own time, pageable memory before the call returns.
+    return memory
+
+
+def pinned(n_bytes: int) -> NDArray[np.uint8]:
+    """Host memory that a GPU reads at full speed; expensive to get, cheap to reuse."""
+    return np.from_dlpack(LegacyPinnedMemoryResource().allocate(n_bytes)).view(np.uint8)
+
+
+def copy_to_device(pointer: int, host: NDArray[np.uint8], stream: int) -> None:
+    """Queue a copy of host memory to a device address."""
+    _check(driver.cuMemcpyHtoDAsync(pointer, host.ctypes.data, host.nbytes, stream))
+
+
+def copy_to_host(host: NDArray[Any], pointer: int, stream: int) -> None:
+    """Copy device memory to a contiguous host array, and wait until it has arrived."""
+    if host.size:
+        _check(driver.cuMemcpyDtoHAsync(host.ctypes.data, pointer, host.nbytes, stream))
+        synchronize(stream)
+
+
+def copy_on_device(target: int, source: int, n_bytes: int, stream: int) -> None:
+    """Queue a copy within device memory."""
+    _check(driver.cuMemcpyDtoDAsync(target, source, n_bytes, stream))
+
+
+def synchronize(stream: int) -> None:
+    """Wait until a stream has done all that was asked of it."""
+    _check(driver.cuStreamSynchronize(stream))
+
+
+def wait(waiting: int, awaited: int) -> None:
+    """Let one stream wait for what has been asked of another so far, without stopping the host."""
+    if waiting != awaited:
+        Stream.from_handle(waiting).wait(Stream.from_handle(awaited))
+
+
+def export(
+    memory: DeviceBytes, shape: tuple[int, ...], dtype: np.dtype[Any], max_version: tuple[int, int] | None
+) -> object:
+    """A DLPack capsule that shares memory of ours and keeps it alive."""
+    whole = StridedMemoryView.from_buffer(memory.owner, shape, itemsize=dtype.itemsize, dtype=dtype)
+    return whole.__dlpack__(stream=-1, max_version=max_version)
+
+
+def _check(result: tuple[Any, ...]) -> None:
+    if result[0] != driver.CUresult.CUDA_SUCCESS:
+        raise DeviceError(f"the CUDA driver says {result[0].name}")

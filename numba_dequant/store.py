@@ -1,0 +1,72 @@
+"""The directory in which compiled code is kept from one process to the next.
+
+An entry is one file: the SHA-256 of its payload, then the payload. It is written under another name and then renamed,
+so that many processes may write at once; one that cannot be read, or does not match its sum, counts as missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+VARIABLE = "NUMBA_DEQUANT_CACHE_DIR"
+
+
+def directory() -> Path:
+    """Where entries are kept: `NUMBA_DEQUANT_CACHE_DIR`, or else the user's cache directory on this platform."""
+    chosen = os.environ.get(VARIABLE)
+    if chosen:
+        return Path(chosen)
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or os.path.expanduser("~\\AppData\\Local")
+    elif sys.platform == "darwin":
+        base = os.path.expanduser("~/Library/Caches")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "numba_dequant"
+
+
+@lru_cache
+def package_digest() -> str:
+    """A digest of this package's own source: compiled code is only as good as the source that it came from."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def entry_name(label: str, *parts: object) -> str:
+    """The name of the entry for `label` that depends on all of `parts` and on this package's source."""
+    text = "\0".join([label, package_digest(), *map(str, parts)])
+    return f"{label}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+
+
+def read(name: str) -> bytes | None:
+    """The payload of an entry, or None if there is no sound one."""
+    try:
+        content = (directory() / name).read_bytes()
+    except OSError:
+        return None
+    payload = content[32:]
+    return payload if hashlib.sha256(payload).digest() == content[:32] else None
+
+
+def write(name: str, payload: bytes) -> bool:
+    """Keep `payload` as an entry; False if the directory cannot be written, which costs speed and nothing else."""
+    temporary = None
+    try:
+        directory().mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=directory(), prefix=".")
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(payload).digest() + payload)
+        os.replace(temporary, directory() / name)
+    except OSError:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        return False
+    return True
