@@ -14,8 +14,10 @@ from numba_dequant.errors import (
 )
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, register
+from numba_dequant.loader import Model, load, open
+from numba_dequant.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "FORMATS",
@@ -24,11 +26,14 @@ __all__ = [
     "DtypeError",
     "Format",
     "GgufError",
+    "Model",
     "NumbaDequantError",
     "OutputError",
     "ShapeError",
     "TensorNotFoundError",
     "UnknownFormatError",
     "dequantize",
+    "load",
+    "open",
     "register",
 ]

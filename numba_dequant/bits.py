@@ -120,18 +120,23 @@ def load_8_brains(block: Any, at: int) -> NDArray[np.float32]:
 
 
 def store_float16(out: Any, index: int, values: Any, count: int) -> None:
-    """Write the first `count` of eight values as float16, rounded once to nearest even, from element `index` on."""
-    out[index : index + count] = values[:count]
+    """Write eight values, or the first `count` if that is less, as float16, rounded once, from element `index` on."""
+    _store(out, index, values[:count])
 
 
 def store_bfloat16(out: Any, index: int, values: Any, count: int) -> None:
-    """Write the first `count` of eight values as bfloat16, rounded once to nearest even, from element `index` on."""
-    out[index : index + count] = values[:count]
+    """Write eight values, or the first `count` if that is less, as bfloat16, rounded once, from element `index` on."""
+    _store(out, index, values[:count])
 
 
 def store_float32(out: Any, index: int, values: Any, count: int) -> None:
-    """Write the first `count` of eight values as they are, from element `index` on."""
-    out[index : index + count] = values[:count]
+    """Write eight values, or the first `count` if that is less, as they are, from element `index` on."""
+    _store(out, index, values[:count])
+
+
+def _store(out: Any, index: int, values: Any) -> None:
+    with np.errstate(all="ignore"):  # rounding to infinity is what is meant
+        out[index : index + len(values)] = values
 
 
 def copy_16_bytes(tile: Any, at: int, data: Any, start: int) -> None:

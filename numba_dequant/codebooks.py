@@ -21,12 +21,12 @@ from numba_dequant.bits import helper, spread_bits
 def _grid(levels: tuple[int, ...], length: int, members: str) -> NDArray[Any]:
     bits = np.unpackbits(np.frombuffer(b64decode(members), np.uint8), bitorder="little")
     digits = np.flatnonzero(bits)[:, None] // len(levels) ** np.arange(length) % len(levels)
-    return np.array(levels, np.int8)[digits].view(f"<i{length}")[:, 0]
+    return np.array(levels, np.int8).take(digits).view(f"<i{length}").reshape(-1)
 
 
-def points(grid: NDArray[Any]) -> NDArray[np.float32]:
-    """The points of a grid, one per row."""
-    return grid.view(np.int8).reshape(len(grid), -1).astype(np.float32)
+def points(grid: NDArray[Any], indexes: NDArray[Any]) -> NDArray[np.float32]:
+    """The points of a grid that `indexes` number, along a new last axis."""
+    return grid.view(np.int8).reshape(len(grid), -1).take(indexes, axis=0).astype(np.float32)
 
 
 def signs_of(packed: NDArray[np.uint8]) -> NDArray[np.float32]:

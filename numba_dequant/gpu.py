@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 from cuda.core import Device, Kernel, LaunchConfig, ObjectCode, Stream, launch
+from numpy.typing import NDArray
 
 from numba_dequant import compiler, runtime
 from numba_dequant.arguments import check_output, host_bytes, is_on_gpu, result_shape
@@ -26,28 +29,70 @@ def dequantize(
     data: Any, source: Format, dtype: str, shape: Any, index: int, out: Any, stream: Any, mapping: str
 ) -> Any:
     """What `numba_dequant.dequantize` does on CUDA device `index`."""
+    if not is_on_gpu(data):
+        host = host_bytes(data)
+        send = partial(_send, host)
+        return load(send, host.nbytes, source, dtype, shape, index, out, stream, mapping)
     handle = runtime.stream_handle(stream)
     with runtime.current(index) as device:
-        memory = runtime.view(data, handle) if is_on_gpu(data) else None
-        host = host_bytes(data) if memory is None else None
-        n_elements = source.n_elements(memory.n_bytes if host is None else host.size)  # type: ignore[union-attr]
-        asked = result_shape(shape, n_elements, out)
-        kind = source.stored_dtype or numpy_dtype(dtype)
-        if memory is not None and memory.device != index:
+        memory = runtime.view(data, handle)
+        if memory.device != index:
             raise DeviceError(f"the data lies on cuda:{memory.device}, the device is cuda:{index}; copy it there first")
-        target = None if out is None else _checked(out, memory, kind.name, asked, n_elements, index, handle)
-        if source.decode is not None:
-            _check_capability(dtype, device)
-
-        result = out
-        if target is None:
-            target = runtime.allocate(n_elements * kind.itemsize, device, handle)
-            result = DeviceTensor(target, asked, kind, handle)
-        if memory is None:
-            assert host is not None
-            memory = runtime.upload(host, device, handle)
+        n_elements = source.n_elements(memory.n_bytes)
+        result, target = _target(source, dtype, n_elements, shape, device, out, handle, memory)
         dequantize_into(memory, source, dtype, n_elements, target, handle, mapping)
         return result
+
+
+def load(
+    send: Callable[[int, int], None],
+    n_bytes: int,
+    source: Format,
+    dtype: str,
+    shape: Any,
+    index: int,
+    out: Any,
+    stream: Any,
+    mapping: str = "tile",
+) -> Any:
+    """Dequantize bytes that `send(pointer, stream)` copies to the GPU; they are freed behind the kernel."""
+    handle = runtime.stream_handle(stream)
+    n_elements = source.n_elements(n_bytes)
+    with runtime.current(index) as device:
+        result, target = _target(source, dtype, n_elements, shape, device, out, handle)
+        memory = runtime.allocate(n_bytes, device, handle)
+        if n_bytes:
+            send(memory.pointer, handle)
+        dequantize_into(memory, source, dtype, n_elements, target, handle, mapping)
+        return result
+
+
+def _send(host: NDArray[np.uint8], pointer: int, stream: int) -> None:
+    runtime.copy_to_device(pointer, host, stream)
+    if runtime.is_pinned(host):
+        runtime.synchronize(stream)  # A GPU reads pinned memory in its own time; the caller may change it now.
+
+
+def _target(
+    source: Format,
+    dtype: str,
+    n_elements: int,
+    shape: Any,
+    device: Device,
+    out: Any,
+    handle: int,
+    memory: DeviceBytes | None = None,
+) -> tuple[Any, DeviceBytes]:
+    """What to return, and the memory to write: those of `out`, or new ones once all is checked."""
+    asked = result_shape(shape, n_elements, out)
+    kind = source.stored_dtype or numpy_dtype(dtype)
+    if source.decode is not None and dtype == "bfloat16" and device.compute_capability < (8, 0):
+        found = ".".join(map(str, device.compute_capability))
+        raise DtypeError(f"bfloat16 needs a GPU of compute capability 8.0 or later, this one has {found}; use float16")
+    if out is not None:
+        return out, _checked(out, memory, kind.name, asked, n_elements, device.device_id, handle)
+    target = runtime.allocate(n_elements * kind.itemsize, device, handle)
+    return DeviceTensor(target, asked, kind, handle), target
 
 
 def _checked(
@@ -94,12 +139,6 @@ def dequantize_into(
         runtime.copy_on_device(out.pointer, target.pointer, out.n_bytes, stream)
 
 
-def _check_capability(dtype: str, device: Device) -> None:
-    if dtype == "bfloat16" and device.compute_capability < (8, 0):
-        found = ".".join(map(str, device.compute_capability))
-        raise DtypeError(f"bfloat16 needs a GPU of compute capability 8.0 or later, this one has {found}; use float16")
-
-
 def load_kernel(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -> Kernel:
     """A kernel ready to launch on GPUs of a compute capability, compiled if it must be."""
     with _lock:
@@ -110,3 +149,24 @@ def load_kernel(source: Format, dtype: str, mapping: str, capability: tuple[int,
 def _load_kernel(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -> Kernel:
     name, code = compiler.cubin(source, dtype, mapping, capability)
     return ObjectCode.from_cubin(code).get_kernel(name)
+
+
+def timed(
+    data: NDArray[np.uint8], source: Format, dtype: str, shape: tuple[int, ...], index: int
+) -> tuple[NDArray[Any], float]:
+    """The values, on the host, and the seconds that the kernel took: the best of three, by the GPU's clock."""
+    with runtime.current(index) as device:
+        memory = runtime.allocate(data.nbytes, device, 0)
+        if data.nbytes:
+            _send(data, memory.pointer, 0)
+        target = None
+        stream = Stream.from_handle(0)
+        seconds = []
+        for _ in range(4):
+            start = stream.record(options=EventOptions(timing_enabled=True))
+            target = dequantize(DeviceArray(memory), source, dtype, shape, index, target, None, "tile")
+            end = stream.record(options=EventOptions(timing_enabled=True))
+            end.sync()
+            seconds.append((end - start) / 1e3)
+        assert target is not None
+        return target.copy_to_host(), min(seconds[1:])

@@ -93,6 +93,28 @@ def load_codegen(width: int, signed: bool, invariant: bool) -> Codegen:
     return codegen
 
 
+def lookup_codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    """One item of a table of signed integers."""
+    table, index = arguments
+    item = ir.IntType(signature.args[0].dtype.bitwidth)
+    at = builder.mul(index, LONG(item.width // 8))
+    base = data_pointer(context, builder, signature.args[0], table)
+    found = builder.load(pointer_at(builder, base, at, item), align=item.width // 8)
+    return found if item.width == 64 else builder.sext(found, LONG)
+
+
+def lookup_nibbles_codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    """Eight items of a table of bytes, packed."""
+    table, eight = arguments
+    base = data_pointer(context, builder, signature.args[0], table)
+    lanes = builder.bitcast(eight, EIGHT_BYTES)
+    result = ir.Constant(EIGHT_BYTES, ir.Undefined)
+    for lane in range(8):
+        at = builder.zext(builder.extract_element(lanes, WORD(lane)), LONG)
+        result = builder.insert_element(result, builder.load(pointer_at(builder, base, at, BYTE), align=1), WORD(lane))
+    return builder.bitcast(result, LONG)
+
+
 def eight_loads_codegen(kind: ir.Type, widen: Emit) -> Codegen:
     """A load of eight floats of type `kind`, one after the other, widened to float32."""
 
@@ -200,6 +222,8 @@ def install(target: Target) -> None:
         implement(target, convert, types.float32, (kind,), codegen)
     for spread, signed in ((bits.unsigned_bytes, False), (bits.signed_bytes, True)):
         implement(target, spread, EIGHT, (types.int64,), emit(partial(bytes_to_floats, signed=signed)))
+    implement(target, bits.lookup, types.int64, (None, types.int64), lookup_codegen)
+    implement(target, bits.lookup_nibbles, types.int64, (None, types.int64), lookup_nibbles_codegen)
     implement(target, bits.spread_bits, types.int64, (types.int64,), emit(spread_bits))
     for load, kind, widen in (
         (bits.load_8_floats, WORD, single),

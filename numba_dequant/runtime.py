@@ -156,16 +156,11 @@ def allocate(n_bytes: int, device: Device, stream: int) -> DeviceBytes:
     return DeviceBytes(int(buffer.handle), n_bytes, device.device_id, buffer)
 
 
-def upload(host: NDArray[np.uint8], device: Device, stream: int) -> DeviceBytes:
-    """A copy of host memory on a GPU. The host memory may be changed as soon as this returns."""
-    memory = allocate(host.nbytes, device, stream)
-    if host.size:
-        copy_to_device(memory.pointer, host, stream)
-        kind = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
-        code, _ = driver.cuPointerGetAttribute(kind, host.ctypes.data)
-        if code == driver.CUresult.CUDA_SUCCESS:
-            synchronize(stream)  # Pinned memory is read in its own time, pageable memory before the call returns.
-    return memory
+def is_pinned(host: NDArray[Any]) -> bool:
+    """Whether host memory is known to the GPU, which then reads it in its own time."""
+    kind = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
+    code, _ = driver.cuPointerGetAttribute(kind, host.ctypes.data)
+    return bool(code == driver.CUresult.CUDA_SUCCESS)
 
 
 def pinned(n_bytes: int) -> NDArray[np.uint8]:

@@ -19,7 +19,7 @@ from numba_dequant.format import Format, block_layout, field_offsets
 
 LAYOUT = block_layout(qs=("u1", 32), qh=("u1", 16), scales=("u1", 8))
 QS, QH, SCALES = field_offsets(LAYOUT)
-EIGHTH = 0x3E000000  # the bits of the float32
+EIGHTH_BITS = 0x3E000000
 
 
 def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
@@ -28,7 +28,7 @@ def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
     scales = (words[:, :, None] >> np.array([0, 3, 6, 9], np.uint16)) & 7
     d = whole.view(np.float16).astype(np.float32)[:, None] * (2 * scales.reshape(-1, 16) + 1).astype(np.float32)
     nibbles = np.stack([blocks["qh"] & 15, blocks["qh"] >> 4], axis=2).reshape(-1, 32)
-    grid = points(IQ1_GRID)[blocks["qs"] | ((nibbles & 7).astype(np.uint16) << 8)]
+    grid = points(IQ1_GRID, blocks["qs"] | ((nibbles & 7).astype(np.uint16) << 8))
     deltas = np.where(nibbles >> 3, np.float32(-0.125), np.float32(0.125))
     return (np.repeat(d, 2, axis=1)[:, :, None] * (grid + deltas[:, :, None])).reshape(-1, 256)
 
@@ -39,7 +39,7 @@ def decode(block: Any, at: int, run: int) -> Any:
     scale = (scales >> (16 * (run >> 3) + 3 * ((run >> 1) & 3))) & 7
     nibble = load_u8(block, at + QH + (run >> 1)) >> (4 * (run & 1))
     point = lookup(IQ1_GRID, load_u8(block, at + QS + run) | ((nibble & 7) << 8))
-    delta = single(EIGHTH | ((nibble & 8) << 28))
+    delta = single(EIGHTH_BITS | ((nibble & 8) << 28))
     return half(whole) * to_float(2 * scale + 1) * (signed_bytes(point) + delta)
 
 

@@ -18,7 +18,7 @@ from numba_dequant.format import Format, block_layout, field_offsets
 
 LAYOUT = block_layout(d="f2", qs=("u1", 32), qh=("u2", 8))
 D, QS, QH = field_offsets(LAYOUT)
-EIGHTH = 0x3E000000  # the bits of the float32
+EIGHTH_BITS = 0x3E000000
 
 
 def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
@@ -27,14 +27,14 @@ def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
     indexes = blocks["qs"].reshape(-1, 8, 4) | (high << 8)
     deltas = np.where(qh >> 15, np.float32(-0.125), np.float32(0.125))
     d = blocks["d"].astype(np.float32)[:, None] * (2 * ((qh >> 12) & 7) + 1).astype(np.float32)
-    return (d[:, :, None, None] * (points(IQ1_GRID)[indexes] + deltas[:, :, None, None])).reshape(-1, 256)
+    return (d[:, :, None, None] * (points(IQ1_GRID, indexes) + deltas[:, :, None, None])).reshape(-1, 256)
 
 
 def decode(block: Any, at: int, run: int) -> Any:
     qh = load_u16(block, at + QH + 2 * (run >> 2))
     high = (qh >> (3 * (run & 3))) & 7
     point = lookup(IQ1_GRID, load_u8(block, at + QS + run) | (high << 8))
-    delta = single(EIGHTH | ((qh >> 15) << 31))
+    delta = single(EIGHTH_BITS | ((qh >> 15) << 31))
     d = half(load_u16(block, at + D)) * to_float(2 * ((qh >> 12) & 7) + 1)
     return d * (signed_bytes(point) + delta)
 

@@ -27,8 +27,8 @@ def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
     high = (blocks["qh"][:, :, None] >> np.array([0, 2, 4, 6], np.uint8)) & 3
     indexes = low | (high.reshape(-1, 32).astype(np.uint16) << 8)
     scales = np.stack([blocks["scales"] & 15, blocks["scales"] >> 4], axis=2).reshape(-1, 16).astype(np.float32)
-    d = blocks["d"].astype(np.float32)[:, None] * (scales + 0.5) * 0.25
-    return (np.repeat(d, 2, axis=1)[:, :, None] * points(IQ2_S_GRID)[indexes] * signs).reshape(-1, 256)
+    d = blocks["d"].astype(np.float32)[:, None] * (scales + np.float32(0.5)) * np.float32(0.25)
+    return (np.repeat(d, 2, axis=1)[:, :, None] * points(IQ2_S_GRID, indexes) * signs).reshape(-1, 256)
 
 
 def decode(block: Any, at: int, run: int) -> Any:

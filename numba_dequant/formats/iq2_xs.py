@@ -22,8 +22,8 @@ EIGHTH = np.float32(0.125)
 
 def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
     scales = np.stack([blocks["scales"] & 15, blocks["scales"] >> 4], axis=2).reshape(-1, 16).astype(np.float32)
-    d = blocks["d"].astype(np.float32)[:, None] * (scales + 0.5) * 0.25
-    values = np.repeat(d, 2, axis=1)[:, :, None] * points(IQ2_XS_GRID)[blocks["qs"] & 511]
+    d = blocks["d"].astype(np.float32)[:, None] * (scales + np.float32(0.5)) * np.float32(0.25)
+    values = np.repeat(d, 2, axis=1)[:, :, None] * points(IQ2_XS_GRID, blocks["qs"] & 511)
     return (values * even_signs_of(blocks["qs"] >> 9)).reshape(-1, 256)
 
 

@@ -25,8 +25,8 @@ def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
     words = np.ascontiguousarray(blocks["qs"]).view("<u4").reshape(-1, 8, 2)[:, :, 1]
     scales = (words >> 28).astype(np.float32)
     signs = (words[:, :, None] >> np.array([0, 7, 14, 21], np.uint32)) & 127
-    d = blocks["d"].astype(np.float32)[:, None] * (scales + 0.5) * 0.25
-    return (d[:, :, None, None] * points(IQ2_XXS_GRID)[indexes] * even_signs_of(signs)).reshape(-1, 256)
+    d = blocks["d"].astype(np.float32)[:, None] * (scales + np.float32(0.5)) * np.float32(0.25)
+    return (d[:, :, None, None] * points(IQ2_XXS_GRID, indexes) * even_signs_of(signs)).reshape(-1, 256)
 
 
 def decode(block: Any, at: int, run: int) -> Any:

@@ -21,7 +21,7 @@ D, QS, QH, SIGNS, SCALES = field_offsets(LAYOUT)
 
 def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
     high = np.unpackbits(blocks["qh"], axis=1, bitorder="little").astype(np.uint16)
-    grid = points(IQ3_S_GRID)[blocks["qs"] | (high << 8)].reshape(-1, 8, 32)
+    grid = points(IQ3_S_GRID, blocks["qs"] | (high << 8)).reshape(-1, 8, 32)
     scales = np.stack([blocks["scales"] & 15, blocks["scales"] >> 4], axis=2).reshape(-1, 8).astype(np.float32)
     d = blocks["d"].astype(np.float32)[:, None] * (2 * scales + 1)
     return (d[:, :, None] * grid * signs_of(blocks["signs"]).reshape(-1, 8, 32)).reshape(-1, 256)

@@ -25,8 +25,8 @@ def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
     words = np.ascontiguousarray(blocks["qs"][:, 64:]).view("<u4")
     scales = (words >> 28).astype(np.float32)
     signs = (words[:, :, None] >> np.array([0, 7, 14, 21], np.uint32)) & 127
-    d = blocks["d"].astype(np.float32)[:, None] * (scales + 0.5) * 0.5
-    grid = points(IQ3_XXS_GRID)[blocks["qs"][:, :64]].reshape(-1, 8, 4, 8)
+    d = blocks["d"].astype(np.float32)[:, None] * (scales + np.float32(0.5)) * np.float32(0.5)
+    grid = points(IQ3_XXS_GRID, blocks["qs"][:, :64]).reshape(-1, 8, 4, 8)
     return (d[:, :, None, None] * grid * even_signs_of(signs)).reshape(-1, 256)
 
 

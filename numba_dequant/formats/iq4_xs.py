@@ -23,10 +23,10 @@ D, SCALES_H, SCALES_L, QS = field_offsets(LAYOUT)
 def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
     low = np.stack([blocks["scales_l"] & 15, blocks["scales_l"] >> 4], axis=2).reshape(-1, 8)
     high = (blocks["scales_h"][:, None] >> np.arange(0, 16, 2, dtype=np.uint16)) & 3
-    d = blocks["d"].astype(np.float32)[:, None] * ((low | (high << 4)).astype(np.float32) - 32)
+    d: NDArray[np.float32] = blocks["d"].astype(np.float32)[:, None] * ((low | (high << 4)).astype(np.float32) - 32)
     pairs = blocks["qs"].reshape(-1, 8, 16)
     nibbles = np.concatenate([pairs & 15, pairs >> 4], axis=2)
-    return (d[:, :, None] * IQ4_NL_VALUES[nibbles].astype(np.float32)).reshape(-1, 256)
+    return (d[:, :, None] * IQ4_NL_VALUES.take(nibbles).astype(np.float32)).reshape(-1, 256)
 
 
 def decode(block: Any, at: int, run: int) -> Any:

@@ -29,7 +29,9 @@ def _digits(packed: NDArray[np.uint8], count: int) -> NDArray[np.float32]:
 def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
     d = blocks["d"].astype(np.float32)[:, None]
     qs, qh = blocks["qs"], blocks["qh"]
-    digits = np.concatenate([_digits(qs[:, :32], 5), _digits(qs[:, 32:], 5), _digits(qh, 4)], axis=1)
+    digits: NDArray[np.float32] = np.concatenate(
+        [_digits(qs[:, :32], 5), _digits(qs[:, 32:], 5), _digits(qh, 4)], axis=1
+    )
     return d * (digits - 1)
 
 

@@ -1,0 +1,123 @@
+"""The command `numba-dequant`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib.resources import as_file, files
+from typing import Any
+
+from tqdm import tqdm
+
+import numba_dequant as nd
+from numba_dequant import device, verify
+from numba_dequant.dtypes import NAMES
+
+SAMPLE = files("numba_dequant") / "sample" / "sample.gguf"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; the result is its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Python would complain once more when it closes the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except nd.NumbaDequantError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(message: str) -> int:
+    try:
+        print(f"numba-dequant: {message}", file=sys.stderr)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("numba-dequant", description="Dequantize GGUF files on an NVIDIA GPU or the CPU.")
+    parser.add_argument("--version", action="version", version=f"numba-dequant {nd.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    check = commands.add_parser(
+        "verify",
+        help="dequantize every tensor and compare with the reference",
+        description="Dequantize every tensor of a model on the best device and compare the result, bit for bit, with "
+        "the NumPy reference. Exit status 1 if any bit differs.",
+    )
+    check.add_argument("file", nargs="?", metavar="FILE", help="a GGUF file; without it, a small sample of all formats")
+    check.add_argument("--device", help="reference, cpu, cuda, cuda:1, ...; the first GPU or else the CPU without it")
+    check.add_argument("--dtype", choices=NAMES, default="float16", help="output type (%(default)s)")
+    check.set_defaults(run=_verify)
+
+    info = commands.add_parser(
+        "info", help="show metadata and tensors", description="Show the metadata and the tensor table of a GGUF file."
+    )
+    info.add_argument("file", metavar="FILE", help="a GGUF file, or the first shard of a split")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _verify(options: argparse.Namespace) -> int:
+    if options.file is None:
+        with as_file(SAMPLE) as path:
+            return _verify_file(str(path), "the shipped sample", options)
+    return _verify_file(options.file, options.file, options)
+
+
+def _verify_file(path: str, title: str, options: argparse.Namespace) -> int:
+    problem = device.cuda_problem() if options.device is None else None
+    chosen = options.device or ("cpu" if problem else "cuda:0")
+    place = device.place_named(chosen)
+    with nd.open(path) as model:
+        reason = f" ({problem})" if problem else ""
+        print(f"{title}: {len(model.tensors)} tensors to {options.dtype} on {place}{reason}")
+        total = sum(tensor.n_bytes for tensor in model.tensors.values())
+        with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False, delay=1) as bar:
+            rows = verify.verify(model, str(place), options.dtype, bar.update)
+    for line in verify.table(rows):
+        print(line)
+    wrong = [row.format.name for row in rows if not row.is_exact]
+    print(f"DIFFERENT from the reference: {', '.join(wrong)}" if wrong else "Every bit agrees with the reference.")
+    return 1 if wrong else 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    with nd.open(options.file) as model:
+        print(f"{model.path}: {len(model.metadata)} metadata entries, {len(model.tensors)} tensors")
+        width = max(map(len, model.metadata), default=0)
+        for key, value in model.metadata.items():
+            print(f"  {key.ljust(width)}  {_short(value)}")
+        lines = [("tensor", "format", "shape", "bytes")] + [
+            (tensor.name, tensor.format.name, " x ".join(map(str, tensor.shape)) or "scalar", f"{tensor.n_bytes:,}")
+            for tensor in model.tensors.values()
+        ]
+        widths = [max(len(line[column]) for line in lines) for column in range(4)]
+        for name, kind, shape, size in lines if len(lines) > 1 else []:
+            print(f"{name.ljust(widths[0])}  {kind.ljust(widths[1])}  {shape.rjust(widths[2])}  {size.rjust(widths[3])}")
+    return 0
+
+
+def _short(value: Any) -> str:
+    if not isinstance(value, (str, int, float, bool)):
+        shown = [_short(item) for item in value[:3]]
+        more = ", ..." if len(value) > len(shown) else ""
+        return f"[{', '.join(shown)}{more}] ({len(value):,} items)"
+    if isinstance(value, str):
+        return repr(value if len(value) <= 60 else value[:57] + "...")
+    return str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""A file's bytes to GPU memory, by way of two small pinned buffers: one is filled while the other is on its way."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import numpy as np
+from cuda.core import Event, Stream
+from numpy.typing import NDArray
+
+from numba_dequant import runtime
+from numba_dequant.gguf_file import TensorInfo
+from numba_dequant.loader import truncated
+
+PIECE = 4 << 20
+"""Bytes per buffer: large enough to hide the cost of a call, small enough to be got quickly."""
+
+
+class Staging:
+    """The pinned buffers of one GPU, kept from tensor to tensor because they are expensive to get."""
+
+    def __init__(self, index: int) -> None:
+        with runtime.current(index):
+            self._buffers: list[NDArray[np.uint8]] = [runtime.pinned(PIECE) for _ in range(2)]
+        self._sent: list[Event | None] = [None, None]
+        self._next = 0
+        self._lock = threading.Lock()
+
+    def send(self, tensor: TensorInfo, pointer: int, stream: int) -> None:
+        """Queue the copy of a tensor's bytes to a device address.
+
+        Raises:
+            GgufError: the file ends before the tensor does.
+        """
+        with self._lock, open(tensor.path, "rb", buffering=0) as file:
+            for start in range(0, tensor.n_bytes, PIECE):
+                count = min(PIECE, tensor.n_bytes - start)
+                buffer = self._free_buffer()[:count]
+                if _read(file.fileno(), buffer, tensor.offset + start) < count:
+                    raise truncated(tensor)
+                runtime.copy_to_device(pointer + start, buffer, stream)
+                self._sent[self._next] = Stream.from_handle(stream).record()
+                self._next = 1 - self._next
+
+    def _free_buffer(self) -> NDArray[np.uint8]:
+        sent = self._sent[self._next]
+        if sent is not None:
+            sent.sync()
+        return self._buffers[self._next]
+
+
+def _read(file: int, buffer: NDArray[np.uint8], offset: int) -> int:
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(file, [memoryview(buffer)[done:]], offset + done)
+        if not count:
+            break
+        done += count
+    return done

@@ -1,0 +1,111 @@
+"""Run every tensor of a model on a device and compare it with the reference, bit for bit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.api import dequantize
+from numba_dequant.device import is_simulated
+from numba_dequant.format import Format
+from numba_dequant.loader import Model
+
+
+@dataclass
+class Row:
+    """What was found for all tensors of one format."""
+
+    format: Format
+    tensors: int = 0
+    elements: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    seconds: float = 0.0
+    different: int = 0
+    worst: float = 0.0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every bit agrees; a NaN need only be a NaN."""
+        return not self.different
+
+    @property
+    def speed(self) -> float:
+        """Bytes read and written per second, in GB/s."""
+        return (self.bytes_in + self.bytes_out) / self.seconds / 1e9 if self.seconds else 0.0
+
+
+def verify(model: Model, device: str, dtype: str = "float16", progress: Callable[[int], object] = id) -> list[Row]:
+    """Compare every tensor; one row per format, in the order of ggml's ids."""
+    rows: dict[str, Row] = {}
+    for name, tensor in model.tensors.items():
+        data = model.read(name)
+        expected = dequantize(data, tensor.format, dtype, tensor.shape, "reference")
+        found, seconds = _timed(data, tensor.format, dtype, tensor.shape, device)
+        row = rows.setdefault(tensor.format.name, Row(tensor.format))
+        different, worst = difference(found, expected)
+        row.tensors += 1
+        row.elements += expected.size
+        row.bytes_in += data.size
+        row.bytes_out += expected.nbytes
+        row.seconds += seconds
+        row.different += different
+        row.worst = max(row.worst, worst)
+        progress(data.size)
+    return sorted(rows.values(), key=lambda row: row.format.ggml_id)
+
+
+def _timed(
+    data: NDArray[np.uint8], source: Format, dtype: str, shape: tuple[int, ...], device: str
+) -> tuple[NDArray[Any], float]:
+    """The values from a device, and the time that dequantizing took there: copies to and from a GPU not counted."""
+    if not device.startswith("cuda") or is_simulated():
+        dequantize(data[: source.type_size], source, dtype, device=device)  # compiles
+        start = time.perf_counter()
+        found = dequantize(data, source, dtype, shape, device)
+        seconds = time.perf_counter() - start
+        return found.copy_to_host() if device.startswith("cuda") else found, seconds
+    from numba_dequant import gpu
+
+    return gpu.timed(data, source, dtype, shape, int(device.partition(":")[2] or 0))
+
+
+def difference(found: NDArray[Any], expected: NDArray[Any]) -> tuple[int, float]:
+    """How many elements differ in any bit, NaN aside, and by how much the worst one does."""
+    if found.dtype.kind in "iu":
+        different = found != expected
+        return int(different.sum()), float(np.abs(found.astype(object) - expected).max()) if different.any() else 0.0
+    bits = np.dtype(f"u{found.itemsize}")
+    a, b = found.astype(np.float64), expected.astype(np.float64)
+    neither = ~(np.isnan(a) | np.isnan(b))
+    different = np.where(neither, found.view(bits) != expected.view(bits), np.isnan(a) != np.isnan(b))
+    if not different.any():
+        return 0, 0.0
+    with np.errstate(invalid="ignore"):
+        return int(different.sum()), float(np.nan_to_num(np.abs(a - b), nan=np.inf)[different].max())
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    """The rows as lines of text."""
+    heads = ("format", "tensors", "elements", "bytes in", "bytes out", "GB/s", "result")
+    cells = [heads] + [
+        (
+            row.format.name,
+            f"{row.tensors:,}",
+            f"{row.elements:,}",
+            f"{row.bytes_in:,}",
+            f"{row.bytes_out:,}",
+            f"{row.speed:.2f}",
+            "exact" if row.is_exact else f"{row.different:,} differ, by up to {row.worst:g}",
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
+    for line in cells:
+        first, *middle, last = zip(line, widths, strict=True)
+        yield "  ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in middle), last[0]])
