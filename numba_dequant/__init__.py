@@ -1,5 +1,7 @@
 """Dequantize the compressed blocks of GGUF files, on an NVIDIA GPU or on the CPU."""
 
+from typing import Any
+
 from numba_dequant.api import dequantize
 from numba_dequant.errors import (
     DataError,
@@ -23,6 +25,7 @@ __all__ = [
     "FORMATS",
     "DataError",
     "DeviceError",
+    "DeviceTensor",
     "DtypeError",
     "Format",
     "GgufError",
@@ -37,3 +40,12 @@ __all__ = [
     "open",
     "register",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The CUDA packages take a while to import, and are needed only where there is a GPU.
+    if name == "DeviceTensor":
+        from numba_dequant.device_tensor import DeviceTensor
+
+        return DeviceTensor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

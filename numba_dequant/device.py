@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -75,4 +76,8 @@ def cuda_problem() -> str | None:
 
 @lru_cache(maxsize=1)
 def _say_once(problem: str) -> None:
-    warnings.warn(f"numba_dequant computes on the CPU: {problem}", RuntimeWarning, stacklevel=5)
+    # The warning points at the line of the user's that called us.
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"numba_dequant computes on the CPU: {problem}", RuntimeWarning, stacklevel=level)

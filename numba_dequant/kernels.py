@@ -102,7 +102,7 @@ def make_kernel(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any, 
                 values = decode(tile, at, np.int32(run % np.uint32(runs_per_block)))
                 store(out, element, values, n_elements - element if has_partial_runs else RUN)
 
-    dequantize_tile.__name__ = f"dequantize_{source.name}"
+    dequantize_tile.__name__ = dequantize_tile.__qualname__ = f"dequantize_{source.name}"
     return dequantize_tile
 
 

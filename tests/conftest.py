@@ -1,0 +1,74 @@
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from numba_dequant import FORMATS
+from numba_dequant.device import cuda_problem, is_simulated
+from numba_dequant.dtypes import numpy_dtype
+
+DATA = Path(__file__).parent / "data"
+
+QUANTIZED = [name for name, source in FORMATS.items() if source.block_size > 1]
+DECODED = [name for name, source in FORMATS.items() if source.decode is not None]
+GOLDEN = sorted(path.stem for path in (DATA / "golden").glob("*.npz"))
+DTYPES = ["float16", "bfloat16", "float32"]
+
+
+def pytest_collection_modifyitems(items):
+    problem = "the CUDA simulator is on" if is_simulated() else cuda_problem()
+    for item in items:
+        if problem and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {problem}"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Tests neither use nor fill the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NUMBA_DEQUANT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def golden(name):
+    """Bytes and GGML's float32 values, both (n_blocks, ...)."""
+    with np.load(DATA / "golden" / f"{name}.npz") as file:
+        return file["bytes"], file["f32"]
+
+
+def rounded(values, dtype):
+    with np.errstate(all="ignore"):
+        return values.astype(numpy_dtype(dtype))
+
+
+def assert_same_bits(found, expected):
+    """Equal bit for bit; a NaN need only be a NaN."""
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    bits = f"u{found.itemsize}"
+    missing = np.isnan(expected.astype(np.float32))
+    np.testing.assert_array_equal(np.isnan(found.astype(np.float32)), missing)
+    np.testing.assert_array_equal(found.view(bits)[~missing], expected.view(bits)[~missing])
+
+
+def random_blocks(name, n_blocks, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, n_blocks * FORMATS[name].type_size, np.uint8)
+
+
+def write_model(path, tensors, metadata=()):
+    """A GGUF file of name -> (format name, shape, bytes); gguf-py's writer does not know every format."""
+
+    def string(text):
+        return struct.pack("<Q", len(text.encode())) + text.encode()
+
+    header = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata))
+    for key, value in metadata:
+        header += string(key) + struct.pack("<I", 8) + string(value)
+    data = b""
+    for name, (kind, shape, values) in tensors.items():
+        header += string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        header += struct.pack("<IQ", FORMATS[kind].ggml_id, len(data))
+        data += bytes(values) + bytes(-len(bytes(values)) % 32)
+    path.write_bytes(header + bytes(-len(header) % 32) + data)
+    return path

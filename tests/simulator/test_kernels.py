@@ -1,0 +1,60 @@
+"""The kernels under Numba's CUDA simulator; tests/test_simulator.py runs this file in a process of its own."""
+
+import numpy as np
+import pytest
+from numba import cuda
+
+import numba_dequant as nd
+from conftest import DECODED, DTYPES, GOLDEN, assert_same_bits, golden, random_blocks, rounded
+from numba_dequant import kernels
+from numba_dequant.device import is_simulated
+from numba_dequant.mapping import MAPPINGS, mapping_named
+
+pytestmark = pytest.mark.skipif(not is_simulated(), reason="runs under NUMBA_ENABLE_CUDASIM=1")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden(name, dtype):
+    source = nd.FORMATS[name]
+    data, values = golden(name)
+    if source.block_size > 1:
+        step = max(len(data) // (2048 // source.block_size), 1)
+        data, values = data[::step], values[::step]
+    else:
+        data, values = data.reshape(-1)[: 4001 * source.type_size], values.reshape(-1)[:4001]
+    out = np.full(values.shape, 77, rounded(values, dtype).dtype)
+    nd.dequantize(np.ascontiguousarray(data), name, dtype, device="cuda", out=out)
+    assert_same_bits(out, rounded(values, dtype))
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "F16"])
+def test_sizes_around_a_tile(name, mapping):
+    source = nd.FORMATS[name]
+    tile = mapping_named(mapping, source).tile_elements // source.block_size
+    for n_blocks in {0, 1, tile - 1, tile, tile + 1}:
+        data = random_blocks(name, n_blocks)
+        out = np.full(n_blocks * source.block_size, 77, np.float16)
+        nd.dequantize(data, name, device="cuda", out=out, mapping=mapping)
+        assert_same_bits(out, nd.dequantize(data, name, device="reference"))
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_one_thread_block_per_quant_block_the_numba_way(name):
+    source = nd.FORMATS[name]
+    shape = mapping_named("block", source)
+    data = random_blocks(name, 24 if source.block_size == 1 else 3)
+    n = source.n_elements(data.size)
+    out = cuda.to_device(np.full(n, 77, np.float16))
+    kernels.jit(name)[shape.thread_blocks(n), shape.threads](cuda.to_device(data), n, out)
+    assert_same_bits(out.copy_to_host(), nd.dequantize(data, name, device="reference"))
+    if source.block_size > 1:
+        assert shape.thread_blocks(n) == 3
+
+
+def test_a_result_without_out():
+    data = random_blocks("Q6_K", 2)
+    found = nd.dequantize(data, "Q6_K", shape=(2, 256), device="cuda")
+    assert found.shape == (2, 256)
+    assert_same_bits(found.copy_to_host(), nd.dequantize(data, "Q6_K", shape=(2, 256), device="reference"))

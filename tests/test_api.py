@@ -1,0 +1,189 @@
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import assert_same_bits, random_blocks
+
+import numba_dequant as nd
+
+BLOCKS = random_blocks("Q8_0", 6)
+EXPECTED = nd.dequantize(BLOCKS, "Q8_0", device="reference")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [BLOCKS.tobytes(), bytearray(BLOCKS), memoryview(BLOCKS), BLOCKS, BLOCKS.reshape(6, 34), BLOCKS.view("<u2")],
+    ids=["bytes", "bytearray", "memoryview", "array", "2-D", "uint16"],
+)
+def test_every_kind_of_host_memory(data):
+    for device in ("reference", "cpu"):
+        assert_same_bits(nd.dequantize(data, "Q8_0", device=device), EXPECTED)
+
+
+def test_an_odd_address_is_read_all_the_same():
+    room = np.empty(BLOCKS.size + 1, np.uint8)
+    room[1:] = BLOCKS
+    assert_same_bits(nd.dequantize(room[1:], "Q8_0", device="cpu"), EXPECTED)
+
+
+def test_nothing_in_nothing_out():
+    assert nd.dequantize(b"", "Q4_K", device="cpu").shape == (0,)
+    assert nd.dequantize(b"", "Q4_K", shape=(0, 256), device="reference").shape == (0, 256)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", ml_dtypes.bfloat16, np.dtype(ml_dtypes.bfloat16)], ids=["name", "type", "dtype"]
+)
+def test_dtype_by_name_or_as_a_dtype(dtype):
+    assert nd.dequantize(BLOCKS, "Q8_0", dtype, device="cpu").dtype == ml_dtypes.bfloat16
+
+
+def test_dtype_of_torch():
+    class TorchDtype:
+        def __str__(self):
+            return "torch.bfloat16"
+
+    assert nd.dequantize(BLOCKS, "Q8_0", TorchDtype(), device="cpu").dtype == ml_dtypes.bfloat16
+
+
+def test_shape_and_out():
+    assert nd.dequantize(BLOCKS, "Q8_0", shape=(2, 3, 32), device="cpu").shape == (2, 3, 32)
+    out = np.full((3, 64), 7, np.float16)
+    assert nd.dequantize(BLOCKS, "Q8_0", device="cpu", out=out) is out
+    assert_same_bits(out.reshape(-1), EXPECTED)
+
+
+@pytest.mark.parametrize("format", ["Q9_Z", "q8_0", None, 8])
+def test_unknown_format(format):
+    with pytest.raises(nd.UnknownFormatError, match="unknown format .*Known formats: F32"):
+        nd.dequantize(BLOCKS, format, device="cpu")
+
+
+def test_unknown_format_suggests_a_near_one():
+    with pytest.raises(nd.UnknownFormatError, match="Did you mean 'Q8_0'"):
+        nd.dequantize(BLOCKS, "q8_0", device="cpu")
+
+
+@pytest.mark.parametrize("dtype", ["float64", np.int8, None, "half", object()])
+def test_unsupported_dtype(dtype):
+    with pytest.raises(nd.DtypeError, match="float16, bfloat16, float32"):
+        nd.dequantize(BLOCKS, "Q8_0", dtype, device="cpu")
+
+
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+def test_length_not_whole_blocks(device):
+    with pytest.raises(nd.DataError, match="blocks of 34 bytes, but 203 bytes were given: 33 too many"):
+        nd.dequantize(BLOCKS[:-1], "Q8_0", device=device)
+
+
+@pytest.mark.parametrize("data", ["text", 5, None, [1, 2], np.array([object()])])
+def test_not_bytes(data):
+    with pytest.raises(nd.DataError):
+        nd.dequantize(data, "Q8_0", device="cpu")
+
+
+def test_not_contiguous():
+    with pytest.raises(nd.DataError, match="contiguous"):
+        nd.dequantize(np.repeat(BLOCKS, 2)[::2], "Q8_0", device="cpu")
+
+
+@pytest.mark.parametrize("shape", [(6, 33), 191, (-1, 192), (2.5, 3), "ab", ()])
+def test_wrong_shape(shape):
+    with pytest.raises(nd.ShapeError):
+        nd.dequantize(BLOCKS, "Q8_0", shape=shape, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (np.empty(191, np.float16), "shape"),
+        (np.empty(192, np.float32), "float32, the result is float16"),
+        (np.empty(384, np.float16)[::2], "contiguous"),
+        ([0] * 192, "NumPy array"),
+        (np.frombuffer(bytes(384), np.float16), "writable"),
+    ],
+    ids=["size", "dtype", "strided", "list", "read-only"],
+)
+def test_wrong_out(out, message):
+    with pytest.raises(nd.OutputError, match=message):
+        nd.dequantize(BLOCKS, "Q8_0", device="cpu", out=out)
+
+
+def test_out_of_another_shape_than_asked():
+    with pytest.raises(nd.OutputError, match="shape"):
+        nd.dequantize(BLOCKS, "Q8_0", shape=(6, 32), device="cpu", out=np.empty(192, np.float16))
+
+
+def test_out_that_shares_memory_with_data():
+    room = np.zeros(1000, np.uint8)
+    room[:204] = BLOCKS
+    with pytest.raises(nd.OutputError, match="shares memory"):
+        nd.dequantize(room[:204], "Q8_0", device="cpu", out=room[100:484].view(np.float16))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:-1", "CPU", 0, ""])
+def test_unknown_device(device):
+    with pytest.raises(nd.DeviceError, match="unknown device"):
+        nd.dequantize(BLOCKS, "Q8_0", device=device)
+
+
+def test_stream_is_for_cuda():
+    with pytest.raises(nd.DeviceError, match="stream"):
+        nd.dequantize(BLOCKS, "Q8_0", device="cpu", stream=0)
+
+
+def test_unknown_mapping():
+    with pytest.raises(ValueError, match="tile, block"):
+        nd.dequantize(BLOCKS, "Q8_0", device="cpu", mapping="warp")
+
+
+def test_errors_have_one_base():
+    for name in nd.__all__:
+        if name.endswith("Error"):
+            assert issubclass(getattr(nd, name), nd.NumbaDequantError)
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_import_is_quick_and_leaves_numba_alone():
+    code = """
+import sys, time
+start = time.perf_counter()
+import numba_dequant
+seconds = time.perf_counter() - start
+heavy = {"numba", "llvmlite", "cuda", "gguf", "torch"} & set(sys.modules)
+assert not heavy, heavy
+print(seconds)
+"""
+    found = run(code)
+    assert found.returncode == 0, found.stderr
+    assert not found.stderr
+    assert float(found.stdout) < 0.3
+
+
+def test_no_device_given_and_no_gpu_says_so_once():
+    code = """
+import warnings
+import numba_dequant as nd
+from numba_dequant import device
+device.cuda_problem = lambda: "no GPU, says the test"
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        nd.dequantize(bytes(34), "Q8_0")
+assert len(caught) == 1, caught
+assert "computes on the CPU: no GPU, says the test" in str(caught[0].message)
+assert caught[0].filename == "<string>", caught[0].filename
+try:
+    nd.dequantize(bytes(34), "Q8_0", device="cuda")
+except nd.DeviceError as error:
+    assert "no GPU, says the test" in str(error)
+else:
+    raise SystemExit("cuda was taken")
+"""
+    found = run(code)
+    assert found.returncode == 0, found.stderr

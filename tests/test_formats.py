@@ -1,0 +1,151 @@
+import gguf
+import numpy as np
+import pytest
+from conftest import DECODED, DTYPES, GOLDEN, QUANTIZED, assert_same_bits, golden, random_blocks, rounded
+
+import numba_dequant as nd
+from numba_dequant import lowering_cpu
+from numba_dequant.format import Format, block_layout
+from numba_dequant.formats import REMOVED_IDS, format_with_id, register
+
+# What gguf-py 0.19 has wrong (Q8_1) or not at all: GGML's own numbers.
+GGML_SIZES = {"Q8_1": (32, 36), "Q2_0": (64, 18)}
+NOT_IN_GGUF_PY = {"Q1_0", "Q2_0", "Q8_1", "Q8_K"}
+
+
+def units(data, source):
+    return data.view(f"u{source.alignment}")
+
+
+@pytest.mark.parametrize("name", nd.FORMATS)
+def test_layout_has_ggml_s_size(name):
+    source = nd.FORMATS[name]
+    if name in GGML_SIZES:
+        expected = GGML_SIZES[name]
+    else:
+        kind = gguf.GGMLQuantizationType[name]
+        assert kind.value == source.ggml_id
+        expected = gguf.GGML_QUANT_SIZES[kind]
+    assert (source.block_size, source.type_size) == expected
+
+
+def test_formats_are_ordered_by_id():
+    ids = [source.ggml_id for source in nd.FORMATS.values()]
+    assert ids == sorted(set(ids))
+
+
+def test_golden_vectors_cover_every_quantized_format():
+    assert set(QUANTIZED) <= set(GOLDEN)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden(name, device, dtype):
+    data, values = golden(name)
+    found = nd.dequantize(data, name, dtype, values.shape, device)
+    assert_same_bits(found, rounded(values, dtype))
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_decode_in_plain_python(name):
+    source = nd.FORMATS[name]
+    data, values = golden(name)
+    data, values = data.reshape(-1), values.reshape(-1)
+    step = max(source.block_size, 8)
+    n_steps = min(values.size // step, 40)
+    block = units(data.copy(), source)  # of just the alignment that the kernels promise: the loads check it
+    with np.errstate(all="ignore"):
+        runs = [
+            source.decode(block, index * step // source.block_size * source.type_size, run)
+            for index in range(n_steps)
+            for run in range(step // 8)
+        ]
+    assert_same_bits(np.concatenate(runs), values[: n_steps * step])
+
+
+@pytest.mark.parametrize("name", [name for name in QUANTIZED if name not in NOT_IN_GGUF_PY])
+def test_gguf_py_agrees(name):
+    data = random_blocks(name, 200)
+    with np.errstate(all="ignore"):
+        expected = gguf.dequantize(data.reshape(200, -1), gguf.GGMLQuantizationType[name])
+    assert_same_bits(nd.dequantize(data, name, "float32", expected.shape, "reference"), expected)
+
+
+@pytest.mark.parametrize("name", DECODED)
+@pytest.mark.parametrize("n_elements", [0, 1, 7, 8, 9, 4095, 4097])
+def test_sizes_on_the_cpu(name, n_elements):
+    source = nd.FORMATS[name]
+    data = random_blocks(name, -(-n_elements // source.block_size))
+    out = np.full(source.n_elements(data.size), 77, np.float16)
+    assert nd.dequantize(data, name, device="cpu", out=out) is out
+    assert_same_bits(out, nd.dequantize(data, name, device="reference"))
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "F16", "Q8_0"])
+def test_many_threads_cover_everything(name, monkeypatch):
+    from numba_dequant import cpu
+
+    monkeypatch.setattr(cpu, "n_threads", lambda: 7)
+    source = nd.FORMATS[name]
+    data = random_blocks(name, 300_000 // source.block_size)
+    out = np.full(source.n_elements(data.size), 77, np.float32)
+    nd.dequantize(data, name, "float32", device="cpu", out=out)
+    assert_same_bits(out, nd.dequantize(data, name, "float32", device="reference"))
+
+
+def test_rounding_on_the_cpu_is_numpy_s_for_every_float16_and_its_neighbours():
+    halves = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32).view(np.uint32)
+    near = (halves[:, None] + np.array([-1, 0, 1, 4095, 4096, 4097, 8191], np.int64)).astype(np.uint32).reshape(-1)
+    values = np.concatenate([near, np.random.default_rng(1).integers(0, 2**32, 1 << 20, np.uint32)]).view(np.float32)
+    for dtype in ("float16", "bfloat16"):
+        assert_same_bits(nd.dequantize(values, "F32", dtype, device="cpu"), rounded(values, dtype))
+
+
+@pytest.mark.parametrize("name", ["I8", "I16", "I32", "I64", "F64"])
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+def test_plain_types_are_returned_as_they_are(name, device):
+    kind = nd.FORMATS[name].stored_dtype
+    values = np.arange(6, dtype=kind)
+    found = nd.dequantize(values, name, "float16", (2, 3), device)
+    assert found.dtype == kind
+    np.testing.assert_array_equal(found, values.reshape(2, 3))
+
+
+def test_ids_that_ggml_removed_are_refused():
+    for removed in REMOVED_IDS:
+        with pytest.raises(nd.UnknownFormatError, match="removed"):
+            format_with_id(removed)
+    with pytest.raises(nd.UnknownFormatError, match="43"):
+        format_with_id(43)
+
+
+def test_a_layout_with_padding_is_refused():
+    padded = np.dtype({"names": ["d", "qs"], "formats": ["<f2", ("u1", 16)], "offsets": [0, 4]})
+    with pytest.raises(ValueError, match="leave no byte out"):
+        Format("PADDED", 999, 32, padded, "")
+
+
+def test_a_registered_format_must_be_new():
+    with pytest.raises(ValueError, match="clashes with Q8_0"):
+        register(Format("Q8_0", 1000, 32, block_layout(qs=("u1", 16)), ""))
+
+
+def test_a_format_of_the_user_s_own_runs_on_the_cpu(request):
+    from numba_dequant.bits import load_8_bytes, to_float, unsigned_bytes
+    from numba_dequant.bits import load_u8
+
+    layout = block_layout(scale="u1", quants=("u1", 16))
+
+    def dequantize(blocks):
+        quants = np.stack([blocks["quants"] & 15, blocks["quants"] >> 4], axis=1).reshape(-1, 32)
+        return blocks["scale"].astype(np.float32)[:, None] * quants.astype(np.float32)
+
+    def decode(block, at, run):
+        packed = load_8_bytes(block, at + 1 + 8 * (run & 1)) >> (4 * (run >> 1))
+        return to_float(load_u8(block, at)) * unsigned_bytes(packed & 0x0F0F0F0F0F0F0F0F)
+
+    toy = Format("TOY", 900, 32, layout, "a toy", dequantize, decode)
+    data = np.random.default_rng(0).integers(0, 256, 17 * 50, np.uint8)
+    assert_same_bits(nd.dequantize(data, toy, device="cpu"), nd.dequantize(data, toy, device="reference"))
+    assert lowering_cpu.target.registered >= {decode}

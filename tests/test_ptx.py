@@ -1,0 +1,34 @@
+"""What the kernels compile to, checked where there is no GPU."""
+
+import re
+
+import pytest
+from conftest import DECODED, DTYPES
+
+import numba_dequant as nd
+from numba_dequant import compiler
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", DECODED)
+def test_wide_accesses_and_nothing_slow(name, dtype):
+    text = compiler.ptx(nd.FORMATS[name], dtype, "tile", (9, 0))
+    assert re.search(r"ld\.global\S*\.v4\.\w32|ld\.global\S*\.v2\.\w64", text), "no 16-byte load"
+    assert re.search(r"st\.global\S*\.v4\.\w32|st\.global\S*\.v2\.\w64", text), "no 16-byte store"
+    assert ".local" not in text
+    assert not re.search(r"\bcall\b", text)
+    assert ".f64" not in text
+    assert ".ftz" not in text
+    assert not re.search(r"\b(div|rem)\.", text)
+
+
+def test_literal_mapping_compiles():
+    for name in DECODED:
+        assert ".entry" in compiler.ptx(nd.FORMATS[name], "float16", "block", (9, 0))
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 6), (12, 0)])
+def test_other_gpus(capability):
+    name, code = compiler.cubin(nd.FORMATS["Q4_K"], "float16", "tile", capability)
+    assert code.startswith(b"\x7fELF")
+    assert "dequantize_Q4_K" in name

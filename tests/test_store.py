@@ -1,0 +1,105 @@
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import numba_dequant as nd
+from numba_dequant import cpu, store
+
+
+@pytest.fixture
+def empty_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_DEQUANT_CACHE_DIR", str(tmp_path))
+    cpu._compile.cache_clear()
+    yield tmp_path
+    cpu._compile.cache_clear()
+
+
+BLOCK = bytes(range(34))
+
+
+def compute():
+    return nd.dequantize(BLOCK, "Q8_0", device="cpu")
+
+
+def compute_in_a_new_process(directory):
+    os.environ["NUMBA_DEQUANT_CACHE_DIR"] = directory
+    return compute()
+
+
+def test_what_is_written_is_read():
+    assert store.write("entry", b"payload")
+    assert store.read("entry") == b"payload"
+    assert store.read("another") is None
+
+
+def test_compiled_once_then_loaded(empty_store, monkeypatch):
+    first = compute()
+    (entry,) = empty_store.iterdir()
+    before = entry.stat().st_mtime_ns
+    cpu._compile.cache_clear()
+    monkeypatch.setattr(store, "write", lambda *_: pytest.fail("compiled again"))
+    np.testing.assert_array_equal(compute(), first)
+    assert entry.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda content: b"", lambda content: content[:50], lambda content: content[:-1] + b"?", lambda content: b"x" * 99],
+    ids=["empty", "cut", "flipped", "rubbish"],
+)
+def test_a_damaged_entry_is_rebuilt(empty_store, damage):
+    first = compute()
+    (entry,) = empty_store.iterdir()
+    sound = entry.read_bytes()
+    entry.write_bytes(damage(sound))
+    cpu._compile.cache_clear()
+    np.testing.assert_array_equal(compute(), first)
+    assert store.read(entry.name) is not None
+
+
+def test_a_sound_entry_that_is_no_code_is_rebuilt(empty_store):
+    first = compute()
+    (entry,) = empty_store.iterdir()
+    store.write(entry.name, b"not a pickle")
+    cpu._compile.cache_clear()
+    np.testing.assert_array_equal(compute(), first)
+
+
+def test_a_directory_that_cannot_be_made(monkeypatch, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("NUMBA_DEQUANT_CACHE_DIR", str(blocked / "below"))
+    cpu._compile.cache_clear()
+    assert compute().shape == (32,)
+    assert store.write("entry", b"") is False
+
+
+def test_many_processes_at_once(empty_store):
+    first = compute()
+    for entry in empty_store.iterdir():
+        entry.unlink()
+    with ProcessPoolExecutor(4, get_context("spawn")) as pool:
+        for found in pool.map(compute_in_a_new_process, [str(empty_store)] * 8):
+            np.testing.assert_array_equal(found, first)
+    assert len(list(empty_store.iterdir())) == 1
+
+
+def test_the_name_depends_on_source_and_parts(monkeypatch):
+    name = store.entry_name("label", "1.0")
+    assert name != store.entry_name("label", "1.1")
+    monkeypatch.setattr(store, "package_digest", lambda: "another source")
+    assert name != store.entry_name("label", "1.0")
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+def test_the_directory_is_the_user_s(platform, monkeypatch, tmp_path):
+    monkeypatch.delenv("NUMBA_DEQUANT_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(store.sys, "platform", platform)
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tmp_path in Path(store.directory()).parents
