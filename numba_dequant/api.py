@@ -100,9 +100,7 @@ def _on_host(
     return result
 
 
-def _write(
-    data: NDArray[np.uint8], source: Format, dtype: str, flat: NDArray[Any], place: Place, mapping: str
-) -> None:
+def _write(data: NDArray[np.uint8], source: Format, dtype: str, flat: NDArray[Any], place: Place, mapping: str) -> None:
     if source.stored_dtype is not None:
         flat[:] = data.view(source.stored_dtype)
     elif place.kind == "reference":

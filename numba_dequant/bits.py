@@ -34,7 +34,7 @@ def helper(function: Function) -> Function:
 def _load(block: NDArray[Any], at: int, width: int, signed: bool) -> int:
     if at % min(width, block.itemsize):
         raise ValueError(f"a load of {width} bytes at byte {at} of an array aligned to {block.itemsize}")
-    item = bytes(memoryview(block.view(np.uint8))[at : at + width])
+    item = block.view(np.uint8)[at : at + width].tobytes()
     if len(item) != width:
         raise IndexError(f"a load of {width} bytes at byte {at} of an array of {block.nbytes}")
     return int.from_bytes(item, "little", signed=signed)
@@ -151,7 +151,7 @@ def copy_byte(tile: Any, at: int, data: Any, start: int) -> None:
 
 def is_aligned(data: Any, start: int) -> bool:
     """Whether byte `start` of `data` lies at an address that is a multiple of 16."""
-    return bool(start % 16 == 0)
+    return bool((data.ctypes.data + start) % 16 == 0)
 
 
 def lookup(table: NDArray[Any], index: int) -> int:

@@ -105,7 +105,9 @@ def _info(options: argparse.Namespace) -> int:
         ]
         widths = [max(len(line[column]) for line in lines) for column in range(4)]
         for name, kind, shape, size in lines if len(lines) > 1 else []:
-            print(f"{name.ljust(widths[0])}  {kind.ljust(widths[1])}  {shape.rjust(widths[2])}  {size.rjust(widths[3])}")
+            print(
+                f"{name.ljust(widths[0])}  {kind.ljust(widths[1])}  {shape.rjust(widths[2])}  {size.rjust(widths[3])}"
+            )
     return 0
 
 

@@ -10,7 +10,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import llvmlite
@@ -47,7 +47,11 @@ def dequantize_into(data: NDArray[np.uint8], source: Format, dtype: str, out: ND
     if n_shares == 1:
         span(data, 0, n_steps, stored)
     else:
-        list(_threads(os.getpid()).map(lambda share: span(data, bounds[share], bounds[share + 1], stored), range(n_shares)))
+        list(
+            _threads(os.getpid()).map(
+                lambda share: span(data, bounds[share], bounds[share + 1], stored), range(n_shares)
+            )
+        )
     if rest:
         # A plain array need not end on a whole run: its last elements get one of their own.
         padded = np.zeros(RUN * source.type_size, np.uint8)
@@ -75,7 +79,7 @@ def _compiled(source: Format, dtype: str) -> Span:
         return _compile(source, dtype)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compile(source: Format, dtype: str) -> Span:
     assert source.decode is not None
     register_decode(lowering_cpu.target, source.decode)
@@ -127,7 +131,7 @@ class _DiskCache(_Cache):  # type: ignore[misc]
             return None
         target_context.refresh()
         try:
-            return CompileResult._rebuild(target_context, *pickle.loads(payload))
+            return CompileResult._rebuild(target_context, *pickle.loads(payload))  # noqa: S301 the user's own cache directory
         except Exception:
             return None  # Whatever is wrong with an entry, compiling anew mends it.
 

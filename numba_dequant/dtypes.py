@@ -32,8 +32,10 @@ def dtype_name(dtype: Any) -> str:
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The NumPy dtype of an output type; bfloat16 is that of ml_dtypes."""
+    kind: Any = name
     if name == "bfloat16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
+        kind = ml_dtypes.bfloat16
+    found: np.dtype[Any] = np.dtype(kind)
+    return found

@@ -36,7 +36,8 @@ def block_layout(**fields: str | tuple[str, int]) -> np.dtype[np.void]:
 def field_offsets(layout: np.dtype[np.void]) -> tuple[int, ...]:
     """Byte position of each field within its block, in the order of the fields."""
     fields = layout.fields
-    assert fields is not None and layout.names is not None
+    assert fields is not None
+    assert layout.names is not None
     return tuple(fields[name][1] for name in layout.names)
 
 

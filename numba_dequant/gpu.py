@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cache, partial
 from statistics import median
 from typing import Any
 
@@ -146,7 +146,7 @@ def load_kernel(source: Format, dtype: str, mapping: str, capability: tuple[int,
         return _load_kernel(source, dtype, mapping, capability)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load_kernel(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -> Kernel:
     name, code = compiler.cubin(source, dtype, mapping, capability)
     return ObjectCode.from_cubin(code).get_kernel(name)

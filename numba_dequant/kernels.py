@@ -30,6 +30,10 @@ if not IS_SIMULATED:
     from numba_dequant import lowering_cuda
     from numba_dequant.lowering import register_decode
 
+int32: Any = np.int32
+int64: Any = np.int64
+uint32: Any = np.uint32
+
 STORES: dict[str, Callable[..., None]] = {
     "float16": bits.store_float16,
     "bfloat16": bits.store_bfloat16,
@@ -75,16 +79,16 @@ def make_kernel(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any, 
             tile = cuda.shared.array(tile_units, unit)
         else:
             tile = cuda.shared.array(tile_units, unit, alignment=16)
-        thread = np.int32(cuda.threadIdx.x)
-        first_block = np.int64(cuda.blockIdx.x) * tile_blocks
+        thread = int32(cuda.threadIdx.x)
+        first_block = int64(cuda.blockIdx.x) * tile_blocks
         start = first_block * type_size
-        n_bytes = np.int32(min(tile_blocks, n_elements // block_size - first_block)) * np.int32(type_size)
+        n_bytes = int32(min(tile_blocks, n_elements // block_size - first_block)) * int32(type_size)
         n_wide = n_bytes >> 4
         if not is_aligned(data, start):
-            n_wide = np.int32(0)
+            n_wide = int32(0)
         # A fixed number of steps rather than a loop that ends early: the loads are then in flight together.
         for step in range(wide_steps):
-            index = thread + np.int32(step * threads)
+            index = thread + int32(step * threads)
             if index < n_wide:
                 copy_16_bytes(tile, index << 4, data, start + (index << 4))
         index = (n_wide << 4) + thread
@@ -95,11 +99,11 @@ def make_kernel(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any, 
 
         # Unsigned, so that the compiler may divide by shifting.
         for step in range(runs):
-            run = np.uint32(thread + np.int32(step * threads))
-            element = first_block * block_size + np.int64(run) * RUN
+            run = uint32(thread + int32(step * threads))
+            element = first_block * block_size + int64(run) * RUN
             if element < n_elements:
-                at = np.int32(run // np.uint32(runs_per_block)) * np.int32(blocks_per_run * type_size)
-                values = decode(tile, at, np.int32(run % np.uint32(runs_per_block)))
+                at = int32(run // uint32(runs_per_block)) * int32(blocks_per_run * type_size)
+                values = decode(tile, at, int32(run % uint32(runs_per_block)))
                 store(out, element, values, n_elements - element if has_partial_runs else RUN)
 
     dequantize_tile.__name__ = dequantize_tile.__qualname__ = f"dequantize_{source.name}"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 from numba_dequant.api import dequantize
 from numba_dequant.device import Place, is_simulated, place_named
 from numba_dequant.dtypes import dtype_name
-from numba_dequant.errors import GgufError, OutputError
+from numba_dequant.errors import GgufError
 from numba_dequant.gguf_file import GgufFile, TensorInfo, open_gguf
 
 if TYPE_CHECKING:
@@ -78,7 +77,9 @@ class Model:
 
         Args:
             select: a pattern of names ("blk.*.weight", as in file names), a function of a `TensorInfo`, or None.
-            dtype, device, stream: as for `load`.
+            dtype: as for `load`.
+            device: as for `load`.
+            stream: as for `load`.
             progress: show a bar on a terminal or in a notebook.
         """
         place = str(place_named(device))
@@ -102,8 +103,9 @@ class Model:
         data = np.memmap(tensor.path, np.uint8, "r", tensor.offset, (tensor.n_bytes,))
         if tensor.byte_order == "big":
             layout = tensor.format.layout
-            return data.view(layout.newbyteorder(">")).astype(layout).view(np.uint8)
-        return data.view(np.ndarray)
+            data = data.view(layout.newbyteorder(">")).astype(layout).view(np.uint8)
+        plain: NDArray[np.uint8] = data.view(np.ndarray)
+        return plain
 
     def close(self) -> None:
         """Give back the host memory that loading used. Loaded tensors stay."""
@@ -116,7 +118,7 @@ class Model:
             self._staging[place.index] = Staging(place.index)
         return self._staging[place.index]
 
-    def __enter__(self) -> Model:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

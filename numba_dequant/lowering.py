@@ -25,7 +25,7 @@ Codegen = Callable[[Any, Any, Any, Any], Any]
 Emit = Callable[[ir.IRBuilder, Any], Any]
 
 
-class EightFloats(types.Type):  # type: ignore[misc]
+class EightFloats(types.Type):
     """Numba's type of what a `decode` returns: eight float32 side by side."""
 
     def __init__(self) -> None:
@@ -68,11 +68,14 @@ def splat(value: int, kind: ir.Type = WORD) -> ir.Constant:
 
 
 def data_pointer(context: Any, builder: ir.IRBuilder, kind: Any, value: Any) -> Any:
-    pointer = value if isinstance(kind, types.CPointer) else context.make_helper(builder, kind, value).data
+    """The address of an array's bytes; a kernel's arguments may also be bare addresses."""
+    is_array = isinstance(kind, types.Array)
+    pointer = context.make_helper(builder, kind, value).data if is_array else value
     return builder.bitcast(pointer, ir.PointerType(BYTE))
 
 
 def pointer_at(builder: ir.IRBuilder, pointer: Any, at: Any, kind: ir.Type) -> Any:
+    """The address `at` bytes on, as that of a `kind`."""
     return builder.bitcast(builder.gep(pointer, [at]), ir.PointerType(kind))
 
 
@@ -212,7 +215,9 @@ def install(target: Target) -> None:
         (bits.load_u32, 4, False),
         (bits.load_8_bytes, 8, True),
     ):
-        implement(target, load, types.int64, (None, types.int64), load_codegen(width, signed, target.loads_are_invariant))
+        implement(
+            target, load, types.int64, (None, types.int64), load_codegen(width, signed, target.loads_are_invariant)
+        )
     for convert, kind, codegen in (
         (bits.half, types.uint16, emit(target.half_to_float)),
         (bits.brain, types.uint16, emit(brain)),
@@ -225,12 +230,12 @@ def install(target: Target) -> None:
     implement(target, bits.lookup, types.int64, (None, types.int64), lookup_codegen)
     implement(target, bits.lookup_nibbles, types.int64, (None, types.int64), lookup_nibbles_codegen)
     implement(target, bits.spread_bits, types.int64, (types.int64,), emit(spread_bits))
-    for load, kind, widen in (
+    for load_eight, item, widen in (
         (bits.load_8_floats, WORD, single),
         (bits.load_8_halves, SHORT, target.half_to_float),
         (bits.load_8_brains, SHORT, brain),
     ):
-        implement(target, load, EIGHT, (None, types.int64), eight_loads_codegen(kind, widen))
+        implement(target, load_eight, EIGHT, (None, types.int64), eight_loads_codegen(item, widen))
     for store, words in (
         (bits.store_float16, target.round_to_half),
         (bits.store_bfloat16, target.round_to_brain),
@@ -282,13 +287,13 @@ def implement(
 
     # Numba wants the number of parameters spelled out.
     if len(kinds) == 1:
-        one = target.intrinsic(lambda typing_context, a: typed(a))
+        one = target.intrinsic(lambda _, a: typed(a))
         target.overload(function)(lambda a: lambda a: one(a))
     elif len(kinds) == 2:
-        two = target.intrinsic(lambda typing_context, a, b: typed(a, b))
+        two = target.intrinsic(lambda _, a, b: typed(a, b))
         target.overload(function)(lambda a, b: lambda a, b: two(a, b))
     else:
-        four = target.intrinsic(lambda typing_context, a, b, c, d: typed(a, b, c, d))
+        four = target.intrinsic(lambda _, a, b, c, d: typed(a, b, c, d))
         target.overload(function)(lambda a, b, c, d: lambda a, b, c, d: four(a, b, c, d))
 
 
@@ -299,6 +304,6 @@ def _implement_operator(target: Target, sign: Callable[..., Any], codegen: Codeg
         return lambda a, b: two(a, b)
 
     two = target.intrinsic(
-        lambda typing_context, a, b: (EIGHT(*(EIGHT if kind is EIGHT else types.float32 for kind in (a, b))), codegen)
+        lambda _, a, b: (EIGHT(*(EIGHT if kind is EIGHT else types.float32 for kind in (a, b))), codegen)
     )
     target.overload(sign, strict=False)(of_eight)

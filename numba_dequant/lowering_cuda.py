@@ -9,7 +9,7 @@ from numba.core import types
 from numba.cuda.extending import core_models, intrinsic, overload, register_model
 
 from numba_dequant import bits, lowering
-from numba_dequant.lowering import BYTE, FLOAT, LONG, SHORT, WORD
+from numba_dequant.lowering import BYTE, FLOAT, LONG, WORD
 
 FOUR_WORDS = ir.VectorType(WORD, 4)
 

@@ -53,7 +53,7 @@ class Staging:
 def _read(file: int, buffer: NDArray[np.uint8], offset: int) -> int:
     done = 0
     while done < len(buffer):
-        count = os.preadv(file, [memoryview(buffer)[done:]], offset + done)
+        count = os.preadv(file, [buffer[done:].data], offset + done)
         if not count:
             break
         done += count

@@ -16,7 +16,7 @@ TARGET = Path(__file__).parents[1] / "numba_dequant" / "sample" / "sample.gguf"
 
 
 def blocks(source, generator):
-    """Random bytes, with the scales of most blocks made ordinary numbers; all other bytes are meaningful as they are."""
+    """Random bytes, with the scales of most blocks made ordinary numbers; all others mean something as they are."""
     n_blocks = ROWS * COLUMNS // source.block_size
     data = generator.integers(0, 256, (n_blocks, source.type_size), np.uint8).view(source.layout)[:, 0]
     for name in source.layout.names:

@@ -57,7 +57,7 @@ def test_shape_and_out():
 
 @pytest.mark.parametrize("format", ["Q9_Z", "q8_0", None, 8])
 def test_unknown_format(format):
-    with pytest.raises(nd.UnknownFormatError, match="unknown format .*Known formats: F32"):
+    with pytest.raises(nd.UnknownFormatError, match=r"unknown format .*Known formats: F32"):
         nd.dequantize(BLOCKS, format, device="cpu")
 
 

@@ -132,8 +132,7 @@ def test_a_registered_format_must_be_new():
 
 
 def test_a_format_of_the_user_s_own_runs_on_the_cpu(request):
-    from numba_dequant.bits import load_8_bytes, to_float, unsigned_bytes
-    from numba_dequant.bits import load_u8
+    from numba_dequant.bits import load_8_bytes, load_u8, to_float, unsigned_bytes
 
     layout = block_layout(scale="u1", quants=("u1", 16))
 

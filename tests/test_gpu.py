@@ -95,7 +95,9 @@ def test_from_host_memory(name, dtype):
 @pytest.mark.parametrize("name", ["I8", "I32", "I64", "F64"])
 def test_plain_types(name):
     values = np.arange(24, dtype=nd.FORMATS[name].stored_dtype)
-    np.testing.assert_array_equal(nd.dequantize(values, name, shape=(4, 6), device="cuda").copy_to_host().ravel(), values)
+    np.testing.assert_array_equal(
+        nd.dequantize(values, name, shape=(4, 6), device="cuda").copy_to_host().ravel(), values
+    )
 
 
 def test_nothing_in_nothing_out():
@@ -277,7 +279,7 @@ def test_the_caller_s_context_is_put_back():
 
 
 def test_out_of_memory():
-    with pytest.raises(nd.DeviceError, match="out of memory: .* bytes were asked for"), runtime.current(0) as device:
+    with pytest.raises(nd.DeviceError, match=r"out of memory: .* bytes were asked for"), runtime.current(0) as device:
         runtime.allocate(1 << 45, device, 0)
     assert nd.dequantize(bytes(34), "Q8_0", device="cuda").size == 32
 

@@ -40,9 +40,16 @@ def decode(block: Any, at: int, run: int) -> Any:
     packed = load_8_bytes(block, at + QS + 32 * (run >> 4) + 8 * (run & 3))
     two_bits = (packed >> (2 * ((run >> 2) & 3))) & 0x0303030303030303
     third_bit = (load_8_bytes(block, at + HMASK + 8 * (run & 3)) >> (run >> 2)) & 0x0101010101010101
-    return d * (unsigned_bytes(two_bits | (third_bit << 2)) - 4)
+    values: NDArray[np.float32] = d * (unsigned_bytes(two_bits | (third_bit << 2)) - 4)
+    return values
 
 
 Q3_K = Format(
-    "Q3_K", 11, 256, LAYOUT, "16 sub-blocks of 16 three-bit numbers centred on 4, a 6-bit scale each", dequantize, decode
+    "Q3_K",
+    11,
+    256,
+    LAYOUT,
+    "16 sub-blocks of 16 three-bit numbers centred on 4, a 6-bit scale each",
+    dequantize,
+    decode,
 )

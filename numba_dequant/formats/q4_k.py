@@ -34,7 +34,8 @@ def decode(block: Any, at: int, run: int) -> Any:
     dmin = half(load_u16(block, at + DMIN)) * to_float(minimum_of(block, at + SCALES, sub_block))
     packed = load_8_bytes(block, at + QS + 32 * (sub_block >> 1) + 8 * (run & 3))
     quants = (packed >> (4 * (sub_block & 1))) & 0x0F0F0F0F0F0F0F0F
-    return d * unsigned_bytes(quants) - dmin
+    values: NDArray[np.float32] = d * unsigned_bytes(quants) - dmin
+    return values
 
 
 Q4_K = Format(

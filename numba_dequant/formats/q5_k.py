@@ -37,9 +37,16 @@ def decode(block: Any, at: int, run: int) -> Any:
     packed = load_8_bytes(block, at + QS + 32 * (sub_block >> 1) + 8 * (run & 3))
     low = (packed >> (4 * (sub_block & 1))) & 0x0F0F0F0F0F0F0F0F
     high = (load_8_bytes(block, at + QH + 8 * (run & 3)) >> sub_block) & 0x0101010101010101
-    return d * unsigned_bytes(low | (high << 4)) - dmin
+    values: NDArray[np.float32] = d * unsigned_bytes(low | (high << 4)) - dmin
+    return values
 
 
 Q5_K = Format(
-    "Q5_K", 13, 256, LAYOUT, "eight sub-blocks of 32 five-bit numbers, a 6-bit scale and minimum each", dequantize, decode
+    "Q5_K",
+    13,
+    256,
+    LAYOUT,
+    "eight sub-blocks of 32 five-bit numbers, a 6-bit scale and minimum each",
+    dequantize,
+    decode,
 )

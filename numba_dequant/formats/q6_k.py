@@ -1,8 +1,8 @@
 """Q6_K: a super-block of 16 sub-blocks of 16 six-bit numbers, centred on 32, each with an 8-bit scale.
 
-Each half of the super-block (128 elements) is four groups of 32. Its 64 bytes of `ql` hold the low nibbles: groups 0 and
-1 in the low half of each byte, groups 2 and 3 in the high half. Its 32 bytes of `qh` hold the top two bits: byte i has
-those of element i of each group, group 0 lowest.
+Each half of the super-block (128 elements) is four groups of 32. Its 64 bytes of `ql` hold the low nibbles: groups 0
+and 1 in the low half of each byte, groups 2 and 3 in the high half. Its 32 bytes of `qh` hold the top two bits: byte i
+has those of element i of each group, group 0 lowest.
 
 Source: GGML, `block_q6_K` in ggml-common.h and `dequantize_row_q6_K` in ggml-quants.c.
 """
@@ -35,9 +35,16 @@ def decode(block: Any, at: int, run: int) -> Any:
     low = (packed >> (4 * (group >> 1))) & 0x0F0F0F0F0F0F0F0F
     top = load_8_bytes(block, at + QH + 32 * (run >> 4) + 8 * (run & 3))
     high = (top >> (2 * group)) & 0x0303030303030303
-    return d * (unsigned_bytes(low | (high << 4)) - 32)
+    values: NDArray[np.float32] = d * (unsigned_bytes(low | (high << 4)) - 32)
+    return values
 
 
 Q6_K = Format(
-    "Q6_K", 14, 256, LAYOUT, "16 sub-blocks of 16 six-bit numbers centred on 32, an 8-bit scale each", dequantize, decode
+    "Q6_K",
+    14,
+    256,
+    LAYOUT,
+    "16 sub-blocks of 16 six-bit numbers centred on 32, an 8-bit scale each",
+    dequantize,
+    decode,
 )

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from conftest import DECODED, DTYPES, GOLDEN, assert_same_bits, golden, random_blocks, rounded
 from numba import cuda
 
 import numba_dequant as nd
-from conftest import DECODED, DTYPES, GOLDEN, assert_same_bits, golden, random_blocks, rounded
 from numba_dequant import kernels
 from numba_dequant.device import is_simulated
 from numba_dequant.mapping import MAPPINGS, mapping_named
