@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,10 @@ from numba_dequant.errors import DataError, DeviceError
 
 LEGACY_STREAM = 1
 """The name of the default stream in `__cuda_array_interface__` and DLPack."""
+
+
+DLPACK_UNSIGNED, DLPACK_BFLOAT = 1, 4
+"""Type codes of DLPack."""
 
 
 @dataclass(frozen=True)
@@ -200,8 +205,25 @@ def export(
     memory: DeviceBytes, shape: tuple[int, ...], dtype: np.dtype[Any], max_version: tuple[int, int] | None
 ) -> object:
     """A DLPack capsule that shares memory of ours and keeps it alive."""
-    whole = StridedMemoryView.from_buffer(memory.owner, shape, itemsize=dtype.itemsize, dtype=dtype)
-    return whole.__dlpack__(stream=-1, max_version=max_version)
+    is_brain = dtype.name == "bfloat16"
+    kind = np.dtype(np.uint16) if is_brain else dtype
+    whole = StridedMemoryView.from_buffer(memory.owner, shape, itemsize=kind.itemsize, dtype=kind)
+    capsule = whole.__dlpack__(stream=-1, max_version=max_version)
+    if is_brain:
+        _say_bfloat16(capsule)
+    return capsule
+
+
+def _say_bfloat16(capsule: object) -> None:
+    # cuda.core exports no bfloat16, so the type in the capsule, which nobody has seen yet, is corrected. The DLTensor
+    # starts the old kind of capsule; the new kind puts 32 bytes of version, context, deleter and flags before it.
+    # Within it, the type's code follows a pointer (8 bytes), a device (8) and the number of dimensions (4).
+    name, start = (b"dltensor", 0) if "dltensor_versioned" not in repr(capsule) else (b"dltensor_versioned", 32)
+    get = ctypes.pythonapi.PyCapsule_GetPointer
+    get.restype, get.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    code = ctypes.c_uint8.from_address(get(capsule, name) + start + 20)
+    assert code.value == DLPACK_UNSIGNED
+    code.value = DLPACK_BFLOAT
 
 
 def _check(result: tuple[Any, ...]) -> None:

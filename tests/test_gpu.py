@@ -105,6 +105,7 @@ def test_nothing_in_nothing_out():
     assert tensor.copy_to_host().shape == (0, 256)
 
 
+@pytest.mark.filterwarnings("ignore:.*Grid size 9")
 def test_one_thread_block_per_quant_block_the_numba_way():
     from numba import cuda
 
