@@ -15,8 +15,7 @@ from tqdm.auto import tqdm
 from numba_dequant.api import dequantize
 from numba_dequant.device import Place, is_simulated, place_named
 from numba_dequant.dtypes import dtype_name
-from numba_dequant.errors import GgufError
-from numba_dequant.gguf_file import GgufFile, TensorInfo, open_gguf
+from numba_dequant.gguf_file import GgufFile, TensorInfo, open_gguf, truncated
 
 if TYPE_CHECKING:
     from numba_dequant.staging import Staging
@@ -128,15 +127,6 @@ class Model:
 
     def __repr__(self) -> str:
         return f"Model({self.path!r}, {len(self.tensors)} tensors)"
-
-
-def truncated(tensor: TensorInfo) -> GgufError:
-    """The error for a file that ends before a tensor does."""
-    size = os.path.getsize(tensor.path)
-    end = tensor.offset + tensor.n_bytes
-    return GgufError(
-        str(tensor.path), f"data of tensor {tensor.name!r}", tensor.offset, f"a file of {size} bytes", f"at least {end}"
-    )
 
 
 def _picks(select: Select, tensor: TensorInfo) -> bool:

@@ -10,8 +10,7 @@ from cuda.core import Event, Stream
 from numpy.typing import NDArray
 
 from numba_dequant import runtime
-from numba_dequant.gguf_file import TensorInfo
-from numba_dequant.loader import truncated
+from numba_dequant.gguf_file import TensorInfo, truncated
 
 PIECE = 4 << 20
 """Bytes per buffer: large enough to hide the cost of a call, small enough to be got quickly."""

@@ -61,8 +61,7 @@ def format_with_id(ggml_id: int) -> Format:
         if known.ggml_id == ggml_id:
             return known
     removed = " (a format that GGML has removed)" if ggml_id in REMOVED_IDS else ""
-    allowed = ", ".join(str(known.ggml_id) for known in _formats.values())
-    raise UnknownFormatError(f"unknown ggml type {ggml_id}{removed}; known types: {allowed}")
+    raise UnknownFormatError(f"unknown ggml type {ggml_id}{removed}")
 
 
 for _module in pkgutil.iter_modules(__path__):
