@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
+from typing import Any
 
 from numba_dequant import store
 from numba_dequant.format import Format
@@ -28,7 +30,7 @@ def cubin(source: Format, dtype: str, mapping: str, capability: tuple[int, int])
     kept = store.read(entry) if is_ours else None
     if kept is None:
         text = ptx(source, dtype, mapping, capability)
-        kept = _entry_point(text).encode() + b"\0" + _assemble(text, capability)
+        kept = entry_point(text).encode() + b"\0" + assemble(text, capability)
         if is_ours:
             store.write(entry, kept)
     name, code = kept.split(b"\0", 1)
@@ -37,12 +39,16 @@ def cubin(source: Format, dtype: str, mapping: str, capability: tuple[int, int])
 
 def ptx(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -> str:
     """The PTX text of a kernel whose arguments are two addresses, with the number of elements between them."""
+    from numba_dequant.kernels import make_kernel
+
+    return function_ptx(make_kernel(source, dtype, mapping_named(mapping, source)), capability)
+
+
+def function_ptx(kernel: Callable[[Any, int, Any], None], capability: tuple[int, int]) -> str:
+    """The PTX text of any function with the arguments of a kernel."""
     from numba import cuda, types
     from numba.cuda import dispatcher
 
-    from numba_dequant.kernels import make_kernel
-
-    kernel = make_kernel(source, dtype, mapping_named(mapping, source))
     address = types.CPointer(types.uint8)
     with _lock:
         # numba-cuda asks the current device which GPU to compile the kernel's callees for; here we know better.
@@ -56,13 +62,15 @@ def ptx(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -
     return text
 
 
-def _entry_point(text: str) -> str:
+def entry_point(text: str) -> str:
+    """The name of the kernel in a PTX text."""
     found = re.search(r"\.entry\s+(\w+)", text)
     assert found is not None
     return found[1]
 
 
-def _assemble(text: str, capability: tuple[int, int]) -> bytes:
+def assemble(text: str, capability: tuple[int, int]) -> bytes:
+    """PTX text to machine code, by the linker of the CUDA toolkit."""
     from cuda.core import Program, ProgramOptions
 
     options = ProgramOptions(arch=f"sm_{capability[0]}{capability[1]}")

@@ -105,6 +105,8 @@ def _span_function(source: Format, store_run: Callable[..., None]) -> Span:
             for run in range(runs_per_step):
                 store_run(out, index * step + run * RUN, decode(data, index * step_bytes, run), RUN)
 
+    # Code from disk is linked by name with code compiled here: no two functions may share one.
+    dequantize_span.__name__ = dequantize_span.__qualname__ = f"dequantize_{source.name}_by_{store_run.__name__}"
     return dequantize_span
 
 

@@ -99,7 +99,7 @@ class Model:
             return np.empty(0, np.uint8)
         if os.path.getsize(tensor.path) < tensor.offset + tensor.n_bytes:
             raise truncated(tensor)
-        data = np.memmap(tensor.path, np.uint8, "r", tensor.offset, (tensor.n_bytes,))
+        data: NDArray[Any] = np.memmap(tensor.path, np.uint8, "r", tensor.offset, (tensor.n_bytes,))
         if tensor.byte_order == "big":
             layout = tensor.format.layout
             data = data.view(layout.newbyteorder(">")).astype(layout).view(np.uint8)

@@ -286,24 +286,35 @@ def implement(
         return result(*(kind or here for kind, here in zip(kinds, given, strict=True))), codegen
 
     # Numba wants the number of parameters spelled out.
+    stand_in: Callable[..., Any]
     if len(kinds) == 1:
         one = target.intrinsic(lambda _, a: typed(a))
-        target.overload(function)(lambda a: lambda a: one(a))
+        stand_in = lambda a: one(a)  # noqa: E731
     elif len(kinds) == 2:
         two = target.intrinsic(lambda _, a, b: typed(a, b))
-        target.overload(function)(lambda a, b: lambda a, b: two(a, b))
+        stand_in = lambda a, b: two(a, b)  # noqa: E731
     else:
         four = target.intrinsic(lambda _, a, b, c, d: typed(a, b, c, d))
-        target.overload(function)(lambda a, b, c, d: lambda a, b, c, d: four(a, b, c, d))
+        stand_in = lambda a, b, c, d: four(a, b, c, d)  # noqa: E731
+    _name(stand_in, function)
+    target.overload(function, strict=False)(lambda *given: stand_in)
 
 
 def _implement_operator(target: Target, sign: Callable[..., Any], codegen: Codegen) -> None:
     def of_eight(a: Any, b: Any) -> Any:
         if EIGHT not in (a, b) or not all(kind is EIGHT or isinstance(kind, types.Number) for kind in (a, b)):
             return None
-        return lambda a, b: two(a, b)
+        return stand_in
 
     two = target.intrinsic(
         lambda _, a, b: (EIGHT(*(EIGHT if kind is EIGHT else types.float32 for kind in (a, b))), codegen)
     )
+    stand_in = lambda a, b: two(a, b)  # noqa: E731
+    _name(stand_in, sign)
     target.overload(sign, strict=False)(of_eight)
+
+
+def _name(stand_in: Callable[..., Any], function: Callable[..., Any]) -> None:
+    # Code that comes from disk is linked by name with code compiled here. Names that Numba numbers as it goes would
+    # then mean one function in this process and another in the process that wrote the code.
+    stand_in.__name__ = stand_in.__qualname__ = f"{function.__name__}_in_numba"

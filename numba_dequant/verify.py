@@ -81,13 +81,14 @@ def difference(found: NDArray[Any], expected: NDArray[Any]) -> tuple[int, float]
         different = found != expected
         return int(different.sum()), float(np.abs(found.astype(object) - expected).max()) if different.any() else 0.0
     bits = np.dtype(f"u{found.itemsize}")
-    a, b = found.astype(np.float64), expected.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # what NumPy says of casting some NaNs
+        a, b = found.astype(np.float64), expected.astype(np.float64)
     neither = ~(np.isnan(a) | np.isnan(b))
     different = np.where(neither, found.view(bits) != expected.view(bits), np.isnan(a) != np.isnan(b))
     if not different.any():
         return 0, 0.0
     with np.errstate(invalid="ignore"):
-        return int(different.sum()), float(np.nan_to_num(np.abs(a - b), nan=np.inf)[different].max())
+        return int(different.sum()), float(np.where(neither, np.abs(a - b), np.inf)[different].max())
 
 
 def table(rows: list[Row]) -> Iterator[str]:

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -86,6 +88,24 @@ def test_many_processes_at_once(empty_store):
         for found in pool.map(compute_in_a_new_process, [str(empty_store)] * 8):
             np.testing.assert_array_equal(found, first)
     assert len(list(empty_store.iterdir())) == 1
+
+
+def test_code_from_disk_and_code_compiled_here_do_not_mix(empty_store):
+    """Numba numbers functions as it compiles them; a process that compiles in another order numbers them otherwise."""
+    code = """
+import sys
+import numpy as np, numba_dequant as nd
+for name in sys.argv[1:]:
+    data = np.arange(nd.FORMATS[name].type_size * 24, dtype=np.uint8)
+    found = nd.dequantize(data, name, device="cpu").view(np.uint16)
+    expected = nd.dequantize(data, name, device="reference").view(np.uint16)
+    assert np.array_equal(found, expected), name
+"""
+    names = ["Q8_0", "Q4_0", "Q4_K", "F16", "IQ4_NL"]
+    for order in (names[:3], names[::-1], names[2:] + names[:2], names):
+        found = subprocess.run([sys.executable, "-c", code, *order], capture_output=True, text=True, check=False)
+        assert found.returncode == 0, found.stderr
+        next(empty_store.glob("cpu-Q4_0-*")).unlink()
 
 
 def test_the_name_depends_on_source_and_parts(monkeypatch):

@@ -1,0 +1,152 @@
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import random_blocks, write_model
+
+import numba_dequant as nd
+from numba_dequant import cli, verify
+
+SAMPLE = str(cli.SAMPLE)
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "-W", "error", "-m", "numba_dequant", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def test_the_sample_holds_every_format():
+    assert {tensor.format.name for tensor in nd.open(SAMPLE).tensors.values()} == set(nd.FORMATS)
+
+
+def test_verify_without_a_file():
+    found = run("verify", "--device", "cpu")
+    assert found.returncode == 0, found.stderr
+    assert "on cpu" in found.stdout
+    assert "Every bit agrees" in found.stdout
+    lines = {line.split()[0]: line for line in found.stdout.splitlines()[2:-1]}
+    assert set(lines) == set(nd.FORMATS)
+    assert all(line.endswith("exact") for line in lines.values())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_verify_other_types(dtype, capsys):
+    assert cli.main(["verify", "--device", "cpu", "--dtype", dtype]) == 0
+    assert dtype in capsys.readouterr().out
+
+
+def test_verify_says_which_device_and_why(capsys, monkeypatch):
+    monkeypatch.setattr(cli.device, "cuda_problem", lambda: "no GPU, says the test")
+    assert cli.main(["verify"]) == 0
+    assert "on cpu (no GPU, says the test)" in capsys.readouterr().out
+
+
+def test_verify_finds_a_wrong_bit(tmp_path, capsys, monkeypatch):
+    path = write_model(tmp_path / "m.gguf", {"w": ("Q8_0", (4, 64), random_blocks("Q8_0", 8))})
+    right = verify.dequantize
+
+    def wrong(data, source, dtype, shape=None, device=None):
+        values = right(data, source, dtype, shape, device)
+        if device == "cpu" and values.ndim == 2:
+            values[3, 7] += 1
+        return values
+
+    monkeypatch.setattr(verify, "dequantize", wrong)
+    assert cli.main(["verify", str(path), "--device", "cpu"]) == 1
+    shown = capsys.readouterr().out
+    assert "1 differ, by up to" in shown
+    assert "DIFFERENT from the reference: Q8_0" in shown
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "count", "worst"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], 0, 0.0),
+        ([1.0, 2.5], [1.0, 2.0], 1, 0.5),
+        ([0.0, 2.0], [-0.0, 2.0], 1, 0.0),
+        ([np.nan, 2.0], [np.nan, 2.0], 0, 0.0),
+        ([np.nan, 2.0], [1.0, 2.0], 1, np.inf),
+    ],
+    ids=["same", "value", "sign of zero", "both NaN", "one NaN"],
+)
+def test_difference(found, expected, count, worst):
+    assert verify.difference(np.array(found, np.float16), np.array(expected, np.float16)) == (count, worst)
+
+
+def test_info(tmp_path):
+    path = write_model(
+        tmp_path / "m.gguf", {"a.weight": ("Q4_K", (3, 512), random_blocks("Q4_K", 6))}, [("general.name", "x" * 100)]
+    )
+    found = run("info", str(path))
+    assert found.returncode == 0, found.stderr
+    assert "general.name" in found.stdout
+    assert "a.weight  Q4_K    3 x 512    864" in found.stdout
+
+
+@pytest.mark.parametrize("command", ["verify", "info"])
+def test_a_missing_file(command, tmp_path):
+    found = run(command, str(tmp_path / "none.gguf"))
+    assert found.returncode == 2
+    assert found.stderr.strip() == f"numba-dequant: {tmp_path / 'none.gguf'}: No such file or directory"
+
+
+@pytest.mark.parametrize("command", ["verify", "info"])
+def test_a_file_that_is_not_gguf(command, tmp_path):
+    (tmp_path / "x.gguf").write_text("hello")
+    found = run(command, str(tmp_path / "x.gguf"))
+    assert found.returncode == 2
+    assert "this is no GGUF file" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_a_reader_that_leaves():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "numba_dequant", "info", SAMPLE], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    error = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 141
+    assert error == b""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk():
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [sys.executable, "-m", "numba_dequant", "info", SAMPLE],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert found.returncode == 2
+    assert found.stderr.strip() == "numba-dequant: No space left on device"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["verify", "--help"], ["info", "--help"], ["--version"]])
+def test_help(arguments):
+    found = run(*arguments)
+    assert found.returncode == 0
+    assert found.stdout
+
+
+def test_no_command():
+    assert run().returncode == 2
+
+
+def test_an_unknown_device():
+    found = run("verify", "--device", "tpu")
+    assert found.returncode == 2
+    assert "unknown device 'tpu'" in found.stderr
+
+
+def test_the_command_is_installed():
+    command = shutil.which("numba-dequant", path=os.path.dirname(sys.executable))
+    if command is None:
+        pytest.skip("the package is not installed")
+    assert (
+        subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+        .stdout.strip()
+        .endswith(nd.__version__)
+    )
