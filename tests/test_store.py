@@ -97,15 +97,15 @@ import sys
 import numpy as np, numba_dequant as nd
 for name in sys.argv[1:]:
     data = np.arange(nd.FORMATS[name].type_size * 24, dtype=np.uint8)
-    found = nd.dequantize(data, name, device="cpu").view(np.uint16)
-    expected = nd.dequantize(data, name, device="reference").view(np.uint16)
-    assert np.array_equal(found, expected), name
+    found = nd.dequantize(data, name, device="cpu")
+    expected = nd.dequantize(data, name, device="reference")
+    assert np.array_equal(found, expected, equal_nan=True), name
 """
-    names = ["Q8_0", "Q4_0", "Q4_K", "F16", "IQ4_NL"]
-    for order in (names[:3], names[::-1], names[2:] + names[:2], names):
+    # These call a primitive too large to be compiled into its caller: the second process has one of its own under
+    # the number that the first gave to another.
+    for order in (["F16"], ["F32", "F16"], ["BF16", "F32", "F16"], ["Q8_0", "BF16", "F16"]):
         found = subprocess.run([sys.executable, "-c", code, *order], capture_output=True, text=True, check=False)
         assert found.returncode == 0, found.stderr
-        next(empty_store.glob("cpu-Q4_0-*")).unlink()
 
 
 def test_the_name_depends_on_source_and_parts(monkeypatch):
