@@ -163,9 +163,10 @@ def allocate(n_bytes: int, device: Device, stream: int) -> DeviceBytes:
 
 def is_pinned(host: NDArray[Any]) -> bool:
     """Whether host memory is known to the GPU, which then reads it in its own time."""
-    kind = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
-    code, _ = driver.cuPointerGetAttribute(kind, host.ctypes.data)
-    return bool(code == driver.CUresult.CUDA_SUCCESS)
+    # The plural asks without an error where the driver does not know the address.
+    kinds = [driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE]
+    code, found = driver.cuPointerGetAttributes(len(kinds), kinds, host.ctypes.data)
+    return bool(code == driver.CUresult.CUDA_SUCCESS and int(found[0]))
 
 
 def pinned(n_bytes: int) -> NDArray[np.uint8]:

@@ -265,6 +265,22 @@ class TestStreams:
                 nd.dequantize(self.data, "Q8_0", device="cuda", stream=wrong)
 
 
+def test_pinned_memory_may_be_changed_at_once():
+    buffer = runtime_pinned(34 * 100_000)
+    assert runtime.is_pinned(buffer)
+    assert not runtime.is_pinned(np.zeros(100, np.uint8))
+    buffer[:] = random_blocks("Q8_0", 100_000)
+    expected = nd.dequantize(buffer.copy(), "Q8_0", device="reference")
+    tensor = nd.dequantize(buffer, "Q8_0", device="cuda")
+    buffer[:] = 0
+    assert_same_bits(tensor.copy_to_host(), expected)
+
+
+def runtime_pinned(n_bytes):
+    with runtime.current(0):
+        return runtime.pinned(n_bytes)
+
+
 def test_no_such_device():
     with pytest.raises(nd.DeviceError, match="no device cuda:99"):
         nd.dequantize(bytes(34), "Q8_0", device="cuda:99")
