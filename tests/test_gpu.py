@@ -248,7 +248,7 @@ class TestStreams:
         expected = nd.dequantize(self.data, "Q8_0", device="reference")
         busy = torch.cuda.Stream()
         other = torch.cuda.Stream()
-        room = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+        room = torch.zeros(2**28, dtype=torch.uint8, device="cuda")
         with torch.cuda.stream(busy):
             for _ in range(20):
                 room.add_(1)
