@@ -51,7 +51,9 @@ def main():
         parts = {"formats": formats(), "speed": speed(json.load(file))}
     for name, part in parts.items():
         pattern = rf"(<!-- {name}: [^>]*-->\n).*?(<!-- /{name} -->)"
-        text, count = re.subn(pattern, lambda match, part=part: f"{match[1]}\n{part}\n\n{match[2]}", text, flags=re.DOTALL)
+        text, count = re.subn(
+            pattern, lambda match, part=part: f"{match[1]}\n{part}\n\n{match[2]}", text, flags=re.DOTALL
+        )
         assert count == 1, name
     README.write_text(text)
 

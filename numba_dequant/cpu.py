@@ -98,12 +98,16 @@ def _span_function(source: Format, store_run: Callable[..., None]) -> Span:
     assert decode is not None
     step = max(source.block_size, RUN)
     step_bytes = source.type_size * step // source.block_size
-    runs_per_step = step // RUN
+    # Four runs at a time, so that the compiler works out only once what neighbouring runs share, above all scales.
+    together = min(4, step // RUN)
+    groups = step // RUN // together
 
     def dequantize_span(data: Any, first: int, last: int, out: Any) -> None:
         for index in range(first, last):
-            for run in range(runs_per_step):
-                store_run(out, index * step + run * RUN, decode(data, index * step_bytes, run), RUN)
+            for group in range(groups):
+                for member in range(together):
+                    run = group * together + member
+                    store_run(out, index * step + run * RUN, decode(data, index * step_bytes, run), RUN)
 
     # Code from disk is linked by name with code compiled here: no two functions may share one.
     dequantize_span.__name__ = dequantize_span.__qualname__ = f"dequantize_{source.name}_by_{store_run.__name__}"
