@@ -13,6 +13,7 @@ below; a number that multiplies a float is made a float first.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -154,12 +155,20 @@ def is_aligned(data: Any, start: int) -> bool:
     return bool((data.ctypes.data + start) % 16 == 0)
 
 
-def lookup(table: NDArray[Any], index: int) -> int:
-    """One item of a table of signed integers, which must be a constant of the module that uses it."""
-    return int(table[index])
+class Table:
+    """Signed integers that never change, for decodes to look up; a constant of the module that uses it."""
+
+    def __init__(self, items: NDArray[Any]) -> None:
+        self.items = items
+        self.name = f"table_{hashlib.sha256(items.dtype.str.encode() + items.tobytes()).hexdigest()[:16]}"
 
 
-def lookup_nibbles(table: NDArray[np.int8], eight: int) -> int:
-    """Eight nibbles, one per byte of an integer, replaced by the signed bytes that a table of 16 gives for them."""
+def lookup(table: Table, index: int) -> int:
+    """One item of a table."""
+    return int(table.items[index])
+
+
+def lookup_nibbles(table: Table, eight: int) -> int:
+    """Eight nibbles, one per byte of an integer, replaced by the signed bytes that a table of 16 has for them."""
     nibbles = (eight & (2**64 - 1)).to_bytes(8, "little")
-    return int.from_bytes(table[list(nibbles)].tobytes(), "little", signed=True)
+    return int.from_bytes(table.items[list(nibbles)].tobytes(), "little", signed=True)

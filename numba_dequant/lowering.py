@@ -35,6 +35,14 @@ class EightFloats(types.Type):
 EIGHT = EightFloats()
 
 
+class TableType(types.Dummy):
+    """Numba's type of one table: its items are known when the code that looks them up is compiled."""
+
+    def __init__(self, table: bits.Table) -> None:
+        self.table = table
+        super().__init__(table.name)
+
+
 @dataclass(frozen=True)
 class Target:
     """What `install` needs to know of a Numba target."""
@@ -42,13 +50,18 @@ class Target:
     overload: Callable[..., Any]
     intrinsic: Callable[..., Any]
     register_model: Callable[..., Any]
+    typeof: Any
     primitive_model: type[Any]
+    opaque_model: type[Any]
     half_to_float: Emit
     """i16 -> float."""
     round_to_half: Emit
     """<8 x float> -> <4 x i32>, two float16 a word."""
     round_to_brain: Emit
     """<8 x float> -> <4 x i32>, two bfloat16 a word."""
+    lookup_nibbles: Callable[[ir.IRBuilder, bits.Table, Any], Any]
+    """Eight nibbles, a byte each -> their bytes in a table, packed."""
+    table_address_space: int
     loads_are_invariant: bool
     """Whether nothing changes a block while it is decoded, so that loads may be moved across stores."""
     store_alignment: int
@@ -96,25 +109,37 @@ def load_codegen(width: int, signed: bool, invariant: bool) -> Codegen:
     return codegen
 
 
-def lookup_codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-    """One item of a table of signed integers."""
-    table, index = arguments
-    item = ir.IntType(signature.args[0].dtype.bitwidth)
-    at = builder.mul(index, LONG(item.width // 8))
-    base = data_pointer(context, builder, signature.args[0], table)
-    found = builder.load(pointer_at(builder, base, at, item), align=item.width // 8)
-    return found if item.width == 64 else builder.sext(found, LONG)
+def table_item(builder: ir.IRBuilder, table: bits.Table, index: Any, address_space: int) -> Any:
+    """One item of a table, which becomes a constant of the module that looks it up."""
+    item = ir.IntType(8 * table.items.itemsize)
+    kind = ir.ArrayType(item, len(table.items))
+    constant = builder.module.globals.get(table.name)
+    if constant is None:
+        constant = ir.GlobalVariable(builder.module, kind, table.name, address_space)
+        constant.initializer = ir.Constant(kind, [item(value) for value in table.items.tolist()])
+        constant.global_constant = True
+        constant.linkage = "internal"
+        constant.align = 16
+    return builder.load(builder.gep(constant, [LONG(0), index]), align=table.items.itemsize)
 
 
-def lookup_nibbles_codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-    """Eight items of a table of bytes, packed."""
-    table, eight = arguments
-    base = data_pointer(context, builder, signature.args[0], table)
+def lookup_codegen(address_space: int) -> Codegen:
+    """One item of a table."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        found = table_item(builder, signature.args[0].table, arguments[1], address_space)
+        return found if found.type == LONG else builder.sext(found, LONG)
+
+    return codegen
+
+
+def lookup_nibbles_by_loads(builder: ir.IRBuilder, table: bits.Table, eight: Any) -> Any:
+    """Eight items of a table of bytes, packed, one load each."""
     lanes = builder.bitcast(eight, EIGHT_BYTES)
     result = ir.Constant(EIGHT_BYTES, ir.Undefined)
     for lane in range(8):
-        at = builder.zext(builder.extract_element(lanes, WORD(lane)), LONG)
-        result = builder.insert_element(result, builder.load(pointer_at(builder, base, at, BYTE), align=1), WORD(lane))
+        index = builder.zext(builder.extract_element(lanes, WORD(lane)), LONG)
+        result = builder.insert_element(result, table_item(builder, table, index, 0), WORD(lane))
     return builder.bitcast(result, LONG)
 
 
@@ -199,6 +224,12 @@ def install(target: Target) -> None:
     """Teach a Numba target the primitives of `bits.py` and the helpers that decodes share."""
     target.register_model(EightFloats)(_model_for(target))
 
+    target.register_model(TableType)(target.opaque_model)
+    target.typeof.register(bits.Table)(lambda table, _: TableType(table))
+
+    def nibbles_codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        return target.lookup_nibbles(builder, signature.args[0].table, arguments[1])
+
     def brain(builder: ir.IRBuilder, number: Any) -> Any:
         return builder.bitcast(builder.shl(builder.zext(number, WORD), WORD(16)), FLOAT)
 
@@ -227,8 +258,8 @@ def install(target: Target) -> None:
         implement(target, convert, types.float32, (kind,), codegen)
     for spread, signed in ((bits.unsigned_bytes, False), (bits.signed_bytes, True)):
         implement(target, spread, EIGHT, (types.int64,), emit(partial(bytes_to_floats, signed=signed)))
-    implement(target, bits.lookup, types.int64, (None, types.int64), lookup_codegen)
-    implement(target, bits.lookup_nibbles, types.int64, (None, types.int64), lookup_nibbles_codegen)
+    implement(target, bits.lookup, types.int64, (None, types.int64), lookup_codegen(target.table_address_space))
+    implement(target, bits.lookup_nibbles, types.int64, (None, types.int64), nibbles_codegen)
     implement(target, bits.spread_bits, types.int64, (types.int64,), emit(spread_bits))
     for load_eight, item, widen in (
         (bits.load_8_floats, WORD, single),

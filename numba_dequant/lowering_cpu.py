@@ -11,7 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core.datamodel import models
-from numba.extending import intrinsic, overload, register_model
+from numba.extending import intrinsic, overload, register_model, typeof_impl
 
 from numba_dequant import lowering
 from numba_dequant.lowering import EIGHT_FLOATS, EIGHT_SHORTS, EIGHT_WORDS, FLOAT, WORD, splat
@@ -69,10 +69,14 @@ target = lowering.Target(
     partial(overload, target="cpu"),
     intrinsic,
     register_model,
+    typeof_impl,
     models.PrimitiveModel,
+    models.OpaqueModel,
     half_to_float,
     round_to_half,
     round_to_brain,
+    lookup_nibbles=lowering.lookup_nibbles_by_loads,
+    table_address_space=0,
     loads_are_invariant=True,
     store_alignment=1,
 )

@@ -6,12 +6,15 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import types
-from numba.cuda.extending import core_models, intrinsic, overload, register_model
+from numba.cuda.extending import core_models, intrinsic, overload, register_model, typeof_impl
 
 from numba_dequant import bits, lowering
 from numba_dequant.lowering import BYTE, FLOAT, LONG, WORD
 
 FOUR_WORDS = ir.VectorType(WORD, 4)
+
+GLOBAL_MEMORY = 1
+"""Address space of tables. Constant memory serves one address at a time, and neighbours look up different ones."""
 
 
 def _instruction(builder: ir.IRBuilder, text: str, result: ir.Type, constraints: str, arguments: list[Any]) -> Any:
@@ -44,14 +47,41 @@ def _round_pairs(builder: ir.IRBuilder, instruction: str, values: Any) -> Any:
     return words
 
 
+def lookup_nibbles(builder: ir.IRBuilder, table: bits.Table, eight: Any) -> Any:
+    """Eight items of a table of 16 bytes, by permuting the bytes of registers."""
+    words = [WORD(word) for word in table.items.view("<u4").tolist()]
+    halves = [builder.trunc(eight, WORD), builder.trunc(builder.lshr(eight, LONG(32)), WORD)]
+    low, high = (builder.zext(_lookup_four(builder, words, half), LONG) for half in halves)
+    return builder.or_(low, builder.shl(high, LONG(32)))
+
+
+def _lookup_four(builder: ir.IRBuilder, words: list[Any], nibbles: Any) -> Any:
+    # A permutation takes its four selectors side by side in 16 bits, so the nibbles move together first.
+    pairs = builder.and_(builder.or_(nibbles, builder.lshr(nibbles, WORD(4))), WORD(0x00FF00FF))
+    selectors = builder.or_(pairs, builder.lshr(pairs, WORD(8)))
+    within_half = builder.and_(selectors, WORD(0x7777))
+    below_8 = _permute(builder, words[0], words[1], within_half)
+    from_8 = _permute(builder, words[2], words[3], within_half)
+    which_half = builder.and_(builder.lshr(selectors, WORD(1)), WORD(0x4444))
+    return _permute(builder, below_8, from_8, builder.or_(which_half, WORD(0x3210)))
+
+
+def _permute(builder: ir.IRBuilder, low: Any, high: Any, selectors: Any) -> Any:
+    return _instruction(builder, "prmt.b32 $0, $1, $2, $3;", WORD, "=r,r,r,r", [low, high, selectors])
+
+
 target = lowering.Target(
     overload,
     intrinsic,
     register_model,
+    typeof_impl,
     core_models.PrimitiveModel,
+    core_models.OpaqueModel,
     half_to_float,
     round_to_half,
     round_to_brain,
+    lookup_nibbles=lookup_nibbles,
+    table_address_space=GLOBAL_MEMORY,
     loads_are_invariant=False,
     store_alignment=16,
 )

@@ -21,7 +21,7 @@ D, QS = field_offsets(LAYOUT)
 def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
     d = blocks["d"].astype(np.float32)[:, None]
     nibbles = np.concatenate([blocks["qs"] & 15, blocks["qs"] >> 4], axis=1)
-    return d * IQ4_NL_VALUES.take(nibbles).astype(np.float32)
+    return d * IQ4_NL_VALUES.items.take(nibbles).astype(np.float32)
 
 
 def decode(block: Any, at: int, run: int) -> Any:

@@ -26,7 +26,7 @@ def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
     d: NDArray[np.float32] = blocks["d"].astype(np.float32)[:, None] * ((low | (high << 4)).astype(np.float32) - 32)
     pairs = blocks["qs"].reshape(-1, 8, 16)
     nibbles = np.concatenate([pairs & 15, pairs >> 4], axis=2)
-    return (d[:, :, None] * IQ4_NL_VALUES.take(nibbles).astype(np.float32)).reshape(-1, 256)
+    return (d[:, :, None] * IQ4_NL_VALUES.items.take(nibbles).astype(np.float32)).reshape(-1, 256)
 
 
 def decode(block: Any, at: int, run: int) -> Any:

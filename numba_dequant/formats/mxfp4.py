@@ -24,7 +24,7 @@ E, QS = field_offsets(LAYOUT)
 def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
     d = np.ldexp(np.float32(1), blocks["e"].astype(np.int32) - 128)[:, None]
     nibbles = np.concatenate([blocks["qs"] & 15, blocks["qs"] >> 4], axis=1)
-    return d * FP4_DOUBLED_VALUES.take(nibbles).astype(np.float32)
+    return d * FP4_DOUBLED_VALUES.items.take(nibbles).astype(np.float32)
 
 
 def decode(block: Any, at: int, run: int) -> Any:

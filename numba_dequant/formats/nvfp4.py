@@ -29,7 +29,7 @@ def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
     d = np.where(blocks["d"] == 0x7F, np.float32(0), d)
     pairs = blocks["qs"].reshape(-1, 4, 8)
     nibbles = np.concatenate([pairs & 15, pairs >> 4], axis=2)
-    return (d[:, :, None] * FP4_DOUBLED_VALUES.take(nibbles).astype(np.float32)).reshape(-1, 64)
+    return (d[:, :, None] * FP4_DOUBLED_VALUES.items.take(nibbles).astype(np.float32)).reshape(-1, 64)
 
 
 def decode(block: Any, at: int, run: int) -> Any:
