@@ -100,6 +100,11 @@ def signed_bytes(eight: int) -> NDArray[np.float32]:
     return np.array([eight & (2**64 - 1)], "<u8").view(np.int8).astype(np.float32)
 
 
+def centred_bytes(eight: int, centre: int) -> NDArray[np.float32]:
+    """Eight bytes, packed in an integer, as eight float32, each less `centre`."""
+    return unsigned_bytes(eight) - np.float32(centre)
+
+
 def spread_bits(byte: int) -> int:
     """The eight bits of a byte, one per byte of the result, the lowest bit first."""
     return sum(((byte >> bit) & 1) << (8 * bit) for bit in range(8))

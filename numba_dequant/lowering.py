@@ -9,7 +9,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -53,6 +52,12 @@ class Target:
     typeof: Any
     primitive_model: type[Any]
     opaque_model: type[Any]
+    unsigned_bytes: Emit
+    """i64 -> <8 x float>."""
+    signed_bytes: Emit
+    """i64 -> <8 x float>."""
+    centred_bytes: Callable[[ir.IRBuilder, Any, Any], Any]
+    """i64, i32 -> <8 x float>."""
     half_to_float: Emit
     """i16 -> float."""
     round_to_half: Emit
@@ -186,7 +191,8 @@ def store_codegen(convert: Emit, alignment: int) -> Codegen:
     return codegen
 
 
-def _broadcast(builder: ir.IRBuilder, value: Any) -> Any:
+def broadcast(builder: ir.IRBuilder, value: Any) -> Any:
+    """A float, or eight of them, as eight."""
     if isinstance(value.type, ir.VectorType):
         return value
     one = builder.insert_element(ir.Constant(EIGHT_FLOATS, ir.Undefined), value, WORD(0))
@@ -197,18 +203,10 @@ def arithmetic_codegen(operation: str) -> Codegen:
     """A float operation whose sides are eight floats, or one that stands for eight."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        left, right = (_broadcast(builder, side) for side in arguments)
+        left, right = (broadcast(builder, side) for side in arguments)
         return getattr(builder, operation)(left, right)
 
     return codegen
-
-
-def bytes_to_floats(builder: ir.IRBuilder, eight: Any, signed: bool) -> Any:
-    """i64 -> <8 x float>."""
-    lanes = builder.bitcast(eight, EIGHT_BYTES)
-    if signed:
-        return builder.sitofp(builder.sext(lanes, EIGHT_WORDS), EIGHT_FLOATS)
-    return builder.uitofp(builder.zext(lanes, EIGHT_WORDS), EIGHT_FLOATS)
 
 
 def emit(function: Emit) -> Codegen:
@@ -229,6 +227,9 @@ def install(target: Target) -> None:
 
     def nibbles_codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         return target.lookup_nibbles(builder, signature.args[0].table, arguments[1])
+
+    def centred_codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        return target.centred_bytes(builder, *arguments)
 
     def brain(builder: ir.IRBuilder, number: Any) -> Any:
         return builder.bitcast(builder.shl(builder.zext(number, WORD), WORD(16)), FLOAT)
@@ -256,8 +257,9 @@ def install(target: Target) -> None:
         (bits.to_float, types.int32, emit(to_float)),
     ):
         implement(target, convert, types.float32, (kind,), codegen)
-    for spread, signed in ((bits.unsigned_bytes, False), (bits.signed_bytes, True)):
-        implement(target, spread, EIGHT, (types.int64,), emit(partial(bytes_to_floats, signed=signed)))
+    implement(target, bits.unsigned_bytes, EIGHT, (types.int64,), emit(target.unsigned_bytes))
+    implement(target, bits.signed_bytes, EIGHT, (types.int64,), emit(target.signed_bytes))
+    implement(target, bits.centred_bytes, EIGHT, (types.int64, types.int32), centred_codegen)
     implement(target, bits.lookup, types.int64, (None, types.int64), lookup_codegen(target.table_address_space))
     implement(target, bits.lookup_nibbles, types.int64, (None, types.int64), nibbles_codegen)
     implement(target, bits.spread_bits, types.int64, (types.int64,), emit(spread_bits))

@@ -14,7 +14,22 @@ from numba.core.datamodel import models
 from numba.extending import intrinsic, overload, register_model, typeof_impl
 
 from numba_dequant import lowering
-from numba_dequant.lowering import EIGHT_FLOATS, EIGHT_SHORTS, EIGHT_WORDS, FLOAT, WORD, splat
+from numba_dequant.lowering import EIGHT_BYTES, EIGHT_FLOATS, EIGHT_SHORTS, EIGHT_WORDS, FLOAT, WORD, broadcast, splat
+
+
+def unsigned_bytes(builder: ir.IRBuilder, eight: Any) -> Any:
+    """i64 -> <8 x float>."""
+    return builder.uitofp(builder.zext(builder.bitcast(eight, EIGHT_BYTES), EIGHT_WORDS), EIGHT_FLOATS)
+
+
+def signed_bytes(builder: ir.IRBuilder, eight: Any) -> Any:
+    """i64 -> <8 x float>."""
+    return builder.sitofp(builder.sext(builder.bitcast(eight, EIGHT_BYTES), EIGHT_WORDS), EIGHT_FLOATS)
+
+
+def centred_bytes(builder: ir.IRBuilder, eight: Any, centre: Any) -> Any:
+    """i64, i32 -> <8 x float>."""
+    return builder.fsub(unsigned_bytes(builder, eight), broadcast(builder, builder.sitofp(centre, FLOAT)))
 
 
 def half_to_float(builder: ir.IRBuilder, number: Any) -> Any:
@@ -72,6 +87,9 @@ target = lowering.Target(
     typeof_impl,
     models.PrimitiveModel,
     models.OpaqueModel,
+    unsigned_bytes,
+    signed_bytes,
+    centred_bytes,
     half_to_float,
     round_to_half,
     round_to_brain,

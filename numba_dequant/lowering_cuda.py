@@ -9,7 +9,7 @@ from numba.core import types
 from numba.cuda.extending import core_models, intrinsic, overload, register_model, typeof_impl
 
 from numba_dequant import bits, lowering
-from numba_dequant.lowering import BYTE, FLOAT, LONG, WORD
+from numba_dequant.lowering import BYTE, EIGHT_FLOATS, FLOAT, LONG, WORD
 
 FOUR_WORDS = ir.VectorType(WORD, 4)
 
@@ -20,6 +20,31 @@ GLOBAL_MEMORY = 1
 def _instruction(builder: ir.IRBuilder, text: str, result: ir.Type, constraints: str, arguments: list[Any]) -> Any:
     kind = ir.FunctionType(result, [argument.type for argument in arguments])
     return builder.asm(kind, text, constraints, arguments, side_effect=False)
+
+
+def unsigned_bytes(builder: ir.IRBuilder, eight: Any) -> Any:
+    """i64 -> <8 x float>."""
+    return centred_bytes(builder, eight, WORD(0))
+
+
+def signed_bytes(builder: ir.IRBuilder, eight: Any) -> Any:
+    """i64 -> <8 x float>: a signed byte, its top bit turned over, is an unsigned one that is 128 larger."""
+    return centred_bytes(builder, builder.xor(eight, LONG(0x8080808080808080)), WORD(128))
+
+
+def centred_bytes(builder: ir.IRBuilder, eight: Any, centre: Any) -> Any:
+    """i64, i32 -> <8 x float>: put each byte in the lowest place of the float 2**23, then take that and `centre` away.
+
+    That is one permutation and one subtraction; an instruction that converts has a quarter of their rate.
+    """
+    bias = builder.bitcast(builder.or_(centre, WORD(0x4B000000)), FLOAT)
+    halves = [builder.trunc(eight, WORD), builder.trunc(builder.lshr(eight, LONG(32)), WORD)]
+    result = ir.Constant(EIGHT_FLOATS, ir.Undefined)
+    for lane in range(8):
+        raised = _permute(builder, halves[lane // 4], WORD(0x4B000000), WORD(0x7540 | lane % 4))
+        value = builder.fsub(builder.bitcast(raised, FLOAT), bias)
+        result = builder.insert_element(result, value, WORD(lane))
+    return result
 
 
 def half_to_float(builder: ir.IRBuilder, number: Any) -> Any:
@@ -77,6 +102,9 @@ target = lowering.Target(
     typeof_impl,
     core_models.PrimitiveModel,
     core_models.OpaqueModel,
+    unsigned_bytes,
+    signed_bytes,
+    centred_bytes,
     half_to_float,
     round_to_half,
     round_to_brain,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import half, load_u8, load_u16, spread_bits, unsigned_bytes
+from numba_dequant.bits import centred_bytes, half, load_u8, load_u16, spread_bits
 from numba_dequant.format import Format, block_layout, field_offsets
 
 LAYOUT = block_layout(d="f2", qs=("u1", 16))
@@ -24,7 +24,7 @@ def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
 
 def decode(block: Any, at: int, run: int) -> Any:
     doubled = spread_bits(load_u8(block, at + QS + run)) << 1
-    return half(load_u16(block, at + D)) * (unsigned_bytes(doubled) - 1)
+    return half(load_u16(block, at + D)) * centred_bytes(doubled, 1)
 
 
 Q1_0 = Format("Q1_0", 41, 128, LAYOUT, "128 signs of one scale", dequantize, decode)

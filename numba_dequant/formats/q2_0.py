@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import half, load_u16, unsigned_bytes
+from numba_dequant.bits import centred_bytes, half, load_u16
 from numba_dequant.format import Format, block_layout, field_offsets
 
 LAYOUT = block_layout(d="f2", qs=("u1", 16))
@@ -29,7 +29,7 @@ def decode(block: Any, at: int, run: int) -> Any:
     quants = (quants | (quants << 24)) & 0x000000FF000000FF
     quants = (quants | (quants << 12)) & 0x000F000F000F000F
     quants = (quants | (quants << 6)) & 0x0303030303030303
-    return half(load_u16(block, at + D)) * (unsigned_bytes(quants) - 1)
+    return half(load_u16(block, at + D)) * centred_bytes(quants, 1)
 
 
 Q2_0 = Format("Q2_0", 42, 64, LAYOUT, "64 two-bit numbers centred on 1, under one scale", dequantize, decode)

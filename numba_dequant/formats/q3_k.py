@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import half, load_8_bytes, load_u8, load_u16, to_float, unsigned_bytes
+from numba_dequant.bits import centred_bytes, half, load_8_bytes, load_u8, load_u16, to_float
 from numba_dequant.format import Format, block_layout, field_offsets
 
 LAYOUT = block_layout(hmask=("u1", 32), qs=("u1", 64), scales=("u1", 12), d="f2")
@@ -40,8 +40,7 @@ def decode(block: Any, at: int, run: int) -> Any:
     packed = load_8_bytes(block, at + QS + 32 * (run >> 4) + 8 * (run & 3))
     two_bits = (packed >> (2 * ((run >> 2) & 3))) & 0x0303030303030303
     third_bit = (load_8_bytes(block, at + HMASK + 8 * (run & 3)) >> (run >> 2)) & 0x0101010101010101
-    values: NDArray[np.float32] = d * (unsigned_bytes(two_bits | (third_bit << 2)) - 4)
-    return values
+    return d * centred_bytes(two_bits | (third_bit << 2), 4)
 
 
 Q3_K = Format(

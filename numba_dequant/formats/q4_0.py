@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import half, load_8_bytes, load_u16, unsigned_bytes
+from numba_dequant.bits import centred_bytes, half, load_8_bytes, load_u16
 from numba_dequant.format import Format, block_layout, field_offsets
 
 LAYOUT = block_layout(d="f2", qs=("u1", 16))
@@ -26,7 +26,7 @@ def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
 def decode(block: Any, at: int, run: int) -> Any:
     packed = load_8_bytes(block, at + QS + 8 * (run & 1))
     quants = (packed >> (4 * (run >> 1))) & 0x0F0F0F0F0F0F0F0F
-    return half(load_u16(block, at + D)) * (unsigned_bytes(quants) - 8)
+    return half(load_u16(block, at + D)) * centred_bytes(quants, 8)
 
 
 Q4_0 = Format("Q4_0", 2, 32, LAYOUT, "32 nibbles centred on 8, under one scale", dequantize, decode)

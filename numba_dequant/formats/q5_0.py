@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import half, load_8_bytes, load_u8, load_u16, spread_bits, unsigned_bytes
+from numba_dequant.bits import centred_bytes, half, load_8_bytes, load_u8, load_u16, spread_bits
 from numba_dequant.format import Format, block_layout, field_offsets
 
 LAYOUT = block_layout(d="f2", qh=("u1", 4), qs=("u1", 16))
@@ -28,7 +28,7 @@ def decode(block: Any, at: int, run: int) -> Any:
     packed = load_8_bytes(block, at + QS + 8 * (run & 1))
     low = (packed >> (4 * (run >> 1))) & 0x0F0F0F0F0F0F0F0F
     high = spread_bits(load_u8(block, at + QH + run)) << 4
-    return half(load_u16(block, at + D)) * (unsigned_bytes(low | high) - 16)
+    return half(load_u16(block, at + D)) * centred_bytes(low | high, 16)
 
 
 Q5_0 = Format("Q5_0", 6, 32, LAYOUT, "32 five-bit numbers centred on 16, under one scale", dequantize, decode)

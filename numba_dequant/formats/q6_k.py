@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import half, load_8_bytes, load_i8, load_u16, to_float, unsigned_bytes
+from numba_dequant.bits import centred_bytes, half, load_8_bytes, load_i8, load_u16, to_float
 from numba_dequant.format import Format, block_layout, field_offsets
 
 LAYOUT = block_layout(ql=("u1", 128), qh=("u1", 64), scales=("i1", 16), d="f2")
@@ -35,8 +35,7 @@ def decode(block: Any, at: int, run: int) -> Any:
     low = (packed >> (4 * (group >> 1))) & 0x0F0F0F0F0F0F0F0F
     top = load_8_bytes(block, at + QH + 32 * (run >> 4) + 8 * (run & 3))
     high = (top >> (2 * group)) & 0x0303030303030303
-    values: NDArray[np.float32] = d * (unsigned_bytes(low | (high << 4)) - 32)
-    return values
+    return d * centred_bytes(low | (high << 4), 32)
 
 
 Q6_K = Format(

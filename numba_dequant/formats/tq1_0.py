@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import half, load_8_bytes, load_u16, load_u32, unsigned_bytes
+from numba_dequant.bits import centred_bytes, half, load_8_bytes, load_u16
 from numba_dequant.format import Format, block_layout, field_offsets
 
 LAYOUT = block_layout(qs=("u1", 48), qh=("u1", 4), d="f2")
@@ -37,23 +37,22 @@ def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
 
 def decode(block: Any, at: int, run: int) -> Any:
     if run < 20:
-        digit = run >> 2
-        packed = load_8_bytes(block, at + QS + 8 * (run & 3))
+        digit, start, shift = run >> 2, QS + 8 * (run & 3), 0
     elif run < 30:
-        digit = (run - 20) >> 1
-        packed = load_8_bytes(block, at + QS + 32 + 8 * (run & 1))
+        digit, start, shift = (run - 20) >> 1, QS + 32 + 8 * (run & 1), 0
     else:
-        # The second half of the run is one digit further on.
-        digit = 2 * (run - 30)
-        packed = load_u32(block, at + QH)
+        digit, start, shift = 2 * (run - 30), QH - 4, 32
+    packed = load_8_bytes(block, at + start) >> shift
+    if run >= 30:
+        # The four bytes of `qh` twice: the second half of the run is one digit further on.
         tripled = ((packed & 0x00FF00FF) * 3 & 0x00FF00FF) | ((packed & 0xFF00FF00) * 3 & 0xFF00FF00)
-        packed = packed | (tripled << 32)
+        packed = (packed & 0xFFFFFFFF) | (tripled << 32)
     power = (0x511B090301 >> (8 * digit)) & 0xFF
     # Every other byte, so that products have 16 bits to lie in.
     even = ((packed & 0x00FF00FF00FF00FF) * power) & 0x00FF00FF00FF00FF
     odd = (((packed >> 8) & 0x00FF00FF00FF00FF) * power) & 0x00FF00FF00FF00FF
     digits = (((even * 3) >> 8) & 0x0003000300030003) | ((odd * 3) & 0x0300030003000300)
-    return half(load_u16(block, at + D)) * (unsigned_bytes(digits) - 1)
+    return half(load_u16(block, at + D)) * centred_bytes(digits, 1)
 
 
 TQ1_0 = Format("TQ1_0", 34, 256, LAYOUT, "256 ternary digits, five to a byte, under one scale", dequantize, decode)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import half, load_8_bytes, load_u16, unsigned_bytes
+from numba_dequant.bits import centred_bytes, half, load_8_bytes, load_u16
 from numba_dequant.format import Format, block_layout, field_offsets
 
 LAYOUT = block_layout(qs=("u1", 64), d="f2")
@@ -29,7 +29,7 @@ def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
 def decode(block: Any, at: int, run: int) -> Any:
     packed = load_8_bytes(block, at + QS + 32 * (run >> 4) + 8 * (run & 3))
     quants = (packed >> (2 * ((run >> 2) & 3))) & 0x0303030303030303
-    return half(load_u16(block, at + D)) * (unsigned_bytes(quants) - 1)
+    return half(load_u16(block, at + D)) * centred_bytes(quants, 1)
 
 
 TQ2_0 = Format("TQ2_0", 35, 256, LAYOUT, "256 two-bit numbers centred on 1, under one scale", dequantize, decode)
