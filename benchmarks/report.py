@@ -1,6 +1,6 @@
-"""Write README's tables: the formats from the registry, the speed from a result of throughput.py.
+"""Write README's tables: the formats from the registry, the speed from results of throughput.py and cpu.py.
 
-python benchmarks/report.py benchmarks/results/h100.json
+python benchmarks/report.py benchmarks/results/h100.json benchmarks/results/cpu.json
 """
 
 import json
@@ -32,23 +32,36 @@ def formats():
 def speed(result):
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    first = result["rows"][0]
-    rows = [
-        [row["format"], f"{row['tile']:.0f}", f"{row['roof']:.0f}", f"{row['share']:.1%}", f"{row['block']:.0f}"]
-        for row in result["rows"]
-        if row["dtype"] == "float16"
-    ]
+    by_format = {}
+    for row in result["rows"]:
+        by_format.setdefault(row["format"], {})[row["dtype"]] = row
+    rows = []
+    for name, found in by_format.items():
+        half = found["float16"]
+        shares = [f"{found[dtype]['share']:.1%}" for dtype in ("float16", "bfloat16", "float32")]
+        rows.append([name, f"{half['tile']:.0f}", f"{half['roof']:.0f}", *shares, f"{half['block']:.0f}"])
     return (
-        f"{machine['gpu']}, {first['elements']:,} elements, device copy {result['device_copy']:.0f} GB/s; "
+        f"{machine['gpu']}, {result['rows'][0]['elements']:,} elements, device copy {result['device_copy']:.0f} GB/s; "
         f"Python {machine['python']}, {versions}; `{result['command']}`.\n\n"
-        + table(["format", "GB/s", "roof", "share of roof", "one block"], rows)
+        + table(["format", "FP16", "roof", "share", "BF16 share", "FP32 share", "one block"], rows)
+    )
+
+
+def cpu(result):
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    rows = [[r["format"], f"{r['cpu']:.1f}", f"{r['gguf']:.2f}", f"{r['ratio']:.0f}"] for r in result["rows"]]
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, gguf-py on one, {result['rows'][0]['elements']:,} elements; "
+        f"Python {machine['python']}, {versions}; `{result['command']}`.\n\n"
+        + table(["format", "GB/s", "gguf-py", "ratio"], rows)
     )
 
 
 def main():
     text = README.read_text()
-    with open(sys.argv[1]) as file:
-        parts = {"formats": formats(), "speed": speed(json.load(file))}
+    with open(sys.argv[1]) as gpu_file, open(sys.argv[2]) as cpu_file:
+        parts = {"formats": formats(), "speed": speed(json.load(gpu_file)), "cpu": cpu(json.load(cpu_file))}
     for name, part in parts.items():
         pattern = rf"(<!-- {name}: [^>]*-->\n).*?(<!-- /{name} -->)"
         text, count = re.subn(

@@ -96,11 +96,16 @@ def _verify_file(path: str, title: str, options: argparse.Namespace) -> int:
 def _info(options: argparse.Namespace) -> int:
     with nd.open(options.file) as model:
         print(f"{model.path}: {len(model.metadata)} metadata entries, {len(model.tensors)} tensors")
-        width = max(map(len, model.metadata), default=0)
+        width = max((len(_plain(key)) for key in model.metadata), default=0)
         for key, value in model.metadata.items():
-            print(f"  {key.ljust(width)}  {_short(value)}")
+            print(f"  {_plain(key).ljust(width)}  {_short(value)}")
         lines = [("tensor", "format", "shape", "bytes")] + [
-            (tensor.name, tensor.format.name, " x ".join(map(str, tensor.shape)) or "scalar", f"{tensor.n_bytes:,}")
+            (
+                _plain(tensor.name),
+                tensor.format.name,
+                " x ".join(map(str, tensor.shape)) or "scalar",
+                f"{tensor.n_bytes:,}",
+            )
             for tensor in model.tensors.values()
         ]
         widths = [max(len(line[column]) for line in lines) for column in range(4)]
@@ -109,6 +114,11 @@ def _info(options: argparse.Namespace) -> int:
                 f"{name.ljust(widths[0])}  {kind.ljust(widths[1])}  {shape.rjust(widths[2])}  {size.rjust(widths[3])}"
             )
     return 0
+
+
+def _plain(name: str) -> str:
+    # A name from a file must not steer the terminal.
+    return name if name.isprintable() else repr(name)
 
 
 def _short(value: Any) -> str:

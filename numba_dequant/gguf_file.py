@@ -173,8 +173,8 @@ def _read_file(path: str) -> GgufFile:
     # A pipe would wait for its other end; a folder has no size to speak of.
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise GgufError(path, "file", None, "no regular file", "a GGUF file")
-    with open(path, "rb", buffering=0) as file:
-        return _read_header(Cursor(path, file.fileno(), os.fstat(file.fileno()).st_size))
+    with open(path, "rb") as file:
+        return _read_header(Cursor(path, file))
 
 
 def _read_header(cursor: Cursor) -> GgufFile:

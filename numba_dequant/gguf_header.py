@@ -1,6 +1,6 @@
 """Reading the header of a GGUF file: a cursor that checks every length before it believes it.
 
-The file is read with `pread` in windows, not mapped: a file cut short under a map would end the process.
+The file is read in windows, not mapped: a file cut short under a map would end the process.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, BinaryIO, Literal, NoReturn, overload
 
 import numpy as np
 
@@ -34,9 +34,9 @@ INTEGERS = frozenset({0, 1, 2, 3, 4, 5, 10, 11})
 class Cursor:
     """A place in the header of one open file."""
 
-    def __init__(self, path: str, file: int, size: int) -> None:
+    def __init__(self, path: str, file: BinaryIO) -> None:
         self.path = path
-        self.size = size
+        self.size = os.fstat(file.fileno()).st_size
         self.position = 0
         self.byte_order: ByteOrder = "little"
         self._file = file
@@ -60,7 +60,8 @@ class Cursor:
         self.need(n_bytes, field, f"{n_bytes} bytes")
         start = self.position - self._window_start
         if not 0 <= start <= len(self._window) - n_bytes:
-            self._window = os.pread(self._file, max(WINDOW, n_bytes), self.position)
+            self._file.seek(self.position)
+            self._window = self._file.read(max(WINDOW, n_bytes))
             self._window_start, start = self.position, 0
             if len(self._window) < n_bytes:
                 self.fail(field, self.position, f"{len(self._window)} bytes", f"{n_bytes} bytes (the file has shrunk)")
@@ -167,8 +168,8 @@ class MetadataArray(Sequence[Any]):
             GgufError: a string is not UTF-8, or the file has changed.
         """
         if self._items is None:
-            with open(self._path, "rb", buffering=0) as file:
-                cursor = Cursor(self._path, file.fileno(), os.fstat(file.fileno()).st_size)
+            with open(self._path, "rb") as file:
+                cursor = Cursor(self._path, file)
                 cursor.position, cursor.byte_order = self.offset, self._byte_order
                 field = f"metadata {self.key!r} item"
                 if self._kind == STRING:

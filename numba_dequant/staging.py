@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
+from io import RawIOBase
 
 import numpy as np
 from cuda.core import Event, Stream
@@ -36,7 +36,7 @@ class Staging:
             for start in range(0, tensor.n_bytes, PIECE):
                 count = min(PIECE, tensor.n_bytes - start)
                 buffer = self._free_buffer()[:count]
-                if _read(file.fileno(), buffer, tensor.offset + start) < count:
+                if _read(file, buffer, tensor.offset + start) < count:
                     raise truncated(tensor)
                 runtime.copy_to_device(pointer + start, buffer, stream)
                 self._sent[self._next] = Stream.from_handle(stream).record()
@@ -49,10 +49,11 @@ class Staging:
         return self._buffers[self._next]
 
 
-def _read(file: int, buffer: NDArray[np.uint8], offset: int) -> int:
+def _read(file: RawIOBase, buffer: NDArray[np.uint8], offset: int) -> int:
+    file.seek(offset)
     done = 0
     while done < len(buffer):
-        count = os.preadv(file, [buffer[done:].data], offset + done)
+        count = file.readinto(buffer[done:].data)
         if not count:
             break
         done += count

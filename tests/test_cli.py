@@ -86,6 +86,13 @@ def test_info(tmp_path):
     assert "a.weight  Q4_K    3 x 512    864" in found.stdout
 
 
+def test_info_does_not_let_a_file_steer_the_terminal(tmp_path):
+    path = write_model(tmp_path / "m.gguf", {"a\x1b[2J": ("F32", (1,), bytes(4))}, [("k\x1b]0;x\x07", "\x1b[31m")])
+    found = run("info", str(path))
+    assert found.returncode == 0
+    assert "\x1b" not in found.stdout
+
+
 @pytest.mark.parametrize("command", ["verify", "info"])
 def test_a_missing_file(command, tmp_path):
     found = run(command, str(tmp_path / "none.gguf"))

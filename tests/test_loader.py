@@ -81,6 +81,17 @@ def test_repr(path):
     assert repr(nd.open(path)) == f"Model({str(path)!r}, 5 tensors)"
 
 
+def test_reading_into_a_buffer(tmp_path):
+    from numba_dequant.staging import _read
+
+    (tmp_path / "f").write_bytes(bytes(range(100)))
+    buffer = np.zeros(60, np.uint8)
+    with open(tmp_path / "f", "rb", buffering=0) as file:
+        assert _read(file, buffer, 30) == 60
+        np.testing.assert_array_equal(buffer, np.arange(30, 90))
+        assert _read(file, buffer, 70) == 30
+
+
 @pytest.mark.model
 def test_a_real_model():
     path = os.environ.get("NUMBA_DEQUANT_TEST_MODEL")

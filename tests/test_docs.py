@@ -1,0 +1,52 @@
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import random_blocks, write_model
+
+import numba_dequant as nd
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("module", ["api", "format", "kernels"])
+def test_examples_in_docstrings(module):
+    found = doctest.testmod(importlib.import_module(f"numba_dequant.{module}"), optionflags=doctest.ELLIPSIS)
+    assert found.failed == 0
+
+
+def test_the_first_example_of_the_readme(tmp_path, monkeypatch, capsys):
+    """Word for word, on the CPU and without PyTorch."""
+    text = (ROOT / "README.md").read_text()
+    code = re.search(r"```python\n(import numba_dequant as nd\n.*?)```", text, re.DOTALL)[1]
+    code = code.partition("import torch")[0].replace('device="cuda"', 'device="cpu"')
+    tensors = {"blk.0.attn_q.weight": ("Q4_K", (4, 256), random_blocks("Q4_K", 4))}
+    write_model(tmp_path / "model.gguf", tensors, [("general.architecture", "llama")])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("numba_dequant.device.cuda_problem", lambda: None)
+    monkeypatch.setattr("numba_dequant.loader.place_named", lambda _: nd.device.Place("cpu"))
+    names = {}
+    exec(code, names)
+    assert capsys.readouterr().out == "llama\n(4, 256)\n"
+    assert names["weight"].shape == (4, 256)
+    assert list(names["layers"]) == ["blk.0.attn_q.weight"]
+    assert names["weights"]["blk.0.attn_q.weight"].dtype == np.float16
+
+
+def test_the_readme_lists_every_format():
+    text = (ROOT / "README.md").read_text()
+    for source in nd.FORMATS.values():
+        if source.block_size > 1:
+            row = f"| {source.name} | {source.ggml_id} | {source.block_size} | {source.type_size} |"
+            assert row in text, f"run benchmarks/report.py: no row for {source.name}"
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    commands = re.findall(r"```\n(python3 -m venv.*)\n```", (ROOT / "README.md").read_text())
+    assert len(commands) == 2
+    script = (ROOT / ".ci" / "run").read_text()
+    for step in commands[1].split(" && ")[1:]:
+        assert step.removeprefix(".venv/bin/pip install ") in script
