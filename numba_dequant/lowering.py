@@ -218,10 +218,24 @@ def emit(function: Emit) -> Codegen:
     return codegen
 
 
+def brain(builder: ir.IRBuilder, number: Any) -> Any:
+    """i16 -> float, of which it is the upper half."""
+    return builder.bitcast(builder.shl(builder.zext(number, WORD), WORD(16)), FLOAT)
+
+
+def single(builder: ir.IRBuilder, number: Any) -> Any:
+    """i32 -> the float with these bits."""
+    return builder.bitcast(number, FLOAT)
+
+
+def to_float(builder: ir.IRBuilder, number: Any) -> Any:
+    """i32 -> float."""
+    return builder.sitofp(number, FLOAT)
+
+
 def install(target: Target) -> None:
     """Teach a Numba target the primitives of `bits.py` and the helpers that decodes share."""
     target.register_model(EightFloats)(_model_for(target))
-
     target.register_model(TableType)(target.opaque_model)
     target.typeof.register(bits.Table)(lambda table, _: TableType(table))
 
@@ -230,15 +244,6 @@ def install(target: Target) -> None:
 
     def centred_codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         return target.centred_bytes(builder, *arguments)
-
-    def brain(builder: ir.IRBuilder, number: Any) -> Any:
-        return builder.bitcast(builder.shl(builder.zext(number, WORD), WORD(16)), FLOAT)
-
-    def single(builder: ir.IRBuilder, number: Any) -> Any:
-        return builder.bitcast(number, FLOAT)
-
-    def to_float(builder: ir.IRBuilder, number: Any) -> Any:
-        return builder.sitofp(number, FLOAT)
 
     for load, width, signed in (
         (bits.load_u8, 1, False),
