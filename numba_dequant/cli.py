@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from importlib.resources import as_file, files
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 from tqdm import tqdm
 
 import numba_dequant as nd
-from numba_dequant import device, verify
+from numba_dequant import device, store, verify
 from numba_dequant.dtypes import NAMES
+from numba_dequant.formats import format_named
 
 SAMPLE = files("numba_dequant") / "sample" / "sample.gguf"
 
@@ -66,6 +68,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.add_argument("file", metavar="FILE", help="a GGUF file, or the first shard of a split")
     info.set_defaults(run=_info)
+
+    cache = commands.add_parser(
+        "cache",
+        help="show or clear the compiled code that is kept",
+        description="Show where compiled code is kept from one run to the next, and how much. "
+        f"The directory is chosen by {store.VARIABLE}.",
+    )
+    cache.add_argument("--clear", action="store_true", help="remove all of it")
+    cache.set_defaults(run=_cache)
+
+    warm = commands.add_parser(
+        "warm",
+        help="compile ahead",
+        description="Compile kernels ahead of their first use: for the first GPU, for GPUs that are not here, or for "
+        "the CPU.",
+    )
+    warm.add_argument("--arch", action="append", default=[], metavar="sm_90", help="a kind of GPU; may be repeated")
+    warm.add_argument("--cpu", action="store_true", help="the CPU path")
+    warm.add_argument("--formats", metavar="A,B", help="formats (all without it)")
+    warm.add_argument("--dtype", choices=NAMES, action="append", help="output type; may be repeated (float16)")
+    warm.set_defaults(run=_warm)
     return parser
 
 
@@ -114,6 +137,54 @@ def _info(options: argparse.Namespace) -> int:
                 f"{name.ljust(widths[0])}  {kind.ljust(widths[1])}  {shape.rjust(widths[2])}  {size.rjust(widths[3])}"
             )
     return 0
+
+
+def _cache(options: argparse.Namespace) -> int:
+    if options.clear:
+        print(f"{store.directory()}: {store.clear()} entries removed")
+        return 0
+    entries = store.entries()
+    print(f"{store.directory()}: {len(entries)} entries, {sum(entries.values()):,} bytes")
+    for name, size in sorted(entries.items()):
+        print(f"  {size:>9,}  {name.rpartition('-')[0]}")
+    return 0
+
+
+def _warm(options: argparse.Namespace) -> int:
+    names = options.formats.split(",") if options.formats else [n for n, f in nd.FORMATS.items() if f.decode]
+    sources = [format_named(name) for name in names]
+    dtypes = options.dtype or ["float16"]
+    capabilities = [_capability(arch) for arch in options.arch]
+    if not capabilities and not options.cpu:
+        problem = "the CUDA simulator compiles nothing" if device.is_simulated() else device.cuda_problem()
+        if problem:
+            return _fail(f"{problem}; name a GPU with --arch, or take --cpu")
+        from numba_dequant import gpu
+
+        capabilities = [gpu.capability_of(0)]
+    with tqdm(total=len(sources) * len(dtypes) * (len(capabilities) + options.cpu), disable=None, leave=False) as bar:
+        for source in sources:
+            for dtype in dtypes:
+                if options.cpu:
+                    from numba_dequant import cpu
+
+                    cpu.compiled(source, dtype)
+                    bar.update()
+                for capability in capabilities:
+                    from numba_dequant import compiler
+
+                    compiler.cubin(source, dtype, "tile", capability)
+                    bar.update()
+    places = ["the CPU"] * options.cpu + [f"sm_{major}{minor}" for major, minor in capabilities]
+    print(f"{len(sources)} formats to {', '.join(dtypes)} compiled for {', '.join(places)}, in {store.directory()}")
+    return 0
+
+
+def _capability(arch: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(?:sm_)?(\d+)(\d)", arch)
+    if match is None:
+        raise nd.DeviceError(f"{arch!r} is no kind of GPU; it looks like sm_90")
+    return int(match[1]), int(match[2])
 
 
 def _plain(name: str) -> str:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from numba_dequant import store
+from numba_dequant.errors import DeviceError
 from numba_dequant.format import Format
 from numba_dequant.mapping import mapping_named
 
@@ -23,14 +24,22 @@ TOOLCHAIN = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-cuda-nvcc
 
 
 def cubin(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -> tuple[str, bytes]:
-    """The entry point's name and the machine code of a kernel, for GPUs of a compute capability."""
+    """The entry point's name and the machine code of a kernel, for GPUs of a compute capability.
+
+    Raises:
+        DeviceError: the CUDA toolkit is missing, or does not know such GPUs.
+    """
     is_ours = source.decode is not None and source.decode.__module__.startswith("numba_dequant.")
     label = f"sm{capability[0]}{capability[1]}-{source.name}-{dtype}-{mapping}"
     entry = store.entry_name(label, *_versions())
     kept = store.read(entry) if is_ours else None
     if kept is None:
-        text = ptx(source, dtype, mapping, capability)
-        kept = entry_point(text).encode() + b"\0" + assemble(text, capability)
+        try:
+            text = ptx(source, dtype, mapping, capability)
+            kept = entry_point(text).encode() + b"\0" + assemble(text, capability)
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            raise DeviceError(f"the CUDA toolkit cannot compile {label} for this kind of GPU: {reason}") from error
         if is_ours:
             store.write(entry, kept)
     name, code = kept.split(b"\0", 1)

@@ -38,7 +38,7 @@ _lock = threading.Lock()
 
 def dequantize_into(data: NDArray[np.uint8], source: Format, dtype: str, out: NDArray[Any]) -> None:
     """Write the values of `data` (whole blocks) to the flat array `out`, rounded once to `dtype`."""
-    span = _compiled(source, dtype)
+    span = compiled(source, dtype)
     stored = out.view(f"u{out.itemsize}")
     step = max(source.block_size, RUN)
     n_steps, rest = divmod(out.size, step)
@@ -74,7 +74,8 @@ def _threads(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n_threads(), "numba_dequant")
 
 
-def _compiled(source: Format, dtype: str) -> Span:
+def compiled(source: Format, dtype: str) -> Span:
+    """The compiled function that writes a span of blocks, from disk if it has been compiled before."""
     with _lock:
         return _compile(source, dtype)
 

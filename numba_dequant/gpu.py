@@ -140,6 +140,12 @@ def dequantize_into(
         runtime.copy_on_device(out.pointer, target.pointer, out.n_bytes, stream)
 
 
+def capability_of(index: int) -> tuple[int, int]:
+    """Compute capability of a GPU."""
+    with runtime.current(index) as device:
+        return device.compute_capability.major, device.compute_capability.minor
+
+
 def load_kernel(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -> Kernel:
     """A kernel ready to launch on GPUs of a compute capability, compiled if it must be."""
     with _lock:

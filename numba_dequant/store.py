@@ -56,6 +56,23 @@ def read(name: str) -> bytes | None:
     return payload if hashlib.sha256(payload).digest() == content[:32] else None
 
 
+def entries() -> dict[str, int]:
+    """Name and size in bytes of every entry."""
+    try:
+        with os.scandir(directory()) as found:
+            return {entry.name: entry.stat().st_size for entry in found if entry.is_file() and entry.name[0] != "."}
+    except OSError:
+        return {}
+
+
+def clear() -> int:
+    """Remove every entry; the result is how many there were. Processes that run now keep what they have loaded."""
+    names = entries()
+    for name in names:
+        (directory() / name).unlink(missing_ok=True)
+    return len(names)
+
+
 def write(name: str, payload: bytes) -> bool:
     """Keep `payload` as an entry; False if the directory cannot be written, which costs speed and nothing else."""
     temporary = None

@@ -157,3 +157,58 @@ def test_the_command_is_installed():
         .stdout.strip()
         .endswith(nd.__version__)
     )
+
+
+@pytest.fixture
+def empty_store(tmp_path, monkeypatch):
+    from numba_dequant import cpu
+
+    monkeypatch.setenv("NUMBA_DEQUANT_CACHE_DIR", str(tmp_path / "kept"))
+    cpu._compile.cache_clear()
+    yield tmp_path / "kept"
+    cpu._compile.cache_clear()
+
+
+def test_warm_and_cache(empty_store, capsys, monkeypatch):
+    assert cli.main(["cache"]) == 0
+    assert "0 entries, 0 bytes" in capsys.readouterr().out
+    arguments = ["warm", "--cpu", "--arch", "sm_90", "--arch", "80", "--formats", "Q8_0,Q4_K", "--dtype", "float32"]
+    assert cli.main(arguments) == 0
+    assert "2 formats to float32 compiled for the CPU, sm_90, sm_80" in capsys.readouterr().out
+    assert cli.main(["cache"]) == 0
+    shown = capsys.readouterr().out
+    assert "6 entries" in shown
+    for label in ("cpu-Q8_0-float32", "sm90-Q4_K-float32-tile", "sm80-Q8_0-float32-tile"):
+        assert label in shown
+    # What is warm is not compiled again.
+    from numba_dequant import compiler
+
+    monkeypatch.setattr(compiler, "ptx", lambda *_: pytest.fail("compiled again"))
+    assert cli.main(["warm", "--arch", "sm_90", "--formats", "Q8_0", "--dtype", "float32"]) == 0
+    assert cli.main(["cache", "--clear"]) == 0
+    assert "6 entries removed" in capsys.readouterr().out
+    assert not list(empty_store.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "hopper"], "'hopper' is no kind of GPU; it looks like sm_90"),
+        (["--cpu", "--formats", "Q4_J"], "unknown format 'Q4_J'"),
+        ([], "no GPU, says the test; name a GPU with --arch, or take --cpu"),
+    ],
+    ids=["arch", "format", "nothing"],
+)
+def test_warm_for_nothing(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(cli.device, "cuda_problem", lambda: "no GPU, says the test")
+    assert cli.main(["warm", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_kernel_entry_that_is_damaged_is_rebuilt(empty_store):
+    from numba_dequant import compiler
+
+    first = compiler.cubin(nd.FORMATS["Q8_0"], "float16", "tile", (9, 0))
+    (entry,) = empty_store.iterdir()
+    entry.write_bytes(entry.read_bytes()[:-7])
+    assert compiler.cubin(nd.FORMATS["Q8_0"], "float16", "tile", (9, 0))[1][:4] == first[1][:4] == b"\x7fELF"

@@ -27,6 +27,12 @@ def test_literal_mapping_compiles():
         assert ".entry" in compiler.ptx(nd.FORMATS[name], "float16", "block", (9, 0))
 
 
+@pytest.mark.parametrize("capability", [(1, 0), (99, 9)])
+def test_gpus_that_the_toolkit_does_not_know(capability):
+    with pytest.raises(nd.DeviceError, match=r"cannot compile sm\d+-Q4_K-float16-tile for this kind of GPU: .+"):
+        compiler.cubin(nd.FORMATS["Q4_K"], "float16", "tile", capability)
+
+
 @pytest.mark.parametrize("capability", [(7, 5), (8, 6), (12, 0)])
 def test_other_gpus(capability):
     name, code = compiler.cubin(nd.FORMATS["Q4_K"], "float16", "tile", capability)
