@@ -140,6 +140,11 @@ def store_float32(out: Any, index: int, values: Any, count: int) -> None:
     _store(out, index, values[:count])
 
 
+def store_float32_in_pairs(out: Any, index: int, values: Any, count: int) -> None:
+    """Write eight values, one of two neighbouring runs that two neighbouring threads write at the same time."""
+    _store(out, index, values)
+
+
 def _store(out: Any, index: int, values: Any) -> None:
     with np.errstate(all="ignore"):  # rounding to infinity is what is meant
         out[index : index + len(values)] = values

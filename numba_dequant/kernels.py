@@ -58,6 +58,8 @@ def jit(format: str | Format, dtype: Any = "float16", mapping: str = "block") ->
 def make_kernel(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any, int, Any], None]:
     """The kernel, not compiled, that turns blocks of `source` into `dtype`: ``kernel(data, n_elements, out)``."""
     decode, store = source.decode, STORES[dtype]
+    if dtype == "float32" and source.block_size % (2 * RUN) == 0:
+        store = bits.store_float32_in_pairs
     assert decode is not None
     if IS_SIMULATED:
         decode = _quietly(decode)

@@ -9,7 +9,7 @@ from numba.core import types
 from numba.cuda.extending import core_models, intrinsic, overload, register_model, typeof_impl
 
 from numba_dequant import bits, lowering
-from numba_dequant.lowering import BYTE, EIGHT_FLOATS, FLOAT, LONG, WORD
+from numba_dequant.lowering import BYTE, EIGHT_FLOATS, EIGHT_WORDS, FLOAT, LONG, WORD
 
 FOUR_WORDS = ir.VectorType(WORD, 4)
 
@@ -135,6 +135,36 @@ def _is_aligned(context: Any, builder: ir.IRBuilder, signature: Any, arguments: 
     return builder.icmp_unsigned("==", builder.and_(address, LONG(15)), LONG(0))
 
 
+def _store_in_pairs(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    """Eight float32 are two stores of 16 bytes, and memory takes 32 bytes at a time.
+
+    So the two threads of a pair write the first of their runs together, and then the second: each gives the other the
+    half that is not its own to write.
+    """
+    out, index, values, _ = arguments
+    words = builder.bitcast(values, EIGHT_WORDS)
+    lane = _instruction(builder, "mov.u32 $0, %laneid;", WORD, "=r", [])
+    odd = builder.and_(lane, WORD(1))
+    is_odd = builder.icmp_unsigned("==", odd, WORD(1))
+    pair = builder.shl(WORD(3), builder.and_(lane, WORD(30)))
+    first = second = ir.Constant(FOUR_WORDS, ir.Undefined)
+    for place in range(4):
+        low, high = (builder.extract_element(words, WORD(place + half)) for half in (0, 4))
+        given = builder.select(is_odd, low, high)
+        exchange = "shfl.sync.bfly.b32 $0, $1, 1, 31, $2;"
+        taken = builder.asm(ir.FunctionType(WORD, [WORD, WORD]), exchange, "=r,r,r", [given, pair], side_effect=True)
+        first = builder.insert_element(first, builder.select(is_odd, taken, low), WORD(place))
+        second = builder.insert_element(second, builder.select(is_odd, high, taken), WORD(place))
+    base = lowering.data_pointer(context, builder, signature.args[0], out)
+    back = builder.mul(builder.zext(odd, LONG), LONG(16))
+    start = builder.sub(builder.mul(index, LONG(4)), back)
+    for part, at in ((first, start), (second, builder.add(start, LONG(32)))):
+        builder.store(part, lowering.pointer_at(builder, base, at, FOUR_WORDS), align=16)
+    return context.get_dummy_value()
+
+
+in_pairs = (None, types.int64, lowering.EIGHT, types.int64)
+lowering.implement(target, bits.store_float32_in_pairs, types.none, in_pairs, _store_in_pairs)
 lowering.implement(target, bits.copy_16_bytes, types.none, (None, types.int64) * 2, _copy_codegen(FOUR_WORDS, 16))
 lowering.implement(target, bits.copy_byte, types.none, (None, types.int64) * 2, _copy_codegen(BYTE, 1))
 lowering.implement(target, bits.is_aligned, types.boolean, (None, types.int64), _is_aligned)
