@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from numba_dequant.api import dequantize
+from numba_dequant.api import dequantize, dequantize_many
 from numba_dequant.errors import (
     DataError,
     DeviceError,
@@ -36,6 +36,7 @@ __all__ = [
     "TensorNotFoundError",
     "UnknownFormatError",
     "dequantize",
+    "dequantize_many",
     "load",
     "open",
     "register",

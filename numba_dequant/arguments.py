@@ -4,13 +4,59 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.errors import DataError, OutputError, ShapeError
+from numba_dequant.errors import DataError, NumbaDequantError, OutputError, ShapeError
+from numba_dequant.format import Format
+from numba_dequant.formats import format_named
+
+
+@dataclass(slots=True)
+class Tensor:
+    """One of many tensors to dequantize together, as the caller gave it."""
+
+    name: Any
+    data: Any
+    source: Format
+    shape: Any = None
+    out: Any = None
+
+
+def named_tensors(tensors: Mapping[Any, Any], out: Mapping[Any, Any] | None) -> list[Tensor]:
+    """The tensors that were given as name -> (data, format) or (data, format, shape), with name -> `out`.
+
+    Raises:
+        DataError: an entry is something else.
+        OutputError: `out` has other names.
+        UnknownFormatError: there is no such format.
+    """
+    if out is not None and out.keys() != tensors.keys():
+        odd = next(iter(out.keys() ^ tensors.keys()))
+        raise OutputError(f"{odd!r} is in one of tensors and out, not in both; give an array for each tensor")
+    found = []
+    for name, entry in tensors.items():
+        if not isinstance(entry, tuple) or len(entry) not in (2, 3):
+            kind = f"tuple of {len(entry)}" if isinstance(entry, tuple) else type(entry).__name__
+            raise DataError(f"tensor {name!r} is a {kind}, not (data, format) or (data, format, shape)")
+        data, source, *shape = entry
+        given = None if out is None else out[name]
+        found.append(Tensor(name, data, format_named(source), shape[0] if shape else None, given))
+    return found
+
+
+@contextmanager
+def naming(tensor: Tensor) -> Iterator[None]:
+    """Let errors say with which tensor they are."""
+    try:
+        yield
+    except NumbaDequantError as error:
+        raise type(error)(f"tensor {tensor.name!r}: {error}") from error
 
 
 def is_on_gpu(thing: Any) -> bool:

@@ -11,12 +11,15 @@ import threading
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
-from typing import Any
+from typing import Literal
 
 from numba_dequant import store
 from numba_dequant.errors import DeviceError
 from numba_dequant.format import Format
 from numba_dequant.mapping import mapping_named
+
+TABLE = "table"
+"""In place of a mapping: the kernel that takes many tensors."""
 
 _lock = threading.Lock()
 
@@ -47,24 +50,30 @@ def cubin(source: Format, dtype: str, mapping: str, capability: tuple[int, int])
 
 
 def ptx(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -> str:
-    """The PTX text of a kernel whose arguments are two addresses, with the number of elements between them."""
-    from numba_dequant.kernels import make_kernel
+    """The PTX text of a kernel; mapping "table" is the kernel of `kernels.make_table_kernel`, in tiles."""
+    from numba_dequant import kernels
 
-    return function_ptx(make_kernel(source, dtype, mapping_named(mapping, source)), capability)
+    if mapping == TABLE:
+        kernel = kernels.make_table_kernel(source, dtype, mapping_named("tile", source))
+        return function_ptx(kernel, capability, "data", "table", "number", "data")
+    return function_ptx(kernels.make_kernel(source, dtype, mapping_named(mapping, source)), capability)
 
 
-def function_ptx(kernel: Callable[[Any, int, Any], None], capability: tuple[int, int]) -> str:
-    """The PTX text of any function with the arguments of a kernel."""
+def function_ptx(
+    kernel: Callable[..., None], capability: tuple[int, int], *kinds: Literal["data", "table", "number"]
+) -> str:
+    """The PTX text of any function of addresses and numbers; by default of those that a kernel takes."""
     from numba import cuda, types
     from numba.cuda import dispatcher
 
-    address = types.CPointer(types.uint8)
+    of_kind = {"data": types.CPointer(types.uint8), "table": types.CPointer(types.int64), "number": types.int64}
+    signature = tuple(of_kind[kind] for kind in kinds or ("data", "number", "data"))
     with _lock:
         # numba-cuda asks the current device which GPU to compile the kernel's callees for; here we know better.
         real = dispatcher.get_current_device
         dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
         try:
-            text, _ = cuda.compile_ptx(kernel, (address, types.int64, address), cc=capability)
+            text, _ = cuda.compile_ptx(kernel, signature, cc=capability)
         finally:
             dispatcher.get_current_device = real
     assert isinstance(text, str)

@@ -27,10 +27,13 @@ class DeviceTensor:
         dtype: the NumPy dtype; bfloat16 is that of ml_dtypes.
         device: ordinal of the GPU.
         stream: handle of the stream on which the values are computed.
+        memory: where they lie; tensors that were made together may share an allocation.
     """
 
+    __slots__ = ("__weakref__", "device", "dtype", "memory", "shape", "stream")
+
     def __init__(self, memory: runtime.DeviceBytes, shape: tuple[int, ...], dtype: np.dtype[Any], stream: int) -> None:
-        self._memory = memory
+        self.memory = memory
         self.shape = shape
         self.dtype = dtype
         self.device = memory.device
@@ -49,13 +52,13 @@ class DeviceTensor:
     @property
     def ptr(self) -> int:
         """Address in GPU memory; 0 if there are no elements."""
-        return self._memory.pointer if self.size else 0
+        return self.memory.pointer if self.size else 0
 
     def copy_to_host(self) -> NDArray[Any]:
         """A NumPy array of the values; waits until they are there."""
         host = np.empty(self.shape, self.dtype)
         with runtime.current(self.device):
-            runtime.copy_to_host(host, self._memory.pointer, self.stream)
+            runtime.copy_to_host(host, self.memory.pointer, self.stream)
         return host
 
     @property
@@ -89,7 +92,7 @@ class DeviceTensor:
         if stream != -1:
             with runtime.current(self.device):
                 runtime.wait(0 if stream in (None, 0, 1) else stream or 0, self.stream)
-        return runtime.export(self._memory, self.shape, self.dtype, max_version)
+        return runtime.export(self.memory, self.shape, self.dtype, max_version)
 
     def __len__(self) -> int:
         if not self.shape:

@@ -32,13 +32,11 @@ def dequantize(
     """What `numba_dequant.dequantize` does on CUDA device `index`."""
     if not is_on_gpu(data):
         host = host_bytes(data)
-        send = partial(_send, host)
-        return load(send, host.nbytes, source, dtype, shape, index, out, stream, mapping)
+        return load(partial(send, host), host.nbytes, source, dtype, shape, index, out, stream, mapping)
     handle = runtime.stream_handle(stream)
     with runtime.current(index) as device:
         memory = runtime.view(data, handle)
-        if memory.device != index:
-            raise DeviceError(f"the data lies on cuda:{memory.device}, the device is cuda:{index}; copy it there first")
+        check_place(memory, device)
         n_elements = source.n_elements(memory.n_bytes)
         result, target = _target(source, dtype, n_elements, shape, device, out, handle, memory)
         dequantize_into(memory, source, dtype, n_elements, target, handle, mapping)
@@ -46,7 +44,7 @@ def dequantize(
 
 
 def load(
-    send: Callable[[int, int], None],
+    send_to: Callable[[int, int], None],
     n_bytes: int,
     source: Format,
     dtype: str,
@@ -56,19 +54,20 @@ def load(
     stream: Any,
     mapping: str = "tile",
 ) -> Any:
-    """Dequantize bytes that `send(pointer, stream)` copies to the GPU; they are freed behind the kernel."""
+    """Dequantize bytes that `send_to(pointer, stream)` copies to the GPU; they are freed behind the kernel."""
     handle = runtime.stream_handle(stream)
     n_elements = source.n_elements(n_bytes)
     with runtime.current(index) as device:
         result, target = _target(source, dtype, n_elements, shape, device, out, handle)
         memory = runtime.allocate(n_bytes, device, handle)
         if n_bytes:
-            send(memory.pointer, handle)
+            send_to(memory.pointer, handle)
         dequantize_into(memory, source, dtype, n_elements, target, handle, mapping)
         return result
 
 
-def _send(host: NDArray[np.uint8], pointer: int, stream: int) -> None:
+def send(host: NDArray[np.uint8], pointer: int, stream: int) -> None:
+    """Queue the copy of host memory to a device address; the caller may change it afterwards."""
     runtime.copy_to_device(pointer, host, stream)
     if runtime.is_pinned(host):
         runtime.synchronize(stream)  # A GPU reads pinned memory in its own time; the caller may change it now.
@@ -87,18 +86,51 @@ def _target(
     """What to return, and the memory to write: those of `out`, or new ones once all is checked."""
     asked = result_shape(shape, n_elements, out)
     kind = source.stored_dtype or numpy_dtype(dtype)
-    if source.decode is not None and dtype == "bfloat16" and device.compute_capability < (8, 0):
-        found = ".".join(map(str, device.compute_capability))
-        raise DtypeError(f"bfloat16 needs a GPU of compute capability 8.0 or later, this one has {found}; use float16")
+    check_capability(source, dtype, device)
     if out is not None:
-        return out, _checked(out, memory, kind.name, asked, n_elements, device.device_id, handle)
+        return out, checked_output(out, memory, kind.name, asked, n_elements, device, handle)
     target = runtime.allocate(n_elements * kind.itemsize, device, handle)
     return DeviceTensor(target, asked, kind, handle), target
 
 
-def _checked(
-    out: Any, memory: DeviceBytes | None, dtype: str, shape: tuple[int, ...], n_elements: int, index: int, handle: int
+def check_place(memory: DeviceBytes, device: Device) -> None:
+    """Check that data lies on the GPU that is to read it.
+
+    Raises:
+        DeviceError: it does not.
+    """
+    if memory.device != device.device_id:
+        raise DeviceError(
+            f"the data lies on cuda:{memory.device}, the device is cuda:{device.device_id}; copy it there first"
+        )
+
+
+def check_capability(source: Format, dtype: str, device: Device) -> None:
+    """Check that a GPU can convert to an output type.
+
+    Raises:
+        DtypeError: it cannot.
+    """
+    if dtype == "bfloat16" and source.decode is not None and device.compute_capability < (8, 0):
+        found = ".".join(map(str, device.compute_capability))
+        raise DtypeError(f"bfloat16 needs a GPU of compute capability 8.0 or later, this one has {found}; use float16")
+
+
+def checked_output(
+    out: Any,
+    memory: DeviceBytes | None,
+    dtype: str,
+    shape: tuple[int, ...],
+    n_elements: int,
+    device: Device,
+    handle: int,
 ) -> DeviceBytes:
+    """The memory of the caller's `out`, which is right in every way for the result of reading `memory`.
+
+    Raises:
+        OutputError: it is not.
+    """
+    index = device.device_id
     if not is_on_gpu(out):
         raise OutputError(f"out is a {type(out).__name__} on the host, the device is cuda:{index}")
     target = runtime.view(out, handle)
@@ -126,8 +158,7 @@ def dequantize_into(
     device = Device(data.device)
     # The kernel stores 16 bytes at a time: an odd address gets its values by way of memory of ours.
     target = runtime.allocate(out.n_bytes, device, stream) if out.pointer % 16 else out
-    capability = device.compute_capability
-    kernel = load_kernel(source, dtype, mapping, (capability.major, capability.minor))
+    kernel = load_kernel(source, dtype, mapping, capability_of(device))
     shape = mapping_named(mapping, source)
     step = LARGEST_GRID * shape.tile_elements
     for first in range(0, n_elements, step):
@@ -140,10 +171,10 @@ def dequantize_into(
         runtime.copy_on_device(out.pointer, target.pointer, out.n_bytes, stream)
 
 
-def capability_of(index: int) -> tuple[int, int]:
+def capability_of(device: Device) -> tuple[int, int]:
     """Compute capability of a GPU."""
-    with runtime.current(index) as device:
-        return device.compute_capability.major, device.compute_capability.minor
+    found = device.compute_capability
+    return found.major, found.minor
 
 
 def load_kernel(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -> Kernel:
@@ -168,7 +199,7 @@ def timed(
         memory = runtime.allocate(data.nbytes, device, 0)
         target = runtime.allocate(n_elements * kind.itemsize, device, 0)
         if data.nbytes:
-            _send(data, memory.pointer, 0)
+            send(data, memory.pointer, 0)
         stream = Stream.from_handle(0)
         seconds = []
         for _ in range(6):  # the first one compiles

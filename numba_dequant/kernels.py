@@ -28,7 +28,7 @@ IS_SIMULATED = bool(config.ENABLE_CUDASIM)
 
 if not IS_SIMULATED:
     from numba_dequant import lowering_cuda
-    from numba_dequant.lowering import register_decode
+    from numba_dequant.lowering import register, register_decode
 
 int32: Any = np.int32
 int64: Any = np.int64
@@ -57,6 +57,44 @@ def jit(format: str | Format, dtype: Any = "float16", mapping: str = "block") ->
 
 def make_kernel(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any, int, Any], None]:
     """The kernel, not compiled, that turns blocks of `source` into `dtype`: ``kernel(data, n_elements, out)``."""
+    write_tile = _tile_writer(source, dtype, mapping)
+
+    def dequantize(data: Any, n_elements: int, out: Any) -> None:
+        write_tile(data, int64(0), n_elements, out, int64(0), int64(cuda.blockIdx.x))
+
+    return _named(dequantize, f"dequantize_{source.name}")
+
+
+def make_table_kernel(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any, Any, int, Any], None]:
+    """The kernel, not compiled, for many tensors of one format: ``kernel(data, table, n_tensors, out)``.
+
+    `table` is that of `mapping.tile_table`, flat.
+    """
+    write_tile = _tile_writer(source, dtype, mapping)
+    threads = mapping.threads
+
+    def dequantize(data: Any, table: Any, n_tensors: int, out: Any) -> None:
+        tile = int64(cuda.blockIdx.x)
+        # The tensor is among `count` ones from `first` on. As many of them as there are threads are looked at in one
+        # step, evenly spread; those that start at or before the tile are counted.
+        first, count = int64(0), int64(n_tensors)
+        while count > 1:
+            step = (count + (threads - 1)) // threads
+            candidate = int64(cuda.threadIdx.x) * step
+            starts_before = candidate < count and table[first + candidate] <= tile
+            passed = (int64(cuda.syncthreads_count(int32(starts_before))) - 1) * step
+            first += passed
+            count = min(step, count - passed)
+        write_tile(
+            data, table[n_tensors + first], table[3 * n_tensors + first], out, table[2 * n_tensors + first],
+            tile - table[first],
+        )  # fmt: skip
+
+    return _named(dequantize, f"dequantize_many_{source.name}")
+
+
+def _tile_writer(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any, int, int, Any, int, int], None]:
+    """What one thread block does: ``write_tile(data, data_start, n_elements, out, out_start, tile)``."""
     decode, store = source.decode, STORES[dtype]
     if dtype == "float32" and source.block_size % (2 * RUN) == 0:
         store = bits.store_float32_in_pairs
@@ -75,15 +113,15 @@ def make_kernel(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any, 
     tile_units = -(-tile_blocks * type_size // 16) * 16 // source.alignment
     unit = np.dtype(f"u{source.alignment}")
 
-    def dequantize_tile(data: Any, n_elements: int, out: Any) -> None:
+    def write_tile(data: Any, data_start: int, n_elements: int, out: Any, out_start: int, number: int) -> None:
         # The simulator refuses the alignment that the 16-byte copies need on a GPU; Numba drops the dead branch.
         if IS_SIMULATED:
             tile = cuda.shared.array(tile_units, unit)
         else:
             tile = cuda.shared.array(tile_units, unit, alignment=16)
         thread = int32(cuda.threadIdx.x)
-        first_block = int64(cuda.blockIdx.x) * tile_blocks
-        start = first_block * type_size
+        first_block = number * tile_blocks
+        start = data_start + first_block * type_size
         n_bytes = int32(min(tile_blocks, n_elements // block_size - first_block)) * int32(type_size)
         n_wide = n_bytes >> 4
         if not is_aligned(data, start):
@@ -106,10 +144,16 @@ def make_kernel(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any, 
             if element < n_elements:
                 at = int32(run // uint32(runs_per_block)) * int32(blocks_per_run * type_size)
                 values = decode(tile, at, int32(run % uint32(runs_per_block)))
-                store(out, element, values, n_elements - element if has_partial_runs else RUN)
+                store(out, out_start + element, values, n_elements - element if has_partial_runs else RUN)
 
-    dequantize_tile.__name__ = dequantize_tile.__qualname__ = f"dequantize_{source.name}"
-    return dequantize_tile
+    if not IS_SIMULATED:
+        register(lowering_cuda.target, write_tile)
+    return write_tile
+
+
+def _named(kernel: Callable[..., None], name: str) -> Callable[..., None]:
+    kernel.__name__ = kernel.__qualname__ = name
+    return kernel
 
 
 def _quietly(decode: Callable[..., Any]) -> Callable[..., Any]:

@@ -299,8 +299,13 @@ def register_decode(target: Target, decode: Callable[..., Any]) -> None:
     """Let compiled code of this target call a decode and the helpers it needs, which are compiled along with it."""
     for function in [*bits.shared_helpers, decode]:
         if function not in target.registered:
-            target.overload(function, strict=False)(lambda *arguments, function=function: function)
+            register(target, function)
             target.registered.add(function)
+
+
+def register(target: Target, function: Callable[..., Any]) -> None:
+    """Let compiled code of this target call a plain function, which is compiled along with it."""
+    target.overload(function, strict=False)(lambda *arguments: function)
 
 
 def _model_for(target: Target) -> type[Any]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from numba_dequant.format import RUN, Format
 
 MAPPINGS = ("tile", "block")
@@ -47,3 +50,16 @@ def mapping_named(name: str, source: Format) -> Mapping:
         elements = -(-TILE_THREADS * TILE_RUNS * RUN // source.block_size) * source.block_size
         return Mapping(elements, -(-elements // (TILE_RUNS * RUN)), TILE_RUNS)
     raise ValueError(f"unknown mapping {name!r}; choose one of {', '.join(MAPPINGS)}")
+
+
+def tile_table(
+    mapping: Mapping, data_starts: NDArray[np.int64], out_starts: NDArray[np.int64], n_elements: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], int]:
+    """The table of a launch over many tensors, none of them empty, and the number of its tiles.
+
+    It has a column per tensor, in four rows: the number of its first tile, counted through all the tensors; the byte at
+    which its blocks start; the element at which its values start; and how many elements it has.
+    """
+    tiles = -(-n_elements // mapping.tile_elements)
+    ends = tiles.cumsum()
+    return np.stack([ends - tiles, data_starts, out_starts, n_elements]), int(ends[-1])

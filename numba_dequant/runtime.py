@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from cuda.bindings import driver
-from cuda.core import Device, LegacyPinnedMemoryResource, Stream
+from cuda.core import Buffer, Device, LegacyPinnedMemoryResource, Stream
 from cuda.core.utils import StridedMemoryView
 from numpy.typing import NDArray
 
@@ -24,7 +24,7 @@ DLPACK_UNSIGNED, DLPACK_BFLOAT = 1, 4
 """Type codes of DLPack."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DeviceBytes:
     """A contiguous piece of device memory, alive as long as its owner is.
 
@@ -208,7 +208,8 @@ def export(
     """A DLPack capsule that shares memory of ours and keeps it alive."""
     is_brain = dtype.name == "bfloat16"
     kind = np.dtype(np.uint16) if is_brain else dtype
-    whole = StridedMemoryView.from_buffer(memory.owner, shape, itemsize=kind.itemsize, dtype=kind)
+    piece = Buffer.from_handle(memory.pointer, memory.n_bytes, owner=memory.owner)
+    whole = StridedMemoryView.from_buffer(piece, shape, itemsize=kind.itemsize, dtype=kind)
     capsule = whole.__dlpack__(stream=-1, max_version=max_version)
     if is_brain:
         _say_bfloat16(capsule)

@@ -31,7 +31,7 @@ def on_gpu(data):
     with runtime.current(0) as device:
         memory = runtime.allocate(data.nbytes, device, 0)
         if data.nbytes:
-            gpu._send(data.reshape(-1).view(np.uint8), memory.pointer, 0)
+            gpu.send(data.reshape(-1).view(np.uint8), memory.pointer, 0)
         return memory
 
 

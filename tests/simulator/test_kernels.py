@@ -8,7 +8,7 @@ from numba import cuda
 import numba_dequant as nd
 from numba_dequant import kernels
 from numba_dequant.device import is_simulated
-from numba_dequant.mapping import MAPPINGS, mapping_named
+from numba_dequant.mapping import MAPPINGS, mapping_named, tile_table
 
 pytestmark = pytest.mark.skipif(not is_simulated(), reason="runs under NUMBA_ENABLE_CUDASIM=1")
 
@@ -58,3 +58,27 @@ def test_a_result_without_out():
     found = nd.dequantize(data, "Q6_K", shape=(2, 256), device="cuda")
     assert found.shape == (2, 256)
     assert_same_bits(found.copy_to_host(), nd.dequantize(data, "Q6_K", shape=(2, 256), device="reference"))
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "MXFP4", "F32"])
+@pytest.mark.parametrize("lengths", [[1], [1, 33, 2], [64, 1, 16, 17, 129]])
+def test_many_tensors(name, lengths):
+    source = nd.FORMATS[name]
+    lengths = np.array(lengths) * (256 // source.block_size if source.block_size < 256 else 1)
+    gap_bytes, gap_elements = 2 * source.type_size, 16
+    starts = np.concatenate([[0], lengths.cumsum()[:-1]])
+    data_starts = starts * source.type_size + gap_bytes * np.arange(len(lengths))
+    out_starts = starts * source.block_size + gap_elements * np.arange(len(lengths))
+    shape = mapping_named("tile", source)
+    table, n_tiles = tile_table(shape, data_starts, out_starts, lengths * source.block_size)
+    data = np.zeros(data_starts[-1] + lengths[-1] * source.type_size, np.uint8)
+    expected = np.full(out_starts[-1] + lengths[-1] * source.block_size, 77, np.float16)
+    for length, at, to in zip(lengths, data_starts, out_starts, strict=True):
+        blocks = random_blocks(name, length, seed=int(at))
+        data[at : at + blocks.size] = blocks
+        values = nd.dequantize(blocks, name, device="reference")
+        expected[to : to + values.size] = values
+    out = cuda.to_device(np.full_like(expected, 77))
+    kernel = cuda.jit(kernels.make_table_kernel(source, "float16", shape))
+    kernel[n_tiles, shape.threads](cuda.to_device(data), cuda.to_device(table.reshape(-1)), len(lengths), out)
+    assert_same_bits(out.copy_to_host(), expected)
