@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.arguments import check_output, host_bytes, is_on_gpu, named_tensors, naming, result_shape
+from numba_dequant.arguments import check_output, host_bytes, is_on_gpu, named, named_tensors, result_shape
 from numba_dequant.device import Place, is_simulated, place_named
 from numba_dequant.dtypes import dtype_name, numpy_dtype
-from numba_dequant.errors import DeviceError, OutputError
+from numba_dequant.errors import DeviceError, NumbaDequantError, OutputError
 from numba_dequant.format import Format
 from numba_dequant.formats import format_named
 from numba_dequant.mapping import mapping_named
@@ -110,10 +110,11 @@ def dequantize_many(
         return many.dequantize_many(entries, name, place.index, stream)
     prepared = {}
     for entry in entries:
-        with naming(entry):
-            prepared[entry.name] = _prepared(
-                host_bytes(entry.data), entry.source, name, entry.shape, place, entry.out, "tile"
-            )
+        try:
+            data = host_bytes(entry.data)
+            prepared[entry.name] = _prepared(data, entry.source, name, entry.shape, place, entry.out, "tile")
+        except NumbaDequantError as error:
+            raise named(error, entry) from error
     return {name: compute() for name, compute in prepared.items()}
 
 
@@ -146,7 +147,7 @@ def _prepared(
         raise OutputError(f"out must be a contiguous, writable NumPy array where the device is {place}")
     else:
         result = out
-        check_output(out.dtype.name, out.shape, kind.name, asked, n_elements)
+        check_output(out.dtype, out.shape, kind, asked, n_elements)
         if np.may_share_memory(out, data):
             raise OutputError("out shares memory with data")
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +49,9 @@ def named_tensors(tensors: Mapping[Any, Any], out: Mapping[Any, Any] | None) -> 
     return found
 
 
-@contextmanager
-def naming(tensor: Tensor) -> Iterator[None]:
-    """Let errors say with which tensor they are."""
-    try:
-        yield
-    except NumbaDequantError as error:
-        raise type(error)(f"tensor {tensor.name!r}: {error}") from error
+def named(error: NumbaDequantError, tensor: Tensor) -> NumbaDequantError:
+    """The same error, saying with which tensor it is."""
+    return type(error)(f"tensor {tensor.name!r}: {error}")
 
 
 def is_on_gpu(thing: Any) -> bool:
@@ -108,7 +103,7 @@ def result_shape(shape: Sequence[int] | int | None, n_elements: int, out: Any) -
             return tuple(out.shape)
         return (n_elements,)
     try:
-        asked = (operator.index(shape),) if not isinstance(shape, Sequence) else tuple(map(operator.index, shape))
+        asked = tuple(map(operator.index, shape)) if isinstance(shape, Sequence) else (operator.index(shape),)
     except TypeError:
         raise ShapeError(f"a shape is whole numbers, rows first, not {shape!r}") from None
     if min(asked, default=0) < 0 or math.prod(asked) != n_elements:
@@ -119,7 +114,11 @@ def result_shape(shape: Sequence[int] | int | None, n_elements: int, out: Any) -
 
 
 def check_output(
-    found_dtype: str, found_shape: tuple[int, ...], dtype: str, shape: tuple[int, ...], n_elements: int
+    found_dtype: np.dtype[Any],
+    found_shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    n_elements: int,
 ) -> None:
     """Check that an `out` has the type and the shape of the result.
 
@@ -127,7 +126,7 @@ def check_output(
         OutputError: it has not.
     """
     if found_dtype != dtype:
-        raise OutputError(f"out holds {found_dtype}, the result is {dtype}; pass an array of {dtype}")
+        raise OutputError(f"out holds {found_dtype.name}, the result is {dtype.name}; pass an array of {dtype.name}")
     if found_shape != shape or math.prod(found_shape) != n_elements:
         expected = f"{n_elements} elements" if found_shape == shape else f"shape {shape}"
         raise OutputError(f"out has shape {found_shape}, the result has {expected}")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, distribution
 from types import SimpleNamespace
 from typing import Literal
 
@@ -95,11 +96,36 @@ def assemble(text: str, capability: tuple[int, int]) -> bytes:
     return bytes(Program(text, "ptx", options).compile("cubin").code)
 
 
-def _versions() -> list[str]:
+@lru_cache(maxsize=1)
+def toolkit_problem() -> str | None:
+    """Why kernels cannot be compiled here, or None if they can.
+
+    Loading the toolkit takes a while, so that it was found is kept on disk.
+    """
+    entry = store.entry_name("toolkit", *_versions())
+    if store.read(entry) is not None:
+        return None
+    from cuda.pathfinder import load_nvidia_dynamic_lib
+
+    try:
+        for library in ("nvvm", "nvJitLink"):
+            load_nvidia_dynamic_lib(library)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return f"the CUDA toolkit is incomplete ({reason}); install numba_dequant[cu13] or numba_dequant[cu12]"
+    store.write(entry, b"")
+    return None
+
+
+@lru_cache(maxsize=1)
+def _versions() -> tuple[str, ...]:
     found = []
     for package in TOOLCHAIN:
         try:
-            found.append(f"{package}={version(package)}")
+            # What `importlib.metadata.version` does takes three times as long.
+            metadata = distribution(package).read_text("METADATA") or ""
+            match = re.search(r"^Version: *(\S+)", metadata, re.MULTILINE)
+            found.append(f"{package}={match[1] if match else metadata}")
         except PackageNotFoundError:
             found.append(f"{package}=")
-    return found
+    return tuple(found)

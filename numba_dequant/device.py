@@ -63,15 +63,9 @@ def cuda_problem() -> str | None:
         runtime.n_devices()
     except (ImportError, DeviceError) as error:
         return str(error)
-    try:
-        from cuda.pathfinder import load_nvidia_dynamic_lib
+    from numba_dequant import compiler
 
-        for library in ("nvvm", "nvJitLink"):
-            load_nvidia_dynamic_lib(library)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return f"the CUDA toolkit is incomplete ({reason}); install numba_dequant[cu13] or numba_dequant[cu12]"
-    return None
+    return compiler.toolkit_problem()
 
 
 @lru_cache(maxsize=1)

@@ -12,6 +12,20 @@ from numba_dequant import runtime
 from numba_dequant.dtypes import numpy_dtype
 
 
+def memory_of(thing: Any, stream: int) -> runtime.DeviceBytes:
+    """The device memory of an array, which is not copied; work on `stream` will wait for what fills it.
+
+    Raises:
+        DataError: it is not one contiguous piece.
+    """
+    if not isinstance(thing, DeviceTensor):
+        return runtime.view(thing, stream)
+    if thing.stream != stream:
+        with runtime.current(thing.device):
+            runtime.wait(stream, thing.stream)
+    return runtime.DeviceBytes(thing.ptr, thing.nbytes, thing.device, thing, thing.dtype, thing.shape)
+
+
 class DeviceTensor:
     """A contiguous array in GPU memory, which PyTorch, CuPy and Numba can use without a copy.
 

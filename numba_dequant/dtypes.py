@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ def dtype_name(dtype: Any) -> str:
     return name
 
 
+@lru_cache
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The NumPy dtype of an output type; bfloat16 is that of ml_dtypes."""
     kind: Any = name

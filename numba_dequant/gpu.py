@@ -9,12 +9,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from cuda.core import Device, EventOptions, Kernel, LaunchConfig, ObjectCode, Stream, launch
+from cuda.core import Device, EventOptions, Kernel, LaunchConfig, ObjectCode, launch
 from numpy.typing import NDArray
 
 from numba_dequant import compiler, runtime
 from numba_dequant.arguments import check_output, host_bytes, is_on_gpu, result_shape
-from numba_dequant.device_tensor import DeviceTensor
+from numba_dequant.device_tensor import DeviceTensor, memory_of
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DeviceError, DtypeError, OutputError
 from numba_dequant.format import Format
@@ -35,7 +35,7 @@ def dequantize(
         return load(partial(send, host), host.nbytes, source, dtype, shape, index, out, stream, mapping)
     handle = runtime.stream_handle(stream)
     with runtime.current(index) as device:
-        memory = runtime.view(data, handle)
+        memory = memory_of(data, handle)
         check_place(memory, device)
         n_elements = source.n_elements(memory.n_bytes)
         result, target = _target(source, dtype, n_elements, shape, device, out, handle, memory)
@@ -88,7 +88,7 @@ def _target(
     kind = source.stored_dtype or numpy_dtype(dtype)
     check_capability(source, dtype, device)
     if out is not None:
-        return out, checked_output(out, memory, kind.name, asked, n_elements, device, handle)
+        return out, checked_output(out, memory, kind, asked, n_elements, device, handle)
     target = runtime.allocate(n_elements * kind.itemsize, device, handle)
     return DeviceTensor(target, asked, kind, handle), target
 
@@ -119,7 +119,7 @@ def check_capability(source: Format, dtype: str, device: Device) -> None:
 def checked_output(
     out: Any,
     memory: DeviceBytes | None,
-    dtype: str,
+    dtype: np.dtype[Any],
     shape: tuple[int, ...],
     n_elements: int,
     device: Device,
@@ -133,7 +133,7 @@ def checked_output(
     index = device.device_id
     if not is_on_gpu(out):
         raise OutputError(f"out is a {type(out).__name__} on the host, the device is cuda:{index}")
-    target = runtime.view(out, handle)
+    target = memory_of(out, handle)
     if target.device != index:
         raise OutputError(f"out lies on cuda:{target.device}, the device is cuda:{index}")
     if target.is_readonly:
@@ -166,7 +166,7 @@ def dequantize_into(
         start = data.pointer + first // source.block_size * source.type_size
         place = target.pointer + first * (out.n_bytes // n_elements)
         config = LaunchConfig(grid=shape.thread_blocks(count), block=shape.threads)
-        launch(Stream.from_handle(stream), config, kernel, start, count, place)
+        launch(runtime.stream_on(data.device, stream), config, kernel, start, count, place)
     if target is not out:
         runtime.copy_on_device(out.pointer, target.pointer, out.n_bytes, stream)
 
@@ -200,7 +200,7 @@ def timed(
         target = runtime.allocate(n_elements * kind.itemsize, device, 0)
         if data.nbytes:
             send(data, memory.pointer, 0)
-        stream = Stream.from_handle(0)
+        stream = runtime.stream_on(index, 0)
         seconds = []
         for _ in range(6):  # the first one compiles
             start = stream.record(options=EventOptions(timing_enabled=True))

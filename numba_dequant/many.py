@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from cuda.core import Device, LaunchConfig, Stream, launch
+from cuda.core import Device, LaunchConfig, launch
 from numpy.typing import NDArray
 
 from numba_dequant import gpu, runtime
-from numba_dequant.arguments import Tensor, host_bytes, is_on_gpu, naming, result_shape
+from numba_dequant.arguments import Tensor, host_bytes, is_on_gpu, named, result_shape
 from numba_dequant.compiler import TABLE
-from numba_dequant.device_tensor import DeviceTensor
+from numba_dequant.device_tensor import DeviceTensor, memory_of
 from numba_dequant.dtypes import numpy_dtype
+from numba_dequant.errors import NumbaDequantError
 from numba_dequant.format import Format
 from numba_dequant.mapping import mapping_named, tile_table
 from numba_dequant.runtime import DeviceBytes
@@ -45,8 +46,10 @@ def dequantize_many(tensors: list[Tensor], dtype: str, index: int, stream: Any) 
     with runtime.current(index) as device:
         jobs = {}
         for tensor in tensors:
-            with naming(tensor):
+            try:
                 jobs[tensor.name] = _job(tensor, dtype, device, handle)
+            except NumbaDequantError as error:
+                raise named(error, tensor) from error
         _allocate([job.data for job in jobs.values() if job.host is not None], device, handle)
         _allocate([job.target for job in jobs.values() if job.result is None], device, handle)
         for job in jobs.values():
@@ -60,15 +63,12 @@ def dequantize_many(tensors: list[Tensor], dtype: str, index: int, stream: Any) 
 
 def _job(tensor: Tensor, dtype: str, device: Device, stream: int) -> _Job:
     host = None
-    if isinstance(tensor.data, DeviceTensor):
-        data = tensor.data.memory
-        runtime.wait(stream, tensor.data.stream)
-    elif is_on_gpu(tensor.data):
-        data = runtime.view(tensor.data, stream)
+    if is_on_gpu(tensor.data):
+        data = memory_of(tensor.data, stream)
+        gpu.check_place(data, device)
     else:
         host = host_bytes(tensor.data)
         data = DeviceBytes(0, host.size, device.device_id, None)
-    gpu.check_place(data, device)
     gpu.check_capability(tensor.source, dtype, device)
     n_elements = tensor.source.n_elements(data.n_bytes)
     shape = result_shape(tensor.shape, n_elements, tensor.out)
@@ -77,7 +77,7 @@ def _job(tensor: Tensor, dtype: str, device: Device, stream: int) -> _Job:
         target = DeviceBytes(0, n_elements * kind.itemsize, device.device_id, None)
     else:
         read = data if host is None else None
-        target = gpu.checked_output(tensor.out, read, kind.name, shape, n_elements, device, stream)
+        target = gpu.checked_output(tensor.out, read, kind, shape, n_elements, device, stream)
     return _Job(tensor.source, n_elements, shape, kind, data, target, host, tensor.out)
 
 
@@ -124,7 +124,7 @@ def _launch(jobs: list[_Job], dtype: str, device: Device, stream: int) -> None:
     for group, kernel, (table, n_tiles) in zip(groups, kernels, tables, strict=True):
         config = LaunchConfig(grid=n_tiles, block=mapping_named("tile", group[0].source).threads)
         # The table holds addresses, which count from 0.
-        launch(Stream.from_handle(stream), config, kernel, 0, place, len(group), 0)
+        launch(runtime.stream_on(device.device_id, stream), config, kernel, 0, place, len(group), 0)
         place += table.nbytes
 
 

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ LEGACY_STREAM = 1
 """The name of the default stream in `__cuda_array_interface__` and DLPack."""
 
 
+BYTES = np.dtype(np.uint8)
+
 DLPACK_UNSIGNED, DLPACK_BFLOAT = 1, 4
 """Type codes of DLPack."""
 
@@ -33,7 +36,7 @@ class DeviceBytes:
         n_bytes: its length.
         device: ordinal of its GPU.
         owner: what keeps it alive; a `cuda.core.Buffer` if it is ours.
-        dtype: name of its element type, where it was given as an array.
+        dtype: its element type, where it was given as an array.
         shape: shape of that array.
         is_readonly: whether it may only be read.
     """
@@ -42,11 +45,12 @@ class DeviceBytes:
     n_bytes: int
     device: int
     owner: Any = field(repr=False)
-    dtype: str = "uint8"
+    dtype: np.dtype[Any] = BYTES
     shape: tuple[int, ...] = ()
     is_readonly: bool = False
 
 
+@cache
 def n_devices() -> int:
     """GPUs that this process can use, at least one.
 
@@ -103,6 +107,12 @@ def stream_handle(stream: Any) -> int:
     )
 
 
+@lru_cache(maxsize=64)
+def stream_on(device: int, handle: int) -> Stream:
+    """The stream of that handle, to launch kernels on and to record events on; it does not own the handle."""
+    return Stream.from_handle(handle)
+
+
 def view(thing: Any, stream: int) -> DeviceBytes:
     """The device memory of an array, which is not copied; work on `stream` will wait for what fills it.
 
@@ -121,7 +131,7 @@ def view(thing: Any, stream: int) -> DeviceBytes:
             expected *= extent
     pointer = int(found.ptr)
     n_bytes = int(found.size) * dtype.itemsize
-    return DeviceBytes(pointer, n_bytes, _device_at(pointer, found.device_id), thing, dtype.name, shape, found.readonly)
+    return DeviceBytes(pointer, n_bytes, _device_at(pointer, found.device_id), thing, dtype, shape, found.readonly)
 
 
 def device_of(thing: Any) -> int:
@@ -149,7 +159,7 @@ def allocate(n_bytes: int, device: Device, stream: int) -> DeviceBytes:
         DeviceError: there is not enough.
     """
     try:
-        buffer = device.memory_resource.allocate(max(n_bytes, 1), stream=Stream.from_handle(stream))
+        buffer = device.memory_resource.allocate(max(n_bytes, 1), stream=stream_on(device.device_id, stream))
     except Exception as error:
         if "OUT_OF_MEMORY" not in str(error):
             raise

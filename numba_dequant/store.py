@@ -33,11 +33,19 @@ def directory() -> Path:
 @lru_cache
 def package_digest() -> str:
     """A digest of this package's own source: compiled code is only as good as the source that it came from."""
-    root = Path(__file__).parent
+    root = os.path.dirname(__file__)
+    paths = [path for folder in (root, os.path.join(root, "formats")) for path in _sources(folder)]
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(paths):
+        with open(path, "rb", buffering=0) as file:
+            digest.update(path[len(root) :].encode() + b"\0" + file.read() + b"\0")
     return digest.hexdigest()
+
+
+def _sources(folder: str) -> list[str]:
+    # pathlib takes three times as long, and a first call waits for this.
+    with os.scandir(folder) as found:
+        return [entry.path for entry in found if entry.name.endswith(".py")]
 
 
 def entry_name(label: str, *parts: object) -> str:
