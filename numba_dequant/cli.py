@@ -69,6 +69,17 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("file", metavar="FILE", help="a GGUF file, or the first shard of a split")
     info.set_defaults(run=_info)
 
+    measure = commands.add_parser(
+        "bench",
+        help="measure every format",
+        description="Measure every format, after comparing its result with the reference: bytes read and written per "
+        "second, on a GPU beside the speed of a kernel that only moves as many bytes (the roof).",
+    )
+    measure.add_argument("--device", help="cpu, cuda, cuda:1, ...; the first GPU or else the CPU without it")
+    measure.add_argument("--formats", metavar="A,B", help="formats (all quantized ones without it)")
+    measure.add_argument("--dtype", choices=NAMES, default="float16", help="output type (%(default)s)")
+    measure.set_defaults(run=_bench)
+
     cache = commands.add_parser(
         "cache",
         help="show or clear the compiled code that is kept",
@@ -100,9 +111,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _verify_file(path: str, title: str, options: argparse.Namespace) -> int:
-    problem = device.cuda_problem() if options.device is None else None
-    chosen = options.device or ("cpu" if problem else "cuda:0")
-    place = device.place_named(chosen)
+    place, problem = _place(options.device)
     with nd.open(path) as model:
         reason = f" ({problem})" if problem else ""
         print(f"{title}: {len(model.tensors)} tensors to {options.dtype} on {place}{reason}")
@@ -114,6 +123,28 @@ def _verify_file(path: str, title: str, options: argparse.Namespace) -> int:
     wrong = [row.format.name for row in rows if not row.is_exact]
     print(f"DIFFERENT from the reference: {', '.join(wrong)}" if wrong else "Every bit agrees with the reference.")
     return 1 if wrong else 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from numba_dequant import bench
+
+    place = _place(options.device)[0]
+    if place.kind == "reference" or (place.kind == "cuda" and device.is_simulated()):
+        return _fail("bench measures cpu or cuda")
+    names = options.formats.split(",") if options.formats else [n for n, f in nd.FORMATS.items() if f.block_size > 1]
+    sources = [format_named(name) for name in names]
+    with tqdm(total=len(sources), unit="format", disable=None, leave=False) as progress:
+        title, rows = bench.bench(place, sources, options.dtype, progress.update)
+    print(title)
+    for line in bench.table(rows):
+        print(line)
+    return 0
+
+
+def _place(name: str | None) -> tuple[device.Place, str | None]:
+    """The device of that name, or the best one and why it is not a GPU."""
+    problem = device.cuda_problem() if name is None else None
+    return device.place_named(name or ("cpu" if problem else "cuda:0")), problem
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -174,7 +205,8 @@ def _warm(options: argparse.Namespace) -> int:
                 for capability in capabilities:
                     from numba_dequant import compiler
 
-                    compiler.cubin(source, dtype, "tile", capability)
+                    for mapping in ("tile", compiler.TABLE):
+                        compiler.cubin(source, dtype, mapping, capability)
                     bar.update()
     places = ["the CPU"] * options.cpu + [f"sm_{major}{minor}" for major, minor in capabilities]
     print(f"{len(sources)} formats to {', '.join(dtypes)} compiled for {', '.join(places)}, in {store.directory()}")

@@ -1,0 +1,45 @@
+"""The CPU path beside gguf-py's NumPy code, on the same bytes: to FP16, long rows of blocks that GGML quantized."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from conftest import QUANTIZED, note
+
+import numba_dequant as nd
+from numba_dequant.cpu import n_threads
+from numba_dequant.verify import difference
+
+GOLDEN = Path(__file__).parents[1] / "tests" / "data" / "golden"
+ROWS = 64
+UNKNOWN_TO_GGUF_PY = {"Q1_0", "Q2_0", "Q8_1", "Q8_K"}
+
+
+def realistic(name, n_elements):
+    source = nd.FORMATS[name]
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        blocks = file["bytes"][file["section"] == 0]
+    picked = np.random.default_rng(0).integers(0, len(blocks), n_elements // source.block_size)
+    return blocks[picked].reshape(ROWS, -1)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_cpu(benchmark, name):
+    n_elements = 1 << 24 if benchmark.enabled else 1 << 16
+    data = realistic(name, n_elements)
+    out = np.empty(n_elements, np.float16)
+    nd.dequantize(data, name, device="cpu", out=out)
+    assert not difference(out, nd.dequantize(data, name, device="reference"))[0]
+    benchmark.pedantic(nd.dequantize, (data, name), {"device": "cpu", "out": out}, rounds=9, warmup_rounds=1)
+    note(benchmark, data.nbytes + out.nbytes, elements=n_elements, threads=n_threads())
+
+
+@pytest.mark.parametrize("name", [name for name in QUANTIZED if name not in UNKNOWN_TO_GGUF_PY])
+def test_gguf_py(benchmark, name):
+    n_elements = 1 << 24 if benchmark.enabled else 1 << 16
+    data = realistic(name, n_elements)
+    kind = gguf.GGMLQuantizationType[name]
+    found = benchmark.pedantic(lambda: gguf.dequantize(data, kind).astype(np.float16), rounds=3)
+    assert not difference(found.reshape(-1), nd.dequantize(data, name, device="reference"))[0]
+    note(benchmark, data.nbytes + found.nbytes, elements=n_elements, threads=1)

@@ -1,0 +1,45 @@
+"""What a call costs the host: one tile of Q4_K that lies on the GPU, again and again, nothing awaited."""
+
+import numpy as np
+import pytest
+from conftest import note
+
+import numba_dequant as nd
+
+WAYS = ["kernel", "dequantize out", "dequantize", "dequantize pytorch", "numba"]
+
+
+def call(way, data, gpu):
+    from numba_dequant import gpu as launcher
+    from numba_dequant import kernels, runtime
+    from numba_dequant.mapping import mapping_named
+
+    source = nd.FORMATS["Q4_K"]
+    tensor = nd.dequantize(data.view(np.int8), "I8", device="cuda")
+    out = nd.dequantize(tensor, source)
+    if way == "kernel":
+        target = runtime.DeviceBytes(out.ptr, out.nbytes, 0, out)
+        return lambda: launcher.dequantize_into(tensor.memory, source, "float16", out.size, target, 0)
+    if way == "dequantize out":
+        return lambda: nd.dequantize(tensor, source, out=out)
+    if way == "dequantize":
+        return lambda: nd.dequantize(tensor, source)
+    if way == "dequantize pytorch":
+        blocks = pytest.importorskip("torch").from_dlpack(tensor)
+        return lambda: nd.dequantize(blocks, source)
+    from numba import cuda
+
+    shape = mapping_named("tile", source)
+    kernel = kernels.jit(source, mapping="tile")[1, shape.threads]
+    blocks, target = cuda.as_cuda_array(tensor).view(np.uint8), cuda.as_cuda_array(out)
+    return lambda: kernel(blocks, out.size, target)
+
+
+@pytest.mark.filterwarnings("ignore:.*Grid size 1")
+@pytest.mark.parametrize("way", WAYS)
+def test_launch(benchmark, gpu, way):
+    data = np.random.default_rng(0).integers(0, 256, 16 * 144, np.uint8)
+    work = call(way, data, gpu)
+    benchmark.pedantic(work, rounds=9, iterations=200, warmup_rounds=1)
+    gpu.synchronize()
+    note(benchmark, data.nbytes + 2 * 4096)

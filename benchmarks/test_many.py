@@ -1,0 +1,109 @@
+"""Many tensors, whose compressed bytes are on the GPU: a model like Gemma-3-270M Q4_K_M, and 2000 small tensors.
+
+"gpu" is the time of the GPU alone; "host" what passes on the host, from the call until the last value is there.
+"""
+
+import math
+
+import numpy as np
+import pytest
+from conftest import gpu_time, note
+
+import numba_dequant as nd
+from numba_dequant.verify import difference
+
+LAYER = [
+    *[("F32", (256,))] * 2, *[("F32", (640,))] * 4,
+    ("Q5_0", (2048, 640)), ("Q5_0", (2048, 640)), ("Q5_0", (1024, 640)), ("Q5_0", (256, 640)),
+    ("Q4_K", (640, 1024)),
+]  # fmt: skip
+MODELS = {
+    "like Gemma-3-270M Q4_K_M": [
+        ("Q8_0", (262_144, 640)), ("F32", (640,)), *LAYER * 18,
+        *[("Q6_K", (640, 2048)), ("Q8_0", (256, 640))] * 9, *[("Q4_K", (640, 2048)), ("Q5_0", (256, 640))] * 9,
+    ],
+    "2000 tensors of 4096 elements": [("Q4_K", (4096,))] * 2000,
+}  # fmt: skip
+
+
+class Model:
+    """Random blocks in one piece of device memory."""
+
+    def __init__(self, tensors, gpu):
+        from numba_dequant import runtime
+        from numba_dequant.device_tensor import DeviceTensor
+        from numba_dequant.gpu import send
+
+        sizes = [nd.FORMATS[name].n_bytes(shape) for name, shape in tensors]
+        starts = np.cumsum([0] + [-(-size // 256) * 256 for size in sizes])
+        self.bytes = np.random.default_rng(0).integers(0, 256, starts[-1], np.uint8)
+        whole = runtime.allocate(self.bytes.size, gpu.device, 0)
+        send(self.bytes, whole.pointer, 0)
+        self.tensors, self.host = {}, {}
+        for number, ((name, shape), size, start) in enumerate(zip(tensors, sizes, starts, strict=False)):
+            piece = runtime.DeviceBytes(whole.pointer + int(start), size, 0, whole.owner)
+            data = DeviceTensor(piece, (size,), np.dtype(np.uint8), 0)
+            self.tensors[number] = (data, name, shape)
+            self.host[number] = (self.bytes[start : start + size], name, shape)
+
+    def moved(self, name=None):
+        """Bytes to read and to write as FP16, of one format or of all."""
+        return sum(
+            data.nbytes + 2 * math.prod(shape) for data, kind, shape in self.tensors.values() if name in (None, kind)
+        )
+
+    def check(self, found):
+        for number, (blocks, name, shape) in self.host.items():
+            if math.prod(shape) < 1 << 22:
+                expected = nd.dequantize(blocks, name, shape=shape, device="reference")
+                assert not difference(found[number].copy_to_host(), expected)[0], (number, name)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    from conftest import NO_GPU
+
+    if NO_GPU:
+        pytest.skip(f"needs a GPU: {NO_GPU}")
+    return Model(MODELS[request.param], request.getfixturevalue("_first_gpu"))
+
+
+def seconds_at_the_roof(model, gpu):
+    """What moving the model's bytes takes at the speed at which each format's ratio of reading to writing allows."""
+    from numba_dequant.measure import Workload
+
+    total = 0.0
+    for name in {name for _, name, _ in model.tensors.values()}:
+        total += model.moved(name) / gpu.roof(Workload(nd.FORMATS[name], "float16", 1 << 28, gpu.device))
+    return total
+
+
+@pytest.mark.benchmark(timer=gpu_time)
+def test_together_gpu(benchmark, gpu, model):
+    model.check(nd.dequantize_many(model.tensors, device="cuda"))
+    roof = model.moved() / seconds_at_the_roof(model, gpu)
+    gpu.clock.head_start = 40  # until the host has prepared it all
+    benchmark.pedantic(nd.dequantize_many, (model.tensors,), {"device": "cuda"}, rounds=9, warmup_rounds=1)
+    note(benchmark, model.moved(), roof, tensors=len(model.tensors))
+
+
+@pytest.mark.parametrize("way", ["together", "one by one"])
+def test_host(benchmark, gpu, model, way):
+    def together():
+        found = nd.dequantize_many(model.tensors, device="cuda")
+        gpu.synchronize()
+        return found
+
+    def one_by_one():
+        found = {
+            number: nd.dequantize(data, name, shape=shape, device="cuda")
+            for number, (data, name, shape) in model.tensors.items()
+        }
+        gpu.synchronize()
+        return found
+
+    found = benchmark.pedantic(together if way == "together" else one_by_one, rounds=9, warmup_rounds=2)
+    model.check(found)
+    note(benchmark, model.moved(), tensors=len(model.tensors))
+    if benchmark.enabled:
+        benchmark.extra_info["us per tensor"] = benchmark.stats.stats.median / len(model.tensors) * 1e6

@@ -1,0 +1,21 @@
+"""What a call costs by size, from one block to more elements than 31 bits count: the GPU's time, buffers in turn."""
+
+import pytest
+from conftest import gpu_time, note
+
+import numba_dequant as nd
+
+pytestmark = pytest.mark.benchmark(timer=gpu_time)
+
+SIZES = [1, *(1 << exponent for exponent in (12, 16, 20, 22, *range(24, 32))), (1 << 31) + (1 << 24)]
+
+
+@pytest.mark.parametrize("n_elements", SIZES)
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0"])
+def test_size(benchmark, gpu, name, n_elements):
+    from numba_dequant.measure import Workload
+
+    work = Workload(nd.FORMATS[name], "float16", n_elements, gpu.device)
+    work.check()
+    benchmark.pedantic(work, rounds=9, iterations=16 if n_elements < 1 << 26 else 4, warmup_rounds=1)
+    note(benchmark, work.moved, elements=work.n_elements)

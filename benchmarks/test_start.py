@@ -1,0 +1,86 @@
+"""Starts. Warm: a new process whose kernels are in the cache. Cold: compiling them, which needs no GPU."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+import pytest
+from conftest import QUANTIZED
+
+import numba_dequant as nd
+from numba_dequant import store
+
+FIRST_CALL = """
+import json, time
+marks = {}
+last = time.perf_counter()
+def mark(name):
+    global last
+    now = time.perf_counter()
+    marks[name] = 1e3 * (now - last)
+    last = time.perf_counter()
+import numpy
+mark("import numpy")
+import numba_dequant as nd
+mark("import numba_dequant")
+from numba_dequant import gpu, runtime
+mark("import cuda.core")
+with runtime.current(0) as device:
+    capability = gpu.capability_of(device)
+mark("context")
+gpu.load_kernel(nd.FORMATS["Q4_K"], "float16", "tile", capability)
+mark("kernel load")
+data = numpy.arange(144 * 7281).astype(numpy.uint8)
+last = time.perf_counter()
+tensor = nd.dequantize(data, "Q4_K", device="cuda")
+runtime.synchronize(0)
+mark("first call")
+tensor = nd.dequantize(data, "Q4_K", device="cuda")
+runtime.synchronize(0)
+mark("second call")
+print(json.dumps(marks))
+"""
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(store.VARIABLE, str(tmp_path))
+    return tmp_path
+
+
+def test_warm_start(benchmark, gpu, empty_cache):
+    """A whole process that dequantizes 1 MiB of Q4_K; its parts in ms."""
+    found = []
+
+    def start():
+        output = subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True, check=True).stdout
+        found.append(json.loads(output))
+
+    start()
+    del found[:]
+    benchmark.pedantic(start, rounds=7)
+    benchmark.extra_info |= {part: statistics.median(each[part] for each in found) for part in found[0]}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_compile(benchmark, empty_cache, name):
+    """One kernel, from nothing kept, in a process that has compiled before."""
+    from numba_dequant import compiler
+
+    compiler.function_ptx(lambda data, number, out: None, (9, 0))
+    code = benchmark.pedantic(compiler.cubin, (nd.FORMATS[name], "float16", "tile", (9, 0)))[1]
+    assert code.startswith(b"\x7fELF")
+    assert len(list(empty_cache.iterdir())) == 1
+
+
+def test_compile_all(benchmark, empty_cache):
+    """A new process that compiles the kernels of all formats, for one tensor and for many, to FP16."""
+    command = [sys.executable, "-m", "numba_dequant", "warm", "--arch", "sm_90"]
+    if not benchmark.enabled:
+        command += ["--formats", "Q4_K"]
+    benchmark.pedantic(subprocess.run, (command,), {"check": True, "capture_output": True, "env": dict(os.environ)})
+    kernels = [name for name in store.entries() if name.startswith("sm90-")]
+    assert len(kernels) == (60 if benchmark.enabled else 2)
+    benchmark.extra_info["kernels"] = len(kernels)

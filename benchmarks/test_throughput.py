@@ -1,0 +1,60 @@
+"""Throughput of every kernel: 2^28 elements of each format, to each output type, by each mapping.
+
+The roof is a kernel of the same run that only moves as many bytes in and out, 16 bytes an access: the fastest of
+several shapes. Beside it, for FP16: what PyTorch's own operations reach, and gguf-py.
+"""
+
+import numpy as np
+import pytest
+from conftest import DTYPES, QUANTIZED, gpu_time, note
+
+import numba_dequant as nd
+from numba_dequant.mapping import MAPPINGS
+from numba_dequant.verify import difference
+
+N_ELEMENTS, N_ELEMENTS_OF_PYTORCH = 1 << 28, 1 << 26
+
+try:
+    import torch
+    from eager_torch import DEQUANTIZERS
+except ImportError:
+    torch, DEQUANTIZERS = None, {}
+
+pytestmark = pytest.mark.benchmark(timer=gpu_time)
+
+ROUNDS = {"rounds": 9, "iterations": 4, "warmup_rounds": 1}
+
+
+def test_device_copy(benchmark, gpu):
+    from numba_dequant import measure, runtime
+
+    rooms = [runtime.allocate(measure.HEAD_START, gpu.device, 0).owner for _ in range(2)]
+    pointers = [int(room.handle) for room in rooms]
+    benchmark.pedantic(runtime.copy_on_device, (*pointers, measure.HEAD_START, 0), **ROUNDS)
+    note(benchmark, 2 * measure.HEAD_START)
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_kernel(benchmark, gpu, name, dtype, mapping):
+    from numba_dequant.measure import Workload
+
+    work = Workload(nd.FORMATS[name], dtype, N_ELEMENTS, gpu.device, mapping)
+    work.check()
+    roof = gpu.roof(work)
+    benchmark.pedantic(work, **ROUNDS)
+    note(benchmark, work.moved, roof, elements=work.n_elements)
+
+
+@pytest.mark.skipif(torch is None, reason="PyTorch is not installed")
+@pytest.mark.parametrize("name", DEQUANTIZERS or ["any"])
+def test_eager_pytorch(benchmark, gpu, name):
+    source = nd.FORMATS[name]
+    piece = np.random.default_rng(0).integers(0, 256, (1 << 12, source.type_size), np.uint8)
+    dequantize = DEQUANTIZERS[name]
+    found = dequantize(torch.from_numpy(piece).cuda(), torch.float16).cpu().numpy().reshape(-1)
+    assert not difference(found, nd.dequantize(piece, source, device="reference"))[0]
+    blocks = torch.from_numpy(piece).cuda().repeat(N_ELEMENTS_OF_PYTORCH // source.block_size >> 12, 1)
+    benchmark.pedantic(dequantize, (blocks, torch.float16), rounds=5, iterations=2, warmup_rounds=1)
+    note(benchmark, blocks.numel() + 2 * N_ELEMENTS_OF_PYTORCH, elements=N_ELEMENTS_OF_PYTORCH)

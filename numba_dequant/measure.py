@@ -1,0 +1,192 @@
+"""Measuring on a GPU: the clock, the roof and the workloads that `numba-dequant bench` and the benchmarks share."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+from cuda.bindings import driver
+from cuda.core import Device, Event, EventOptions, Kernel, LaunchConfig, ObjectCode, launch
+
+from numba_dequant import compiler, gpu, runtime
+from numba_dequant.api import dequantize
+from numba_dequant.dtypes import numpy_dtype
+from numba_dequant.format import Format
+from numba_dequant.mapping import mapping_named
+from numba_dequant.verify import difference
+from numba_dequant.version import VERSION
+
+ROUNDS, LAUNCHES = 9, 4
+"""Readings, of which the median counts, and launches per reading."""
+
+UNCACHED = 256 << 20
+"""Bytes that a GPU's cache does not hold: buffers that are used in turn cover at least so many."""
+
+HEAD_START = 1 << 30
+"""Bytes of the copy that is queued before a reading starts: 0.7 ms on an H100."""
+
+CHECKED = 1 << 18
+"""Elements at either end of a result that are compared with the reference."""
+
+ROOF_SHAPES = [(1, 256), (2, 256), (4, 256), (8, 256), (2, 128), (4, 128)]
+"""Stores of 16 bytes per thread, and threads per thread block, of the kernels that only move bytes."""
+
+
+class GpuClock:
+    """A timer whose readings come in pairs: their difference is what the GPU took for the work between them.
+
+    Before the first reading of a pair a long copy is queued, so that the GPU finds all the work waiting for it behind
+    the copy, and the time that the host takes to launch does not count.
+
+    Attributes:
+        head_start: copies of 1 GiB to queue.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.head_start = 1
+        self._stream = runtime.stream_on(device.device_id, 0)
+        self._room = [runtime.allocate(HEAD_START, device, 0) for _ in range(2)]
+        self._start: Event | None = None
+
+    def __call__(self) -> float:
+        """A reading, in seconds."""
+        if self._start is None:
+            for _ in range(self.head_start):
+                runtime.copy_on_device(self._room[0].pointer, self._room[1].pointer, HEAD_START, 0)
+            self._start = self._event()
+            return 0.0
+        end = self._event()
+        end.sync()
+        milliseconds: float = end - self._start
+        self._start = None
+        return milliseconds / 1e3
+
+    def _event(self) -> Event:
+        return self._stream.record(options=EventOptions(timing_enabled=True))
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """What one call of `work` takes, the median of several readings."""
+        work()
+        readings = []
+        for _ in range(ROUNDS):
+            start = self()
+            for _ in range(LAUNCHES):
+                work()
+            readings.append((self() - start) / LAUNCHES)
+        return statistics.median(readings)
+
+    def copy_speed(self) -> float:
+        """Bytes read and written per second by a copy from device memory to device memory."""
+        first, second = (room.pointer for room in self._room)
+        return 2 * HEAD_START / self.seconds(lambda: runtime.copy_on_device(first, second, HEAD_START, 0))
+
+
+class Workload:
+    """Random blocks on the current device, to be dequantized again and again: each call takes other buffers in turn.
+
+    Attributes:
+        source: their format.
+        dtype: the output type.
+        n_elements: how many.
+        moved: bytes that one call reads and writes.
+    """
+
+    def __init__(self, source: Format, dtype: str, n_elements: int, device: Device, mapping: str = "tile") -> None:
+        self.source, self.dtype, self.mapping = source, dtype, mapping
+        n_blocks = -(-n_elements // source.block_size)
+        self.n_elements = n_blocks * source.block_size
+        self.itemsize = numpy_dtype(dtype).itemsize
+        n_read, n_written = n_blocks * source.type_size, self.n_elements * self.itemsize
+        self.moved = n_read + n_written
+        turns = max(2, -(-UNCACHED // self.moved))
+        self._sources = [runtime.allocate(n_read, device, 0) for _ in range(turns)]
+        self._targets = [runtime.allocate(n_written, device, 0) for _ in range(turns)]
+        self._turn = 0
+        piece = np.random.default_rng(0).integers(0, 256, min(n_read, 1 << 24), np.uint8)
+        for memory in self._sources:
+            gpu.send(piece, memory.pointer, 0)
+            for start in range(piece.size, n_read, piece.size):
+                size = min(piece.size, n_read - start)
+                runtime.copy_on_device(memory.pointer + start, memory.pointer, size, 0)
+
+    def __call__(self) -> None:
+        """Queue the work."""
+        source, target = self.buffers()
+        gpu.dequantize_into(source, self.source, self.dtype, self.n_elements, target, 0, self.mapping)
+
+    def buffers(self) -> tuple[runtime.DeviceBytes, runtime.DeviceBytes]:
+        """Where to read and where to write this time."""
+        self._turn = (self._turn + 1) % len(self._sources)
+        return self._sources[self._turn], self._targets[self._turn]
+
+    def check(self) -> None:
+        """Compare both ends of a result with the reference.
+
+        Raises:
+            AssertionError: a bit differs.
+        """
+        self._turn = -1
+        source, target = self._sources[0], self._targets[0]
+        target.owner.fill(0xA5, stream=runtime.stream_on(target.device, 0))
+        self()
+        n_blocks = self.n_elements // self.source.block_size
+        count = min(n_blocks, max(CHECKED // self.source.block_size, 1))
+        for first in {0, n_blocks - count}:
+            blocks = np.empty(count * self.source.type_size, np.uint8)
+            runtime.copy_to_host(blocks, source.pointer + first * self.source.type_size, 0)
+            expected = dequantize(blocks, self.source, self.dtype, device="reference")
+            found = np.empty_like(expected)
+            runtime.copy_to_host(found, target.pointer + first * self.source.block_size * self.itemsize, 0)
+            wrong, _ = difference(found, expected)
+            assert not wrong, f"{wrong} elements of {self.source.name} to {self.dtype}, {self.mapping}, are wrong"
+
+    def roof(self, clock: GpuClock) -> float:
+        """Bytes per second of the fastest kernel that reads and writes as many bytes and does nothing else."""
+        capability = gpu.capability_of(Device(self._sources[0].device))
+        shapes = [(stores, threads, False) for stores, threads in ROOF_SHAPES]
+        tile = mapping_named("tile", self.source)
+        shapes.append((tile.tile_elements * self.itemsize // 16 // tile.threads, tile.threads, True))
+        best = 0.0
+        for stores, threads, is_staged in shapes:
+            tile_elements = stores * threads * 16 // self.itemsize
+            n_loads, rest = divmod(tile_elements * self.source.type_size, 16 * self.source.block_size)
+            if rest or tile_elements > self.n_elements:
+                continue
+            kernel = _moving_kernel(stores, threads, is_staged, capability)
+            config = LaunchConfig(grid=self.n_elements // tile_elements, block=threads)
+
+            def move(config: LaunchConfig = config, kernel: Kernel = kernel, n_loads: int = n_loads) -> None:
+                source, target = self.buffers()
+                launch(runtime.stream_on(source.device, 0), config, kernel, source.pointer, n_loads, target.pointer)
+
+            best = max(best, self.moved / clock.seconds(move))
+        return best
+
+
+@cache
+def _moving_kernel(stores: int, threads: int, is_staged: bool, capability: tuple[int, int]) -> Kernel:
+    from numba_dequant.roof import make_moving_kernel
+
+    text = compiler.function_ptx(make_moving_kernel(stores, threads, is_staged), capability)
+    return ObjectCode.from_cubin(compiler.assemble(text, capability)).get_kernel(compiler.entry_point(text))
+
+
+def machine(device: Device | None = None) -> dict[str, Any]:
+    """What a figure needs beside it: the GPU, its driver, and the versions of what the code is made with."""
+    packages = ("numba", "numba-cuda", "cuda-core", "llvmlite", "nvidia-nvvm", "numpy", "gguf", "torch")
+    versions = {"numba-dequant": VERSION}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    found: dict[str, Any] = {"python": platform.python_version(), "versions": versions}
+    if device is not None:
+        code = int(driver.cuDriverGetVersion()[1])
+        found |= {"gpu": device.name, "driver": f"CUDA {code // 1000}.{code % 1000 // 10}"}
+    return found
