@@ -28,7 +28,7 @@ mark("import numba_dequant")
 from numba_dequant import gpu, runtime
 mark("import cuda.core")
 with runtime.current(0) as device:
-    capability = gpu.capability_of(device)
+    capability = gpu.capability_of(0)
 mark("context")
 gpu.load_kernel(nd.FORMATS["Q4_K"], "float16", "tile", capability)
 mark("kernel load")

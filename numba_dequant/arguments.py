@@ -103,7 +103,7 @@ def result_shape(shape: Sequence[int] | int | None, n_elements: int, out: Any) -
             return tuple(out.shape)
         return (n_elements,)
     try:
-        asked = tuple(map(operator.index, shape)) if isinstance(shape, Sequence) else (operator.index(shape),)
+        asked = tuple(map(operator.index, shape)) if isinstance(shape, (tuple, Sequence)) else (operator.index(shape),)
     except TypeError:
         raise ShapeError(f"a shape is whole numbers, rows first, not {shape!r}") from None
     if min(asked, default=0) < 0 or math.prod(asked) != n_elements:

@@ -190,10 +190,9 @@ def _warm(options: argparse.Namespace) -> int:
         problem = "the CUDA simulator compiles nothing" if device.is_simulated() else device.cuda_problem()
         if problem:
             return _fail(f"{problem}; name a GPU with --arch, or take --cpu")
-        from numba_dequant import gpu, runtime
+        from numba_dequant import gpu
 
-        with runtime.current(0) as first:
-            capabilities = [gpu.capability_of(first)]
+        capabilities = [gpu.capability_of(0)]
     with tqdm(total=len(sources) * len(dtypes) * (len(capabilities) + options.cpu), disable=None, leave=False) as bar:
         for source in sources:
             for dtype in dtypes:

@@ -38,12 +38,18 @@ def place_named(device: str | None) -> Place:
         return Place("cpu")
     if device in ("reference", "cpu"):
         return Place("reference" if device == "reference" else "cpu")
-    match = re.fullmatch(r"cuda(?::(\d+))?", str(device))
-    if match is None:
-        raise DeviceError(f"unknown device {device!r}; choose 'reference', 'cpu', 'cuda', 'cuda:1', ... or None")
+    place = _gpu_named(str(device))
     problem = cuda_problem()
     if problem is not None:
         raise DeviceError(f"device {device!r} cannot be used: {problem}")
+    return place
+
+
+@lru_cache
+def _gpu_named(device: str) -> Place:
+    match = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if match is None:
+        raise DeviceError(f"unknown device {device!r}; choose 'reference', 'cpu', 'cuda', 'cuda:1', ... or None")
     return Place("cuda", int(match[1] or 0))
 
 

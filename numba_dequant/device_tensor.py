@@ -23,7 +23,7 @@ def memory_of(thing: Any, stream: int) -> runtime.DeviceBytes:
     if thing.stream != stream:
         with runtime.current(thing.device):
             runtime.wait(stream, thing.stream)
-    return runtime.DeviceBytes(thing.ptr, thing.nbytes, thing.device, thing, thing.dtype, thing.shape)
+    return thing.memory
 
 
 class DeviceTensor:
@@ -47,6 +47,7 @@ class DeviceTensor:
     __slots__ = ("__weakref__", "device", "dtype", "memory", "shape", "stream")
 
     def __init__(self, memory: runtime.DeviceBytes, shape: tuple[int, ...], dtype: np.dtype[Any], stream: int) -> None:
+        memory.shape, memory.dtype = shape, dtype
         self.memory = memory
         self.shape = shape
         self.dtype = dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -74,7 +75,7 @@ class Format:
         if (self.dequantize is None) != (self.decode is None):
             raise ValueError(f"{self.name}: give both `dequantize` and `decode`, or neither")
 
-    @property
+    @cached_property
     def type_size(self) -> int:
         """Bytes per block."""
         return self.layout.itemsize
@@ -89,7 +90,7 @@ class Format:
         """Bytes to which every block of an aligned array is aligned: 1, 2, 4 or 8."""
         return math.gcd(self.type_size, 8)
 
-    @property
+    @cached_property
     def stored_dtype(self) -> np.dtype[Any] | None:
         """NumPy dtype of a type that is returned as it is stored (integers, F64); None for all others."""
         if self.decode is not None:

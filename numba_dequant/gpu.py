@@ -86,7 +86,7 @@ def _target(
     """What to return, and the memory to write: those of `out`, or new ones once all is checked."""
     asked = result_shape(shape, n_elements, out)
     kind = source.stored_dtype or numpy_dtype(dtype)
-    check_capability(source, dtype, device)
+    check_capability(source, dtype, device.device_id)
     if out is not None:
         return out, checked_output(out, memory, kind, asked, n_elements, device, handle)
     target = runtime.allocate(n_elements * kind.itemsize, device, handle)
@@ -105,14 +105,14 @@ def check_place(memory: DeviceBytes, device: Device) -> None:
         )
 
 
-def check_capability(source: Format, dtype: str, device: Device) -> None:
+def check_capability(source: Format, dtype: str, index: int) -> None:
     """Check that a GPU can convert to an output type.
 
     Raises:
         DtypeError: it cannot.
     """
-    if dtype == "bfloat16" and source.decode is not None and device.compute_capability < (8, 0):
-        found = ".".join(map(str, device.compute_capability))
+    if dtype == "bfloat16" and source.decode is not None and capability_of(index) < (8, 0):
+        found = ".".join(map(str, capability_of(index)))
         raise DtypeError(f"bfloat16 needs a GPU of compute capability 8.0 or later, this one has {found}; use float16")
 
 
@@ -155,26 +155,27 @@ def dequantize_into(
     if source.stored_dtype is not None:
         runtime.copy_on_device(out.pointer, data.pointer, out.n_bytes, stream)
         return
-    device = Device(data.device)
     # The kernel stores 16 bytes at a time: an odd address gets its values by way of memory of ours.
-    target = runtime.allocate(out.n_bytes, device, stream) if out.pointer % 16 else out
-    kernel = load_kernel(source, dtype, mapping, capability_of(device))
+    target = runtime.allocate(out.n_bytes, Device(data.device), stream) if out.pointer % 16 else out
+    kernel = load_kernel(source, dtype, mapping, capability_of(data.device))
     shape = mapping_named(mapping, source)
+    queue = runtime.stream_on(data.device, stream)
     step = LARGEST_GRID * shape.tile_elements
     for first in range(0, n_elements, step):
         count = min(step, n_elements - first)
         start = data.pointer + first // source.block_size * source.type_size
         place = target.pointer + first * (out.n_bytes // n_elements)
         config = LaunchConfig(grid=shape.thread_blocks(count), block=shape.threads)
-        launch(runtime.stream_on(data.device, stream), config, kernel, start, count, place)
+        launch(queue, config, kernel, start, count, place)
     if target is not out:
         runtime.copy_on_device(out.pointer, target.pointer, out.n_bytes, stream)
 
 
-def capability_of(device: Device) -> tuple[int, int]:
+@cache
+def capability_of(index: int) -> tuple[int, int]:
     """Compute capability of a GPU."""
-    found = device.compute_capability
-    return found.major, found.minor
+    with runtime.current(index) as device:
+        return device.compute_capability.major, device.compute_capability.minor
 
 
 def load_kernel(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -> Kernel:

@@ -110,7 +110,8 @@ def _tile_writer(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any,
     threads, runs = mapping.threads, mapping.runs
     tile_blocks = mapping.tile_elements // block_size
     wide_steps = -(-tile_blocks * type_size // (16 * threads))
-    tile_units = -(-tile_blocks * type_size // 16) * 16 // source.alignment
+    # 16 bytes more than the tile takes: a load that need not be aligned reads whole words around it.
+    tile_units = (-(-tile_blocks * type_size // 16) + 1) * 16 // source.alignment
     unit = np.dtype(f"u{source.alignment}")
 
     def write_tile(data: Any, data_start: int, n_elements: int, out: Any, out_start: int, number: int) -> None:

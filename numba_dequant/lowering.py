@@ -71,6 +71,8 @@ class Target:
     """Whether nothing changes a block while it is decoded, so that loads may be moved across stores."""
     store_alignment: int
     """Bytes to which the target vouches that a run of outputs is aligned."""
+    load_8_unaligned: Callable[[ir.IRBuilder, Any, Any], Any] | None = None
+    """The address of an array, how far on to go -> the eight bytes there, where a plain load must be aligned."""
     registered: set[Callable[..., Any]] = field(default_factory=set)
     """Decodes and helpers that the target can compile."""
 
@@ -97,15 +99,18 @@ def pointer_at(builder: ir.IRBuilder, pointer: Any, at: Any, kind: ir.Type) -> A
     return builder.bitcast(builder.gep(pointer, [at]), ir.PointerType(kind))
 
 
-def load_codegen(width: int, signed: bool, invariant: bool) -> Codegen:
+def load_codegen(target: Target, width: int, signed: bool) -> Codegen:
     """A load of `width` bytes that assumes no more alignment than the item size of its array."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         block, at = arguments
         kind = ir.IntType(8 * width)
-        pointer = pointer_at(builder, data_pointer(context, builder, signature.args[0], block), at, kind)
-        item = builder.load(pointer, align=min(width, signature.args[0].dtype.bitwidth // 8))
-        if invariant:
+        base = data_pointer(context, builder, signature.args[0], block)
+        alignment = min(width, signature.args[0].dtype.bitwidth // 8)
+        if width == 8 and alignment == 1 and target.load_8_unaligned is not None:
+            return target.load_8_unaligned(builder, base, at)
+        item = builder.load(pointer_at(builder, base, at, kind), align=alignment)
+        if target.loads_are_invariant:
             item.set_metadata("invariant.load", builder.module.add_metadata([]))
         if width == 8:
             return item
@@ -252,9 +257,7 @@ def install(target: Target) -> None:
         (bits.load_u32, 4, False),
         (bits.load_8_bytes, 8, True),
     ):
-        implement(
-            target, load, types.int64, (None, types.int64), load_codegen(width, signed, target.loads_are_invariant)
-        )
+        implement(target, load, types.int64, (None, types.int64), load_codegen(target, width, signed))
     for convert, kind, codegen in (
         (bits.half, types.uint16, emit(target.half_to_float)),
         (bits.brain, types.uint16, emit(brain)),

@@ -72,6 +72,21 @@ def _round_pairs(builder: ir.IRBuilder, instruction: str, values: Any) -> Any:
     return words
 
 
+def load_8_unaligned(builder: ir.IRBuilder, base: Any, at: Any) -> Any:
+    """Three words, the first of them aligned, out of which two are cut: eight loads of a byte would take longer.
+
+    The array must start at a multiple of four, and there must be four bytes to read behind it.
+    """
+    words = [
+        builder.load(lowering.pointer_at(builder, base, builder.add(builder.and_(at, LONG(-4)), LONG(4 * index)), WORD))
+        for index in range(3)
+    ]
+    within = builder.and_(builder.trunc(at, WORD), WORD(3))
+    selectors = builder.add(builder.mul(within, WORD(0x1111)), WORD(0x3210))
+    low, high = (builder.zext(_permute(builder, words[index], words[index + 1], selectors), LONG) for index in range(2))
+    return builder.or_(low, builder.shl(high, LONG(32)))
+
+
 def lookup_nibbles(builder: ir.IRBuilder, table: bits.Table, eight: Any) -> Any:
     """Eight items of a table of 16 bytes, by permuting the bytes of registers."""
     words = [WORD(word) for word in table.items.view("<u4").tolist()]
@@ -112,6 +127,7 @@ target = lowering.Target(
     table_address_space=GLOBAL_MEMORY,
     loads_are_invariant=False,
     store_alignment=16,
+    load_8_unaligned=load_8_unaligned,
 )
 lowering.install(target)
 

@@ -63,13 +63,13 @@ def dequantize_many(tensors: list[Tensor], dtype: str, index: int, stream: Any) 
 
 def _job(tensor: Tensor, dtype: str, device: Device, stream: int) -> _Job:
     host = None
-    if is_on_gpu(tensor.data):
+    if isinstance(tensor.data, DeviceTensor) or is_on_gpu(tensor.data):
         data = memory_of(tensor.data, stream)
         gpu.check_place(data, device)
     else:
         host = host_bytes(tensor.data)
         data = DeviceBytes(0, host.size, device.device_id, None)
-    gpu.check_capability(tensor.source, dtype, device)
+    gpu.check_capability(tensor.source, dtype, device.device_id)
     n_elements = tensor.source.n_elements(data.n_bytes)
     shape = result_shape(tensor.shape, n_elements, tensor.out)
     kind = tensor.source.stored_dtype or numpy_dtype(dtype)
@@ -114,7 +114,7 @@ def _launch(jobs: list[_Job], dtype: str, device: Device, stream: int) -> None:
     if not by_source:
         return
     groups = list(by_source.values())
-    capability = gpu.capability_of(device)
+    capability = gpu.capability_of(device.device_id)
     kernels = [gpu.load_kernel(group[0].source, dtype, TABLE, capability) for group in groups]
     tables = [_table(group, numpy_dtype(dtype).itemsize) for group in groups]
     packed = np.concatenate([table.reshape(-1) for table, _ in tables])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,7 @@ class Mapping:
         return -(-n_elements // self.tile_elements)
 
 
+@cache
 def mapping_named(name: str, source: Format) -> Mapping:
     """The mapping of that name for a format.
 

@@ -36,6 +36,9 @@ CHECKED = 1 << 18
 ROOF_SHAPES = [(1, 256), (2, 256), (4, 256), (8, 256), (2, 128), (4, 128)]
 """Stores of 16 bytes per thread, and threads per thread block, of the kernels that only move bytes."""
 
+LARGEST_STAGE = 512
+"""Loads of 16 bytes that a thread block of those kernels can hold in shared memory."""
+
 
 class GpuClock:
     """A timer whose readings come in pairs: their difference is what the GPU took for the work between them.
@@ -147,7 +150,7 @@ class Workload:
 
     def roof(self, clock: GpuClock) -> float:
         """Bytes per second of the fastest kernel that reads and writes as many bytes and does nothing else."""
-        capability = gpu.capability_of(Device(self._sources[0].device))
+        capability = gpu.capability_of(self._sources[0].device)
         shapes = [(stores, threads, False) for stores, threads in ROOF_SHAPES]
         tile = mapping_named("tile", self.source)
         shapes.append((tile.tile_elements * self.itemsize // 16 // tile.threads, tile.threads, True))
@@ -155,7 +158,7 @@ class Workload:
         for stores, threads, is_staged in shapes:
             tile_elements = stores * threads * 16 // self.itemsize
             n_loads, rest = divmod(tile_elements * self.source.type_size, 16 * self.source.block_size)
-            if rest or tile_elements > self.n_elements:
+            if rest or tile_elements > self.n_elements or (is_staged and n_loads > LARGEST_STAGE):
                 continue
             kernel = _moving_kernel(stores, threads, is_staged, capability)
             config = LaunchConfig(grid=self.n_elements // tile_elements, block=threads)
@@ -172,7 +175,7 @@ class Workload:
 def _moving_kernel(stores: int, threads: int, is_staged: bool, capability: tuple[int, int]) -> Kernel:
     from numba_dequant.roof import make_moving_kernel
 
-    text = compiler.function_ptx(make_moving_kernel(stores, threads, is_staged), capability)
+    text = compiler.function_ptx(make_moving_kernel(stores, threads, LARGEST_STAGE if is_staged else 0), capability)
     return ObjectCode.from_cubin(compiler.assemble(text, capability)).get_kernel(compiler.entry_point(text))
 
 

@@ -11,20 +11,18 @@ from numba import cuda
 from numba_dequant import lowering_cuda  # noqa: F401 teaches Numba copy_16_bytes
 from numba_dequant.bits import copy_16_bytes
 
-STAGE = 1 << 10
-"""Shared memory of a thread block, in units of eight bytes: more than a tile of any format takes."""
-
 int32: Any = np.int32
 int64: Any = np.int64
 
 
-def make_moving_kernel(stores: int, threads: int, is_staged: bool) -> Callable[[Any, int, Any], None]:
+def make_moving_kernel(stores: int, threads: int, stage: int = 0) -> Callable[[Any, int, Any], None]:
     """A kernel, not compiled: ``kernel(data, n_loads, out)``.
 
     A thread block of so many threads writes `stores` times 16 bytes a thread, for which it reads `n_loads` times 16
-    bytes: straight, or by way of shared memory as the real kernels do.
+    bytes: straight, or by way of shared memory as the real kernels do, `stage` times 16 bytes of it.
     """
     n_stores = stores * threads
+    n_units = 2 * stage
 
     def move(data: Any, n_loads: int, out: Any) -> None:
         tile, thread = int64(cuda.blockIdx.x), int32(cuda.threadIdx.x)
@@ -35,14 +33,14 @@ def make_moving_kernel(stores: int, threads: int, is_staged: bool) -> Callable[[
 
     def move_staged(data: Any, n_loads: int, out: Any) -> None:
         tile, thread = int64(cuda.blockIdx.x), int32(cuda.threadIdx.x)
-        stage = cuda.shared.array(STAGE, np.uint64, alignment=16)
+        tile_bytes = cuda.shared.array(n_units, np.uint64, alignment=16)
         index = thread
         while index < n_loads:
-            copy_16_bytes(stage, index * 16, data, (tile * n_loads + index) * 16)
+            copy_16_bytes(tile_bytes, index * 16, data, (tile * n_loads + index) * 16)
             index += threads
         cuda.syncthreads()
         for step in range(stores):
             index = thread + int32(step * threads)
-            copy_16_bytes(out, (tile * n_stores + index) * 16, stage, index * n_loads // n_stores * 16)
+            copy_16_bytes(out, (tile * n_stores + index) * 16, tile_bytes, index * n_loads // n_stores * 16)
 
-    return move_staged if is_staged else move
+    return move_staged if stage else move

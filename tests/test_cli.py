@@ -177,8 +177,8 @@ def test_warm_and_cache(empty_store, capsys, monkeypatch):
     assert "2 formats to float32 compiled for the CPU, sm_90, sm_80" in capsys.readouterr().out
     assert cli.main(["cache"]) == 0
     shown = capsys.readouterr().out
-    assert "6 entries" in shown
-    for label in ("cpu-Q8_0-float32", "sm90-Q4_K-float32-tile", "sm80-Q8_0-float32-tile"):
+    assert "10 entries" in shown
+    for label in ("cpu-Q8_0-float32", "sm90-Q4_K-float32-tile", "sm80-Q8_0-float32-table"):
         assert label in shown
     # What is warm is not compiled again.
     from numba_dequant import compiler
@@ -186,7 +186,7 @@ def test_warm_and_cache(empty_store, capsys, monkeypatch):
     monkeypatch.setattr(compiler, "ptx", lambda *_: pytest.fail("compiled again"))
     assert cli.main(["warm", "--arch", "sm_90", "--formats", "Q8_0", "--dtype", "float32"]) == 0
     assert cli.main(["cache", "--clear"]) == 0
-    assert "6 entries removed" in capsys.readouterr().out
+    assert "10 entries removed" in capsys.readouterr().out
     assert not list(empty_store.iterdir())
 
 
