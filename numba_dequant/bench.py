@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from numba_dequant.api import dequantize
-from numba_dequant.device import Place
+from numba_dequant.device import Place, n_threads
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.format import Format
 from numba_dequant.verify import difference
@@ -59,8 +59,6 @@ def _on_gpu(index: int, sources: list[Format], dtype: str, progress: Callable[[]
 
 
 def _on_cpu(sources: list[Format], dtype: str, progress: Callable[[], object]) -> tuple[str, list[Row]]:
-    from numba_dequant.cpu import n_threads
-
     kind = numpy_dtype(dtype)
     rows = []
     for source in sources:

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 import numba_dequant as nd
-from numba_dequant import device, store, verify
+from numba_dequant import device, store, verify, warm
 from numba_dequant.dtypes import NAMES
 from numba_dequant.formats import format_named
 
@@ -117,7 +117,7 @@ def _verify_file(path: str, title: str, options: argparse.Namespace) -> int:
         print(f"{title}: {len(model.tensors)} tensors to {options.dtype} on {place}{reason}")
         total = sum(tensor.n_bytes for tensor in model.tensors.values())
         with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False, delay=1) as bar:
-            rows = verify.verify(model, str(place), options.dtype, bar.update)
+            rows = verify.verify(model, place, options.dtype, bar.update)
     for line in verify.table(rows):
         print(line)
     wrong = [row.format.name for row in rows if not row.is_exact]
@@ -129,7 +129,7 @@ def _bench(options: argparse.Namespace) -> int:
     from numba_dequant import bench
 
     place = _place(options.device)[0]
-    if place.kind == "reference" or (place.kind == "cuda" and device.is_simulated()):
+    if place.kind not in ("cpu", "cuda"):
         return _fail("bench measures cpu or cuda")
     names = options.formats.split(",") if options.formats else [n for n, f in nd.FORMATS.items() if f.block_size > 1]
     sources = [format_named(name) for name in names]
@@ -193,20 +193,10 @@ def _warm(options: argparse.Namespace) -> int:
         from numba_dequant import gpu
 
         capabilities = [gpu.capability_of(0)]
-    with tqdm(total=len(sources) * len(dtypes) * (len(capabilities) + options.cpu), disable=None, leave=False) as bar:
-        for source in sources:
-            for dtype in dtypes:
-                if options.cpu:
-                    from numba_dequant import cpu
-
-                    cpu.compiled(source, dtype)
-                    bar.update()
-                for capability in capabilities:
-                    from numba_dequant import compiler
-
-                    for mapping in ("tile", compiler.TABLE):
-                        compiler.cubin(source, dtype, mapping, capability)
-                    bar.update()
+    tasks = warm.tasks([source.name for source in sources], dtypes, capabilities, on_cpu=options.cpu)
+    with tqdm(total=len(tasks), unit="kernel", disable=None, leave=False) as bar:
+        for _ in warm.compile_all(tasks):
+            bar.update()
     places = ["the CPU"] * options.cpu + [f"sm_{major}{minor}" for major, minor in capabilities]
     print(f"{len(sources)} formats to {', '.join(dtypes)} compiled for {', '.join(places)}, in {store.directory()}")
     return 0

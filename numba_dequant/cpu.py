@@ -23,6 +23,7 @@ from numba.core.serialize import dumps
 from numpy.typing import NDArray
 
 from numba_dequant import bits, lowering_cpu, store
+from numba_dequant.device import n_threads
 from numba_dequant.format import RUN, Format
 from numba_dequant.lowering import register_decode
 
@@ -59,13 +60,6 @@ def dequantize_into(data: NDArray[np.uint8], source: Format, dtype: str, out: ND
         last = np.empty(RUN, stored.dtype)
         span(padded, 0, 1, last)
         stored[-rest:] = last[:rest]
-
-
-def n_threads() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @lru_cache(maxsize=1)

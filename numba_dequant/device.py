@@ -15,13 +15,13 @@ from numba_dequant.errors import DeviceError
 
 @dataclass(frozen=True)
 class Place:
-    """A device: its kind, and for CUDA the ordinal of the GPU."""
+    """A device: its kind, and for CUDA the ordinal of the GPU; "simulator" is Numba's, in place of a GPU."""
 
-    kind: Literal["reference", "cpu", "cuda"]
+    kind: Literal["reference", "cpu", "cuda", "simulator"]
     index: int = 0
 
     def __str__(self) -> str:
-        return f"cuda:{self.index}" if self.kind == "cuda" else self.kind
+        return f"cuda:{self.index}" if self.kind in ("cuda", "simulator") else self.kind
 
 
 def place_named(device: str | None) -> Place:
@@ -33,7 +33,7 @@ def place_named(device: str | None) -> Place:
     if device is None:
         problem = cuda_problem()
         if problem is None:
-            return Place("cuda")
+            return _gpu_named("cuda")
         _say_once(problem)
         return Place("cpu")
     if device in ("reference", "cpu"):
@@ -50,11 +50,12 @@ def _gpu_named(device: str) -> Place:
     match = re.fullmatch(r"cuda(?::(\d+))?", device)
     if match is None:
         raise DeviceError(f"unknown device {device!r}; choose 'reference', 'cpu', 'cuda', 'cuda:1', ... or None")
-    return Place("cuda", int(match[1] or 0))
+    return Place("simulator" if is_simulated() else "cuda", int(match[1] or 0))
 
 
+@lru_cache(maxsize=1)
 def is_simulated() -> bool:
-    """Whether Numba's CUDA simulator stands in for a GPU."""
+    """Whether Numba's CUDA simulator stands in for a GPU; Numba asks once, too."""
     return os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
 
 
@@ -72,6 +73,13 @@ def cuda_problem() -> str | None:
     from numba_dequant import compiler
 
     return compiler.toolkit_problem()
+
+
+def n_threads() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @lru_cache(maxsize=1)

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from numba_dequant.api import dequantize
-from numba_dequant.device import Place, is_simulated, place_named
+from numba_dequant.device import Place, place_named
 from numba_dequant.dtypes import dtype_name
 from numba_dequant.gguf_file import GgufFile, TensorInfo, open_gguf, truncated
 
@@ -53,7 +52,7 @@ class Model:
         """
         tensor = self.tensors[name]
         place = place_named(device)
-        if place.kind != "cuda" or is_simulated() or tensor.byte_order == "big":
+        if place.kind != "cuda" or tensor.byte_order == "big":
             data = self.read(name)
             return dequantize(data, tensor.format, dtype, tensor.shape, str(place), out, stream)
         from numba_dequant import gpu
@@ -83,6 +82,8 @@ class Model:
         """
         place = str(place_named(device))
         dtype = dtype_name(dtype)
+        from tqdm.auto import tqdm
+
         chosen = [tensor for tensor in self.tensors.values() if _picks(select, tensor)]
         loaded = {}
         total = sum(tensor.n_bytes for tensor in chosen)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
@@ -68,20 +66,31 @@ def n_devices() -> int:
     raise DeviceError(f"no GPU can be used ({code.name})")
 
 
-@contextmanager
-def current(device: int) -> Iterator[Device]:
-    """Make a GPU the current one, and put back what was."""
-    count = n_devices()
-    if not 0 <= device < count:
-        raise DeviceError(f"there is no device cuda:{device}; this process sees {count}, from cuda:0 on")
-    _, before = driver.cuCtxGetCurrent()
-    chosen = Device(device)
-    chosen.set_current()
-    try:
-        yield chosen
-    finally:
-        if int(before):
-            driver.cuCtxSetCurrent(before)
+class current:
+    """Make a GPU the current one, and put back what was.
+
+    A class, because what `contextlib` makes of a generator takes as long as allocating memory.
+
+    Raises:
+        DeviceError: there is no such GPU.
+    """
+
+    __slots__ = ("_before", "_device")
+
+    def __init__(self, index: int) -> None:
+        count = n_devices()
+        if not 0 <= index < count:
+            raise DeviceError(f"there is no device cuda:{index}; this process sees {count}, from cuda:0 on")
+        self._device = Device(index)
+
+    def __enter__(self) -> Device:
+        self._before = driver.cuCtxGetCurrent()[1]
+        self._device.set_current()
+        return self._device
+
+    def __exit__(self, *error: object) -> None:
+        if int(self._before):
+            driver.cuCtxSetCurrent(self._before)
 
 
 def stream_handle(stream: Any) -> int:

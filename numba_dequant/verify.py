@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.api import dequantize
-from numba_dequant.device import is_simulated
+from numba_dequant.device import Place
 from numba_dequant.format import Format
 from numba_dequant.loader import Model
 
@@ -40,13 +40,13 @@ class Row:
         return (self.bytes_in + self.bytes_out) / self.seconds / 1e9 if self.seconds else 0.0
 
 
-def verify(model: Model, device: str, dtype: str = "float16", progress: Callable[[int], object] = id) -> list[Row]:
+def verify(model: Model, place: Place, dtype: str = "float16", progress: Callable[[int], object] = id) -> list[Row]:
     """Compare every tensor; one row per format, in the order of ggml's ids."""
     rows: dict[str, Row] = {}
     for name, tensor in model.tensors.items():
         data = model.read(name)
         expected = dequantize(data, tensor.format, dtype, tensor.shape, "reference")
-        found, seconds = _timed(data, tensor.format, dtype, tensor.shape, device)
+        found, seconds = _timed(data, tensor.format, dtype, tensor.shape, place)
         row = rows.setdefault(tensor.format.name, Row(tensor.format))
         different, worst = difference(found, expected)
         row.tensors += 1
@@ -61,18 +61,18 @@ def verify(model: Model, device: str, dtype: str = "float16", progress: Callable
 
 
 def _timed(
-    data: NDArray[np.uint8], source: Format, dtype: str, shape: tuple[int, ...], device: str
+    data: NDArray[np.uint8], source: Format, dtype: str, shape: tuple[int, ...], place: Place
 ) -> tuple[NDArray[Any], float]:
     """The values from a device, and the time that dequantizing took there: copies to and from a GPU not counted."""
-    if not device.startswith("cuda") or is_simulated():
-        dequantize(data[: source.type_size], source, dtype, device=device)  # compiles
-        start = time.perf_counter()
-        found = dequantize(data, source, dtype, shape, device)
-        seconds = time.perf_counter() - start
-        return found.copy_to_host() if device.startswith("cuda") else found, seconds
-    from numba_dequant import gpu
+    if place.kind == "cuda":
+        from numba_dequant import gpu
 
-    return gpu.timed(data, source, dtype, shape, int(device.partition(":")[2] or 0))
+        return gpu.timed(data, source, dtype, shape, place.index)
+    dequantize(data[: source.type_size], source, dtype, device=str(place))  # compiles
+    start = time.perf_counter()
+    found = dequantize(data, source, dtype, shape, str(place))
+    seconds = time.perf_counter() - start
+    return found.copy_to_host() if place.kind == "simulator" else found, seconds
 
 
 def difference(found: NDArray[Any], expected: NDArray[Any]) -> tuple[int, float]:
