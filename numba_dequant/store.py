@@ -17,7 +17,12 @@ VARIABLE = "NUMBA_DEQUANT_CACHE_DIR"
 
 
 def directory() -> Path:
-    """Where entries are kept: `NUMBA_DEQUANT_CACHE_DIR`, or else the user's cache directory on this platform."""
+    """Where entries are kept: `NUMBA_DEQUANT_CACHE_DIR`, or else the user's cache directory on this platform.
+
+    Raises:
+        FileNotFoundError: the user has no home directory. Nothing is then kept: in a directory that everyone may
+            write, somebody else could leave code for this user.
+    """
     chosen = os.environ.get(VARIABLE)
     if chosen:
         return Path(chosen)
@@ -27,6 +32,8 @@ def directory() -> Path:
         base = os.path.expanduser("~/Library/Caches")
     else:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(base):
+        raise FileNotFoundError(f"there is no home directory to keep compiled code in; set {VARIABLE} to a directory")
     return Path(base) / "numba_dequant"
 
 

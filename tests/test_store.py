@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 import numba_dequant as nd
-from numba_dequant import cpu, store
+from numba_dequant import compiler, cpu, store
 
 
 @pytest.fixture
@@ -21,15 +20,28 @@ def empty_store(tmp_path, monkeypatch):
 
 
 BLOCK = bytes(range(34))
+N_PROCESSES = 20
 
 
 def compute():
     return nd.dequantize(BLOCK, "Q8_0", device="cpu")
 
 
-def compute_in_a_new_process(directory):
-    os.environ["NUMBA_DEQUANT_CACHE_DIR"] = directory
-    return compute()
+def compile_kernel():
+    name, code = compiler.cubin(nd.FORMATS["Q8_0"], "float16", "tile", (9, 0))
+    return name, code[:4]
+
+
+def compute_on_gpu():
+    return nd.dequantize(BLOCK, "Q8_0", device="cuda").copy_to_host()
+
+
+def meet(barrier):
+    barrier.wait(timeout=300)
+
+
+def call(function):
+    return function()
 
 
 def test_what_is_written_is_read():
@@ -80,14 +92,20 @@ def test_a_directory_that_cannot_be_made(monkeypatch, tmp_path):
     assert store.write("entry", b"") is False
 
 
-def test_many_processes_at_once(empty_store):
-    first = compute()
-    for entry in empty_store.iterdir():
-        entry.unlink()
-    with ProcessPoolExecutor(4, get_context("spawn")) as pool:
-        for found in pool.map(compute_in_a_new_process, [str(empty_store)] * 8):
-            np.testing.assert_array_equal(found, first)
-    assert len(list(empty_store.iterdir())) == 1
+@pytest.mark.parametrize(
+    ("function", "n_entries"),
+    [(compute, 1), (compile_kernel, 1), pytest.param(compute_on_gpu, 2, marks=pytest.mark.gpu)],
+)
+def test_twenty_processes_at_once(empty_store, function, n_entries):
+    """They meet with everything imported and the cache empty. The first use of a GPU also keeps that a toolkit is there."""
+    context = get_context("spawn")
+    with ProcessPoolExecutor(N_PROCESSES, context, meet, (context.Barrier(N_PROCESSES),)) as pool:
+        first, *others = pool.map(call, [function] * N_PROCESSES)
+    assert len(others) == N_PROCESSES - 1
+    for found in others:
+        np.testing.assert_array_equal(found, first)
+    assert len(list(empty_store.iterdir())) == len(store.entries()) == n_entries
+    assert all(store.read(name) is not None for name in store.entries())
 
 
 def test_code_from_disk_and_code_compiled_here_do_not_mix(empty_store):
@@ -113,6 +131,22 @@ def test_the_name_depends_on_source_and_parts(monkeypatch):
     assert name != store.entry_name("label", "1.1")
     monkeypatch.setattr(store, "package_digest", lambda: "another source")
     assert name != store.entry_name("label", "1.0")
+
+
+def test_no_home_directory(monkeypatch, tmp_path):
+    import pwd
+
+    for name in ("NUMBA_DEQUANT_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["nobody"])
+    monkeypatch.chdir(tmp_path)
+    cpu._compile.cache_clear()
+    assert compute().shape == (32,)
+    assert store.write("entry", b"") is False
+    assert store.entries() == {}
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError, match="set NUMBA_DEQUANT_CACHE_DIR"):
+        store.directory()
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
