@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from numba_dequant.api import dequantize, dequantize_many
+from numba_dequant.api import dequantize, dequantize_many, prepare_many
+from numba_dequant.batch import Batch
 from numba_dequant.errors import (
     DataError,
     DeviceError,
@@ -23,6 +24,7 @@ __version__ = VERSION
 
 __all__ = [
     "FORMATS",
+    "Batch",
     "DataError",
     "DeviceError",
     "DeviceTensor",
@@ -39,6 +41,7 @@ __all__ = [
     "dequantize_many",
     "load",
     "open",
+    "prepare_many",
     "register",
 ]
 

@@ -1,22 +1,22 @@
-"""`dequantize`, the one function that the others are made of, and `dequantize_many`."""
+"""`dequantize`, for one tensor, and `dequantize_many`, which `prepare_many` is the first half of."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.arguments import check_output, host_bytes, is_on_gpu, named, named_tensors, result_shape
-from numba_dequant.device import Place, is_simulated, place_named
+from numba_dequant.batch import Batch, Key
+from numba_dequant.device import Place, place_named
 from numba_dequant.dtypes import dtype_name, numpy_dtype
 from numba_dequant.errors import DeviceError, NumbaDequantError, OutputError
 from numba_dequant.format import Format
 from numba_dequant.formats import format_named
 from numba_dequant.mapping import mapping_named
-
-Key = TypeVar("Key")
 
 
 def dequantize(
@@ -63,11 +63,13 @@ def dequantize(
     name = dtype_name(dtype)
     mapping_named(mapping, source)
     place = _place_for(data if is_on_gpu(data) else None, device, stream)
-    if place.kind == "cuda" and not is_simulated():
+    if place.kind == "cuda":
         from numba_dequant import gpu
 
         return gpu.dequantize(data, source, name, shape, place.index, out, stream, mapping)
-    return _prepared(host_bytes(data), source, name, shape, place, out, mapping)()
+    result, work = _prepared(host_bytes(data), source, name, shape, place, out, mapping)
+    work()
+    return result
 
 
 def dequantize_many(
@@ -100,22 +102,57 @@ def dequantize_many(
         UnknownFormatError, DtypeError, DataError, ShapeError, OutputError, DeviceError: what is wrong with the
             argument of that name, and with which tensor. Nothing has been launched or written then.
     """
+    return prepare_many(tensors, dtype, device, out, stream).run()
+
+
+def prepare_many(
+    tensors: Mapping[Key, tuple[Any, ...]],
+    dtype: Any = "float16",
+    device: str | None = None,
+    out: Mapping[Key, Any] | None = None,
+    stream: Any = None,
+) -> Batch[Key]:
+    """All of `dequantize_many` but the computation, which `Batch.run` then does, time and again.
+
+    For weights that stay compressed and are dequantized whenever they are needed: a run checks nothing and allocates
+    nothing, so that on a GPU the launches are all that it costs, and that it can be captured in a CUDA graph.
+
+    >>> import numpy as np, numba_dequant as nd
+    >>> data = np.zeros(34, np.uint8)
+    >>> batch = nd.prepare_many({"a": (data, "Q8_0")}, device="cpu")
+    >>> data[:4] = 0, 60, 1, 2  # a scale of 1, then quants
+    >>> batch.run()["a"][:3]
+    array([1., 2., 0.], dtype=float16)
+
+    Args:
+        tensors: as for `dequantize_many`. Each run reads the data anew, where it lies: keep its order with the stream.
+            Data that lies on the host is copied to a GPU here, once.
+        dtype: as for `dequantize`.
+        device: as for `dequantize_many`.
+        out: as for `dequantize_many`.
+        stream: on which each run computes, as for `dequantize`.
+
+    Raises:
+        UnknownFormatError, DtypeError, DataError, ShapeError, OutputError, DeviceError: as `dequantize_many` does.
+    """
     entries = named_tensors(tensors, out)
     name = dtype_name(dtype)
     on_gpu = next((entry.data for entry in entries if is_on_gpu(entry.data)), None)
     place = _place_for(on_gpu, device, stream)
-    if place.kind == "cuda" and not is_simulated():
+    if place.kind == "cuda":
         from numba_dequant import many
 
-        return many.dequantize_many(entries, name, place.index, stream)
-    prepared = {}
+        return Batch(*many.prepare(entries, name, place.index, stream))
+    results, steps = {}, []
     for entry in entries:
         try:
             data = host_bytes(entry.data)
-            prepared[entry.name] = _prepared(data, entry.source, name, entry.shape, place, entry.out, "tile")
+            prepared = _prepared(data, entry.source, name, entry.shape, place, entry.out, "tile")
         except NumbaDequantError as error:
             raise named(error, entry) from error
-    return {name: compute() for name, compute in prepared.items()}
+        results[entry.name] = prepared[0]
+        steps.append(prepared[1])
+    return Batch(results, lambda: [step() for step in steps])
 
 
 def _place_for(on_gpu: Any, device: str | None, stream: Any) -> Place:
@@ -125,19 +162,19 @@ def _place_for(on_gpu: Any, device: str | None, stream: Any) -> Place:
 
         device = f"cuda:{runtime.device_of(on_gpu)}"
     place = place_named(device)
-    if place.kind == "cuda" and not is_simulated():
+    if place.kind == "cuda":
         return place
     if on_gpu is not None:
         raise DeviceError(f"the data lies on a GPU, but the device is {place}; copy it to the host first")
-    if stream is not None and place.kind != "cuda":
+    if stream is not None and place.kind != "simulator":
         raise DeviceError(f"stream is for CUDA, but the device is {place}")
     return place
 
 
 def _prepared(
     data: NDArray[np.uint8], source: Format, dtype: str, shape: Any, place: Place, out: Any, mapping: str
-) -> Callable[[], Any]:
-    """The computation, all of whose arguments have been checked, and whose memory is there."""
+) -> tuple[Any, Callable[[], None]]:
+    """The result, whose memory is there, and the computation that fills it, whose arguments have been checked."""
     n_elements = source.n_elements(data.size)
     asked = result_shape(shape, n_elements, out)
     kind = source.stored_dtype or numpy_dtype(dtype)
@@ -150,16 +187,12 @@ def _prepared(
         check_output(out.dtype, out.shape, kind, asked, n_elements)
         if np.may_share_memory(out, data):
             raise OutputError("out shares memory with data")
+    work = partial(_write, data, source, dtype, result.reshape(-1), place, mapping)
+    if place.kind == "simulator" and out is None:
+        from numba_dequant.simulator import SimulatedTensor
 
-    def compute() -> Any:
-        _write(data, source, dtype, result.reshape(-1), place, mapping)
-        if place.kind == "cuda" and out is None:
-            from numba_dequant.simulator import SimulatedTensor
-
-            return SimulatedTensor(result)
-        return result
-
-    return compute
+        return SimulatedTensor(result), work
+    return result, work
 
 
 def _write(data: NDArray[np.uint8], source: Format, dtype: str, flat: NDArray[Any], place: Place, mapping: str) -> None:

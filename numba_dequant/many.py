@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,8 +42,8 @@ class _Job:
     result: Any
 
 
-def dequantize_many(tensors: list[Tensor], dtype: str, index: int, stream: Any) -> dict[Any, Any]:
-    """What `numba_dequant.dequantize_many` does on CUDA device `index`."""
+def prepare(tensors: list[Tensor], dtype: str, index: int, stream: Any) -> tuple[dict[Any, Any], Callable[[], None]]:
+    """The results of `numba_dequant.prepare_many` on CUDA device `index`, and what queues the work that fills them."""
     handle = runtime.stream_handle(stream)
     with runtime.current(index) as device:
         jobs = {}
@@ -57,8 +59,15 @@ def dequantize_many(tensors: list[Tensor], dtype: str, index: int, stream: Any) 
                 gpu.send(job.host, job.data.pointer, handle)
             if job.result is None:
                 job.result = DeviceTensor(job.target, job.shape, job.kind, handle)
-        _launch(list(jobs.values()), dtype, device, handle)
-        return {name: job.result for name, job in jobs.items()}
+        steps, tables = _steps(list(jobs.values()), dtype, device, handle)
+        return {name: job.result for name, job in jobs.items()}, partial(_run, index, steps, (jobs, tables))
+
+
+def _run(index: int, steps: list[Callable[[], None]], kept: object) -> None:
+    """Queue all steps; `kept` are the owners of the memory whose addresses they hold."""
+    with runtime.current(index):
+        for step in steps:
+            step()
 
 
 def _job(tensor: Tensor, dtype: str, device: Device, stream: int) -> _Job:
@@ -102,17 +111,25 @@ def _share(pieces: list[tuple[DeviceBytes, int]], n_bytes: int, device: Device, 
             piece.pointer, piece.owner = whole.pointer + start, whole.owner
 
 
-def _launch(jobs: list[_Job], dtype: str, device: Device, stream: int) -> None:
+def _steps(
+    jobs: list[_Job], dtype: str, device: Device, stream: int
+) -> tuple[list[Callable[[], None]], DeviceBytes | None]:
+    """What is to be queued, and the memory of the tables for it.
+
+    That is one launch per format, and a step for each tensor that cannot be part of one.
+    """
+    steps: list[Callable[[], None]] = []
     by_source: dict[int, list[_Job]] = {}
     for job in jobs:
         if not job.n_elements:
             continue
         if job.source.stored_dtype is not None or job.target.pointer % 16:
-            gpu.dequantize_into(job.data, job.source, dtype, job.n_elements, job.target, stream)
+            of_one = job.data, job.source, dtype, job.n_elements, job.target, stream
+            steps.append(partial(gpu.dequantize_into, *of_one))
         else:
             by_source.setdefault(id(job.source), []).append(job)
     if not by_source:
-        return
+        return steps, None
     groups = list(by_source.values())
     capability = gpu.capability_of(device.device_id)
     kernels = [gpu.load_kernel(group[0].source, dtype, TABLE, capability) for group in groups]
@@ -120,12 +137,14 @@ def _launch(jobs: list[_Job], dtype: str, device: Device, stream: int) -> None:
     packed = np.concatenate([table.reshape(-1) for table, _ in tables])
     memory = runtime.allocate(packed.nbytes, device, stream)
     gpu.send(packed.view(np.uint8), memory.pointer, stream)
+    queue = runtime.stream_on(device.device_id, stream)
     place = memory.pointer
     for group, kernel, (table, n_tiles) in zip(groups, kernels, tables, strict=True):
         config = LaunchConfig(grid=n_tiles, block=mapping_named("tile", group[0].source).threads)
         # The table holds addresses, which count from 0.
-        launch(runtime.stream_on(device.device_id, stream), config, kernel, 0, place, len(group), 0)
+        steps.append(partial(launch, queue, config, kernel, 0, place, len(group), 0))
         place += table.nbytes
+    return steps, memory
 
 
 def _table(jobs: list[_Job], itemsize: int) -> tuple[NDArray[np.int64], int]:

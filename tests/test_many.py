@@ -69,6 +69,19 @@ def test_out_for_some():
         nd.dequantize_many(tensors, out={"a": np.empty(32, np.float16)}, device="cpu")
 
 
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+def test_a_batch_reads_and_writes_anew(device):
+    tensors = mixture(["Q4_K", "Q8_0", "F32"])
+    batch = nd.prepare_many(tensors, device=device)
+    assert len(batch) == len(tensors)
+    for seed in (5, 6):
+        for name, (data, source, _) in tensors.items():
+            data[:] = random_blocks(source, name[1], seed=seed)
+            batch.results[name][:] = 7
+        assert batch.run() is batch.results
+        assert_all_same(batch.results, tensors)
+
+
 @pytest.mark.gpu
 class TestOnGpu:
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -93,6 +106,44 @@ class TestOnGpu:
 
     def test_nothing(self):
         assert nd.dequantize_many({}, device="cuda") == {}
+
+    def batch_on(self, stream, tensors):
+        """Prepared tensors, whose blocks lie in PyTorch's memory."""
+        torch = pytest.importorskip("torch")
+        data = {name: torch.zeros(len(entry[0]), dtype=torch.uint8, device="cuda") for name, entry in tensors.items()}
+        torch.cuda.synchronize()
+        entries = {name: (data[name], *entry[1:]) for name, entry in tensors.items()}
+        return data, nd.prepare_many(entries, stream=stream)
+
+    def test_a_batch_reads_and_writes_anew(self):
+        torch = pytest.importorskip("torch")
+        stream = torch.cuda.Stream()
+        tensors = mixture(["Q4_K", "Q8_0", "F32", "I8"], (0, 1, 3, 40))
+        data, batch = self.batch_on(stream, tensors)
+        gc.collect()
+        churn = [nd.dequantize_many(tensors, device="cuda") for _ in range(5)]  # would take what was given back
+        with torch.cuda.stream(stream):
+            for name, entry in tensors.items():
+                data[name].copy_(torch.from_numpy(entry[0]))
+        assert batch.run() is batch.results
+        assert_all_same(batch.results, tensors)
+        del churn
+
+    def test_a_batch_in_a_cuda_graph(self):
+        torch = pytest.importorskip("torch")
+        stream = torch.cuda.Stream()
+        tensors = mixture(["Q4_K", "Q8_0", "F32"], (1, 40))
+        data, batch = self.batch_on(stream, tensors)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            batch.run()
+        for seed in (5, 6):
+            with torch.cuda.stream(stream):
+                for name, (host, source, _) in tensors.items():
+                    host[:] = random_blocks(source, name[1], seed=seed)
+                    data[name].copy_(torch.from_numpy(host))
+                graph.replay()
+            assert_all_same(batch.results, tensors)
 
     def test_nothing_is_written_outside(self):
         torch = pytest.importorskip("torch")
