@@ -27,8 +27,8 @@ class Gpu:
     roofs: dict = field(default_factory=dict)
 
     def roof(self, work):
-        """Bytes per second of a kernel that only moves as many bytes; measured once for a format and output type."""
-        key = work.source.name, work.dtype
+        """Bytes per second of a kernel that only moves as many bytes; measured once for such work."""
+        key = work.source.name, work.dtype, work.n_elements
         if key not in self.roofs:
             self.roofs[key] = work.roof(self.clock)
         return self.roofs[key]

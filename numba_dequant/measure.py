@@ -18,7 +18,7 @@ from numba_dequant.api import dequantize
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.format import Format
 from numba_dequant.mapping import mapping_named
-from numba_dequant.verify import difference
+from numba_dequant.verify import check_same
 from numba_dequant.version import VERSION
 
 ROUNDS, LAUNCHES = 9, 4
@@ -26,6 +26,9 @@ ROUNDS, LAUNCHES = 9, 4
 
 UNCACHED = 256 << 20
 """Bytes that a GPU's cache does not hold: buffers that are used in turn cover at least so many."""
+
+MOST_TURNS = 1 << 10
+"""Buffers to use in turn at most: where they are so small, launching is all that takes time."""
 
 HEAD_START = 1 << 30
 """Bytes of the copy that is queued before a reading starts: 0.7 ms on an H100."""
@@ -90,7 +93,7 @@ class GpuClock:
 
 
 class Workload:
-    """Random blocks on the current device, to be dequantized again and again: each call takes other buffers in turn.
+    """Random blocks on the current device, to be dequantized again and again: each call takes the next buffers in turn.
 
     Attributes:
         source: their format.
@@ -106,9 +109,8 @@ class Workload:
         self.itemsize = numpy_dtype(dtype).itemsize
         n_read, n_written = n_blocks * source.type_size, self.n_elements * self.itemsize
         self.moved = n_read + n_written
-        turns = max(2, -(-UNCACHED // self.moved))
-        self._sources = [runtime.allocate(n_read, device, 0) for _ in range(turns)]
-        self._targets = [runtime.allocate(n_written, device, 0) for _ in range(turns)]
+        turns = min(max(2, -(-UNCACHED // self.moved)), MOST_TURNS)
+        self._sources, self._targets = _in_one(n_read, turns, device), _in_one(n_written, turns, device)
         self._turn = 0
         piece = np.random.default_rng(0).integers(0, 256, min(n_read, 1 << 24), np.uint8)
         for memory in self._sources:
@@ -131,11 +133,11 @@ class Workload:
         """Compare both ends of a result with the reference.
 
         Raises:
-            AssertionError: a bit differs.
+            DeviceError: a bit differs.
         """
         self._turn = -1
         source, target = self._sources[0], self._targets[0]
-        target.owner.fill(0xA5, stream=runtime.stream_on(target.device, 0))
+        runtime.fill(target, 0xA5, 0)
         self()
         n_blocks = self.n_elements // self.source.block_size
         count = min(n_blocks, max(CHECKED // self.source.block_size, 1))
@@ -145,11 +147,13 @@ class Workload:
             expected = dequantize(blocks, self.source, self.dtype, device="reference")
             found = np.empty_like(expected)
             runtime.copy_to_host(found, target.pointer + first * self.source.block_size * self.itemsize, 0)
-            wrong, _ = difference(found, expected)
-            assert not wrong, f"{wrong} elements of {self.source.name} to {self.dtype}, {self.mapping}, are wrong"
+            check_same(found, expected, f"{self.source.name} to {self.dtype}, mapping {self.mapping}")
 
     def roof(self, clock: GpuClock) -> float:
-        """Bytes per second of the fastest kernel that reads and writes as many bytes and does nothing else."""
+        """Bytes per second of the fastest kernel that reads and writes as many bytes and does nothing else.
+
+        0 if no such kernel divides the work evenly, as is so for the smallest sizes.
+        """
         capability = gpu.capability_of(self._sources[0].device)
         shapes = [(stores, threads, False) for stores, threads in ROOF_SHAPES]
         tile = mapping_named("tile", self.source)
@@ -158,7 +162,7 @@ class Workload:
         for stores, threads, is_staged in shapes:
             tile_elements = stores * threads * 16 // self.itemsize
             n_loads, rest = divmod(tile_elements * self.source.type_size, 16 * self.source.block_size)
-            if rest or tile_elements > self.n_elements or (is_staged and n_loads > LARGEST_STAGE):
+            if rest or self.n_elements % tile_elements or (is_staged and n_loads > LARGEST_STAGE):
                 continue
             kernel = _moving_kernel(stores, threads, is_staged, capability)
             config = LaunchConfig(grid=self.n_elements // tile_elements, block=threads)
@@ -169,6 +173,14 @@ class Workload:
 
             best = max(best, self.moved / clock.seconds(move))
         return best
+
+
+def _in_one(n_bytes: int, count: int, device: Device) -> list[runtime.DeviceBytes]:
+    """So many pieces of one allocation, each aligned as if it had been allocated alone."""
+    step = -(-n_bytes // 256) * 256
+    whole = runtime.allocate(step * count, device, 0)
+    pointers = range(whole.pointer, whole.pointer + step * count, step)
+    return [runtime.DeviceBytes(pointer, n_bytes, device.device_id, whole.owner) for pointer in pointers]
 
 
 @cache

@@ -210,6 +210,11 @@ def copy_on_device(target: int, source: int, n_bytes: int, stream: int) -> None:
     _check(driver.cuMemcpyDtoDAsync(target, source, n_bytes, stream))
 
 
+def fill(memory: DeviceBytes, value: int, stream: int) -> None:
+    """Queue setting every byte to the same value."""
+    _check(driver.cuMemsetD8Async(memory.pointer, value, memory.n_bytes, stream))
+
+
 def synchronize(stream: int) -> None:
     """Wait until a stream has done all that was asked of it."""
     _check(driver.cuStreamSynchronize(stream))

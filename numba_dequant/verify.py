@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from numba_dequant.api import dequantize
 from numba_dequant.device import Place
+from numba_dequant.errors import DeviceError
 from numba_dequant.format import Format
 from numba_dequant.loader import Model
 
@@ -73,6 +74,17 @@ def _timed(
     found = dequantize(data, source, dtype, shape, str(place))
     seconds = time.perf_counter() - start
     return found.copy_to_host() if place.kind == "simulator" else found, seconds
+
+
+def check_same(found: NDArray[Any], expected: NDArray[Any], what: str) -> None:
+    """Check that every bit agrees, NaN aside.
+
+    Raises:
+        DeviceError: one does not.
+    """
+    wrong, worst = difference(found, expected)
+    if wrong:
+        raise DeviceError(f"{wrong:,} of {expected.size:,} elements of {what} are wrong, by up to {worst:g}")
 
 
 def difference(found: NDArray[Any], expected: NDArray[Any]) -> tuple[int, float]:

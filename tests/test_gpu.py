@@ -14,7 +14,7 @@ from numba_dequant.mapping import MAPPINGS, mapping_named
 pytestmark = pytest.mark.gpu
 
 if cuda_problem() is None and not is_simulated():
-    from cuda.core import Device, Stream
+    from cuda.core import Device
 
     from numba_dequant import gpu, kernels, runtime
 
@@ -23,7 +23,7 @@ def poisoned(n_bytes):
     """Device memory that holds no value a kernel would write by chance."""
     with runtime.current(0) as device:
         memory = runtime.allocate(n_bytes, device, 0)
-        memory.owner.fill(0xA5, stream=Stream.from_handle(0))
+        runtime.fill(memory, 0xA5, 0)
         return memory
 
 

@@ -97,7 +97,7 @@ def test_a_directory_that_cannot_be_made(monkeypatch, tmp_path):
     [(compute, 1), (compile_kernel, 1), pytest.param(compute_on_gpu, 2, marks=pytest.mark.gpu)],
 )
 def test_twenty_processes_at_once(empty_store, function, n_entries):
-    """They meet with everything imported and the cache empty. The first use of a GPU also keeps that a toolkit is there."""
+    """They meet at an empty cache. The first use of a GPU also keeps that a toolkit is there."""
     context = get_context("spawn")
     with ProcessPoolExecutor(N_PROCESSES, context, meet, (context.Barrier(N_PROCESSES),)) as pool:
         first, *others = pool.map(call, [function] * N_PROCESSES)
