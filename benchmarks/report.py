@@ -1,74 +1,232 @@
-"""Write README's tables: the formats from the registry, the speed from results of throughput.py and cpu.py.
+"""Write every figure that is published, from the results of one run of the benchmarks.
 
-python benchmarks/report.py benchmarks/results/h100.json benchmarks/results/cpu.json
+python benchmarks/report.py [benchmarks/results/h100.json]
+
+It fills the marked parts of README.md and of benchmarks/README.md, and draws the chart. Formats come from the registry,
+figures of other systems from results/peers.json.
 """
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
 import numba_dequant as nd
+from numba_dequant.dtypes import NAMES as DTYPES
 
-README = Path(__file__).parents[1] / "README.md"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "h100.json"
+QUANTIZED = [name for name, source in nd.FORMATS.items() if source.block_size > 1]
+PEERS = json.loads((HERE / "results" / "peers.json").read_text())
+
+
+class Results:
+    """The results of one run, by test and parameters."""
+
+    def __init__(self, path):
+        content = json.loads(path.read_text())
+        self.machine = content["machine_info"]
+        self.entries = []
+        for entry in content["benchmarks"]:
+            test = entry["name"].partition("[")[0]
+            median = {"seconds": entry["stats"]["median"]}
+            self.entries.append((test, entry["params"] or {}, entry["extra_info"] | median))
+
+    def of(self, test, **parameters):
+        """The results of a test, with these parameters, in the order in which they were measured."""
+        wanted = parameters.items()
+        return [(params, info) for name, params, info in self.entries if name == test and params.items() >= wanted]
+
+    def one(self, test, **parameters):
+        """The result of a test with these parameters, or None."""
+        return next((info for _, info in self.of(test, **parameters)), None)
 
 
 def table(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
 
 
-def formats():
-    return table(
-        ["format", "id", "elements per block", "bytes per block", "bits per weight", "a block is"],
-        [
-            [each.name, each.ggml_id, each.block_size, each.type_size, f"{each.bits_per_weight:.4g}", each.summary]
-            for each in nd.FORMATS.values()
-            if each.block_size > 1
-        ],
+def _factor(number):
+    return f"{number:.2f}" if number < 10 else f"{number:,.0f}"
+
+
+def formats(results):
+    head = ["format", "id", "elements per block", "bytes per block", "bits per weight", "a block is"]
+    rows = [
+        [each.name, each.ggml_id, each.block_size, each.type_size, f"{each.bits_per_weight:.4g}", each.summary]
+        for each in nd.FORMATS.values()
+        if each.block_size > 1
+    ]
+    return table(head, rows).replace("--: |\n", "--- |\n", 1)
+
+
+def machine(results):
+    found = results.machine
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    copy = results.one("test_device_copy")["GB/s"]
+    return (
+        f"{found['gpu']}, driver for {found['driver']}, device copy {copy:.0f} GB/s; {found['cpu']}; "
+        f"Python {found['python']}, {versions}. `{found['command']}`"
     )
 
 
-def speed(result):
-    machine = result["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    by_format = {}
-    for row in result["rows"]:
-        by_format.setdefault(row["format"], {})[row["dtype"]] = row
+def speed(results):
+    head = ["format", "GB/s to FP16", "share of the roof: FP16", "BF16", "FP32"]
+    head += ["times llama.cpp: FP16", "BF16", "FP32", "PyTorch, GB/s", "one block, GB/s"]
     rows = []
-    for name, found in by_format.items():
-        half = found["float16"]
-        shares = [f"{found[dtype]['share']:.1%}" for dtype in ("float16", "bfloat16", "float32")]
-        rows.append([name, f"{half['tile']:.0f}", f"{half['roof']:.0f}", *shares, f"{half['block']:.0f}"])
-    return (
-        f"{machine['gpu']}, {result['rows'][0]['elements']:,} elements, device copy {result['device_copy']:.0f} GB/s; "
-        f"Python {machine['python']}, {versions}; `{result['command']}`.\n\n"
-        + table(["format", "FP16", "roof", "share", "BF16 share", "FP32 share", "one block"], rows)
-    )
+    for name in QUANTIZED:
+        tiles = [results.one("test_kernel", name=name, dtype=dtype, mapping="tile") for dtype in DTYPES]
+        theirs = PEERS["GB/s"].get(name, {}).get("llama.cpp", {})
+        eager = results.one("test_eager_pytorch", name=name)
+        block = results.one("test_kernel", name=name, dtype="float16", mapping="block")
+        rows.append(
+            [
+                name,
+                f"{tiles[0]['GB/s']:.0f}",
+                *(f"{tile['share']:.1%}" for tile in tiles),
+                *(
+                    f"{tile['GB/s'] / theirs[dtype]:.1f}" if dtype in theirs else None
+                    for dtype, tile in zip(DTYPES, tiles, strict=True)
+                ),
+                eager and f"{eager['GB/s']:.0f}",
+                f"{block['GB/s']:.0f}",
+            ]
+        )
+    return table(head, rows)
 
 
-def cpu(result):
-    machine = result["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    rows = [[r["format"], f"{r['cpu']:.1f}", f"{r['gguf']:.2f}", f"{r['ratio']:.0f}"] for r in result["rows"]]
-    return (
-        f"{machine['cpu']}, {machine['threads']} threads, gguf-py on one, {result['rows'][0]['elements']:,} elements; "
-        f"Python {machine['python']}, {versions}; `{result['command']}`.\n\n"
-        + table(["format", "GB/s", "gguf-py", "ratio"], rows)
-    )
+def kernels(results):
+    head = ["format"] + [f"{dtype}, {what}" for dtype in DTYPES for what in ("GB/s", "roof", "one block")]
+    rows = []
+    for name in QUANTIZED:
+        row = [name]
+        for dtype in DTYPES:
+            tile, block = (
+                results.one("test_kernel", name=name, dtype=dtype, mapping=mapping) for mapping in ("tile", "block")
+            )
+            row += [f"{tile['GB/s']:.0f}", f"{tile['roof GB/s']:.0f}", f"{block['GB/s']:.0f}"]
+        rows.append(row)
+    return table(head, rows)
+
+
+def models(results):
+    head = ["model, compressed on the GPU, to FP16", "way", "GPU or host", "us", "us per tensor", "times the roof"]
+    rows = []
+    for test in ("test_gpu", "test_host"):
+        for parameters, info in results.of(test):
+            way = {"together": "dequantize_many", "one by one": "dequantize, each"}.get(
+                parameters.get("way"), "Batch.run"
+            )
+            clock = "GPU" if test == "test_gpu" else "host"
+            seconds = info["seconds"]
+            numbers = [f"{1e6 * seconds:.0f}", f"{info['us per tensor']:.3g}", _factor(1 / info["share"])]
+            rows.append([parameters["model"], f"`{way}`", clock, *numbers])
+    return table(head, sorted(rows, key=lambda row: row[0], reverse=True))
+
+
+def sizes(results):
+    head = ["elements"]
+    columns = {}
+    for name in ("Q4_K", "Q8_0"):
+        head += [f"{name}, us", "ps per element", "GB/s", "roof of that size"]
+        columns[name] = {parameters["n_elements"]: info for parameters, info in results.of("test_size", name=name)}
+    rows = []
+    for n_elements in columns["Q4_K"]:
+        row = [f"{n_elements:,}" if n_elements > 1 else "one block"]
+        for found in columns.values():
+            info = found[n_elements]
+            roof = f"{info['roof GB/s']:.0f}" if "roof GB/s" in info else None
+            numbers = [f"{1e6 * info['seconds']:.1f}", f"{info['ps per element']:.3g}", f"{info['GB/s']:.0f}", roof]
+            row += numbers
+        rows.append(row)
+    return table(head, rows)
+
+
+def start(results):
+    warm = results.one("test_warm_start")
+    parts = [[part, f"{warm[part]:.1f}"] for part in warm if part != "seconds"]
+    whole = ["the whole process, with Python's own start and end", f"{1e3 * warm['seconds']:.0f}"]
+    return table(["a new process, kernels in the cache", "ms"], [*parts, whole])
+
+
+def compiling(results):
+    found = results.of("test_compile")
+    seconds = [info["seconds"] for _, info in found]
+    everything = results.one("test_compile_all")
+    rows = [[parameters["name"], f"{1e3 * info['seconds']:.0f}"] for parameters, info in found]
+    rows.append([f"median of these {len(rows)}", f"{1e3 * statistics.median(seconds):.0f}"])
+    rows.append([f"sum of these {len(found)}, one after the other", f"{1e3 * sum(seconds):.0f}"])
+    new = f"a new process: {everything['kernels']} kernels (every format, for one tensor and for many), on all cores"
+    rows.append([new, f"{1e3 * everything['seconds']:.0f}"])
+    return table(["kernel to FP16, nothing kept", "ms"], rows)
+
+
+def launches(results):
+    names = {
+        "kernel": "the launch alone: `gpu.dequantize_into`",
+        "dequantize out": "`nd.dequantize(tensor, 'Q4_K', out=out)`",
+        "dequantize": "`nd.dequantize(tensor, 'Q4_K')`, with memory for the result",
+        "dequantize pytorch": "the same, of a PyTorch tensor",
+        "numba": "the plain Numba way: `kernels.jit('Q4_K')[...](...)`",
+    }
+    rows = [
+        [names[parameters["way"]], f"{1e6 * info['seconds']:.1f}"] for parameters, info in results.of("test_launch")
+    ]
+    return table(["one call, nothing awaited", "us"], rows)
+
+
+def cpu(results):
+    rows = []
+    for parameters, ours in results.of("test_cpu"):
+        theirs = results.one("test_gguf_py", **parameters)
+        row = [parameters["name"], f"{ours['GB/s']:.1f}"]
+        rows.append([*row, theirs and f"{theirs['GB/s']:.2f}", theirs and f"{ours['GB/s'] / theirs['GB/s']:.0f}"])
+    threads = results.of("test_cpu")[0][1]["threads"]
+    return table(["format", f"GB/s, {threads} threads", "gguf-py, GB/s", "ratio"], rows)
+
+
+def peers(results):
+    lines = [f"* {name}: {what}." for name, what in PEERS["systems"].items()]
+    columns = [("llama.cpp", dtype) for dtype in DTYPES]
+    columns += [("ComfyUI-GGUF", "float16"), ("ComfyUI-GGUF, compiled", "float16")]
+    rows = []
+    for name, found in PEERS["GB/s"].items():
+        speeds = [found.get(system, {}).get(dtype) for system, dtype in columns]
+        rows.append([name, *(speed and f"{speed:.0f}" for speed in speeds)])
+    figures = table(["format", *(f"{system}, {dtype}" for system, dtype in columns)], rows)
+    return f"On one {PEERS['machine']}; {PEERS['unit']}.\n\n" + "\n".join(lines) + f"\n\n{figures}"
+
+
+PARTS = {
+    HERE.parent / "README.md": (formats, machine, speed, models),
+    HERE / "README.md": (machine, kernels, sizes, models, start, compiling, launches, cpu, peers),
+}
+
+
+def filled(path, results):
+    """The text of a page, its marked parts written anew."""
+    text = path.read_text()
+    for part in PARTS[path]:
+        name = part.__name__
+        pattern = rf"(<!-- {name}: [^>]*-->\n).*?(<!-- /{name} -->)"
+        content = f"\n{part(results)}\n\n"
+        text, count = re.subn(
+            pattern, lambda match, content=content: match[1] + content + match[2], text, flags=re.DOTALL
+        )
+        assert count == 1, f"{path}: {count} parts {name}"
+    return text
 
 
 def main():
-    text = README.read_text()
-    with open(sys.argv[1]) as gpu_file, open(sys.argv[2]) as cpu_file:
-        parts = {"formats": formats(), "speed": speed(json.load(gpu_file)), "cpu": cpu(json.load(cpu_file))}
-    for name, part in parts.items():
-        pattern = rf"(<!-- {name}: [^>]*-->\n).*?(<!-- /{name} -->)"
-        text, count = re.subn(
-            pattern, lambda match, part=part: f"{match[1]}\n{part}\n\n{match[2]}", text, flags=re.DOTALL
-        )
-        assert count == 1, name
-    README.write_text(text)
+    from chart import draw
+
+    results = Results(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS)
+    for path in PARTS:
+        path.write_text(filled(path, results))
+    for theme in ("light", "dark"):
+        draw(results, QUANTIZED, PEERS, theme, HERE / "results" / f"throughput-{theme}.svg")
 
 
 if __name__ == "__main__":

@@ -64,9 +64,9 @@ def dequantize(
     mapping_named(mapping, source)
     place = _place_for(data if is_on_gpu(data) else None, device, stream)
     if place.kind == "cuda":
-        from numba_dequant import gpu
+        from numba_dequant.gpu import dequantize as dequantize_on_gpu
 
-        return gpu.dequantize(data, source, name, shape, place.index, out, stream, mapping)
+        return dequantize_on_gpu(data, source, name, shape, place.index, out, stream, mapping)
     result, work = _prepared(host_bytes(data), source, name, shape, place, out, mapping)
     work()
     return result
@@ -158,9 +158,9 @@ def prepare_many(
 def _place_for(on_gpu: Any, device: str | None, stream: Any) -> Place:
     """Where to compute, given data that lies on a GPU, if any does."""
     if on_gpu is not None and device is None:
-        from numba_dequant import runtime
+        from numba_dequant.runtime import device_of
 
-        device = f"cuda:{runtime.device_of(on_gpu)}"
+        device = f"cuda:{device_of(on_gpu)}"
     place = place_named(device)
     if place.kind == "cuda":
         return place

@@ -29,8 +29,11 @@ from numba_dequant.lowering import register_decode
 
 Span = Callable[[Any, int, int, Any], None]
 
-MINIMUM_SHARE = 1 << 15
-"""Fewest elements worth handing to another thread."""
+MINIMUM_SHARE = 1 << 17
+"""Fewest elements worth handing to another thread, which takes 20 us."""
+
+LARGE_SHARE = 1 << 21
+"""Elements beyond which a thread gets several shares, up to four, so that one that is held up does not delay all."""
 
 STORES = {"float16": bits.store_float16, "bfloat16": bits.store_bfloat16, "float32": bits.store_float32}
 
@@ -43,7 +46,7 @@ def dequantize_into(data: NDArray[np.uint8], source: Format, dtype: str, out: ND
     stored = out.view(f"u{out.itemsize}")
     step = max(source.block_size, RUN)
     n_steps, rest = divmod(out.size, step)
-    n_shares = max(1, min(4 * n_threads(), out.size // MINIMUM_SHARE))
+    n_shares = max(1, min(n_threads(), out.size // MINIMUM_SHARE), min(4 * n_threads(), out.size // LARGE_SHARE))
     bounds = [n_steps * share // n_shares for share in range(n_shares + 1)]
     if n_shares == 1:
         span(data, 0, n_steps, stored)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from cuda.core import Device, LaunchConfig, launch
+from cuda.core import Device, launch
 from numpy.typing import NDArray
 
 from numba_dequant import gpu, runtime
@@ -140,7 +140,7 @@ def _steps(
     queue = runtime.stream_on(device.device_id, stream)
     place = memory.pointer
     for group, kernel, (table, n_tiles) in zip(groups, kernels, tables, strict=True):
-        config = LaunchConfig(grid=n_tiles, block=mapping_named("tile", group[0].source).threads)
+        config = gpu.launch_config(n_tiles, mapping_named("tile", group[0].source).threads)
         # The table holds addresses, which count from 0.
         steps.append(partial(launch, queue, config, kernel, 0, place, len(group), 0))
         place += table.nbytes

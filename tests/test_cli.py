@@ -190,6 +190,40 @@ def test_warm_and_cache(empty_store, capsys):
     assert not list(empty_store.iterdir())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_bench(device, capsys, monkeypatch):
+    from numba_dequant import bench
+
+    monkeypatch.setattr(bench, "CPU_ELEMENTS", 1 << 16)
+    assert cli.main(["bench", "--device", device, "--formats", "Q8_0,IQ2_XXS", "--dtype", "bfloat16"]) == 0
+    title, head, *rows = capsys.readouterr().out.splitlines()
+    assert "to bfloat16" in title
+    assert head.startswith("format")
+    assert [row.split()[0] for row in rows] == ["Q8_0", "IQ2_XXS"]
+    assert all(float(row.split()[1]) > 0 and "█" in row for row in rows)
+
+
+def test_bench_refuses_a_wrong_result(capsys, monkeypatch):
+    from numba_dequant import bench
+
+    monkeypatch.setattr(bench, "CPU_ELEMENTS", 1 << 10)
+    monkeypatch.setitem(nd.FORMATS["Q8_0"].__dict__, "dequantize", lambda blocks: np.ones((len(blocks), 32), "f4"))
+    assert cli.main(["bench", "--device", "cpu", "--formats", "Q8_0"]) == 2
+    assert "of 1,024 elements of Q8_0 to float16 are wrong" in capsys.readouterr().err
+
+
+def test_bench_of_the_reference(capsys):
+    assert cli.main(["bench", "--device", "reference"]) == 2
+    assert "bench measures cpu or cuda" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("share", "text"), [(0.0, "·" * 40), (0.5, "█" * 20 + "·" * 20), (1.2, "█" * 40)])
+def test_bar(share, text):
+    from numba_dequant import bench
+
+    assert bench.bar(share) == text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,6 +1,9 @@
 import doctest
 import importlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +39,21 @@ def test_the_first_example_of_the_readme(tmp_path, monkeypatch, capsys):
     assert names["weights"]["blk.0.attn_q.weight"].dtype == np.float16
 
 
-def test_the_readme_lists_every_format():
-    text = (ROOT / "README.md").read_text()
-    for source in nd.FORMATS.values():
-        if source.block_size > 1:
-            row = f"| {source.name} | {source.ggml_id} | {source.block_size} | {source.type_size} |"
-            assert row in text, f"run benchmarks/report.py: no row for {source.name}"
+def test_published_figures_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import report
+
+    results = report.Results(report.RESULTS)
+    for page in report.PARTS:
+        assert page.read_text() == report.filled(page, results), f"{page} is not what benchmarks/report.py writes"
+
+
+def test_benchmarks_run_where_there_is_no_gpu():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+    assert " passed" in found.stdout
 
 
 def test_ci_runs_the_test_command_of_the_readme():

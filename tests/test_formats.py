@@ -82,11 +82,14 @@ def test_sizes_on_the_cpu(name, n_elements):
     assert_same_bits(out, nd.dequantize(data, name, device="reference"))
 
 
+@pytest.mark.parametrize("sizes", [{"MINIMUM_SHARE": 1 << 15}, {"LARGE_SHARE": 1 << 13}], ids=["7", "28"])
 @pytest.mark.parametrize("name", ["Q4_K", "F16", "Q8_0"])
-def test_many_threads_cover_everything(name, monkeypatch):
+def test_many_threads_cover_everything(name, sizes, monkeypatch):
     from numba_dequant import cpu
 
     monkeypatch.setattr(cpu, "n_threads", lambda: 7)
+    for size, elements in sizes.items():
+        monkeypatch.setattr(cpu, size, elements)
     source = nd.FORMATS[name]
     data = random_blocks(name, 300_000 // source.block_size)
     out = np.full(source.n_elements(data.size), 77, np.float32)

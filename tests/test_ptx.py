@@ -7,6 +7,7 @@ from conftest import DECODED, DTYPES
 
 import numba_dequant as nd
 from numba_dequant import compiler
+from numba_dequant.roof import make_moving_kernel
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -20,6 +21,15 @@ def test_wide_accesses_and_nothing_slow(name, dtype):
     assert ".f64" not in text
     assert ".ftz" not in text
     assert not re.search(r"\b(div|rem)\.", text)
+
+
+@pytest.mark.parametrize("stage", [0, 512])
+def test_the_roof_moves_16_bytes_at_a_time(stage):
+    text = compiler.function_ptx(make_moving_kernel(2, 256, stage), (9, 0))
+    assert re.search(r"ld\.global\S*\.v4\.\w32|ld\.global\S*\.v2\.\w64", text)
+    assert re.search(r"st\.global\S*\.v4\.\w32|st\.global\S*\.v2\.\w64", text)
+    assert ".local" not in text
+    assert bool(stage) == (".shared" in text)
 
 
 def test_literal_mapping_compiles():
