@@ -11,6 +11,7 @@ from numba_dequant.errors import (
     GgufError,
     NumbaDequantError,
     OutputError,
+    ReadError,
     ShapeError,
     TensorNotFoundError,
     UnknownFormatError,
@@ -18,6 +19,8 @@ from numba_dequant.errors import (
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, register
 from numba_dequant.loader import Model, load, open
+from numba_dequant.progress import Progress
+from numba_dequant.selection import QuantizedTensor
 from numba_dequant.version import VERSION
 
 __version__ = VERSION
@@ -34,6 +37,9 @@ __all__ = [
     "Model",
     "NumbaDequantError",
     "OutputError",
+    "Progress",
+    "QuantizedTensor",
+    "ReadError",
     "ShapeError",
     "TensorNotFoundError",
     "UnknownFormatError",

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_dequant import host
 from numba_dequant.arguments import check_output, host_bytes, is_on_gpu, named, named_tensors, result_shape
 from numba_dequant.batch import Batch, Key
 from numba_dequant.device import Place, place_named
@@ -187,26 +188,9 @@ def _prepared(
         check_output(out.dtype, out.shape, kind, asked, n_elements)
         if np.may_share_memory(out, data):
             raise OutputError("out shares memory with data")
-    work = partial(_write, data, source, dtype, result.reshape(-1), place, mapping)
+    work = partial(host.dequantize_into, data, source, dtype, result.reshape(-1), place, mapping)
     if place.kind == "simulator" and out is None:
         from numba_dequant.simulator import SimulatedTensor
 
         return SimulatedTensor(result), work
     return result, work
-
-
-def _write(data: NDArray[np.uint8], source: Format, dtype: str, flat: NDArray[Any], place: Place, mapping: str) -> None:
-    if source.stored_dtype is not None:
-        flat[:] = data.view(source.stored_dtype)
-    elif place.kind == "reference":
-        from numba_dequant import reference
-
-        reference.dequantize_into(data, source, flat)
-    elif place.kind == "cpu":
-        from numba_dequant import cpu
-
-        cpu.dequantize_into(data, source, dtype, flat)
-    else:
-        from numba_dequant import simulator
-
-        simulator.dequantize_into(data, source, dtype, flat, mapping)

@@ -40,13 +40,19 @@ STORES = {"float16": bits.store_float16, "bfloat16": bits.store_bfloat16, "float
 _lock = threading.Lock()
 
 
-def dequantize_into(data: NDArray[np.uint8], source: Format, dtype: str, out: NDArray[Any]) -> None:
-    """Write the values of `data` (whole blocks) to the flat array `out`, rounded once to `dtype`."""
+def dequantize_into(
+    data: NDArray[np.uint8], source: Format, dtype: str, out: NDArray[Any], n_shares: int | None = None
+) -> None:
+    """Write the values of `data` (whole blocks) to the flat array `out`, rounded once to `dtype`.
+
+    The work is cut in `n_shares`, as many as is quickest without it; one share is computed in this thread.
+    """
+    if n_shares is None:
+        n_shares = max(1, min(n_threads(), out.size // MINIMUM_SHARE), min(4 * n_threads(), out.size // LARGE_SHARE))
     span = compiled(source, dtype)
     stored = out.view(f"u{out.itemsize}")
     step = max(source.block_size, RUN)
     n_steps, rest = divmod(out.size, step)
-    n_shares = max(1, min(n_threads(), out.size // MINIMUM_SHARE), min(4 * n_threads(), out.size // LARGE_SHARE))
     bounds = [n_steps * share // n_shares for share in range(n_shares + 1)]
     if n_shares == 1:
         span(data, 0, n_steps, stored)

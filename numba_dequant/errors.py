@@ -31,8 +31,31 @@ class DeviceError(NumbaDequantError, RuntimeError):
     """A device that does not exist, cannot be used or ran out of memory, or a stream that is not one."""
 
 
-class TensorNotFoundError(NumbaDequantError, LookupError):
-    """A tensor name that the file does not hold."""
+class TensorNotFoundError(NumbaDequantError, KeyError):
+    """A tensor name that the file does not hold, or a pattern that no name matches."""
+
+    __str__ = Exception.__str__  # that of KeyError puts the message in quotes
+
+
+class ReadError(NumbaDequantError, OSError):
+    """A file that cannot be read, or that has changed since it was opened.
+
+    Attributes:
+        path: the file.
+        tensor: the tensor that was being read.
+        offset: byte position in the file.
+        reason: what happened, and what to do.
+    """
+
+    def __init__(self, path: str, tensor: str, offset: int, reason: str) -> None:
+        self.path = path
+        self.tensor = tensor
+        self.offset = offset
+        self.reason = reason
+        super().__init__(f"{path}: tensor {tensor!r} at byte {offset}: {reason}")
+
+    def __reduce__(self) -> tuple[type[ReadError], tuple[str, str, int, str]]:
+        return type(self), (self.path, self.tensor, self.offset, self.reason)
 
 
 class GgufError(NumbaDequantError, ValueError):

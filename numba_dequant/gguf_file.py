@@ -17,13 +17,13 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from numba_dequant.errors import GgufError, TensorNotFoundError, UnknownFormatError
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, format_with_id
-from numba_dequant.gguf_header import INTEGERS, LARGEST_KEY, UINT32, ByteOrder, Cursor, read_value
+from numba_dequant.gguf_header import INTEGERS, LARGEST_KEY, UINT32, ByteOrder, Cursor, Stamp, read_value
 
 DEFAULT_ALIGNMENT = 32
 LARGEST_ALIGNMENT = 1 << 20
@@ -49,6 +49,7 @@ class TensorInfo:
         n_bytes: length of its data.
         n_elements: number of elements.
         byte_order: of its data, "little" or "big".
+        stamp: what tells whether the file is still the same.
     """
 
     name: str
@@ -59,6 +60,7 @@ class TensorInfo:
     n_bytes: int
     n_elements: int
     byte_order: ByteOrder
+    stamp: Stamp = field(repr=False)
 
 
 class TensorTable(Mapping[str, TensorInfo]):
@@ -74,6 +76,9 @@ class TensorTable(Mapping[str, TensorInfo]):
             near = difflib.get_close_matches(str(name), self._tensors, n=3)
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise TensorNotFoundError(f"there is no tensor {name!r} among {len(self)}{hint}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -295,13 +300,13 @@ def _place(cursor: Cursor, entries: list[_Entry], alignment: int) -> dict[str, T
     expected = 0
     tensors = {}
     for entry in entries:
-        field = f"tensor {entry.name!r}"
+        what = f"tensor {entry.name!r}"
         if entry.offset != expected:
-            cursor.fail(f"{field} offset", entry.offset_at, entry.offset, f"{expected}, behind the tensor before it")
+            cursor.fail(f"{what} offset", entry.offset_at, entry.offset, f"{expected}, behind the tensor before it")
         begin = start + entry.offset
         if begin + entry.n_bytes > cursor.size:
             found = f"a file of {cursor.size} bytes"
-            cursor.fail(f"{field} data", begin, found, f"at least {begin + entry.n_bytes}")
+            cursor.fail(f"{what} data", begin, found, f"at least {begin + entry.n_bytes}")
         expected += _padded(entry.n_bytes, alignment)
         tensors[entry.name] = TensorInfo(
             entry.name,
@@ -312,6 +317,7 @@ def _place(cursor: Cursor, entries: list[_Entry], alignment: int) -> dict[str, T
             entry.n_bytes,
             entry.n_elements,
             cursor.byte_order,
+            cursor.stamp,
         )
     return tensors
 

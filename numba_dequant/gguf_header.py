@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO, Literal, NoReturn, overload
+from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn, overload
 
 import numpy as np
 
@@ -31,12 +31,32 @@ NUMBERS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "u1
 INTEGERS = frozenset({0, 1, 2, 3, 4, 5, 10, 11})
 
 
+class Stamp(NamedTuple):
+    """What is different once a file has been written to, or another has taken its place."""
+
+    size: int
+    modified: int
+    number: int
+    disk: int
+
+    def is_same_file(self, other: Stamp) -> bool:
+        """Whether both are of one file, whatever has been written to it."""
+        return (self.number, self.disk) == (other.number, other.disk)
+
+
+def stamp_of(handle: int) -> Stamp:
+    """The stamp of an open file."""
+    found = os.fstat(handle)
+    return Stamp(found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev)
+
+
 class Cursor:
     """A place in the header of one open file."""
 
     def __init__(self, path: str, file: BinaryIO) -> None:
         self.path = path
-        self.size = os.fstat(file.fileno()).st_size
+        self.stamp = stamp_of(file.fileno())
+        self.size = self.stamp.size
         self.position = 0
         self.byte_order: ByteOrder = "little"
         self._file = file

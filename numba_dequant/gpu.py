@@ -66,6 +66,16 @@ def load(
         return result
 
 
+def keep(send_to: Callable[[int, int], None], n_bytes: int, index: int, stream: Any) -> DeviceTensor:
+    """Bytes that `send_to(pointer, stream)` copies to the GPU, as they are."""
+    handle = runtime.stream_handle(stream)
+    with runtime.current(index) as device:
+        memory = runtime.allocate(n_bytes, device, handle)
+        if n_bytes:
+            send_to(memory.pointer, handle)
+        return DeviceTensor(memory, (n_bytes,), runtime.BYTES, handle)
+
+
 def send(host: NDArray[np.uint8], pointer: int, stream: int) -> None:
     """Queue the copy of host memory to a device address; the caller may change it afterwards."""
     runtime.copy_to_device(pointer, host, stream)

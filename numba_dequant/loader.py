@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.api import dequantize
 from numba_dequant.device import Place, place_named
 from numba_dequant.dtypes import dtype_name
+from numba_dequant.errors import DeviceError, OutputError
 from numba_dequant.gguf_file import GgufFile, TensorInfo, open_gguf, truncated
+from numba_dequant.progress import Progress, Reporter
+from numba_dequant.reading import swap_bytes
+from numba_dequant.selection import QuantizedTensor, Request, Select, requests, rows_of
 
 if TYPE_CHECKING:
     from numba_dequant.staging import Staging
 
-Select = str | Callable[[TensorInfo], bool] | None
+Callback = Callable[[Progress], object] | None
 
 
 class Model:
     """An open GGUF model, one file or all shards of a split; nothing but the header has been read.
+
+    A file that is written to or replaced afterwards is refused when a tensor is loaded.
 
     Attributes:
         metadata: the file's key-value pairs; arrays are read when they are looked at.
@@ -42,26 +47,41 @@ class Model:
         return str(self._file.path)
 
     def load(
-        self, name: str, dtype: Any = "float16", device: str | None = None, out: Any = None, stream: Any = None
+        self,
+        name: str,
+        dtype: Any = "float16",
+        device: str | None = None,
+        out: Any = None,
+        stream: Any = None,
+        *,
+        rows: slice | None = None,
+        keep_quantized: bool = False,
+        threads: int | None = None,
     ) -> Any:
-        """One tensor, dequantized; arguments, result and errors are those of `numba_dequant.dequantize`.
+        """One tensor, dequantized; what is not said here is as for `numba_dequant.dequantize`.
+
+        Args:
+            name: of the tensor.
+            dtype: "float16", "bfloat16" or "float32".
+            device: where to compute, and where the result lies.
+            out: array to write to.
+            stream: on which to compute (CUDA).
+            rows: only these, a slice of the first dimension; only their bytes are read.
+            keep_quantized: give the compressed bytes, on the device, as a `QuantizedTensor`.
+            threads: that read (CPU); as many as there are cores without it.
 
         Raises:
             TensorNotFoundError: the file holds no tensor of that name.
+            ShapeError: `rows` are no slice, or not whole blocks.
             GgufError: the file is shorter than it was when it was opened.
+            ReadError: the file cannot be read, or has changed since.
         """
-        tensor = self.tensors[name]
-        place = place_named(device)
-        if place.kind != "cuda" or tensor.byte_order == "big":
-            data = self.read(name)
-            return dequantize(data, tensor.format, dtype, tensor.shape, str(place), out, stream)
-        from numba_dequant import gpu
-
-        staging = self._staging_for(place)
-        return gpu.load(
-            lambda pointer, handle: staging.send(tensor, pointer, handle),
-            tensor.n_bytes, tensor.format, dtype_name(dtype), tensor.shape, place.index, out, stream,
-        )  # fmt: skip
+        kept_type = dtype_name(dtype)
+        if keep_quantized and out is not None:
+            raise OutputError("out is for dequantized values; leave it away, or keep_quantized")
+        request = Request(rows_of(self.tensors[name], rows), None if keep_quantized else kept_type, out)
+        results = self._results([request], place_named(device), stream, threads, None, lambda bytes_done: None)
+        return next(results)
 
     def load_all(
         self,
@@ -69,29 +89,73 @@ class Model:
         dtype: Any = "float16",
         device: str | None = None,
         stream: Any = None,
-        progress: bool = False,
+        progress: bool | None = None,
+        *,
+        out: Mapping[str, Any] | None = None,
+        keep_quantized: bool = False,
+        threads: int | None = None,
+        callback: Callback = None,
     ) -> dict[str, Any]:
         """Every tensor, or those that `select` picks, by name and in file order.
 
         Args:
-            select: a pattern of names ("blk.*.weight", as in file names), a function of a `TensorInfo`, or None.
-            dtype: as for `load`.
+            select: a name or a pattern of names ("blk.*.weight", as of files), several of them, a compiled regular
+                expression, a function of a `TensorInfo`, or None for all.
+            dtype: one for all, or patterns and their types, of which the first that matches counts:
+                ``{"*norm*": "float32", "*": "bfloat16"}``.
             device: as for `load`.
             stream: as for `load`.
-            progress: show a bar on a terminal or in a notebook.
-        """
-        place = str(place_named(device))
-        dtype = dtype_name(dtype)
-        from tqdm.auto import tqdm
+            progress: a bar for what takes over a second: None for where somebody would see it (on a terminal, in a
+                notebook), True for everywhere, False for nowhere.
+            out: name -> array to write to, for some tensors or for all.
+            keep_quantized: as for `load`.
+            threads: as for `load`.
+            callback: is called with a `Progress`, in this thread, up to ten times a second. What it raises ends the
+                loading.
 
-        chosen = [tensor for tensor in self.tensors.values() if _picks(select, tensor)]
-        loaded = {}
-        total = sum(tensor.n_bytes for tensor in chosen)
-        with tqdm(total=total, unit="B", unit_scale=True, disable=None if progress else True) as bar:
-            for tensor in chosen:
-                loaded[tensor.name] = self.load(tensor.name, dtype, place, stream=stream)
-                bar.update(tensor.n_bytes)
-        return loaded
+        Raises:
+            TensorNotFoundError: a name or a pattern picks no tensor.
+            DtypeError: no pattern of `dtype` matches a tensor.
+            GgufError, ReadError, DeviceError: as for `load`. Nothing that was loaded is kept then.
+        """
+        chosen = requests(self.tensors, select, dtype, out, keep_quantized=keep_quantized)
+        loaded = self._named(chosen, place_named(device), stream, threads, None, progress, callback)
+        return dict(loaded)
+
+    def stream(
+        self,
+        select: Select = None,
+        dtype: Any = "float16",
+        device: str | None = None,
+        stream: Any = None,
+        progress: bool | None = None,
+        *,
+        prefetch: int = 2,
+        keep_quantized: bool = False,
+        threads: int | None = None,
+        callback: Callback = None,
+    ) -> Iterator[tuple[str, Any]]:
+        """The tensors that `load_all` loads, one after the other, while the next ones are read.
+
+        A tensor is let go as soon as you let go of it, so that a model larger than the memory can be walked. Dropping
+        the iterator stops the reading.
+
+        >>> for name, tensor in model.stream("blk.*", device="cpu"):                       # doctest: +SKIP
+        ...     print(name, tensor.shape)
+
+        Args:
+            select: as for `load_all`.
+            dtype: as for `load_all`.
+            device: as for `load_all`.
+            stream: as for `load_all`.
+            progress: as for `load_all`.
+            prefetch: tensors that may be read ahead of the one that you have.
+            keep_quantized: as for `load_all`.
+            threads: as for `load_all`.
+            callback: as for `load_all`.
+        """
+        chosen = requests(self.tensors, select, dtype, None, keep_quantized=keep_quantized)
+        return self._named(chosen, place_named(device), stream, threads, max(prefetch, 0), progress, callback)
 
     def read(self, name: str) -> NDArray[np.uint8]:
         """The compressed bytes of one tensor: a read-only map of the file where its byte order is this machine's."""
@@ -100,23 +164,80 @@ class Model:
             return np.empty(0, np.uint8)
         if os.path.getsize(tensor.path) < tensor.offset + tensor.n_bytes:
             raise truncated(tensor)
-        data: NDArray[Any] = np.memmap(tensor.path, np.uint8, "r", tensor.offset, (tensor.n_bytes,))
+        data: NDArray[Any] = np.memmap(tensor.path, np.uint8, "r", tensor.offset, (tensor.n_bytes,)).view(np.ndarray)
         if tensor.byte_order == "big":
-            layout = tensor.format.layout
-            data = data.view(layout.newbyteorder(">")).astype(layout).view(np.uint8)
-        plain: NDArray[np.uint8] = data.view(np.ndarray)
-        return plain
+            data = data.copy()
+            swap_bytes(data, tensor)
+        return data
 
     def close(self) -> None:
         """Give back the host memory that loading used. Loaded tensors stay."""
         self._staging.clear()
 
-    def _staging_for(self, place: Place) -> Staging:
+    def _named(
+        self,
+        chosen: list[Request],
+        place: Place,
+        stream: Any,
+        threads: int | None,
+        prefetch: int | None,
+        progress: bool | None,
+        callback: Callback,
+    ) -> Iterator[tuple[str, Any]]:
+        """Names and results, in order; the arguments are checked before the first is asked for."""
+        report = Reporter(sum(request.tensor.n_bytes for request in chosen), progress, callback)
+        results = self._results(chosen, place, stream, threads, prefetch, report)
+
+        def pairs() -> Iterator[tuple[str, Any]]:
+            try:
+                for request in chosen:
+                    yield request.tensor.name, next(results)
+            finally:
+                results.close()
+                report.close()
+
+        return pairs()
+
+    def _results(
+        self,
+        chosen: list[Request],
+        place: Place,
+        stream: Any,
+        threads: int | None,
+        prefetch: int | None,
+        watch: Callable[[int], None],
+    ) -> Generator[Any, None, None]:
+        if place.kind == "cuda":
+            return self._to_gpu(chosen, place.index, stream, watch)
+        if stream is not None and place.kind != "simulator":
+            raise DeviceError(f"stream is for CUDA, but the device is {place}")
+        from numba_dequant import host_loader
+
+        return host_loader.load(chosen, place, threads, prefetch, watch)
+
+    def _to_gpu(
+        self, chosen: list[Request], index: int, stream: Any, watch: Callable[[int], None]
+    ) -> Generator[Any, None, None]:
+        from numba_dequant import gpu
         from numba_dequant.staging import Staging
 
-        if place.index not in self._staging:
-            self._staging[place.index] = Staging(place.index)
-        return self._staging[place.index]
+        staging = self._staging.get(index)
+        if staging is None:
+            staging = self._staging[index] = Staging(index)
+        done = 0
+        for request in chosen:
+            tensor = request.tensor
+            send = partial(staging.send, tensor)
+            if request.dtype is None:
+                kept = gpu.keep(send, tensor.n_bytes, index, stream)
+                result: Any = QuantizedTensor(kept, tensor.format, tensor.shape)
+            else:
+                where = tensor.shape, index, request.out, stream
+                result = gpu.load(send, tensor.n_bytes, tensor.format, request.dtype, *where)
+            done += tensor.n_bytes
+            watch(done)
+            yield result
+            del result
 
     def __enter__(self) -> Self:
         return self
@@ -128,14 +249,6 @@ class Model:
 
     def __repr__(self) -> str:
         return f"Model({self.path!r}, {len(self.tensors)} tensors)"
-
-
-def _picks(select: Select, tensor: TensorInfo) -> bool:
-    if select is None:
-        return True
-    if callable(select):
-        return bool(select(tensor))
-    return fnmatch.fnmatchcase(tensor.name, select)
 
 
 def open(path: str | os.PathLike[str]) -> Model:
@@ -154,8 +267,9 @@ def load(
     dtype: Any = "float16",
     device: str | None = None,
     stream: Any = None,
-    progress: bool = False,
+    progress: bool | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """`open` and `Model.load_all` in one call."""
     with open(path) as model:
-        return model.load_all(select, dtype, device, stream, progress)
+        return model.load_all(select, dtype, device, stream, progress, **options)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from io import RawIOBase
 
 import numpy as np
 from cuda.core import Event, Stream
 from numpy.typing import NDArray
 
 from numba_dequant import runtime
-from numba_dequant.gguf_file import TensorInfo, truncated
+from numba_dequant.gguf_file import TensorInfo
+from numba_dequant.reading import Files, cut
 
 PIECE = 4 << 20
 """Bytes per buffer: large enough to hide the cost of a call, small enough to be got quickly."""
@@ -31,13 +31,12 @@ class Staging:
 
         Raises:
             GgufError: the file ends before the tensor does.
+            ReadError: it cannot be read, or has changed.
         """
-        with self._lock, open(tensor.path, "rb", buffering=0) as file:
-            for start in range(0, tensor.n_bytes, PIECE):
-                count = min(PIECE, tensor.n_bytes - start)
-                buffer = self._free_buffer()[:count]
-                if _read(file, buffer, tensor.offset + start) < count:
-                    raise truncated(tensor)
+        with self._lock, Files() as files:
+            for piece in cut([tensor], [0], PIECE):
+                start = piece.parts[0].start
+                buffer = files.read(piece, [tensor], self._free_buffer())
                 runtime.copy_to_device(pointer + start, buffer, stream)
                 self._sent[self._next] = Stream.from_handle(stream).record()
                 self._next = 1 - self._next
@@ -47,14 +46,3 @@ class Staging:
         if sent is not None:
             sent.sync()
         return self._buffers[self._next]
-
-
-def _read(file: RawIOBase, buffer: NDArray[np.uint8], offset: int) -> int:
-    file.seek(offset)
-    done = 0
-    while done < len(buffer):
-        count = file.readinto(buffer[done:].data)
-        if not count:
-            break
-        done += count
-    return done

@@ -44,7 +44,7 @@ def test_load_into_out(path):
         ("blk.*.attn_q.weight", ["blk.0.attn_q.weight", "blk.1.attn_q.weight"]),
         ("blk.0.*", ["blk.0.attn_q.weight", "blk.0.attn_norm.weight"]),
         (lambda tensor: tensor.format.name == "I32", ["ids"]),
-        ("none", []),
+        (lambda tensor: False, []),
     ],
     ids=["all", "glob", "layer", "function", "none"],
 )
@@ -65,7 +65,8 @@ def test_a_file_cut_short_after_opening(path):
         os.truncate(path, model.tensors["ids"].offset - 100)
         with pytest.raises(nd.GgufError, match=r"tensor 'blk\.1\.attn_q\.weight' data .*allowed: at least"):
             model.load("blk.1.attn_q.weight", device="cpu")
-        assert model.load("token_embd.weight", device="cpu").shape == (4, 64)
+        with pytest.raises(nd.ReadError, match=r"'token_embd\.weight' at byte \d+: it has changed since it was opened"):
+            model.load("token_embd.weight", device="cpu")
 
 
 def test_wrong_arguments_are_found_before_anything_is_read(path):
@@ -79,17 +80,6 @@ def test_wrong_arguments_are_found_before_anything_is_read(path):
 
 def test_repr(path):
     assert repr(nd.open(path)) == f"Model({str(path)!r}, 5 tensors)"
-
-
-def test_reading_into_a_buffer(tmp_path):
-    from numba_dequant.staging import _read
-
-    (tmp_path / "f").write_bytes(bytes(range(100)))
-    buffer = np.zeros(60, np.uint8)
-    with open(tmp_path / "f", "rb", buffering=0) as file:
-        assert _read(file, buffer, 30) == 60
-        np.testing.assert_array_equal(buffer, np.arange(30, 90))
-        assert _read(file, buffer, 70) == 30
 
 
 @pytest.mark.model

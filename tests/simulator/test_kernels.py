@@ -1,8 +1,10 @@
 """The kernels under Numba's CUDA simulator; tests/test_simulator.py runs this file in a process of its own."""
 
+import os
+
 import numpy as np
 import pytest
-from conftest import DECODED, DTYPES, GOLDEN, assert_same_bits, golden, random_blocks, rounded
+from conftest import DECODED, DTYPES, GOLDEN, assert_same_bits, golden, random_blocks, rounded, write_model
 from numba import cuda
 
 import numba_dequant as nd
@@ -51,6 +53,27 @@ def test_one_thread_block_per_quant_block_the_numba_way(name):
     assert_same_bits(out.copy_to_host(), nd.dequantize(data, name, device="reference"))
     if source.block_size > 1:
         assert shape.thread_blocks(n) == 3
+
+
+def test_loading(tmp_path):
+    tensors = {
+        "a": ("Q6_K", (2, 512), random_blocks("Q6_K", 4)),
+        "ids": ("I32", (3,), np.arange(3, dtype="<i4").tobytes()),
+        "b": ("F32", (20, 5), np.arange(100, dtype="<f4").tobytes()),
+    }
+    with nd.open(write_model(tmp_path / "model.gguf", tensors)) as model:
+        expected = model.load_all(device="reference")
+        out = {"a": np.full((2, 512), 7, np.float16)}
+        found = model.load_all(device="cuda", out=out)
+        assert found["a"] is out["a"]
+        np.testing.assert_array_equal(found["a"], expected["a"])
+        for name in ("ids", "b"):
+            np.testing.assert_array_equal(found[name].copy_to_host(), expected[name])
+        for name, tensor in model.stream(device="cuda", keep_quantized=True):
+            np.testing.assert_array_equal(tensor.data, model.read(name))
+        os.truncate(model.path, 200)
+        with pytest.raises(nd.GgufError, match="tensor 'b' data"):
+            model.load("b", device="cuda")
 
 
 def test_a_result_without_out():

@@ -1,0 +1,137 @@
+"""Loading to the host: pieces of a file, decoded where they were read, while they are in the cache of their core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant import host
+from numba_dequant.arguments import check_output
+from numba_dequant.device import Place, n_threads
+from numba_dequant.dtypes import numpy_dtype
+from numba_dequant.errors import DeviceError, OutputError
+from numba_dequant.reading import Part, Piece, Pipeline, cut, interleaved
+from numba_dequant.selection import QuantizedTensor, Request
+
+PIECE = 1 << 20
+"""Bytes that a thread reads at a time: what a core's own cache holds."""
+
+WAITING_THREADS = 2
+"""Threads beyond the number of cores: some wait for the disk, or for the kernel to hand out memory."""
+
+BYTES = np.dtype(np.uint8)
+
+
+def load(
+    requests: Sequence[Request],
+    place: Place,
+    threads: int | None,
+    prefetch: int | None,
+    watch: Callable[[int], None],
+) -> Generator[Any, None, None]:
+    """The results of the requests, in order.
+
+    Raises:
+        OutputError: an `out` is not right. Nothing has been read then.
+        ReadError, GgufError, DeviceError: reading or allocating failed halfway.
+    """
+    for request in requests:
+        if request.out is not None:
+            _check_out(request, place)
+    return _load(requests, place, threads, prefetch, watch)
+
+
+def _load(
+    requests: Sequence[Request],
+    place: Place,
+    threads: int | None,
+    prefetch: int | None,
+    watch: Callable[[int], None],
+) -> Generator[Any, None, None]:
+    results = _Results(requests, place)
+    tensors = [request.tensor for request in requests]
+    order = range(len(tensors)) if prefetch is not None else interleaved(tensors)
+    n_pieces = sum(tensor.n_bytes for tensor in tensors) // PIECE + 1
+    # The simulator's threads are its own.
+    n_workers = 1 if place.kind == "simulator" else min(threads or n_threads() + WAITING_THREADS, n_pieces)
+    pieces = cut(tensors, order, PIECE)
+    for index in Pipeline(tensors, pieces, results.prepare, lambda: _Worker(results), n_workers, prefetch, watch):
+        yield results.hand_out(index)
+
+
+def _check_out(request: Request, place: Place) -> None:
+    out, tensor = request.out, request.tensor
+    if not isinstance(out, np.ndarray) or not out.flags.c_contiguous or not out.flags.writeable:
+        raise OutputError(
+            f"tensor {tensor.name!r}: out must be a contiguous, writable NumPy array where the device is {place}"
+        )
+    try:
+        check_output(out.dtype, out.shape, _kind(request), tensor.shape, tensor.n_elements)
+    except OutputError as error:
+        raise OutputError(f"tensor {tensor.name!r}: {error}") from None
+
+
+def _kind(request: Request) -> np.dtype[Any]:
+    if request.dtype is None:
+        return BYTES
+    return request.tensor.format.stored_dtype or numpy_dtype(request.dtype)
+
+
+class _Results:
+    """The arrays to write to: they come to be when reading gets to them, and are let go when they are handed out."""
+
+    def __init__(self, requests: Sequence[Request], place: Place) -> None:
+        self.requests, self.place = requests, place
+        self.arrays: dict[int, NDArray[Any]] = {}
+
+    def prepare(self, index: int) -> None:
+        request = self.requests[index]
+        if request.out is not None:
+            self.arrays[index] = request.out
+            return
+        tensor = request.tensor
+        shape = (tensor.n_bytes,) if request.dtype is None else tensor.shape
+        try:
+            self.arrays[index] = np.empty(shape, _kind(request))
+        except MemoryError as error:
+            raise DeviceError(f"{tensor.path}: tensor {tensor.name!r}: out of memory: {error}") from error
+
+    def hand_out(self, index: int) -> Any:
+        request, array = self.requests[index], self.arrays.pop(index)
+        if request.dtype is None:
+            return QuantizedTensor(array, request.tensor.format, request.tensor.shape)
+        if self.place.kind == "simulator" and request.out is None:
+            from numba_dequant.simulator import SimulatedTensor
+
+            return SimulatedTensor(array)
+        return array
+
+
+class _Worker:
+    """Decodes pieces in the thread that has read them."""
+
+    def __init__(self, results: _Results) -> None:
+        self._results = results
+        self._room = np.empty(PIECE, np.uint8)
+
+    def room(self) -> NDArray[np.uint8]:
+        return self._room
+
+    def take(self, piece: Piece, data: NDArray[np.uint8]) -> None:
+        for part in piece.parts:
+            self._write(part, data[part.at : part.at + part.n_bytes])
+
+    def _write(self, part: Part, data: NDArray[np.uint8]) -> None:
+        request = self._results.requests[part.index]
+        source = request.tensor.format
+        flat = self._results.arrays[part.index].reshape(-1)
+        if request.dtype is None:
+            flat[part.start : part.start + part.n_bytes] = data
+            return
+        first = part.start // source.type_size * source.block_size
+        out = flat[first : first + part.n_bytes // source.type_size * source.block_size]
+        place = self._results.place
+        host.dequantize_into(data, source, request.dtype, out, place, on_one_core=True)

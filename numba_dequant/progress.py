@@ -1,0 +1,89 @@
+"""How far loading has got: a bar for people, a callback for programs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+DELAY = 1.0
+"""Seconds before a bar is shown: what is done by then needs none."""
+
+INTERVAL = 0.1
+"""Seconds between two reports at least, except for the last one."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far loading has got.
+
+    Attributes:
+        bytes_done: of the files, read and handed over.
+        bytes_total: how many there are to read.
+        seconds: since it started.
+    """
+
+    bytes_done: int
+    bytes_total: int
+    seconds: float
+
+    @property
+    def speed(self) -> float:
+        """Bytes per second so far."""
+        return self.bytes_done / self.seconds if self.seconds else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At that speed; None before anything is done."""
+        return (self.bytes_total - self.bytes_done) / self.speed if self.speed else None
+
+
+class Reporter:
+    """Tells people and programs how far loading has got, in the thread that loads."""
+
+    def __init__(self, bytes_total: int, show: bool | None, callback: Callable[[Progress], object] | None) -> None:
+        """Start the clock.
+
+        Args:
+            bytes_total: how many there are to read.
+            show: whether to show a bar, once a second has passed; None for where there is somebody to see it.
+            callback: is called with every report.
+        """
+        self._total = bytes_total
+        self._callback = callback
+        self._is_shown = is_watched() if show is None else show
+        self._start = self._reported = time.perf_counter()
+        self._is_over = False
+        self._bar: Any = None
+
+    def __call__(self, bytes_done: int) -> None:
+        """Report, unless the last report was a moment ago."""
+        now = time.perf_counter()
+        is_last = bytes_done == self._total
+        if self._is_over or (now - self._reported < INTERVAL and not is_last):
+            return
+        self._reported, self._is_over = now, is_last
+        if self._bar is None and self._is_shown and now - self._start >= DELAY:
+            # It takes a while to import, and most loads are over by then.
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=self._total, unit="B", unit_scale=True)
+            self._bar.start_t -= now - self._start
+        if self._bar is not None:
+            self._bar.update(bytes_done - self._bar.n)
+        if self._callback is not None:
+            self._callback(Progress(bytes_done, self._total, now - self._start))
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def is_watched() -> bool:
+    """Whether a bar would be seen: on a terminal, or in a notebook."""
+    if "ipykernel" in sys.modules:
+        return True
+    return sys.stderr is not None and sys.stderr.isatty()

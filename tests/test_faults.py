@@ -1,0 +1,264 @@
+"""Whatever happens while a model is loaded: one clear error, nothing left behind, and the next load works."""
+
+import contextlib
+import gc
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from conftest import assert_same_bits, random_blocks, write_model
+
+import numba_dequant as nd
+from numba_dequant import host_loader, reading
+
+N_ROWS = 2000
+TENSORS = {f"blk.{layer}.weight": ("Q8_0", (N_ROWS, 320), random_blocks("Q8_0", 10 * N_ROWS)) for layer in range(4)}
+ROW = 10 * 34
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write_model(tmp_path / "model.gguf", TENSORS)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(monkeypatch):
+    """Small pieces, so that faults come halfway; and no thread and no open file remains."""
+    monkeypatch.setattr(host_loader, "PIECE", 64 * ROW)
+    nd.dequantize(bytes(34), "Q8_0", device="cpu")
+    threads, files = threading.active_count(), n_open_files()
+    yield
+    gc.collect()
+    assert threading.active_count() == threads
+    assert n_open_files() == files
+
+
+def n_open_files():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def assert_loads(path, threads=3):
+    found = nd.load(path, device="cpu", threads=threads)
+    assert list(found) == list(TENSORS)
+    for name, (source, shape, data) in TENSORS.items():
+        assert_same_bits(found[name], nd.dequantize(data, source, shape=shape, device="reference"))
+
+
+class Disk:
+    """Stands for the disk: does something to a file, or to a read, at a certain byte."""
+
+    def __init__(self, monkeypatch, at, fault):
+        self.at, self.fault, self.calls = at, fault, 0
+        self.real = reading.read_into
+        monkeypatch.setattr(reading, "read_into", self.read_into)
+
+    def read_into(self, file, data, offset):
+        if offset <= self.at < offset + len(data):
+            self.calls += 1
+            self.fault()
+        return self.real(file, data, offset)
+
+
+def overwrite(path, at):
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(bytes(100))
+
+
+def input_output_error():
+    raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("layer", [0, 2])
+class TestHalfway:
+    def place(self, path, layer):
+        """The tensor in which it happens, and a byte in its middle."""
+        tensor = nd.open(path).tensors[f"blk.{layer}.weight"]
+        return tensor, tensor.offset + 1000 * ROW
+
+    def test_a_read_error(self, path, monkeypatch, threads, layer):
+        tensor, at = self.place(path, layer)
+        with monkeypatch.context() as patch:
+            Disk(patch, at, input_output_error)
+            message = rf"model\.gguf: tensor '{tensor.name}' at byte \d+: Input/output error; check the disk"
+            with pytest.raises(nd.ReadError, match=message) as raised:
+                nd.load(path, device="cpu", threads=threads)
+        assert raised.value.tensor == tensor.name
+        assert raised.value.offset <= at < raised.value.offset + host_loader.PIECE
+        assert isinstance(raised.value.__cause__, OSError)
+        assert_loads(path)
+
+    def test_the_file_is_cut_short(self, path, monkeypatch, threads, layer):
+        tensor, at = self.place(path, layer)
+        content = path.read_bytes()
+        with monkeypatch.context() as patch:
+            Disk(patch, at, lambda: os.truncate(path, at))
+            with pytest.raises((nd.GgufError, nd.ReadError)) as raised:
+                nd.load(path, device="cpu", threads=threads)
+        if threads == 1:
+            assert str(raised.value).startswith(f"{path}: tensor '{tensor.name}' data at byte {tensor.offset}: found")
+        assert str(path) in str(raised.value)
+        path.write_bytes(content)
+        assert_loads(path)
+
+    def test_the_file_is_written_to(self, path, monkeypatch, threads, layer):
+        _, at = self.place(path, layer)
+        content = path.read_bytes()
+        with monkeypatch.context() as patch:
+            Disk(patch, at, lambda: overwrite(path, at))
+            with pytest.raises(nd.ReadError, match="it has changed since it was opened; open it anew"):
+                nd.load(path, device="cpu", threads=threads)
+        path.write_bytes(content)
+        assert_loads(path)
+
+    def test_another_file_takes_its_place(self, path, monkeypatch, threads, layer):
+        """Who has it open goes on with the old one; who opens it then is told."""
+        _, at = self.place(path, layer)
+        other = write_model(path.parent / "other.gguf", {"x": ("F32", (1,), bytes(4))})
+        content = path.read_bytes()
+        with monkeypatch.context() as patch:
+            Disk(patch, at, lambda: os.replace(other, path) if other.exists() else None)
+            with nd.open(path) as model:
+                with contextlib.suppress(nd.ReadError):
+                    found = model.load_all(device="cpu", threads=threads)
+                    for name, (source, shape, data) in TENSORS.items():
+                        expected = nd.dequantize(data, source, shape=shape, device="reference")
+                        assert_same_bits(found[name], expected)
+                with pytest.raises(nd.ReadError, match="changed since it was opened"):
+                    model.load("blk.0.weight", device="cpu")
+        path.write_bytes(content)
+        assert_loads(path)
+
+    def test_out_of_memory(self, path, monkeypatch, threads, layer):
+        tensor, _ = self.place(path, layer)
+        real, calls = np.empty, []
+
+        def empty(shape, dtype=float):
+            if np.dtype(dtype) == np.float16:
+                calls.append(shape)
+                if len(calls) > layer:
+                    raise MemoryError("Unable to allocate 1.22 MiB")
+            return real(shape, dtype)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(host_loader.np, "empty", empty)
+            with pytest.raises(nd.DeviceError, match=rf"'{tensor.name}': out of memory: Unable to allocate"):
+                nd.load(path, device="cpu", threads=threads)
+        assert_loads(path)
+
+    def test_what_the_callback_raises(self, path, threads, layer):
+        def callback(progress):
+            if progress.bytes_done >= layer * N_ROWS * ROW:
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            nd.load(path, device="cpu", threads=threads, callback=callback)
+        assert_loads(path)
+
+    def test_dropping_the_iterator(self, path, threads, layer):
+        with nd.open(path) as model:
+            for number, (name, values) in enumerate(model.stream(device="cpu", threads=threads)):
+                assert values.shape == TENSORS[name][1]
+                if number == layer:
+                    break
+        assert_loads(path)
+
+
+def test_the_file_is_gone(path):
+    with nd.open(path) as model:
+        os.remove(path)
+        with pytest.raises(nd.ReadError, match="No such file"):
+            model.load("blk.0.weight", device="cpu")
+
+
+def test_ctrl_c(path):
+    """In a process of its own, in the middle of a load that would never end."""
+    code = """
+import os, signal, sys, threading, time
+import numba_dequant as nd
+from numba_dequant import reading
+real = reading.read_into
+def slow(file, data, offset):
+    time.sleep(0.05)
+    return real(file, data, offset)
+reading.read_into = slow
+from numba_dequant import host_loader
+host_loader.PIECE = 64 * 340
+nd.dequantize(bytes(34), "Q8_0", device="cpu")
+before = threading.active_count()
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+start = time.perf_counter()
+try:
+    nd.load(sys.argv[1], device="cpu", threads=int(sys.argv[2]))
+except KeyboardInterrupt:
+    assert time.perf_counter() - start < 1.5
+    time.sleep(0.1)
+    assert threading.active_count() == before, threading.enumerate()
+    reading.read_into = real
+    assert len(nd.load(sys.argv[1], device="cpu")) == 4
+    print("interrupted")
+"""
+    for threads in ("1", "3"):
+        found = subprocess.run([sys.executable, "-c", code, path, threads], capture_output=True, text=True, check=False)
+        assert found.stdout == "interrupted\n", found.stderr
+        assert signal.SIGINT not in {-found.returncode, found.returncode}
+
+
+def test_two_loads_in_two_threads(path):
+    results = {}
+
+    def work(number):
+        for _ in range(5):
+            results[number] = nd.load(path, device="cpu", threads=2)
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for found in results.values():
+        for name, (source, shape, data) in TENSORS.items():
+            assert_same_bits(found[name], nd.dequantize(data, source, shape=shape, device="reference"))
+
+
+def test_two_hundred_loads_with_faults(path, monkeypatch):
+    """Memory, threads and files stay where they were; so says the fixture, and here the size of the process."""
+    rng = random.Random(0)
+    size = path.stat().st_size
+    failures = 0
+
+    def load():
+        nonlocal failures
+        fault = rng.choice([None, input_output_error, lambda: 1 / 0, lambda: (_ for _ in ()).throw(MemoryError())])
+        with monkeypatch.context() as patch:
+            if fault:
+                Disk(patch, rng.randrange(1000, size), fault)
+            try:
+                with nd.open(path) as model:
+                    for _ in model.stream(device="cpu", threads=rng.randint(1, 4), prefetch=rng.randint(0, 3)):
+                        if rng.random() < 0.05:
+                            break
+            except (nd.ReadError, ZeroDivisionError, MemoryError):
+                failures += 1
+
+    for _ in range(50):
+        load()
+    gc.collect()
+    before = resident_bytes()
+    for _ in range(150):
+        load()
+    gc.collect()
+    assert resident_bytes() - before < 8 << 20
+    assert 40 < failures < 160
+    assert_loads(path)
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,199 @@
+"""Pieces, threads and order: what reading a model is made of, without a device."""
+
+import dataclasses
+import io
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import random_blocks, write_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import numba_dequant as nd
+from numba_dequant import reading
+from numba_dequant.reading import Pipeline, cut, interleaved
+
+FORMATS = ["Q8_0", "Q4_K", "F32", "I8"]
+
+
+@pytest.fixture
+def model(tmp_path):
+    tensors = {
+        f"t{number}": (name, (rows, nd.FORMATS[name].block_size), random_blocks(name, rows, seed=number))
+        for number, (name, rows) in enumerate([("Q8_0", 200), ("F32", 3), ("Q4_K", 40), ("I8", 1), ("F32", 1000)])
+    }
+    return nd.open(write_model(tmp_path / "model.gguf", tensors))
+
+
+@given(
+    tensors=st.lists(st.tuples(st.sampled_from(FORMATS), st.integers(0, 300), st.integers(0, 100_000)), max_size=8),
+    largest=st.integers(300, 5000),
+    data=st.data(),
+)
+@settings(deadline=None)
+def test_pieces_cover_every_byte_once(tensors, largest, data):
+    infos, offset = [], 0
+    for number, (name, rows, gap) in enumerate(tensors):
+        source = nd.FORMATS[name]
+        offset += gap
+        n_bytes = rows * source.type_size
+        place = (f"file{number % 2}", offset, n_bytes, rows * source.block_size, "little", ())
+        infos.append(nd.gguf_file.TensorInfo(str(number), source, (rows, source.block_size), *place))
+        offset += n_bytes
+    order = data.draw(st.permutations(range(len(infos))))
+    covered = [[] for _ in infos]
+    for piece in cut(infos, order, largest):
+        assert piece.n_bytes <= largest
+        for part in piece.parts:
+            info = infos[part.index]
+            assert piece.path == info.path
+            assert piece.offset + part.at == info.offset + part.start
+            assert 0 <= part.at <= part.at + part.n_bytes <= piece.n_bytes
+            is_plain = info.format.block_size == 1
+            assert part.start % (info.format.type_size * (8 if is_plain else 1)) == 0
+            assert part.n_bytes % info.format.type_size == 0
+            covered[part.index].append((part.start, part.n_bytes))
+    for info, parts in zip(infos, covered, strict=True):
+        at = 0
+        for start, n_bytes in sorted(parts):
+            assert start == at
+            at += n_bytes
+        assert at == info.n_bytes
+
+
+class Sink:
+    """Keeps the bytes of every tensor."""
+
+    def __init__(self, tensors, delay=0.0):
+        self.tensors, self.delay = tensors, delay
+        self.found, self.threads = {}, set()
+        self.n_waiting = threading.Semaphore(0)
+
+    def prepare(self, index):
+        assert index not in self.found
+        self.found[index] = np.full(self.tensors[index].n_bytes, 77, np.uint8)
+
+    def worker(self):
+        sink = self
+
+        class Worker:
+            memory = np.empty(1000, np.uint8)
+
+            def room(self):
+                return self.memory
+
+            def take(self, piece, data):
+                sink.threads.add(threading.current_thread())
+                time.sleep(sink.delay)
+                for part in piece.parts:
+                    sink.found[part.index][part.start : part.start + part.n_bytes] = data[part.at :][: part.n_bytes]
+
+        worker = Worker()
+        worker.memory = np.empty(1000, np.uint8)
+        return worker
+
+    def pipeline(self, n_threads=3, prefetch=None, watch=lambda done: None, order=None):
+        pieces = cut(self.tensors, order or range(len(self.tensors)), 1000)
+        return Pipeline(self.tensors, pieces, self.prepare, self.worker, n_threads, prefetch, watch)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, None])
+@pytest.mark.parametrize("n_threads", [1, 2, 7])
+def test_every_tensor_is_whole_when_it_is_handed_out(model, n_threads, prefetch):
+    tensors = list(model.tensors.values())
+    sink = Sink(tensors)
+    indexes = []
+    for index in sink.pipeline(n_threads, prefetch):
+        indexes.append(index)
+        np.testing.assert_array_equal(sink.found[index], model.read(tensors[index].name))
+    assert indexes == list(range(len(tensors)))
+    assert not any(thread.is_alive() for thread in sink.threads - {threading.current_thread()})
+
+
+def test_one_thread_is_the_caller_s(model):
+    sink = Sink(list(model.tensors.values()))
+    list(sink.pipeline(1))
+    assert sink.threads == {threading.current_thread()}
+
+
+def test_reading_ahead_has_a_limit(model):
+    tensors = [dataclasses.replace(model.tensors["t0"], name=str(number)) for number in range(9)]
+    sink = Sink(tensors)
+    for index in sink.pipeline(3, prefetch=2):
+        time.sleep(0.02)
+        assert max(sink.found) <= index + 2
+    assert len(sink.found) == 9
+
+
+def test_dropping_the_iterator_stops_the_threads(model):
+    before = threading.active_count()
+    sink = Sink([model.tensors["t0"]] * 50, delay=0.001)
+    results = iter(sink.pipeline(4))
+    assert next(results) == 0
+    assert threading.active_count() > before
+    del results
+    assert threading.active_count() == before
+    assert len(sink.found) < 50
+
+
+def test_nothing_starts_before_it_is_asked_for(model):
+    before = threading.active_count()
+    sink = Sink([model.tensors["t0"]])
+    iter(sink.pipeline(4))
+    assert threading.active_count() == before
+    assert not sink.found
+
+
+def test_the_watcher_is_called_in_the_caller_s_thread_up_to_the_end(model):
+    tensors = list(model.tensors.values())
+    seen = []
+    list(Sink(tensors, delay=0.002).pipeline(3, watch=lambda done: seen.append((done, threading.current_thread()))))
+    assert {thread for _, thread in seen} == {threading.current_thread()}
+    amounts = [done for done, _ in seen]
+    assert amounts == sorted(amounts)
+    assert amounts[-1] == sum(tensor.n_bytes for tensor in tensors)
+
+
+def test_tensors_without_bytes(tmp_path):
+    path = write_model(tmp_path / "m.gguf", {"a": ("Q8_0", (0, 32), b""), "b": ("F32", (0,), b"")})
+    tensors = list(nd.open(path).tensors.values())
+    for n_threads in (1, 2):
+        assert list(Sink(tensors).pipeline(n_threads)) == [0, 1]
+
+
+def test_disks_are_read_in_turn(model):
+    def on_disks(*disks):
+        tensor = model.tensors["t0"]
+        return [dataclasses.replace(tensor, stamp=tensor.stamp._replace(disk=disk)) for disk in disks]
+
+    assert interleaved(on_disks(1, 1, 1, 1, 2, 2)) == [0, 4, 1, 2, 5, 3]
+    assert interleaved(on_disks(1, 1, 1, 1, 1, 1)) == list(range(6))
+
+
+def test_files_stay_open_no_longer_than_needed(model):
+    def n_open():
+        return len(os.listdir("/proc/self/fd"))
+
+    before = n_open()
+    results = iter(Sink([model.tensors["t0"]] * 20, delay=0.001).pipeline(3))
+    next(results)
+    results.close()
+    assert n_open() == before
+
+
+class Drip(io.BytesIO):
+    """A file that never gives more than seven bytes."""
+
+    def readinto(self, buffer):
+        return super().readinto(memoryview(buffer)[:7])
+
+
+def test_a_short_read_is_continued():
+    content = np.arange(100, dtype=np.uint8)
+    data = np.zeros(60, np.uint8)
+    assert reading.read_into(Drip(content.tobytes()), data, 30) == 60
+    np.testing.assert_array_equal(data, content[30:90])
+    assert reading.read_into(Drip(content.tobytes()), data, 70) == 30
