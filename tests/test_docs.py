@@ -33,7 +33,8 @@ def test_the_first_example_of_the_readme(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("numba_dequant.loader.place_named", lambda _: nd.device.Place("cpu"))
     names = {}
     exec(code, names)
-    assert capsys.readouterr().out == "llama\n(4, 256)\n"
+    assert capsys.readouterr().out == "llama\n(4, 256)\nblk.0.attn_q.weight (4, 256)\n"
+    assert names["rows"].shape == (2, 256)
     assert names["weight"].shape == (4, 256)
     assert list(names["layers"]) == ["blk.0.attn_q.weight"]
     assert names["weights"]["blk.0.attn_q.weight"].dtype == np.float16
