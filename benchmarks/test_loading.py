@@ -79,6 +79,28 @@ def test_load_cpu(benchmark, written, name, mix):
         note(benchmark, n_bytes + 2 * n_elements, file_bytes=n_bytes, threads=n_threads())
 
 
+@pytest.mark.parametrize("threads", [None, 2, 8, 16])
+@pytest.mark.parametrize("name", ["Gemma-3-270M", "Llama-3.1-8B"])
+def test_load_gpu(benchmark, gpu, written, name, threads):
+    """Until the last value is there; the roof is a copy from pinned memory."""
+    from numba_dequant import runtime
+
+    with nd.open(written(name, "Q4_K_M")) as model:
+
+        def load():
+            found = model.load_all(device="cuda", progress=False, threads=threads)
+            gpu.synchronize()
+            return found
+
+        last = list(model.tensors)[-1]
+        check_same(load()[last].copy_to_host(), model.load(last, device="reference"), last)
+        benchmark.pedantic(load, rounds=5, warmup_rounds=1)
+        pinned, room = runtime.pinned(256 << 20), runtime.allocate(256 << 20, gpu.device, 0)
+        seconds = gpu.clock.seconds(lambda: runtime.copy_to_device(room.pointer, pinned, 0))
+        n_bytes = sum(tensor.n_bytes for tensor in model.tensors.values())
+        note(benchmark, n_bytes, pinned.nbytes / seconds)
+
+
 def test_load_gguf_py(benchmark, written):
     path = written("Gemma-3-270M", "Q4_K_M")
     found = benchmark.pedantic(read_by_gguf_py, (path,), rounds=1)

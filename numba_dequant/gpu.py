@@ -38,7 +38,7 @@ def dequantize(
         memory = memory_of(data, handle)
         check_place(memory, device)
         n_elements = source.n_elements(memory.n_bytes)
-        result, target = _target(source, dtype, n_elements, shape, device, out, handle, memory)
+        result, target = target_for(source, dtype, n_elements, shape, device, out, handle, memory)
         dequantize_into(memory, source, dtype, n_elements, target, handle, mapping)
         return result
 
@@ -58,7 +58,7 @@ def load(
     handle = runtime.stream_handle(stream)
     n_elements = source.n_elements(n_bytes)
     with runtime.current(index) as device:
-        result, target = _target(source, dtype, n_elements, shape, device, out, handle)
+        result, target = target_for(source, dtype, n_elements, shape, device, out, handle)
         memory = runtime.allocate(n_bytes, device, handle)
         if n_bytes:
             send_to(memory.pointer, handle)
@@ -83,7 +83,7 @@ def send(host: NDArray[np.uint8], pointer: int, stream: int) -> None:
         runtime.synchronize(stream)  # A GPU reads pinned memory in its own time; the caller may change it now.
 
 
-def _target(
+def target_for(
     source: Format,
     dtype: str,
     n_elements: int,

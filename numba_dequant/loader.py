@@ -20,6 +20,7 @@ from numba_dequant.reading import swap_bytes
 from numba_dequant.selection import QuantizedTensor, Request, Select, requests, rows_of
 
 if TYPE_CHECKING:
+    from numba_dequant.gpu_loader import Lanes
     from numba_dequant.staging import Staging
 
 Callback = Callable[[Progress], object] | None
@@ -38,6 +39,7 @@ class Model:
     def __init__(self, file: GgufFile) -> None:
         self._file = file
         self._staging: dict[int, Staging] = {}
+        self._lanes: dict[int, Lanes] = {}
         self.metadata: Mapping[str, Any] = file.metadata
         self.tensors: Mapping[str, TensorInfo] = file.tensors
 
@@ -68,7 +70,8 @@ class Model:
             stream: on which to compute (CUDA).
             rows: only these, a slice of the first dimension; only their bytes are read.
             keep_quantized: give the compressed bytes, on the device, as a `QuantizedTensor`.
-            threads: that read (CPU); as many as there are cores without it.
+            threads: that read. Without it, on the CPU as many as there are cores; for a GPU this one thread. With it, a
+                GPU gets a stream and two pinned buffers of 4 MiB for each.
 
         Raises:
             TensorNotFoundError: the file holds no tensor of that name.
@@ -173,6 +176,9 @@ class Model:
     def close(self) -> None:
         """Give back the host memory that loading used. Loaded tensors stay."""
         self._staging.clear()
+        for lanes in self._lanes.values():
+            lanes.close()
+        self._lanes.clear()
 
     def _named(
         self,
@@ -208,12 +214,21 @@ class Model:
         watch: Callable[[int], None],
     ) -> Generator[Any, None, None]:
         if place.kind == "cuda":
+            if threads is not None:
+                from numba_dequant import gpu_loader
+
+                return gpu_loader.load(chosen, self._lanes_of(place.index), stream, threads, prefetch, watch)
             return self._to_gpu(chosen, place.index, stream, watch)
         if stream is not None and place.kind != "simulator":
             raise DeviceError(f"stream is for CUDA, but the device is {place}")
         from numba_dequant import host_loader
 
         return host_loader.load(chosen, place, threads, prefetch, watch)
+
+    def _lanes_of(self, index: int) -> Lanes:
+        from numba_dequant.gpu_loader import Lanes
+
+        return self._lanes.setdefault(index, Lanes(index))
 
     def _to_gpu(
         self, chosen: list[Request], index: int, stream: Any, watch: Callable[[int], None]

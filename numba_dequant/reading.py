@@ -6,6 +6,7 @@ piece when it has been read. Files are read, not mapped: a file cut short under 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -23,6 +24,9 @@ from numba_dequant.gguf_header import stamp_of
 
 LARGEST_GAP = 1 << 16
 """Bytes between two tensors that are rather read along than left out."""
+
+ALIGNMENT = 32
+"""Bytes, counted from where its tensor begins, to which every piece is aligned."""
 
 PATIENCE = 0.1
 """Seconds after which who waits for a tensor looks how far it has got."""
@@ -70,8 +74,8 @@ def cut(tensors: Sequence[TensorInfo], order: Sequence[int], largest: int) -> It
     piece: Piece | None = None
     for index in order:
         tensor = tensors[index]
-        # A plain array is cut between runs; everything else, between blocks.
-        grain = tensor.format.type_size * (RUN if tensor.format.block_size == 1 else 1)
+        # A plain array is cut between runs, everything else between blocks, and either where a wide load may begin.
+        grain = math.lcm(tensor.format.type_size * (RUN if tensor.format.block_size == 1 else 1), ALIGNMENT)
         step = max(largest // grain, 1) * grain
         for start in range(0, tensor.n_bytes, step):
             n_bytes = min(step, tensor.n_bytes - start)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from cuda.bindings import driver
-from cuda.core import Buffer, Device, LegacyPinnedMemoryResource, Stream
+from cuda.core import Buffer, Device, Event, LegacyPinnedMemoryResource, Stream
 from cuda.core.utils import StridedMemoryView
 from numpy.typing import NDArray
 
@@ -120,6 +120,21 @@ def stream_handle(stream: Any) -> int:
 def stream_on(device: int, handle: int) -> Stream:
     """The stream of that handle, to launch kernels on and to record events on; it does not own the handle."""
     return Stream.from_handle(handle)
+
+
+def create_stream(device: Device) -> Stream:
+    """A stream of our own, which waits for no other unless it is told to."""
+    return device.create_stream()
+
+
+def record(device: int, handle: int) -> Event:
+    """The point that a stream has been asked to get to so far."""
+    return stream_on(device, handle).record()
+
+
+def wait_for(device: int, handle: int, event: Event) -> None:
+    """Let a stream wait for an event, without stopping the host."""
+    stream_on(device, handle).wait(event)
 
 
 def view(thing: Any, stream: int) -> DeviceBytes:

@@ -30,7 +30,7 @@ def model(tmp_path):
 
 @given(
     tensors=st.lists(st.tuples(st.sampled_from(FORMATS), st.integers(0, 300), st.integers(0, 100_000)), max_size=8),
-    largest=st.integers(300, 5000),
+    largest=st.integers(600, 5000),
     data=st.data(),
 )
 @settings(deadline=None)
@@ -53,7 +53,7 @@ def test_pieces_cover_every_byte_once(tensors, largest, data):
             assert piece.offset + part.at == info.offset + part.start
             assert 0 <= part.at <= part.at + part.n_bytes <= piece.n_bytes
             is_plain = info.format.block_size == 1
-            assert part.start % (info.format.type_size * (8 if is_plain else 1)) == 0
+            assert part.start % (info.format.type_size * (8 if is_plain else 1)) == part.start % 32 == 0
             assert part.n_bytes % info.format.type_size == 0
             covered[part.index].append((part.start, part.n_bytes))
     for info, parts in zip(infos, covered, strict=True):
