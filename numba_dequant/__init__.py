@@ -16,6 +16,7 @@ from numba_dequant.errors import (
     TensorNotFoundError,
     UnknownFormatError,
 )
+from numba_dequant.explanation import Explanation, explain
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, register
 from numba_dequant.loader import Model, load, open
@@ -32,6 +33,7 @@ __all__ = [
     "DeviceError",
     "DeviceTensor",
     "DtypeError",
+    "Explanation",
     "Format",
     "GgufError",
     "Model",
@@ -45,6 +47,7 @@ __all__ = [
     "UnknownFormatError",
     "dequantize",
     "dequantize_many",
+    "explain",
     "load",
     "open",
     "prepare_many",

@@ -7,12 +7,11 @@ import os
 import re
 import sys
 from importlib.resources import as_file, files
-from typing import Any
 
 from tqdm import tqdm
 
 import numba_dequant as nd
-from numba_dequant import device, store, verify, warm
+from numba_dequant import device, store, tables, verify, warm
 from numba_dequant.dtypes import NAMES
 from numba_dequant.formats import format_named
 
@@ -68,6 +67,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.add_argument("file", metavar="FILE", help="a GGUF file, or the first shard of a split")
     info.set_defaults(run=_info)
+
+    show = commands.add_parser(
+        "show",
+        help="show what the bits of a block mean",
+        description="Show the layout of a format, or how the values of one block of a tensor come about.",
+    )
+    show.add_argument("what", metavar="FORMAT|FILE", help="a format, such as Q4_K, or a GGUF file")
+    show.add_argument("tensor", nargs="?", metavar="TENSOR", help="a tensor of the file; the first one without it")
+    show.add_argument("--block", type=int, default=0, metavar="N", help="which block of the tensor (%(default)s)")
+    show.add_argument("--element", type=int, metavar="N", help="an element of the block, whose bits are shown")
+    show.set_defaults(run=_show)
 
     measure = commands.add_parser(
         "bench",
@@ -150,23 +160,31 @@ def _place(name: str | None) -> tuple[device.Place, str | None]:
 def _info(options: argparse.Namespace) -> int:
     with nd.open(options.file) as model:
         print(f"{model.path}: {len(model.metadata)} metadata entries, {len(model.tensors)} tensors")
-        width = max((len(_plain(key)) for key in model.metadata), default=0)
-        for key, value in model.metadata.items():
-            print(f"  {_plain(key).ljust(width)}  {_short(value)}")
-        lines = [("tensor", "format", "shape", "bytes")] + [
-            (
-                _plain(tensor.name),
-                tensor.format.name,
-                " x ".join(map(str, tensor.shape)) or "scalar",
-                f"{tensor.n_bytes:,}",
-            )
-            for tensor in model.tensors.values()
-        ]
-        widths = [max(len(line[column]) for line in lines) for column in range(4)]
-        for name, kind, shape, size in lines if len(lines) > 1 else []:
+        entries = tables.metadata_rows(model.metadata)
+        width = max((len(key) for key, _ in entries), default=0)
+        for key, value in entries:
+            print(f"  {key.ljust(width)}  {value}")
+        rows = tables.tensor_rows(model.tensors.values())
+        lines = [tables.TENSOR_HEAD, *rows] if rows else []
+        widths = [max((len(line[column]) for line in lines), default=0) for column in range(4)]
+        for name, kind, shape, size in lines:
             print(
                 f"{name.ljust(widths[0])}  {kind.ljust(widths[1])}  {shape.rjust(widths[2])}  {size.rjust(widths[3])}"
             )
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    if not os.path.exists(options.what) and not options.what.endswith(".gguf"):
+        print(format_named(options.what).picture(options.element))
+        return 0
+    with nd.open(options.what) as model:
+        name = options.tensor or next(iter(model.tensors), None)
+        if name is None:
+            return _fail(f"{options.what} holds no tensor")
+        tensor = model.tensors[name]
+        print(f"{tables.plain(tensor.name)}: {tensor.format.summary}")
+        print(nd.explain(model.read(name), tensor.format, options.block, options.element or 0))
     return 0
 
 
@@ -207,21 +225,6 @@ def _capability(arch: str) -> tuple[int, int]:
     if match is None:
         raise nd.DeviceError(f"{arch!r} is no kind of GPU; it looks like sm_90")
     return int(match[1]), int(match[2])
-
-
-def _plain(name: str) -> str:
-    # A name from a file must not steer the terminal.
-    return name if name.isprintable() else repr(name)
-
-
-def _short(value: Any) -> str:
-    if not isinstance(value, (str, int, float, bool)):
-        shown = [_short(item) for item in value[:3]]
-        more = ", ..." if len(value) > len(shown) else ""
-        return f"[{', '.join(shown)}{more}] ({len(value):,} items)"
-    if isinstance(value, str):
-        return repr(value if len(value) <= 60 else value[:57] + "...")
-    return str(value)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +12,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_dequant.bit_map import bit_map
 from numba_dequant.errors import DataError, ShapeError
+from numba_dequant.picture import Picture
 
 RUN = 8
 """Elements that one call of a `decode` yields: the grain of every kernel."""
@@ -97,6 +100,53 @@ class Format:
             return None
         assert self.layout.fields is not None
         return self.layout[0]
+
+    @cached_property
+    def bit_map(self) -> NDArray[np.bool_]:
+        """Which elements each bit of a block can change: shape (bits of a block, `block_size`).
+
+        Bit ``8 * b + k`` is bit k of byte b, the lowest bit first. It is found by flipping bits and looking at what
+        `dequantize` makes of it.
+
+        Raises:
+            ShapeError: the type has no blocks.
+        """
+        if self.dequantize is None or self.block_size == 1:
+            raise ShapeError(f"{self.name} has no blocks: each element is stored by itself")
+        return bit_map(self.layout, self.block_size, self.dequantize)
+
+    def picture(self, element: int | None = None) -> Picture:
+        """A picture of a block, and of the bits that decide one of its elements.
+
+        >>> from numba_dequant import FORMATS
+        >>> print(FORMATS["Q4_0"].picture(element=17))
+        Q4_0: 18 bytes for 32 elements, 4.5 bits per weight; lit: the 20 bits of element 17
+          d       0-1  float16     a bit decides all elements
+          qs     2-17  16 x uint8  a bit decides 1 element
+        bits of element 17, the highest of a byte first:
+          byte   0  ████████  d[0]
+          byte   1  ████████  d[1]
+          byte   3  ████····  qs[1]
+
+        Raises:
+            ShapeError: the type has no blocks, or the block has no such element.
+        """
+        bits = self.bit_map
+        title = f"{self.name}: {self.type_size} bytes for {self.block_size} elements"
+        title += f", {self.bits_per_weight:.4g} bits per weight"
+        if element is not None:
+            if not 0 <= element < self.block_size:
+                raise ShapeError(f"a block of {self.name} has elements 0 to {self.block_size - 1}, not {element}")
+            title += f"; lit: the {int(bits[:, element].sum())} bits of element {element}"
+        return Picture(title, self.layout, bits, element)
+
+    def _repr_html_(self) -> str:
+        if self.dequantize is None or self.block_size == 1:
+            return f"<code>{html.escape(repr(self))}</code>"
+        return f"<p>{html.escape(self.summary)}</p>{self.picture().svg}"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return {"text/plain": repr(self), "text/html": self._repr_html_()}
 
     def n_elements(self, n_bytes: int) -> int:
         """Elements in `n_bytes` of compressed data.

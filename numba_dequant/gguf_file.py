@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from numba_dequant import tables
 from numba_dequant.errors import GgufError, TensorNotFoundError, UnknownFormatError
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, format_with_id
@@ -85,6 +86,9 @@ class TensorTable(Mapping[str, TensorInfo]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def _repr_html_(self) -> str:
+        return tables.html(tables.TENSOR_HEAD, tables.tensor_rows(self.values()))
 
     def __repr__(self) -> str:
         return f"TensorTable({list(self._tensors)})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import partial
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_dequant import tables
 from numba_dequant.device import Place, place_named
 from numba_dequant.dtypes import dtype_name
 from numba_dequant.errors import DeviceError, OutputError
@@ -261,6 +263,11 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _repr_html_(self) -> str:
+        metadata = tables.html(("metadata", "value"), tables.metadata_rows(self.metadata))
+        tensors = tables.html(tables.TENSOR_HEAD, tables.tensor_rows(self.tensors.values()))
+        return f"<p>{html.escape(repr(self))}</p>{metadata}{tensors}"
 
     def __repr__(self) -> str:
         return f"Model({self.path!r}, {len(self.tensors)} tensors)"

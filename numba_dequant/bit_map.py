@@ -1,0 +1,111 @@
+"""Which bits of a block decide which elements, found by trying: flip a bit, and see what `dequantize` makes of it.
+
+Bit `8 * b + k` of a block is bit k of byte b, bit 0 being the lowest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Dequantize = Callable[[NDArray[Any]], NDArray[np.float32]]
+
+RUN = 8
+FIRST_BLOCKS = 128
+"""Random blocks in which every bit is flipped alone."""
+
+ROUND = 1024
+"""Random blocks that are tried next, as often as it takes."""
+
+SIGHTINGS = 50
+"""How often the rarest effect of a bit must have been seen before the search ends for it: an index into a grid that
+grows by one seldom changes the last value of a point."""
+
+IDLE_ROUNDS = 4
+"""Rounds after which a bit without any effect is taken to have none."""
+
+MOST_ROUNDS = 32
+
+
+def bit_map(layout: np.dtype[np.void], block_size: int, dequantize: Dequantize, seed: int = 0) -> NDArray[np.bool_]:
+    """Which elements a bit can change: shape (bits of a block, `block_size`)."""
+    rng = np.random.default_rng(seed)
+    seen = np.zeros((8 * layout.itemsize, block_size), np.int64)
+
+    def try_flips(n_blocks: int, groups: list[list[int]]) -> None:
+        base = random_blocks(layout, n_blocks, rng)
+        before = bits_of(dequantize, base)
+        for group in groups:
+            changed = (bits_of(dequantize, flipped(base, group)) != before).sum(axis=0)
+            if len(group) == 1:
+                seen[group[0]] += changed
+                continue
+            for bit in group:
+                seen[bit] += np.where(np.repeat(_runs(seen[bit]), RUN)[:block_size], changed, 0)
+
+    try_flips(FIRST_BLOCKS, [[bit] for bit in range(len(seen))])
+    for number in range(MOST_ROUNDS):
+        rarest = np.where(seen, seen, SIGHTINGS).min(axis=1)
+        is_idle = ~seen.any(axis=1)
+        pending = np.flatnonzero((rarest < SIGHTINGS) | (is_idle & (number < IDLE_ROUNDS)))
+        if not len(pending):
+            break
+        try_flips(ROUND, _apart(seen, pending.tolist()))
+    return seen > 0
+
+
+def _apart(seen: NDArray[np.int64], bits: list[int]) -> list[list[int]]:
+    """The bits in groups to be flipped together.
+
+    Those of a group decide elements of one run each, and of different runs, so that each change has one cause. Any
+    other bit is a group of its own.
+    """
+    alone: list[list[int]] = []
+    shared: list[list[int]] = []
+    occupied: list[set[int]] = []
+    for bit in bits:
+        runs = np.flatnonzero(_runs(seen[bit]))
+        if len(runs) != 1:
+            alone.append([bit])
+            continue
+        for taken, members in zip(occupied, shared, strict=True):
+            if runs[0] not in taken:
+                taken.add(runs[0])
+                members.append(bit)
+                break
+        else:
+            occupied.append({runs[0]})
+            shared.append([bit])
+    return alone + shared
+
+
+def _runs(counts: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return np.add.reduceat(counts, np.arange(0, len(counts), RUN)) > 0
+
+
+def flipped(blocks: NDArray[Any], bits: list[int]) -> NDArray[Any]:
+    """The same blocks with some bits turned over."""
+    changed = blocks.copy()
+    raw = changed.view(np.uint8).reshape(len(blocks), -1)
+    for bit in bits:
+        raw[:, bit // 8] ^= np.uint8(1 << bit % 8)
+    return changed
+
+
+def bits_of(dequantize: Dequantize, blocks: NDArray[Any]) -> NDArray[np.uint32]:
+    """The values of blocks, as bits: even the sign of zero counts."""
+    with np.errstate(all="ignore"):
+        return dequantize(blocks).view(np.uint32).reshape(len(blocks), -1)
+
+
+def random_blocks(layout: np.dtype[np.void], n_blocks: int, rng: np.random.Generator) -> NDArray[Any]:
+    """Random blocks whose floats are ordinary numbers, so that no scale hides what it multiplies."""
+    blocks = rng.integers(0, 256, n_blocks * layout.itemsize, np.uint8).view(layout)
+    for name in layout.names or ():
+        kind = layout[name]
+        if kind.base.kind == "f":
+            blocks[name] = rng.uniform(0.5, 2.0, blocks[name].shape)
+    return blocks
