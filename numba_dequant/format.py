@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+import inspect
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -140,10 +142,18 @@ class Format:
             title += f"; lit: the {int(bits[:, element].sum())} bits of element {element}"
         return Picture(title, self.layout, bits, element)
 
+    @property
+    def description(self) -> str:
+        """What the file that defines the format says of it, with the source of the layout; else the summary."""
+        module = sys.modules.get(getattr(self.decode, "__module__", ""))
+        is_ours = module is not None and module.__name__.startswith("numba_dequant.formats.")
+        return inspect.cleandoc(module.__doc__ or "") if module is not None and is_ours else self.summary
+
     def _repr_html_(self) -> str:
         if self.dequantize is None or self.block_size == 1:
             return f"<code>{html.escape(repr(self))}</code>"
-        return f"<p>{html.escape(self.summary)}</p>{self.picture().svg}"
+        paragraphs = "".join(f"<p>{html.escape(text)}</p>" for text in self.description.split("\n\n"))
+        return f"{self.picture().svg}{paragraphs}"
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         return {"text/plain": repr(self), "text/html": self._repr_html_()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from collections.abc import Callable
@@ -66,10 +67,7 @@ class Reporter:
             return
         self._reported, self._is_over = now, is_last
         if self._bar is None and self._is_shown and now - self._start >= DELAY:
-            # It takes a while to import, and most loads are over by then.
-            from tqdm.auto import tqdm
-
-            self._bar = tqdm(total=self._total, unit="B", unit_scale=True)
+            self._bar = _bar_class()(total=self._total, unit="B", unit_scale=True)
             self._bar.start_t -= now - self._start
         if self._bar is not None:
             self._bar.update(bytes_done - self._bar.n)
@@ -82,8 +80,21 @@ class Reporter:
             self._bar.close()
 
 
+def _bar_class() -> Any:
+    # It takes a while to import, and most loads are over before there is a bar.
+    if _is_notebook() and importlib.util.find_spec("ipywidgets"):
+        from tqdm.notebook import tqdm
+    else:
+        from tqdm import tqdm
+    return tqdm
+
+
+def _is_notebook() -> bool:
+    return "ipykernel" in sys.modules
+
+
 def is_watched() -> bool:
     """Whether a bar would be seen: on a terminal, or in a notebook."""
-    if "ipykernel" in sys.modules:
+    if _is_notebook():
         return True
     return sys.stderr is not None and sys.stderr.isatty()

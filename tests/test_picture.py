@@ -97,6 +97,7 @@ def test_what_notebooks_show():
     source = nd.FORMATS["Q4_K"]
     assert source._repr_html_() == source._repr_mimebundle_()["text/html"]
     assert "<svg" in source._repr_html_()
+    assert "get_scale_min_k4" in source._repr_html_(), "the source of the format"
     assert source._repr_mimebundle_()["text/plain"] == repr(source)
     drawn = source.picture(3)
     assert drawn._repr_mimebundle_() == {"text/plain": str(drawn), "text/html": drawn._repr_html_()}

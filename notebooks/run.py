@@ -1,0 +1,47 @@
+"""Run the notebooks from top to bottom, and keep what they show.
+
+python notebooks/run.py            # all of them
+python notebooks/run.py --check    # keep nothing: fail if a cell fails or warns
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).parent
+
+
+def run(path):
+    """The notebook with fresh outputs, and what its cells wrote to stderr."""
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(HERE)}}).execute()
+    complaints = []
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        complaints += [output.text for output in cell.get("outputs", []) if output.get("name") == "stderr"]
+    notebook.metadata["language_info"] = {"name": "python"}
+    return notebook, complaints
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="beginnings of names, such as 01 (all without them)")
+    parser.add_argument("--check", action="store_true", help="keep nothing")
+    options = parser.parse_args()
+    failed = False
+    for path in sorted(HERE.glob("*.ipynb")):
+        if options.names and not path.name.startswith(tuple(options.names)):
+            continue
+        notebook, complaints = run(path)
+        print(f"{path.name}: {''.join(complaints) or 'no complaints'}")
+        failed |= bool(complaints)
+        if not options.check:
+            nbformat.write(notebook, path)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
