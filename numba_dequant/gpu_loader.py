@@ -20,7 +20,7 @@ from numba_dequant import gpu, runtime
 from numba_dequant.device_tensor import DeviceTensor
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import NumbaDequantError
-from numba_dequant.reading import Part, Piece, Pipeline, cut, interleaved
+from numba_dequant.reading import Part, Piece, Pipeline
 from numba_dequant.runtime import DeviceBytes
 from numba_dequant.selection import QuantizedTensor, Request
 
@@ -104,22 +104,17 @@ def load(
     """
     results = _Results(requests, lanes, runtime.stream_handle(stream))
     results.check()
-    return _load(results, threads, prefetch, watch)
+    tensors = [request.tensor for request in requests]
+    pipeline = Pipeline(tensors, results, PIECE, threads, prefetch, watch)
 
+    def in_order() -> Generator[Any, None, None]:
+        try:
+            for index in pipeline:
+                yield results.hand_out(index)
+        finally:
+            results.close()
 
-def _load(
-    results: _Results, threads: int, prefetch: int | None, watch: Callable[[int], None]
-) -> Generator[Any, None, None]:
-    tensors = [request.tensor for request in results.requests]
-    order = range(len(tensors)) if prefetch is not None else interleaved(tensors)
-    n_pieces = sum(tensor.n_bytes for tensor in tensors) // PIECE + 1
-    pieces = cut(tensors, order, PIECE)
-    pipeline = Pipeline(tensors, pieces, results.prepare, results.worker, min(threads, n_pieces), prefetch, watch)
-    try:
-        for index in pipeline:
-            yield results.hand_out(index)
-    finally:
-        results.close()
+    return in_order()
 
 
 class _Results:

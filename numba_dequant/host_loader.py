@@ -13,7 +13,7 @@ from numba_dequant.arguments import check_output
 from numba_dequant.device import Place, n_threads
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DeviceError, OutputError
-from numba_dequant.reading import Part, Piece, Pipeline, cut, interleaved
+from numba_dequant.reading import Part, Piece, Pipeline
 from numba_dequant.selection import QuantizedTensor, Request
 
 PIECE = 1 << 20
@@ -41,25 +41,12 @@ def load(
     for request in requests:
         if request.out is not None:
             _check_out(request, place)
-    return _load(requests, place, threads, prefetch, watch)
-
-
-def _load(
-    requests: Sequence[Request],
-    place: Place,
-    threads: int | None,
-    prefetch: int | None,
-    watch: Callable[[int], None],
-) -> Generator[Any, None, None]:
     results = _Results(requests, place)
-    tensors = [request.tensor for request in requests]
-    order = range(len(tensors)) if prefetch is not None else interleaved(tensors)
-    n_pieces = sum(tensor.n_bytes for tensor in tensors) // PIECE + 1
     # The simulator's threads are its own.
-    n_workers = 1 if place.kind == "simulator" else min(threads or n_threads() + WAITING_THREADS, n_pieces)
-    pieces = cut(tensors, order, PIECE)
-    for index in Pipeline(tensors, pieces, results.prepare, lambda: _Worker(results), n_workers, prefetch, watch):
-        yield results.hand_out(index)
+    n_workers = 1 if place.kind == "simulator" else threads or n_threads() + WAITING_THREADS
+    tensors = [request.tensor for request in requests]
+    pipeline = Pipeline(tensors, results, PIECE, n_workers, prefetch, watch)
+    return (results.hand_out(index) for index in pipeline)
 
 
 def _check_out(request: Request, place: Place) -> None:
@@ -98,6 +85,9 @@ class _Results:
             self.arrays[index] = np.empty(shape, _kind(request))
         except MemoryError as error:
             raise DeviceError(f"{tensor.path}: tensor {tensor.name!r}: out of memory: {error}") from error
+
+    def worker(self) -> _Worker:
+        return _Worker(self)
 
     def hand_out(self, index: int) -> Any:
         request, array = self.requests[index], self.arrays.pop(index)

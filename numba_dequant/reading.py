@@ -69,6 +69,16 @@ class Worker(Protocol):
         """A piece that has been read to the start of that memory, in this machine's byte order."""
 
 
+class Sink(Protocol):
+    """Where the bytes of tensors go."""
+
+    def prepare(self, index: int) -> None:
+        """Get ready for a tensor: called before any of its bytes are taken, once, and never twice at a time."""
+
+    def worker(self) -> Worker:
+        """What one more thread does with pieces: called in that thread."""
+
+
 def cut(tensors: Sequence[TensorInfo], order: Sequence[int], largest: int) -> Iterator[Piece]:
     """Pieces of at most `largest` bytes that cover tensors in that order; small neighbours share one."""
     piece: Piece | None = None
@@ -198,9 +208,8 @@ class Pipeline:
     def __init__(
         self,
         tensors: Sequence[TensorInfo],
-        pieces: Iterator[Piece],
-        prepare: Callable[[int], None],
-        make_worker: Callable[[], Worker],
+        sink: Sink,
+        largest: int,
         n_threads: int,
         prefetch: int | None,
         watch: Callable[[int], None],
@@ -209,18 +218,20 @@ class Pipeline:
 
         Args:
             tensors: in the order in which they are handed out.
-            pieces: their bytes.
-            prepare: is called with the index of a tensor before any of its bytes are taken, never twice at a time.
-            make_worker: is called once in each thread.
-            n_threads: how many; with one, all is done in the thread that iterates.
+            sink: where their bytes go.
+            largest: bytes of a piece at most.
+            n_threads: how many at most; with one, all is done in the thread that iterates.
             prefetch: tensors that may be read ahead of the one that was handed out last; None for all.
             watch: is called now and then, in the thread that iterates, with the number of bytes taken so far.
         """
-        self._tensors = tensors
-        self._pieces = pieces
-        self._next: Piece | None = next(pieces, None)
-        self._prepare, self._make_worker = prepare, make_worker
-        self._n_threads, self._prefetch, self._watch = n_threads, prefetch, watch
+        self._tensors, self._sink = tensors, sink
+        # An order other than that of handing out would have the first tensor wait for one that is not due.
+        order = range(len(tensors)) if prefetch is not None else interleaved(tensors)
+        self._pieces = cut(tensors, order, largest)
+        self._next: Piece | None = next(self._pieces, None)
+        n_pieces = sum(tensor.n_bytes for tensor in tensors) // largest + 1
+        self._n_threads = max(1, min(n_threads, n_pieces))
+        self._prefetch, self._watch = prefetch, watch
         self._left = [tensor.n_bytes for tensor in tensors]
         self._prepared = [False] * len(tensors)
         self._taken = self._wanted = 0
@@ -250,7 +261,7 @@ class Pipeline:
                     thread.join()
 
     def _here(self) -> Iterator[int]:
-        worker = self._make_worker()
+        worker = self._sink.worker()
         with Files() as files:
             for index in range(len(self._tensors)):
                 self._wanted = index
@@ -277,7 +288,7 @@ class Pipeline:
 
     def _work(self) -> None:
         try:
-            worker = self._make_worker()
+            worker = self._sink.worker()
             with Files() as files:
                 while piece := self._claim_in_turn():
                     self._handle(piece, worker, files)
@@ -306,7 +317,7 @@ class Pipeline:
 
     def _ready(self, index: int) -> None:
         if not self._prepared[index]:
-            self._prepare(index)
+            self._sink.prepare(index)
             self._prepared[index] = True
 
     def _handle(self, piece: Piece, worker: Worker, files: Files) -> None:

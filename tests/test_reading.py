@@ -95,9 +95,8 @@ class Sink:
         worker.memory = np.empty(1000, np.uint8)
         return worker
 
-    def pipeline(self, n_threads=3, prefetch=None, watch=lambda done: None, order=None):
-        pieces = cut(self.tensors, order or range(len(self.tensors)), 1000)
-        return Pipeline(self.tensors, pieces, self.prepare, self.worker, n_threads, prefetch, watch)
+    def pipeline(self, n_threads=3, prefetch=None, watch=lambda done: None):
+        return Pipeline(self.tensors, self, 1000, n_threads, prefetch, watch)
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, None])
