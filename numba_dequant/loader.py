@@ -142,8 +142,8 @@ class Model:
     ) -> Iterator[tuple[str, Any]]:
         """The tensors that `load_all` loads, one after the other, while the next ones are read.
 
-        For a GPU, they are read ahead if there are `threads` to do so. A tensor is let go as soon as you let go of it, so that a model larger than the memory can be walked. Dropping
-        the iterator stops the reading.
+        For a GPU, they are read ahead if there are `threads` to do so. A tensor is let go as soon as you let go of it:
+        a model larger than the memory can be walked. Dropping the iterator stops the reading.
 
         >>> for name, tensor in model.stream("blk.*", device="cpu"):                       # doctest: +SKIP
         ...     print(name, tensor.shape)
