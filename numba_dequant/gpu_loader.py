@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from numpy.typing import NDArray
 from numba_dequant import gpu, runtime
 from numba_dequant.device_tensor import DeviceTensor
 from numba_dequant.dtypes import numpy_dtype
-from numba_dequant.errors import NumbaDequantError
+from numba_dequant.errors import DeviceError, NumbaDequantError
 from numba_dequant.reading import Part, Piece, Pipeline
 from numba_dequant.runtime import DeviceBytes
 from numba_dequant.selection import QuantizedTensor, Request
+from numba_dequant.staging import Staging
 
 PIECE = 4 << 20
 """Bytes that a thread reads at a time: what a copy must have to run at full speed."""
@@ -102,8 +104,9 @@ def load(
         OutputError, DtypeError: an `out` or an output type is not right. Nothing has been read then.
         ReadError, GgufError, DeviceError: reading or allocating failed halfway.
     """
-    results = _Results(requests, lanes, runtime.stream_handle(stream))
-    results.check()
+    handle = runtime.stream_handle(stream)
+    _check(requests, lanes.index, handle)
+    results = _Results(requests, lanes, handle)
     tensors = [request.tensor for request in requests]
     pipeline = Pipeline(tensors, results, PIECE, threads, prefetch, watch)
 
@@ -117,6 +120,57 @@ def load(
     return in_order()
 
 
+def load_alone(
+    requests: Sequence[Request], staging: Staging, stream: Any, watch: Callable[[int], None]
+) -> Generator[Any, None, None]:
+    """What `load` does, by the thread that iterates, on the caller's stream: each tensor is read when it is asked for.
+
+    Raises:
+        OutputError, DtypeError, ReadError, GgufError, DeviceError: as for `load`.
+    """
+    _check(requests, staging.index, runtime.stream_handle(stream))
+
+    def in_order() -> Generator[Any, None, None]:
+        done = 0
+        for request in requests:
+            result = _staged(request, staging, stream)
+            done += request.tensor.n_bytes
+            watch(done)
+            yield result
+            del result
+
+    return in_order()
+
+
+def _staged(request: Request, staging: Staging, stream: Any) -> Any:
+    tensor = request.tensor
+    send = partial(staging.send, tensor)
+    try:
+        if request.dtype is None:
+            data = gpu.keep(send, tensor.n_bytes, staging.index, stream)
+            return QuantizedTensor(data, tensor.format, tensor.shape)
+        where = tensor.shape, staging.index, request.out, stream
+        return gpu.load(send, tensor.n_bytes, tensor.format, request.dtype, *where)
+    except DeviceError as error:
+        raise DeviceError(f"{tensor.path}: tensor {tensor.name!r}: {error}") from error
+
+
+def _check(requests: Sequence[Request], index: int, stream: int) -> None:
+    """Check everything about the results that can be checked before they are made."""
+    with runtime.current(index) as device:
+        for request in requests:
+            source = request.tensor.format
+            try:
+                if request.dtype is not None:
+                    gpu.check_capability(source, request.dtype, index)
+                if request.out is not None:
+                    shape, n_elements = request.tensor.shape, request.tensor.n_elements
+                    kind = source.stored_dtype or numpy_dtype(request.dtype or "")
+                    gpu.checked_output(request.out, None, kind, shape, n_elements, device, stream)
+            except NumbaDequantError as error:
+                raise type(error)(f"tensor {request.tensor.name!r}: {error}") from error
+
+
 class _Results:
     """All tensors of one load, and the lanes that it has taken."""
 
@@ -126,21 +180,6 @@ class _Results:
         self.unfinished: dict[int, _Result] = {}
         self._lanes = lanes
         self._taken: list[Lane] = []
-
-    def check(self) -> None:
-        """Check everything about the results that can be checked before they are made."""
-        with runtime.current(self.index) as device:
-            for request in self.requests:
-                source = request.tensor.format
-                try:
-                    if request.dtype is not None:
-                        gpu.check_capability(source, request.dtype, self.index)
-                    if request.out is not None:
-                        shape, n_elements = request.tensor.shape, request.tensor.n_elements
-                        kind = source.stored_dtype or numpy_dtype(request.dtype or "")
-                        gpu.checked_output(request.out, None, kind, shape, n_elements, device, self.stream)
-                except NumbaDequantError as error:
-                    raise type(error)(f"tensor {request.tensor.name!r}: {error}") from error
 
     def prepare(self, index: int) -> None:
         """Get the memory of a tensor, in the order of the caller's stream."""

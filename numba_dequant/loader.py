@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,7 +18,7 @@ from numba_dequant.errors import DeviceError, OutputError
 from numba_dequant.gguf_file import GgufFile, TensorInfo, open_gguf, truncated
 from numba_dequant.progress import Progress, Reporter
 from numba_dequant.reading import swap_bytes
-from numba_dequant.selection import QuantizedTensor, Request, Select, requests, rows_of
+from numba_dequant.selection import Request, Select, requests, rows_of
 
 if TYPE_CHECKING:
     from numba_dequant.gpu_loader import Lanes
@@ -216,45 +215,28 @@ class Model:
         watch: Callable[[int], None],
     ) -> Generator[Any, None, None]:
         if place.kind == "cuda":
-            if threads is not None:
-                from numba_dequant import gpu_loader
+            from numba_dequant import gpu_loader
 
-                return gpu_loader.load(chosen, self._lanes_of(place.index), stream, threads, prefetch, watch)
-            return self._to_gpu(chosen, place.index, stream, watch)
+            if threads is None:
+                return gpu_loader.load_alone(chosen, self._staging_of(place.index), stream, watch)
+            return gpu_loader.load(chosen, self._lanes_of(place.index), stream, threads, prefetch, watch)
         if stream is not None and place.kind != "simulator":
             raise DeviceError(f"stream is for CUDA, but the device is {place}")
         from numba_dequant import host_loader
 
         return host_loader.load(chosen, place, threads, prefetch, watch)
 
+    def _staging_of(self, index: int) -> Staging:
+        from numba_dequant.staging import Staging
+
+        if index not in self._staging:
+            self._staging[index] = Staging(index)
+        return self._staging[index]
+
     def _lanes_of(self, index: int) -> Lanes:
         from numba_dequant.gpu_loader import Lanes
 
         return self._lanes.setdefault(index, Lanes(index))
-
-    def _to_gpu(
-        self, chosen: list[Request], index: int, stream: Any, watch: Callable[[int], None]
-    ) -> Generator[Any, None, None]:
-        from numba_dequant import gpu
-        from numba_dequant.staging import Staging
-
-        staging = self._staging.get(index)
-        if staging is None:
-            staging = self._staging[index] = Staging(index)
-        done = 0
-        for request in chosen:
-            tensor = request.tensor
-            send = partial(staging.send, tensor)
-            if request.dtype is None:
-                kept = gpu.keep(send, tensor.n_bytes, index, stream)
-                result: Any = QuantizedTensor(kept, tensor.format, tensor.shape)
-            else:
-                where = tensor.shape, index, request.out, stream
-                result = gpu.load(send, tensor.n_bytes, tensor.format, request.dtype, *where)
-            done += tensor.n_bytes
-            watch(done)
-            yield result
-            del result
 
     def __enter__(self) -> Self:
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import numpy as np
-from cuda.core import Event, Stream
+from cuda.core import Event
 from numpy.typing import NDArray
 
 from numba_dequant import runtime
@@ -20,6 +20,7 @@ class Staging:
     """The pinned buffers of one GPU, kept from tensor to tensor because they are expensive to get."""
 
     def __init__(self, index: int) -> None:
+        self.index = index
         with runtime.current(index):
             self._buffers: list[NDArray[np.uint8]] = [runtime.pinned(PIECE) for _ in range(2)]
         self._sent: list[Event | None] = [None, None]
@@ -38,7 +39,7 @@ class Staging:
                 start = piece.parts[0].start
                 buffer = files.read(piece, [tensor], self._free_buffer())
                 runtime.copy_to_device(pointer + start, buffer, stream)
-                self._sent[self._next] = Stream.from_handle(stream).record()
+                self._sent[self._next] = runtime.record(self.index, stream)
                 self._next = 1 - self._next
 
     def _free_buffer(self) -> NDArray[np.uint8]:

@@ -12,7 +12,7 @@ import pytest
 from conftest import assert_same_bits, random_blocks, write_model
 
 import numba_dequant as nd
-from numba_dequant import device, gpu, gpu_loader, reading, runtime
+from numba_dequant import device, gpu, gpu_loader, reading, runtime, staging
 
 POISON = 0xA5
 
@@ -115,7 +115,18 @@ class LateGpu:
         self.run(stream)
         host.reshape(-1).view(np.uint8)[:] = self.memory[pointer : pointer + host.nbytes]
 
-    def dequantize_into(self, data, source, dtype, n_elements, out, stream):
+    def copy_on_device(self, target, source, n_bytes, stream):
+        def copy():
+            self.memory[target : target + n_bytes] = self.memory[source : source + n_bytes]
+
+        self.queue(stream, copy, target, n_bytes)
+
+    def dequantize_into(self, data, source, dtype, n_elements, out, stream, mapping="tile"):
+        if not n_elements:
+            return
+        if source.stored_dtype is not None:
+            self.copy_on_device(out.pointer, data.pointer, out.n_bytes, stream)
+            return
         assert data.pointer % 16 == out.pointer % 16 == 0, "neither wide loads nor wide stores"
         first, last = data.pointer, data.pointer + data.n_bytes
         pointer, n_bytes = out.pointer, out.n_bytes
@@ -156,15 +167,23 @@ def late(request, monkeypatch):
         monkeypatch.setattr(runtime, name, getattr(found, name))
     monkeypatch.setattr(runtime, "current", found)
     monkeypatch.setattr(runtime, "pinned", lambda n_bytes: np.zeros(n_bytes, np.uint8))
+    monkeypatch.setattr(runtime, "copy_on_device", found.copy_on_device)
     monkeypatch.setattr(gpu, "dequantize_into", found.dequantize_into)
     monkeypatch.setattr(gpu, "capability_of", lambda index: (9, 0))
     monkeypatch.setattr(device, "cuda_problem", lambda: None)
     monkeypatch.setattr(gpu_loader, "PIECE", 4096)
+    monkeypatch.setattr(staging, "PIECE", 4096)
     threads = threading.active_count()
     yield found
     gc.collect()
     assert threading.active_count() == threads
     assert not found.problems
+
+
+@pytest.fixture(params=[None, 2, 3], ids=["one buffer in turn", "2 lanes", "3 lanes"])
+def threads(request):
+    """Without threads, a model goes through `staging`; with them, through lanes."""
+    return request.param
 
 
 TENSORS = {
@@ -196,7 +215,7 @@ def assert_right(found, name, dtype="float16"):
         assert_same_bits(values, expected)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("threads", [None, 1, 2, 5])
 @pytest.mark.parametrize("stream", [None, 7])
 def test_everything(model, late, threads, stream):
     for _ in range(3):
@@ -204,7 +223,7 @@ def test_everything(model, late, threads, stream):
         assert list(found) == list(TENSORS)
         for name, tensor in found.items():
             assert_right(tensor, name)
-    assert late.n_streams <= threads
+    assert late.n_streams <= (threads or 0)
     del found, tensor
     gc.collect()
     lanes = late.n_streams * gpu_loader.BUFFERS * 4096
@@ -212,26 +231,26 @@ def test_everything(model, late, threads, stream):
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
-def test_one_after_the_other(model, late, prefetch):
+def test_one_after_the_other(model, late, prefetch, threads):
     dtype = {"*norm": "float32", "*": "bfloat16"}
-    for name, tensor in model.stream(dtype=dtype, device="cuda", threads=3, prefetch=prefetch):
+    for name, tensor in model.stream(dtype=dtype, device="cuda", threads=threads, prefetch=prefetch):
         assert_right(tensor, name, "float32" if name.endswith("norm") else "bfloat16")
 
 
-def test_the_iterator_is_dropped(model, late):
+def test_the_iterator_is_dropped(model, late, threads):
     before = late.in_use
-    for name, tensor in model.stream(device="cuda", threads=3, prefetch=6):
+    for name, tensor in model.stream(device="cuda", threads=threads, prefetch=6):
         assert_right(tensor, name)
         if name == "a.q":
             break
     del tensor
     gc.collect()
     assert late.in_use - before == late.n_streams * gpu_loader.BUFFERS * 4096
-    for name, tensor in model.load_all(device="cuda", threads=3).items():
+    for name, tensor in model.load_all(device="cuda", threads=threads).items():
         assert_right(tensor, name)
 
 
-def test_a_read_error_halfway(model, late, monkeypatch):
+def test_a_read_error_halfway(model, late, monkeypatch, threads):
     tensor = model.tensors["output"]
     real = reading.read_into
 
@@ -243,14 +262,14 @@ def test_a_read_error_halfway(model, late, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(reading, "read_into", read_into)
         with pytest.raises(nd.ReadError, match="Input/output error"):
-            model.load_all(device="cuda", threads=3)
+            model.load_all(device="cuda", threads=threads)
     gc.collect()
     assert late.in_use == late.n_streams * gpu_loader.BUFFERS * 4096
-    for name, found in model.load_all(device="cuda", threads=3).items():
+    for name, found in model.load_all(device="cuda", threads=threads).items():
         assert_right(found, name)
 
 
-def test_out_of_memory_halfway(model, late, monkeypatch):
+def test_out_of_memory_halfway(model, late, monkeypatch, threads):
     real = runtime.allocate
 
     def allocate(n_bytes, owner_device, stream):
@@ -261,45 +280,45 @@ def test_out_of_memory_halfway(model, late, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(runtime, "allocate", allocate)
         with pytest.raises(nd.DeviceError, match=r"model\.gguf: tensor 'output': cuda:0 is out of memory"):
-            model.load_all(device="cuda", threads=3)
+            model.load_all(device="cuda", threads=threads)
     gc.collect()
     assert late.in_use == late.n_streams * gpu_loader.BUFFERS * 4096
-    for name, found in model.load_all(device="cuda", threads=3).items():
+    for name, found in model.load_all(device="cuda", threads=threads).items():
         assert_right(found, name)
 
 
-def test_kept_as_it_is(model, late):
-    for name, tensor in model.load_all(device="cuda", threads=3, keep_quantized=True).items():
+def test_kept_as_it_is(model, late, threads):
+    for name, tensor in model.load_all(device="cuda", threads=threads, keep_quantized=True).items():
         np.testing.assert_array_equal(tensor.data.copy_to_host(), model.read(name))
         assert tensor.shape == TENSORS[name][1]
 
 
-def test_rows(model, late):
-    found = model.load("token_embd", "float32", device="cuda", threads=2, rows=slice(3, 31))
+def test_rows(model, late, threads):
+    found = model.load("token_embd", "float32", device="cuda", threads=threads, rows=slice(3, 31))
     np.testing.assert_array_equal(found.copy_to_host(), model.load("token_embd", "float32", "reference")[3:31])
 
 
-def test_out(model, late):
+def test_out(model, late, threads):
     out = {"a.q": model.load("a.q", device="cuda", threads=1), "ids": model.load("ids", device="cuda", threads=1)}
     for tensor in out.values():
         late.memory[tensor.ptr : tensor.ptr + tensor.nbytes] = POISON
-    found = model.load_all(device="cuda", threads=3, out=out)
+    found = model.load_all(device="cuda", threads=threads, out=out)
     for name, tensor in found.items():
         assert_right(tensor, name)
     assert all(found[name] is tensor for name, tensor in out.items())
 
 
-def test_a_wrong_out_is_found_before_anything_is_read(model, late):
+def test_a_wrong_out_is_found_before_anything_is_read(model, late, threads):
     out = {"b.k": model.load("a.q", device="cuda", threads=1)}
     before = late.end
     with pytest.raises(nd.OutputError, match=r"tensor 'b\.k': out has shape"):
-        model.load_all(device="cuda", threads=3, out=out)
+        model.load_all(device="cuda", threads=threads, out=out)
     assert late.end == before
 
 
-def test_two_loads_at_once(model, late):
-    first, second = (model.stream(device="cuda", threads=2, prefetch=3) for _ in range(2))
+def test_two_loads_at_once(model, late, threads):
+    first, second = (model.stream(device="cuda", threads=threads, prefetch=3) for _ in range(2))
     for (name, one), (_, other) in zip(first, second, strict=True):
         assert_right(one, name)
         assert_right(other, name)
-    assert late.n_streams <= 4
+    assert late.n_streams <= 2 * (threads or 0)
