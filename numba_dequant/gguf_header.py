@@ -39,6 +39,10 @@ class Stamp(NamedTuple):
     number: int
     disk: int
 
+    def is_unchanged(self, other: Stamp) -> bool:
+        """Whether nothing says that the content is another; some network file systems number files anew."""
+        return (self.size, self.modified) == (other.size, other.modified)
+
     def is_same_file(self, other: Stamp) -> bool:
         """Whether both are of one file, whatever has been written to it."""
         return (self.number, self.disk) == (other.number, other.disk)

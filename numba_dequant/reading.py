@@ -168,7 +168,7 @@ def check_unchanged(tensor: TensorInfo, file: RawIOBase) -> None:
         ReadError: it is another, or has changed.
     """
     stamp = stamp_of(file.fileno())
-    if stamp != tensor.stamp:
+    if not stamp.is_unchanged(tensor.stamp):
         if stamp.is_same_file(tensor.stamp) and stamp.size < tensor.offset + tensor.n_bytes:
             raise truncated(tensor)
         raise ReadError(tensor.path, tensor.name, tensor.offset, "it has changed since it was opened; open it anew")

@@ -170,6 +170,17 @@ class TestHalfway:
         assert_loads(path)
 
 
+def test_a_file_that_gets_another_number(path):
+    """As a network file system may do; what the file holds is the same."""
+    with nd.open(path) as model:
+        content, stat = path.read_bytes(), path.stat()
+        path.rename(path.parent / "keeps the old number")
+        path.write_bytes(content)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert path.stat().st_ino != stat.st_ino
+        assert list(model.load_all(device="cpu", threads=3)) == list(TENSORS)
+
+
 def test_the_file_is_gone(path):
     with nd.open(path) as model:
         os.remove(path)
