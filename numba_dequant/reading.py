@@ -244,7 +244,8 @@ class Pipeline:
             yield from self._here()
             return
         names = [f"numba_dequant reader {number}" for number in range(self._n_threads)]
-        threads = [threading.Thread(target=self._work, name=name) for name in names]
+        # Daemons, so that a program may end with an iterator that it has not finished.
+        threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
         try:
             for thread in threads:
                 thread.start()

@@ -221,6 +221,20 @@ except KeyboardInterrupt:
         assert signal.SIGINT not in {-found.returncode, found.returncode}
 
 
+def test_the_program_ends_in_the_middle(path):
+    code = """
+import sys
+import numba_dequant as nd
+from numba_dequant import host_loader
+host_loader.PIECE = 64 * 340
+unfinished = nd.open(sys.argv[1]).stream(device="cpu", threads=3, prefetch=0)
+next(unfinished)
+"""
+    command = [sys.executable, "-c", code, path]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
 def test_two_loads_in_two_threads(path):
     results = {}
 
