@@ -181,7 +181,7 @@ class MetadataArray(Sequence[Any]):
         self.offset = cursor.position
         self._kind = kind
         self._length = length
-        self._path = cursor.path
+        self._path, self._stamp = cursor.path, cursor.stamp
         self._byte_order = cursor.byte_order
         self._items: list[Any] | None = None
 
@@ -194,6 +194,9 @@ class MetadataArray(Sequence[Any]):
         if self._items is None:
             with open(self._path, "rb") as file:
                 cursor = Cursor(self._path, file)
+                if not cursor.stamp.is_unchanged(self._stamp):
+                    found = "a file that has changed"
+                    cursor.fail(f"metadata {self.key!r}", self.offset, found, "the one that was opened; open it anew")
                 cursor.position, cursor.byte_order = self.offset, self._byte_order
                 field = f"metadata {self.key!r} item"
                 if self._kind == STRING:
