@@ -38,8 +38,9 @@ class Lane:
 
     def __init__(self, device: Device) -> None:
         self.stream = runtime.create_stream(device)
+        self.handle = int(self.stream.handle)
         self.pinned = [runtime.pinned(PIECE) for _ in range(BUFFERS)]
-        self.on_gpu = [runtime.allocate(PIECE, device, self.stream.handle) for _ in range(BUFFERS)]
+        self.on_gpu = [runtime.allocate(PIECE, device, self.handle) for _ in range(BUFFERS)]
         self.sent: list[Event | None] = [None] * BUFFERS
         self.next = 0
 
@@ -237,7 +238,7 @@ class _Worker:
 
     def take(self, piece: Piece, data: NDArray[np.uint8]) -> None:
         lane, results = self._lane, self._results
-        handle = int(lane.stream.handle)
+        handle = lane.handle
         staged = lane.on_gpu[lane.next]
         with runtime.current(results.index):
             if any(self._is_computed(part) for part in piece.parts):
