@@ -112,10 +112,12 @@ def load(
     pipeline = Pipeline(tensors, results, PIECE, threads, prefetch, watch)
 
     def in_order() -> Generator[Any, None, None]:
+        indexes = iter(pipeline)
         try:
-            for index in pipeline:
+            for index in indexes:
                 yield results.hand_out(index)
         finally:
+            indexes.close()  # the threads have stopped then
             results.close()
 
     return in_order()

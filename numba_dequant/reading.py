@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from io import RawIOBase
@@ -239,7 +239,7 @@ class Pipeline:
         self._error: BaseException | None = None
         self._is_over = False
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Generator[int, None, None]:
         if self._n_threads == 1:
             yield from self._here()
             return
