@@ -8,8 +8,9 @@ INK = {"light": "#1f2328", "dark": "#e6edf3"}
 OURS, LLAMA_CPP, PYTORCH = "#0072b2", "#e69f00", "#999999"
 
 
-def draw(results, names, peers, theme, path):
+def draw(results, peers, theme, path):
     ink = INK[theme]
+    names = results.formats
     style = {
         "svg.hashsalt": "numba_dequant", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9,
         "text.color": ink, "axes.edgecolor": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink,

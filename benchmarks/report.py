@@ -17,7 +17,6 @@ from numba_dequant.dtypes import NAMES as DTYPES
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "h100.json"
-QUANTIZED = [name for name, source in nd.FORMATS.items() if source.block_size > 1]
 PEERS = json.loads((HERE / "results" / "peers.json").read_text())
 
 
@@ -37,6 +36,11 @@ class Results:
         """The results of a test, with these parameters, in the order in which they were measured."""
         wanted = parameters.items()
         return [(params, info) for name, params, info in self.entries if name == test and params.items() >= wanted]
+
+    @property
+    def formats(self):
+        """The formats whose kernels were measured; a new one appears with the next run."""
+        return [parameters["name"] for parameters, _ in self.of("test_kernel", dtype="float16", mapping="tile")]
 
     def one(self, test, **parameters):
         """The result of a test with these parameters, or None."""
@@ -76,7 +80,7 @@ def speed(results):
     head = ["format", "GB/s to FP16", "share of the roof: FP16", "BF16", "FP32"]
     head += ["times llama.cpp: FP16", "BF16", "FP32", "PyTorch, GB/s", "one block, GB/s"]
     rows = []
-    for name in QUANTIZED:
+    for name in results.formats:
         tiles = [results.one("test_kernel", name=name, dtype=dtype, mapping="tile") for dtype in DTYPES]
         theirs = PEERS["GB/s"].get(name, {}).get("llama.cpp", {})
         eager = results.one("test_eager_pytorch", name=name)
@@ -100,7 +104,7 @@ def speed(results):
 def kernels(results):
     head = ["format"] + [f"{dtype}, {what}" for dtype in DTYPES for what in ("GB/s", "roof", "one block")]
     rows = []
-    for name in QUANTIZED:
+    for name in results.formats:
         row = [name]
         for dtype in DTYPES:
             tile, block = (
@@ -226,7 +230,7 @@ def main():
     for path in PARTS:
         path.write_text(filled(path, results))
     for theme in ("light", "dark"):
-        draw(results, QUANTIZED, PEERS, theme, HERE / "results" / f"throughput-{theme}.svg")
+        draw(results, PEERS, theme, HERE / "results" / f"throughput-{theme}.svg")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,8 @@ def prepare_many(
     """All of `dequantize_many` but the computation, which `Batch.run` then does, time and again.
 
     For weights that stay compressed and are dequantized whenever they are needed: a run checks nothing and allocates
-    nothing, so that on a GPU the launches are all that it costs, and that it can be captured in a CUDA graph.
+    nothing, so that on a GPU the launches are all that it costs, and that it can be captured in a CUDA graph. (An `out`
+    whose address is no multiple of 16 is the exception: its values go by way of memory that each run allocates.)
 
     >>> import numpy as np, numba_dequant as nd
     >>> data = np.zeros(34, np.uint8)

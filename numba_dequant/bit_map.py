@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_dequant.bits import RUN
+
 Dequantize = Callable[[NDArray[Any]], NDArray[np.float32]]
 
-RUN = 8
 FIRST_BLOCKS = 128
 """Random blocks in which every bit is flipped alone."""
 

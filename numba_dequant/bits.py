@@ -20,6 +20,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+RUN = 8
+"""Elements that one call of a `decode` yields: the grain of every kernel."""
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 shared_helpers: list[Callable[..., Any]] = []

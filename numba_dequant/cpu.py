@@ -23,8 +23,9 @@ from numba.core.serialize import dumps
 from numpy.typing import NDArray
 
 from numba_dequant import bits, lowering_cpu, store
+from numba_dequant.bits import RUN
 from numba_dequant.device import n_threads
-from numba_dequant.format import RUN, Format
+from numba_dequant.format import Format
 from numba_dequant.lowering import register_decode
 
 Span = Callable[[Any, int, int, Any], None]

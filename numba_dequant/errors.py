@@ -28,7 +28,7 @@ class OutputError(NumbaDequantError, ValueError):
 
 
 class DeviceError(NumbaDequantError, RuntimeError):
-    """A device that does not exist, cannot be used or ran out of memory, or a stream that is not one."""
+    """A device that does not exist, cannot be used, ran out of memory or computes wrongly, or a stream that is none."""
 
 
 class TensorNotFoundError(NumbaDequantError, KeyError):

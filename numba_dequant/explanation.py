@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.arguments import host_bytes
+from numba_dequant.bits import RUN
 from numba_dequant.errors import DataError, ShapeError
-from numba_dequant.format import RUN, Format
+from numba_dequant.format import Format
 from numba_dequant.formats import format_named
 from numba_dequant.picture import Picture
 

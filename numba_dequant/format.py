@@ -15,11 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.bit_map import bit_map
+from numba_dequant.bits import RUN
 from numba_dequant.errors import DataError, ShapeError
 from numba_dequant.picture import Picture
-
-RUN = 8
-"""Elements that one call of a `decode` yields: the grain of every kernel."""
 
 Dequantize: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
 Decode: TypeAlias = Callable[[Any, int, int], Any]

@@ -12,12 +12,13 @@ Nothing here touches CUDA or Numba, and nothing but the header is read.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from numba_dequant import tables
@@ -61,7 +62,7 @@ class TensorInfo:
     n_bytes: int
     n_elements: int
     byte_order: ByteOrder
-    stamp: Stamp = field(repr=False)
+    stamp: Stamp = dataclasses.field(repr=False)
 
 
 class TensorTable(Mapping[str, TensorInfo]):
@@ -304,13 +305,13 @@ def _place(cursor: Cursor, entries: list[_Entry], alignment: int) -> dict[str, T
     expected = 0
     tensors = {}
     for entry in entries:
-        what = f"tensor {entry.name!r}"
+        field = f"tensor {entry.name!r}"
         if entry.offset != expected:
-            cursor.fail(f"{what} offset", entry.offset_at, entry.offset, f"{expected}, behind the tensor before it")
+            cursor.fail(f"{field} offset", entry.offset_at, entry.offset, f"{expected}, behind the tensor before it")
         begin = start + entry.offset
         if begin + entry.n_bytes > cursor.size:
             found = f"a file of {cursor.size} bytes"
-            cursor.fail(f"{what} data", begin, found, f"at least {begin + entry.n_bytes}")
+            cursor.fail(f"{field} data", begin, found, f"at least {begin + entry.n_bytes}")
         expected += _padded(entry.n_bytes, alignment)
         tensors[entry.name] = TensorInfo(
             entry.name,

@@ -22,8 +22,6 @@ PIECE = 1 << 20
 WAITING_THREADS = 2
 """Threads beyond the number of cores: some wait for the disk, or for the kernel to hand out memory."""
 
-BYTES = np.dtype(np.uint8)
-
 
 def load(
     requests: Sequence[Request],
@@ -63,7 +61,7 @@ def _check_out(request: Request, place: Place) -> None:
 
 def _kind(request: Request) -> np.dtype[Any]:
     if request.dtype is None:
-        return BYTES
+        return np.dtype(np.uint8)
     return request.tensor.format.stored_dtype or numpy_dtype(request.dtype)
 
 

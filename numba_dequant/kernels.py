@@ -18,9 +18,9 @@ from numba import cuda
 from numba.core import config
 
 from numba_dequant import bits
-from numba_dequant.bits import copy_16_bytes, copy_byte, is_aligned
+from numba_dequant.bits import RUN, copy_16_bytes, copy_byte, is_aligned
 from numba_dequant.dtypes import dtype_name
-from numba_dequant.format import RUN, Format
+from numba_dequant.format import Format
 from numba_dequant.formats import format_named
 from numba_dequant.mapping import Mapping, mapping_named
 

@@ -71,8 +71,8 @@ class Model:
             stream: on which to compute (CUDA).
             rows: only these, a slice of the first dimension; only their bytes are read.
             keep_quantized: give the compressed bytes, on the device, as a `QuantizedTensor`.
-            threads: that read. Without it, on the CPU as many as there are cores; for a GPU this one thread. With it, a
-                GPU gets a stream and two pinned buffers of 4 MiB for each.
+            threads: that read. Without it: on the CPU, two more than there are cores; for a GPU, this one thread. With
+                it, a GPU gets a stream and two pinned buffers of 4 MiB for each.
 
         Raises:
             TensorNotFoundError: the file holds no tensor of that name.

@@ -8,7 +8,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.format import RUN, Format
+from numba_dequant.bits import RUN
+from numba_dequant.format import Format
 
 MAPPINGS = ("tile", "block")
 TILE_THREADS = 256

@@ -17,8 +17,8 @@ from typing import Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_dequant.bits import RUN
 from numba_dequant.errors import ReadError
-from numba_dequant.format import RUN
 from numba_dequant.gguf_file import TensorInfo, truncated
 from numba_dequant.gguf_header import stamp_of
 
