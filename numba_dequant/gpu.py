@@ -167,7 +167,7 @@ def dequantize_into(
         return
     # The kernel stores 16 bytes at a time: an odd address gets its values by way of memory of ours.
     target = runtime.allocate(out.n_bytes, Device(data.device), stream) if out.pointer % 16 else out
-    queue, kernel, shape = _launcher(source, dtype, mapping, data.device, stream)
+    queue, kernel, shape = launcher(source, dtype, mapping, data.device, stream)
     step = LARGEST_GRID * shape.tile_elements
     for first in range(0, n_elements, step):
         count = min(step, n_elements - first)
@@ -186,7 +186,7 @@ def capability_of(index: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=1024)
-def _launcher(source: Format, dtype: str, mapping: str, device: int, stream: int) -> tuple[Stream, Kernel, Mapping]:
+def launcher(source: Format, dtype: str, mapping: str, device: int, stream: int) -> tuple[Stream, Kernel, Mapping]:
     """What every launch of a kernel on a stream has in common."""
     kernel = load_kernel(source, dtype, mapping, capability_of(device))
     return runtime.stream_on(device, stream), kernel, mapping_named(mapping, source)

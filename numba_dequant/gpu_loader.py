@@ -2,26 +2,30 @@
 
 A thread has a lane: a stream, and a few buffers in turn, each of pinned memory with as much memory on the GPU. The
 stream keeps the order within a lane; events keep it between lanes and the stream of the caller, and tell when a buffer
-may be filled again. The host never waits for anything else.
+may be filled again. The host never waits for anything else. What the threads do is in `pump`.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
+from io import RawIOBase
 from typing import Any
 
 import numpy as np
-from cuda.core import Device, Event
-from numpy.typing import NDArray
+from cuda.core import Device
 
-from numba_dequant import gpu, runtime
+from numba_dequant import gpu, pump, runtime
+from numba_dequant.device import n_threads
 from numba_dequant.device_tensor import DeviceTensor
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DeviceError, NumbaDequantError
-from numba_dequant.reading import Part, Piece, Pipeline
+from numba_dequant.gguf_file import truncated
+from numba_dequant.reading import PATIENCE, Part, Piece, check_unchanged, cut, interleaved, open_unchanged, read_error
 from numba_dequant.runtime import DeviceBytes
 from numba_dequant.selection import QuantizedTensor, Request
 from numba_dequant.staging import Staging
@@ -29,8 +33,11 @@ from numba_dequant.staging import Staging
 PIECE = 4 << 20
 """Bytes that a thread reads at a time: what a copy must have to run at full speed."""
 
-BUFFERS = 2
-"""Buffers of a lane: one is filled while the other is on its way."""
+BUFFERS = 1
+"""Buffers of a lane. While one thread's is on its way, the others fill theirs: few buffers stay in the CPU's cache."""
+
+LARGEST_CREW = 16
+"""Threads at most, unless more are asked for: the bus is busy then."""
 
 
 class Lane:
@@ -39,10 +46,22 @@ class Lane:
     def __init__(self, device: Device) -> None:
         self.stream = runtime.create_stream(device)
         self.handle = int(self.stream.handle)
-        self.pinned = [runtime.pinned(PIECE) for _ in range(BUFFERS)]
-        self.on_gpu = [runtime.allocate(PIECE, device, self.handle) for _ in range(BUFFERS)]
-        self.sent: list[Event | None] = [None] * BUFFERS
-        self.next = 0
+        self._pinned = [runtime.pinned(PIECE) for _ in range(BUFFERS)]
+        self._on_gpu = [runtime.allocate(PIECE, device, self.handle) for _ in range(BUFFERS)]
+        self._free = [runtime.record(device.device_id, self.handle) for _ in range(BUFFERS)]
+        self._buffers = np.array(
+            [
+                (host.ctypes.data, memory.pointer, int(event.handle))
+                for host, memory, event in zip(self._pinned, self._on_gpu, self._free, strict=True)
+            ],
+            pump.BUFFER,
+        )
+        self.record = pump.lane(self._buffers, runtime.context_of(device), self.handle)
+
+    @property
+    def latest(self) -> int:
+        """The event recorded after the lane's last piece."""
+        return int(self.record["latest"][0])
 
 
 class Lanes:
@@ -74,28 +93,30 @@ class Lanes:
             self._idle.clear()
 
 
+_lanes: dict[int, Lanes] = {}
+
+
+def release() -> None:
+    """Free what is kept for the next load, of whatever model."""
+    for lanes in list(_lanes.values()):
+        lanes.close()
+    _staging.clear()
+
+
 @dataclass(slots=True)
 class _Result:
-    """A tensor that is being loaded.
-
-    Attributes:
-        given: what the caller gets.
-        target: the memory to write to.
-        ready: when that memory may be written.
-        written: by lane, when the last of the parts that it wrote is there.
-    """
+    """A tensor that is being loaded: what the caller gets, and the memory to write to, its own or on the way to it."""
 
     given: Any
     target: DeviceBytes
-    ready: Event
-    written: dict[int, Event] = field(default_factory=dict)
+    out: DeviceBytes
 
 
 def load(
     requests: Sequence[Request],
-    lanes: Lanes,
+    index: int,
     stream: Any,
-    threads: int,
+    threads: int | None,
     prefetch: int | None,
     watch: Callable[[int], None],
 ) -> Generator[Any, None, None]:
@@ -106,43 +127,27 @@ def load(
         ReadError, GgufError, DeviceError: reading or allocating failed halfway.
     """
     handle = runtime.stream_handle(stream)
-    _check(requests, lanes.index, handle)
-    results = _Results(requests, lanes, handle)
-    tensors = [request.tensor for request in requests]
-    pipeline = Pipeline(tensors, results, PIECE, threads, prefetch, watch)
-
-    def in_order() -> Generator[Any, None, None]:
-        indexes = iter(pipeline)
-        try:
-            for index in indexes:
-                yield results.hand_out(index)
-        finally:
-            indexes.close()  # the threads have stopped then
-            results.close()
-
-    return in_order()
+    _check(requests, index, handle)
+    if not pump.IS_POSSIBLE or any(request.tensor.byte_order == "big" for request in requests):
+        return _load_alone(requests, _staging.setdefault(index, Staging(index)), stream, watch)
+    lanes = _lanes.setdefault(index, Lanes(index))
+    return _Load(requests, lanes, handle, threads or min(n_threads(), LARGEST_CREW), prefetch, watch).run()
 
 
-def load_alone(
+_staging: dict[int, Staging] = {}
+
+
+def _load_alone(
     requests: Sequence[Request], staging: Staging, stream: Any, watch: Callable[[int], None]
 ) -> Generator[Any, None, None]:
-    """What `load` does, by the thread that iterates, on the caller's stream: each tensor is read when it is asked for.
-
-    Raises:
-        OutputError, DtypeError, ReadError, GgufError, DeviceError: as for `load`.
-    """
-    _check(requests, staging.index, runtime.stream_handle(stream))
-
-    def in_order() -> Generator[Any, None, None]:
-        done = 0
-        for request in requests:
-            result = _staged(request, staging, stream)
-            done += request.tensor.n_bytes
-            watch(done)
-            yield result
-            del result
-
-    return in_order()
+    """What `load` does, in this thread, on any system: each tensor is read when it is asked for."""
+    done = 0
+    for request in requests:
+        result = _staged(request, staging, stream)
+        done += request.tensor.n_bytes
+        watch(done)
+        yield result
+        del result
 
 
 def _staged(request: Request, staging: Staging, stream: Any) -> Any:
@@ -174,106 +179,154 @@ def _check(requests: Sequence[Request], index: int, stream: int) -> None:
                 raise type(error)(f"tensor {request.tensor.name!r}: {error}") from error
 
 
-class _Results:
-    """All tensors of one load, and the lanes that it has taken."""
+class _Load:
+    """One load: its plan, its threads, and what has not been handed out yet."""
 
-    def __init__(self, requests: Sequence[Request], lanes: Lanes, stream: int) -> None:
-        self.requests, self.stream = requests, stream
-        self.index = lanes.index
-        self.unfinished: dict[int, _Result] = {}
-        self._lanes = lanes
-        self._taken: list[Lane] = []
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        lanes: Lanes,
+        stream: int,
+        n_threads: int,
+        prefetch: int | None,
+        watch: Callable[[int], None],
+    ) -> None:
+        self.requests, self.tensors = requests, [request.tensor for request in requests]
+        self.index, self.stream = lanes.index, stream
+        self._lanes, self._prefetch, self._watch = lanes, prefetch, watch
+        # An order other than that of handing out would have the first tensor wait for one that is not due.
+        order = range(len(requests)) if prefetch is not None else interleaved(self.tensors)
+        self._cut = cut(self.tensors, order, PIECE)
+        self._next = next(self._cut, None)
+        self._pieces: list[Piece] = []
+        self._results: dict[int, _Result] = {}
+        self._ready: list[Any] = []
+        self._files: dict[str, RawIOBase] = {}
+        self._stack = ExitStack()
+        self._n_threads = min(n_threads, pump.LARGEST_CREW)
+        self._crew: list[Lane] = []
 
-    def prepare(self, index: int) -> None:
-        """Get the memory of a tensor, in the order of the caller's stream."""
+    def run(self) -> Generator[Any, None, None]:
+        most = sum(tensor.n_bytes // (PIECE // 2) + 1 for tensor in self.tensors)
+        self._pump = pump.Pump([tensor.n_bytes for tensor in self.tensors], most, most)
+        try:
+            for index in range(len(self.requests)):
+                self._plan(index)
+                self._wait_for(index)
+                yield self._hand_out(index)
+        finally:
+            self._close()
+
+    def _plan(self, wanted: int) -> None:
+        """Hand out the pieces that may be read while this tensor is waited for."""
+        last = len(self.requests) if self._prefetch is None else wanted + self._prefetch
+        while self._next is not None and self._next.parts[0].index <= last:
+            piece = self._next
+            with runtime.current(self.index) as device:
+                is_new = [self._prepare(part.index, device) for part in piece.parts]
+                if any(is_new):
+                    self._ready.append(runtime.record(self.index, self.stream))
+            self._pieces.append(piece)
+            parts = [self._part(part) for part in piece.parts]
+            is_computed = any(kernel for _, _, _, _, kernel, *_ in parts)
+            file = self._file(piece).fileno()
+            ready = int(self._ready[-1].handle)
+            self._pump.plan((file, piece.offset, piece.n_bytes, is_computed, ready), parts)
+            self._next = next(self._cut, None)
+            if len(self._crew) < self._n_threads:
+                lane = self._lanes.take()
+                self._crew.append(lane)
+                self._pump.start(lane.record)
+            if len(self._pieces) % 16 == 0:
+                self._watch(self._pump.taken)
+        if wanted not in self._results:  # it has no bytes
+            with runtime.current(self.index) as device:
+                self._prepare(wanted, device)
+
+    def _prepare(self, index: int, device: Device) -> bool:
+        """Get the memory of a tensor, in the order of the caller's stream; False if there is some."""
+        if index in self._results:
+            return False
         request = self.requests[index]
         tensor = request.tensor
-        with runtime.current(self.index) as device:
-            try:
-                if request.dtype is None:
-                    target = runtime.allocate(tensor.n_bytes, device, self.stream)
-                    data = DeviceTensor(target, (tensor.n_bytes,), runtime.BYTES, self.stream)
-                    given: Any = QuantizedTensor(data, tensor.format, tensor.shape)
-                else:
-                    what = tensor.format, request.dtype, tensor.n_elements, tensor.shape
-                    given, target = gpu.target_for(*what, device, request.out, self.stream)
-            except NumbaDequantError as error:
-                raise type(error)(f"{tensor.path}: tensor {tensor.name!r}: {error}") from error
-            self.unfinished[index] = _Result(given, target, runtime.record(self.index, self.stream))
+        try:
+            if request.dtype is None:
+                target = runtime.allocate(tensor.n_bytes, device, self.stream)
+                data = DeviceTensor(target, (tensor.n_bytes,), runtime.BYTES, self.stream)
+                self._results[index] = _Result(QuantizedTensor(data, tensor.format, tensor.shape), target, target)
+                return True
+            what = tensor.format, request.dtype, tensor.n_elements, tensor.shape
+            given, out = gpu.target_for(*what, device, request.out, self.stream)
+            # The kernel stores 16 bytes at a time: an odd address gets its values by way of memory of ours.
+            target = runtime.allocate(out.n_bytes, device, self.stream) if out.pointer % 16 else out
+            self._results[index] = _Result(given, target, out)
+            return True
+        except NumbaDequantError as error:
+            raise type(error)(f"{tensor.path}: tensor {tensor.name!r}: {error}") from error
 
-    def worker(self) -> _Worker:
-        """What a thread does, on a lane of its own."""
-        lane = self._lanes.take()
-        self._taken.append(lane)
-        return _Worker(self, lane)
-
-    def hand_out(self, index: int) -> Any:
-        """A tensor whose work has all been queued; the caller's stream waits for it."""
-        result = self.unfinished.pop(index)
-        with runtime.current(self.index):
-            for event in result.written.values():
-                runtime.wait_for(self.index, self.stream, event)
-        return result.given
-
-    def close(self) -> None:
-        """Give the lanes back. What has not been handed out is freed, once nothing writes to it any more."""
-        if self.unfinished:
-            for lane in self._taken:
-                lane.stream.sync()
-            self.unfinished.clear()
-        for lane in self._taken:
-            self._lanes.give_back(lane)
-        self._taken.clear()
-
-
-class _Worker:
-    """Sends pieces to the GPU, on one lane."""
-
-    def __init__(self, results: _Results, lane: Lane) -> None:
-        self._results, self._lane = results, lane
-
-    def room(self) -> NDArray[np.uint8]:
-        sent = self._lane.sent[self._lane.next]
-        if sent is not None:
-            sent.sync()
-        return self._lane.pinned[self._lane.next]
-
-    def take(self, piece: Piece, data: NDArray[np.uint8]) -> None:
-        lane, results = self._lane, self._results
-        handle = lane.handle
-        staged = lane.on_gpu[lane.next]
-        with runtime.current(results.index):
-            if any(self._is_computed(part) for part in piece.parts):
-                runtime.copy_to_device(staged.pointer, data, handle)
-            for part in piece.parts:
-                result = results.unfinished[part.index]
-                if id(lane) not in result.written:
-                    runtime.wait_for(results.index, handle, result.ready)
-                if self._is_computed(part):
-                    self._dequantize(part, result, staged, handle)
-                else:
-                    runtime.copy_to_device(
-                        result.target.pointer + part.start, data[part.at : part.at + part.n_bytes], handle
-                    )
-            sent = runtime.record(results.index, handle)
-        for part in piece.parts:
-            results.unfinished[part.index].written[id(lane)] = sent
-        lane.sent[lane.next] = sent
-        lane.next = (lane.next + 1) % BUFFERS
-
-    def _is_computed(self, part: Part) -> bool:
-        request = self._results.requests[part.index]
-        return request.dtype is not None and request.tensor.format.decode is not None
-
-    def _dequantize(self, part: Part, result: _Result, staged: DeviceBytes, stream: int) -> None:
-        request = self._results.requests[part.index]
+    def _part(self, part: Part) -> tuple[int, ...]:
+        request, target = self.requests[part.index], self._results[part.index].target
         source, dtype = request.tensor.format, request.dtype
-        assert dtype is not None
+        if dtype is None or source.decode is None:
+            return part.index, part.at, part.n_bytes, target.pointer + part.start, 0, 0, 0, 0
+        _, kernel, shape = gpu.launcher(source, dtype, "tile", self.index, self.stream)
         first = part.start // source.type_size * source.block_size
         n_elements = part.n_bytes // source.type_size * source.block_size
-        itemsize = numpy_dtype(dtype).itemsize
-        index = self._results.index
-        data = DeviceBytes(staged.pointer + part.at, part.n_bytes, index, staged.owner)
-        place = result.target.pointer + first * itemsize
-        out = DeviceBytes(place, n_elements * itemsize, index, result.target.owner)
-        gpu.dequantize_into(data, source, dtype, n_elements, out, stream)
+        out = target.pointer + first * numpy_dtype(dtype).itemsize
+        launch = int(kernel.handle), shape.thread_blocks(n_elements), shape.threads, n_elements
+        return part.index, part.at, part.n_bytes, out, *launch
+
+    def _file(self, piece: Piece) -> RawIOBase:
+        file = self._files.get(piece.path)
+        if file is None:
+            first = self.tensors[piece.parts[0].index]
+            try:
+                file = self._files[piece.path] = self._stack.enter_context(open_unchanged(first))
+            except OSError as error:
+                raise read_error(first, piece.offset, error) from error
+        return file
+
+    def _wait_for(self, index: int) -> None:
+        try:
+            while not self._pump.wait_for(index, PATIENCE):
+                self._watch(self._pump.taken)
+        except pump.FaultError as fault:
+            raise self._error_of(fault) from None
+        if self.tensors[index].n_bytes:
+            check_unchanged(self.tensors[index], self._files[self.tensors[index].path])
+        self._watch(self._pump.taken)
+
+    def _error_of(self, fault: pump.FaultError) -> NumbaDequantError:
+        piece = self._pieces[fault.piece]
+        first = self.tensors[piece.parts[0].index]
+        if fault.place == pump.IN_GPU:
+            message = runtime.message_of(fault.code)
+            return DeviceError(f"{first.path}: tensor {first.name!r}: cuda:{self.index}: {message}")
+        if fault.code == pump.ENDED:
+            size = self._files[piece.path].seek(0, 2)
+            cut_short = (self.tensors[part.index] for part in piece.parts)
+            return truncated(next((each for each in cut_short if each.offset + each.n_bytes > size), first))
+        return read_error(first, piece.offset, OSError(fault.code, os.strerror(fault.code)))
+
+    def _hand_out(self, index: int) -> Any:
+        """A tensor whose work has all been queued; the caller's stream waits for it."""
+        result = self._results.pop(index)
+        with runtime.current(self.index):
+            for number, lane in enumerate(self._crew):
+                if self._pump.has_written(number, index):
+                    runtime.wait_for(self.stream, lane.latest)
+            if result.target is not result.out:
+                runtime.copy_on_device(result.out.pointer, result.target.pointer, result.out.n_bytes, self.stream)
+        return result.given
+
+    def _close(self) -> None:
+        """Stop; what has not been handed out is freed, once nothing writes to it any more."""
+        self._pump.stop()
+        self._stack.close()
+        if self._results:
+            for lane in self._crew:
+                lane.stream.sync()
+            self._results.clear()
+        for lane in self._crew:
+            self._lanes.give_back(lane)
+        self._crew.clear()

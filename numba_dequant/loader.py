@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import html
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +20,6 @@ from numba_dequant.gguf_file import GgufFile, TensorInfo, open_gguf, truncated
 from numba_dequant.progress import Progress, Reporter
 from numba_dequant.reading import swap_bytes
 from numba_dequant.selection import Request, Select, requests, rows_of
-
-if TYPE_CHECKING:
-    from numba_dequant.gpu_loader import Lanes
-    from numba_dequant.staging import Staging
 
 Callback = Callable[[Progress], object] | None
 
@@ -39,8 +36,6 @@ class Model:
 
     def __init__(self, file: GgufFile) -> None:
         self._file = file
-        self._staging: dict[int, Staging] = {}
-        self._lanes: dict[int, Lanes] = {}
         self.metadata: Mapping[str, Any] = file.metadata
         self.tensors: Mapping[str, TensorInfo] = file.tensors
 
@@ -71,8 +66,8 @@ class Model:
             stream: on which to compute (CUDA).
             rows: only these, a slice of the first dimension; only their bytes are read.
             keep_quantized: give the compressed bytes, on the device, as a `QuantizedTensor`.
-            threads: that read. Without it: on the CPU, two more than there are cores; for a GPU, this one thread. With
-                it, a GPU gets a stream and two pinned buffers of 4 MiB for each.
+            threads: that read. Without it: on the CPU, two more than there are cores; for a GPU, as many as there are
+                cores, up to 16, of which each has 4 MiB of pinned memory.
 
         Raises:
             TensorNotFoundError: the file holds no tensor of that name.
@@ -141,8 +136,8 @@ class Model:
     ) -> Iterator[tuple[str, Any]]:
         """The tensors that `load_all` loads, one after the other, while the next ones are read.
 
-        For a GPU, they are read ahead if there are `threads` to do so. A tensor is let go as soon as you let go of it:
-        a model larger than the memory can be walked. Dropping the iterator stops the reading.
+        A tensor is let go as soon as you let go of it: a model larger than the memory can be walked. Dropping the
+        iterator stops the reading.
 
         >>> for name, tensor in model.stream("blk.*", device="cpu"):                       # doctest: +SKIP
         ...     print(name, tensor.shape)
@@ -175,11 +170,14 @@ class Model:
         return data
 
     def close(self) -> None:
-        """Give back the host memory that loading used. Loaded tensors stay."""
-        self._staging.clear()
-        for lanes in self._lanes.values():
-            lanes.close()
-        self._lanes.clear()
+        """Give back what loading to GPUs, of any model, keeps for the next load: 64 MiB of host and of GPU memory each.
+
+        Loaded tensors stay, and the model can still be used.
+        """
+        if "numba_dequant.gpu_loader" in sys.modules:
+            from numba_dequant import gpu_loader
+
+            gpu_loader.release()
 
     def _named(
         self,
@@ -217,26 +215,12 @@ class Model:
         if place.kind == "cuda":
             from numba_dequant import gpu_loader
 
-            if threads is None:
-                return gpu_loader.load_alone(chosen, self._staging_of(place.index), stream, watch)
-            return gpu_loader.load(chosen, self._lanes_of(place.index), stream, threads, prefetch, watch)
+            return gpu_loader.load(chosen, place.index, stream, threads, prefetch, watch)
         if stream is not None and place.kind != "simulator":
             raise DeviceError(f"stream is for CUDA, but the device is {place}")
         from numba_dequant import host_loader
 
         return host_loader.load(chosen, place, threads, prefetch, watch)
-
-    def _staging_of(self, index: int) -> Staging:
-        from numba_dequant.staging import Staging
-
-        if index not in self._staging:
-            self._staging[index] = Staging(index)
-        return self._staging[index]
-
-    def _lanes_of(self, index: int) -> Lanes:
-        from numba_dequant.gpu_loader import Lanes
-
-        return self._lanes.setdefault(index, Lanes(index))
 
     def __enter__(self) -> Self:
         return self
@@ -275,5 +259,4 @@ def load(
     **options: Any,
 ) -> dict[str, Any]:
     """`open` and `Model.load_all` in one call."""
-    with open(path) as model:
-        return model.load_all(select, dtype, device, stream, progress, **options)
+    return open(path).load_all(select, dtype, device, stream, progress, **options)

@@ -132,9 +132,19 @@ def record(device: int, handle: int) -> Event:
     return stream_on(device, handle).record()
 
 
-def wait_for(device: int, handle: int, event: Event) -> None:
-    """Let a stream wait for an event, without stopping the host."""
-    stream_on(device, handle).wait(event)
+def wait_for(stream: int, event: int) -> None:
+    """Let a stream wait for the event of that handle, without stopping the host."""
+    _check(driver.cuStreamWaitEvent(stream, event, 0))
+
+
+def context_of(device: Device) -> int:
+    """The handle of what a thread must make current before it can use a GPU."""
+    return int(device.context.handle)
+
+
+def message_of(code: int) -> str:
+    """What the driver calls an error."""
+    return f"the CUDA driver says {driver.CUresult(code).name}"
 
 
 def view(thing: Any, stream: int) -> DeviceBytes:

@@ -1,0 +1,224 @@
+"""Threads that move pieces of files to a GPU, in a loop that never holds Python's interpreter lock.
+
+Sixteen threads that hand that lock around for every piece move a quarter of what the bus carries. So their loop,
+`pump_loop`, is compiled: by Numba once, and from then on from disk by llvmlite, which takes 30 ms to import and load.
+Python plans pieces while the threads work, and is told when a tensor is complete.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant import store
+
+IS_POSSIBLE = sys.platform == "linux"
+"""Whether this system has what the loop needs: `pread`, `eventfd`, and a driver named libcuda."""
+
+LARGEST_CREW = 64
+"""Threads at most: `written` has a bit for each."""
+
+
+def _record(*names: str) -> np.dtype[Any]:
+    return np.dtype([(name, np.int64) for name in names])
+
+
+PIECE = _record("file", "offset", "n_bytes", "first_part", "n_parts", "is_computed", "ready")
+"""Bytes of a file; `ready` is the event after which memory for them is there."""
+
+PART = _record("tensor", "at", "n_bytes", "target", "kernel", "n_thread_blocks", "n_threads", "n_elements")
+"""Bytes of one tensor in a piece, and what becomes of them; those with no kernel are copied."""
+
+BUFFER = _record("host", "gpu", "free")
+"""Pinned memory, as much on the GPU, and the event after which both may be filled again."""
+
+LANE = _record(
+    *("job", "number", "context", "stream", "buffers", "n_buffers", "turn", "latest"),
+    *("data", "n_elements", "out", "data_at", "n_elements_at", "out_at", "token"),
+)
+"""What one thread works with: `latest` is the event recorded after its last piece; a launch takes the addresses of its
+three arguments; `token` is read when there is one more piece."""
+
+JOB = _record(
+    *("calls", "pieces", "parts", "n_pieces", "n_parts", "left", "written", "pieces_planned", "progress", "one"),
+    *("claimed", "planned", "taken", "is_over", "faults", "fault_piece", "fault_place", "fault_code"),
+)
+"""What all threads of a load share: addresses of tables, two event descriptors, counters, and the first fault."""
+
+CALLS = _record(
+    *("set_context", "wait_for_piece", "read", "error", "tell"),
+    *("wait_for_gpu", "let_gpu_wait", "copy", "launch", "record"),
+)
+"""Addresses of functions of the C library and of the driver."""
+
+IN_FILE, IN_GPU = 0, 1
+"""Places of a fault."""
+
+ENDED = -1
+"""In place of the C library's code of a fault: the file has no more bytes."""
+
+
+@cache
+def calls() -> NDArray[np.void]:
+    """The functions that the loop calls."""
+    library, driver = ctypes.CDLL(None), ctypes.CDLL("libcuda.so.1")
+    functions = {
+        "set_context": driver.cuCtxSetCurrent,
+        "wait_for_piece": library.read,
+        "read": library.pread64,
+        "error": library.__errno_location,
+        "tell": library.write,
+        "wait_for_gpu": driver.cuEventSynchronize,
+        "let_gpu_wait": driver.cuStreamWaitEvent,
+        "copy": driver.cuMemcpyHtoDAsync_v2,
+        "launch": driver.cuLaunchKernel,
+        "record": driver.cuEventRecord,
+    }
+    return addresses(functions)
+
+
+def addresses(functions: dict[str, Any]) -> NDArray[np.void]:
+    """A `CALLS` of ctypes functions."""
+    return np.array([tuple(ctypes.cast(functions[name], ctypes.c_void_p).value for name in CALLS.names or ())], CALLS)
+
+
+@cache
+def compiled() -> Callable[[int], None]:
+    """The loop: it takes the address of a `LANE`, and lets go of the interpreter lock."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    module = llvm.parse_assembly(_text())
+    machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    kind = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+    function = kind(engine.get_function_address("pump"))
+
+    def loop(lane: int) -> None:
+        count = ctypes.c_int64()
+        function(ctypes.addressof(count), None, lane)
+
+    loop.engine = engine  # type: ignore[attr-defined]  # the code lives as long as it does
+    return loop
+
+
+def _text() -> str:
+    """The loop as LLVM's text, from disk if it has been compiled before."""
+    entry = store.entry_name("pump", version("numba"), version("llvmlite"), os.uname().machine)
+    kept = store.read(entry)
+    if kept is None:
+        from numba_dequant.pump_loop import compile_pump
+
+        kept = compile_pump().encode()
+        store.write(entry, kept)
+    return kept.decode()
+
+
+def lane(buffers: NDArray[np.void], context: int, stream: int) -> NDArray[np.void]:
+    """A `LANE` of buffers that outlive it."""
+    found = np.zeros(1, LANE)
+    found["context"], found["stream"] = context, stream
+    found["buffers"], found["n_buffers"] = buffers.ctypes.data, len(buffers)
+    found["latest"] = buffers["free"][-1]
+    for name in ("data", "n_elements", "out"):
+        found[f"{name}_at"] = found[name].ctypes.data
+    return found
+
+
+class FaultError(Exception):
+    """What the first thread that failed says: the number of its piece, where it was, and the code that it got."""
+
+    def __init__(self, piece: int, place: int, code: int) -> None:
+        self.piece, self.place, self.code = piece, place, code
+        super().__init__(piece, place, code)
+
+
+class Pump:
+    """The tables of one load, and the threads that work on them."""
+
+    def __init__(self, n_bytes: list[int], n_pieces: int, n_parts: int) -> None:
+        """Prepare to move tensors of so many bytes, in at most so many pieces and parts."""
+        self.pieces, self.parts = np.zeros(n_pieces, PIECE), np.zeros(n_parts, PART)
+        self.left, self.written = np.array(n_bytes, np.int64), np.zeros(len(n_bytes), np.int64)
+        self._one = np.ones(1, np.int64)
+        self._calls = calls()
+        self._planned = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
+        self._progress = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._job = np.zeros(1, JOB)
+        self._n_parts = 0
+        self._threads: list[threading.Thread] = []
+        job = self._job[0]
+        job["calls"], job["one"] = self._calls.ctypes.data, self._one.ctypes.data
+        job["pieces"], job["parts"] = self.pieces.ctypes.data, self.parts.ctypes.data
+        job["n_pieces"], job["n_parts"] = n_pieces, n_parts
+        job["left"], job["written"] = self.left.ctypes.data, self.written.ctypes.data
+        job["pieces_planned"], job["progress"] = self._planned, self._progress
+
+    @property
+    def taken(self) -> int:
+        """Bytes that have been taken so far."""
+        return int(self._job["taken"][0])
+
+    def start(self, lane: NDArray[np.void]) -> None:
+        """Start one more thread, which works with a lane."""
+        number = len(self._threads)
+        lane["job"], lane["number"] = self._job.ctypes.data, number
+        # A daemon, so that a program may end with an iterator that it has not finished.
+        name = f"numba_dequant reader {number}"
+        thread = threading.Thread(target=compiled(), args=(lane.ctypes.data,), name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def plan(self, piece: tuple[int, ...], parts: list[tuple[int, ...]]) -> None:
+        """Hand a piece to the threads: `file`, `offset` and `n_bytes`, `is_computed` and `ready`; and its parts."""
+        job = self._job[0]
+        number, first = int(job["planned"]), self._n_parts
+        self._n_parts += len(parts)
+        self.parts[first : self._n_parts] = parts
+        file, offset, n_bytes, is_computed, ready = piece
+        self.pieces[number] = file, offset, n_bytes, first, len(parts), is_computed, ready
+        job["planned"] = number + 1
+        os.eventfd_write(self._planned, 1)
+
+    def wait_for(self, tensor: int, seconds: float) -> bool:
+        """Wait until all of a tensor has been taken, but not for long; whether it has.
+
+        Raises:
+            FaultError: a thread has failed.
+        """
+        if not self.left[tensor]:
+            return True
+        select.select([self._progress], [], [], seconds)
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._progress)
+        if self._job["is_over"][0]:
+            raise FaultError(*(int(self._job[name][0]) for name in ("fault_piece", "fault_place", "fault_code")))
+        return not self.left[tensor]
+
+    def has_written(self, number: int, tensor: int) -> bool:
+        """Whether the thread of that number has taken some of a tensor."""
+        return bool(int(self.written[tensor]) >> number & 1)
+
+    def stop(self) -> None:
+        """Let the threads finish what they have begun, and nothing else; they have ended then."""
+        self._job["is_over"] = 1
+        if self._threads:
+            os.eventfd_write(self._planned, len(self._threads))
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+        os.close(self._planned)
+        os.close(self._progress)

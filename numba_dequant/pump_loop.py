@@ -1,0 +1,177 @@
+"""The loop of `pump`, in Python that Numba compiles. Whoever has the compiled text has no need of this module."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import carray, cfunc, types
+from numba.extending import intrinsic, register_jitable
+
+from numba_dequant.pump import BUFFER, CALLS, ENDED, IN_FILE, IN_GPU, JOB, LANE, PART, PIECE
+
+LONG, INT, BYTE = ir.IntType(64), ir.IntType(32), ir.IntType(8)
+
+INTERRUPTED = errno.EINTR
+LATEST, ARGUMENTS, TOKEN = (LANE.fields[name][1] for name in ("latest", "data", "token"))  # type: ignore[index]
+ADDRESSES = LANE.fields["data_at"][1] - ARGUMENTS  # type: ignore[index]
+CLAIMED, PLANNED, TAKEN = (JOB.fields[name][1] for name in ("claimed", "planned", "taken"))  # type: ignore[index]
+IS_OVER, FAULTS = (JOB.fields[name][1] for name in ("is_over", "faults"))  # type: ignore[index]
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def call(typingctx: Any, address: Any, arguments: Any) -> Any:
+    """Call a function of the C library; arguments and result fill a register each."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        values = [builder.extract_value(args[1], index) for index in range(len(arguments))]
+        kind = ir.FunctionType(LONG, [LONG] * len(values))
+        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), values)
+
+    return types.int64(types.int64, arguments), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def call_driver(typingctx: Any, address: Any, arguments: Any) -> Any:
+    """Call a function of the driver, whose result is a 32-bit code."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        values = [builder.extract_value(args[1], index) for index in range(len(arguments))]
+        kind = ir.FunctionType(INT, [LONG] * len(values))
+        return builder.zext(builder.call(builder.inttoptr(args[0], kind.as_pointer()), values), LONG)
+
+    return types.int64(types.int64, arguments), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pointer(typingctx: Any, address: Any) -> Any:
+    """An address as a pointer."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], BYTE.as_pointer())
+
+    return types.voidptr(types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load_int(typingctx: Any, address: Any) -> Any:
+    """The 32-bit number at an address."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.sext(builder.load(builder.inttoptr(args[0], INT.as_pointer())), LONG)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def atomic(typingctx: Any, operation: Any, address: Any, value: Any) -> Any:
+    """Change a number that other threads look at; the result is what it was."""
+    name = operation.literal_value
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        where = builder.inttoptr(args[1], LONG.as_pointer())
+        return builder.atomic_rmw(name, where, args[2], "seq_cst")
+
+    return types.int64(operation, types.int64, types.int64), codegen
+
+
+@register_jitable  # type: ignore[untyped-decorator]
+def read_piece(calls: Any, piece: Any, host: int) -> Any:
+    """Read a piece to pinned memory; the result is 0, the C library's code, or ENDED."""
+    done = 0
+    while done < piece.n_bytes:
+        got = call(calls.read, (piece.file, host + done, piece.n_bytes - done, piece.offset + done))
+        if got > 0:
+            done += got
+            continue
+        if got == 0:
+            return ENDED
+        code = load_int(call(calls.error, (0,)))
+        if code != INTERRUPTED:
+            return code
+    return 0
+
+
+@register_jitable  # type: ignore[untyped-decorator]
+def send_piece(calls: Any, piece: Any, parts: Any, buffer: Any, stream: int, arguments_at: int) -> Any:
+    """Queue all work on a piece; the result is 0, or the driver's code."""
+    arguments = carray(pointer(arguments_at), 3, types.int64)
+    code = call_driver(calls.let_gpu_wait, (stream, piece.ready, 0))
+    if code == 0 and piece.is_computed:
+        code = call_driver(calls.copy, (buffer.gpu, buffer.host, piece.n_bytes, stream))
+    for number in range(piece.first_part, piece.first_part + piece.n_parts):
+        if code:
+            break
+        part = parts[number]
+        if part.kernel:
+            arguments[0], arguments[1], arguments[2] = buffer.gpu + part.at, part.n_elements, part.target
+            grid, block = (part.n_thread_blocks, 1, 1), (part.n_threads, 1, 1)
+            code = call_driver(calls.launch, (part.kernel, *grid, *block, 0, stream, arguments_at + ADDRESSES, 0))
+        else:
+            code = call_driver(calls.copy, (part.target, buffer.host + part.at, part.n_bytes, stream))
+    # After a failure too: the buffer is free once the GPU has got to here.
+    failed = call_driver(calls.record, (buffer.free, stream))
+    return code or failed
+
+
+def pump(lane_at: int) -> int:
+    """Take pieces until there are no more, or a thread has failed; the result is how many were taken."""
+    lane = carray(pointer(lane_at), 1, LANE)[0]
+    job_at, arguments_at = lane.job, lane_at + ARGUMENTS
+    job = carray(pointer(job_at), 1, JOB)[0]
+    calls = carray(pointer(job.calls), 1, CALLS)[0]
+    pieces = carray(pointer(job.pieces), job.n_pieces, PIECE)
+    parts = carray(pointer(job.parts), job.n_parts, PART)
+    buffers = carray(pointer(lane.buffers), lane.n_buffers, BUFFER)
+    count = 0
+    call_driver(calls.set_context, (lane.context,))
+    while True:
+        if call(calls.wait_for_piece, (job.pieces_planned, lane_at + TOKEN, 8)) != 8:
+            continue
+        if atomic("add", job_at + IS_OVER, 0):
+            return count
+        index = atomic("add", job_at + CLAIMED, 1)
+        if index >= atomic("add", job_at + PLANNED, 0):
+            return count
+        piece, buffer = pieces[index], buffers[lane.turn]
+        place, code = IN_GPU, call_driver(calls.wait_for_gpu, (buffer.free,))
+        if code == 0:
+            place, code = IN_FILE, read_piece(calls, piece, buffer.host)
+        if code == 0:
+            place, code = IN_GPU, send_piece(calls, piece, parts, buffer, lane.stream, arguments_at)
+            atomic("xchg", lane_at + LATEST, buffer.free)
+            lane.turn = (lane.turn + 1) % lane.n_buffers
+        if code:
+            if atomic("add", job_at + FAULTS, 1) == 0:
+                job.fault_piece, job.fault_place, job.fault_code = index, place, code
+                atomic("xchg", job_at + IS_OVER, 1)
+                call(calls.tell, (job.progress, job.one, 8))
+            return count
+        is_complete = False
+        for number in range(piece.first_part, piece.first_part + piece.n_parts):
+            part = parts[number]
+            atomic("or", job.written + 8 * part.tensor, 1 << lane.number)
+            is_complete |= atomic("sub", job.left + 8 * part.tensor, part.n_bytes) == part.n_bytes
+        atomic("add", job_at + TAKEN, piece.n_bytes)
+        if is_complete:
+            call(calls.tell, (job.progress, job.one, 8))
+        count += 1
+
+
+def compile_pump() -> str:
+    """The loop as LLVM's text: `int32 pump(int64 *count, void *, int64 lane)`, which needs no other function."""
+    module = llvm.parse_assembly(cfunc(types.int64(types.int64), error_model="numpy")(pump).inspect_llvm())
+    for function in module.functions:
+        if not function.is_declaration:
+            # Numba's wrapper for C goes, and with it what reports exceptions, of which there are none.
+            is_loop = function.name.startswith("_ZN") and "9pump_loop4pump" in function.name
+            function.name, function.linkage = ("pump", "external") if is_loop else (function.name, "internal")
+    for variable in module.global_variables:
+        if not variable.is_declaration:
+            variable.linkage = "internal"
+    machine = llvm.Target.from_default_triple().create_target_machine(opt=3, jit=True)
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    passes.getModulePassManager().run(module, passes)
+    return str(module)
