@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +38,9 @@ BUFFERS = 1
 
 LARGEST_CREW = 16
 """Threads at most, unless more are asked for: the bus is busy then."""
+
+LARGEST_BATCH = 32
+"""Pieces that are planned before the threads are told."""
 
 
 class Lane:
@@ -200,7 +203,9 @@ class _Load:
         self._next = next(self._cut, None)
         self._pieces: list[Piece] = []
         self._results: dict[int, _Result] = {}
+        self._released = 0
         self._ready: list[Any] = []
+        self._ready_handle = 0
         self._files: dict[str, RawIOBase] = {}
         self._stack = ExitStack()
         self._n_threads = min(n_threads, pump.LARGEST_CREW)
@@ -210,38 +215,55 @@ class _Load:
         most = sum(tensor.n_bytes // (PIECE // 2) + 1 for tensor in self.tensors)
         self._pump = pump.Pump([tensor.n_bytes for tensor in self.tensors], most, most)
         try:
+            if self._prefetch is None:
+                # They are handed out together, and the caller's stream waits for each thread once.
+                self._plan(len(self.requests))
+                for index in range(len(self.requests)):
+                    self._wait_for(index)
+                with runtime.current(self.index):
+                    self._let_caller_wait(range(len(self._crew)))
             for index in range(len(self.requests)):
-                self._plan(index)
-                self._wait_for(index)
+                if self._prefetch is not None:
+                    self._plan(index + self._prefetch)
+                    self._wait_for(index)
+                    with runtime.current(self.index):
+                        crew = range(len(self._crew))
+                        self._let_caller_wait(number for number in crew if self._pump.has_written(number, index))
                 yield self._hand_out(index)
         finally:
             self._close()
 
-    def _plan(self, wanted: int) -> None:
-        """Hand out the pieces that may be read while this tensor is waited for."""
-        last = len(self.requests) if self._prefetch is None else wanted + self._prefetch
-        while self._next is not None and self._next.parts[0].index <= last:
-            piece = self._next
-            with runtime.current(self.index) as device:
-                is_new = [self._prepare(part.index, device) for part in piece.parts]
-                if any(is_new):
+    def _plan(self, last: int) -> None:
+        """Give the threads the pieces of all tensors up to this one."""
+        with runtime.current(self.index) as device:
+            while self._next is not None and self._next.parts[0].index <= last:
+                piece = self._next
+                if sum(self._prepare(part.index, device) for part in piece.parts):
                     self._ready.append(runtime.record(self.index, self.stream))
-            self._pieces.append(piece)
-            parts = [self._part(part) for part in piece.parts]
-            is_computed = any(kernel for _, _, _, _, kernel, *_ in parts)
-            file = self._file(piece).fileno()
-            ready = int(self._ready[-1].handle)
-            self._pump.plan((file, piece.offset, piece.n_bytes, is_computed, ready), parts)
-            self._next = next(self._cut, None)
-            if len(self._crew) < self._n_threads:
-                lane = self._lanes.take()
-                self._crew.append(lane)
-                self._pump.start(lane.record)
-            if len(self._pieces) % 16 == 0:
-                self._watch(self._pump.taken)
-        if wanted not in self._results:  # it has no bytes
-            with runtime.current(self.index) as device:
-                self._prepare(wanted, device)
+                    self._ready_handle = int(self._ready[-1].handle)
+                parts = [self._part(part) for part in piece.parts]
+                is_computed = any(kernel for _, _, _, _, kernel, *_ in parts)
+                where = self._file(piece).fileno(), piece.offset, piece.n_bytes
+                self._pump.plan((*where, is_computed, self._ready_handle), parts)
+                self._pieces.append(piece)
+                self._next = next(self._cut, None)
+                # Waking a thread takes longer than planning a piece; the first ones should not wait, though.
+                if len(self._pieces) - self._released >= min(self._released + 1, LARGEST_BATCH):
+                    self._release()
+            self._release()
+            for index in range(min(last + 1, len(self.requests))):
+                if not self.tensors[index].n_bytes and index not in self._results:
+                    self._prepare(index, device)
+
+    def _release(self) -> None:
+        """Let the threads have what has been planned, with one more of them where there is work for it."""
+        self._pump.release(len(self._pieces) - self._released)
+        self._released = len(self._pieces)
+        while len(self._crew) < min(self._n_threads, self._released):
+            lane = self._lanes.take()
+            self._crew.append(lane)
+            self._pump.start(lane.record)
+        self._watch(self._pump.taken)
 
     def _prepare(self, index: int, device: Device) -> bool:
         """Get the memory of a tensor, in the order of the caller's stream; False if there is some."""
@@ -308,14 +330,15 @@ class _Load:
             return truncated(next((each for each in cut_short if each.offset + each.n_bytes > size), first))
         return read_error(first, piece.offset, OSError(fault.code, os.strerror(fault.code)))
 
+    def _let_caller_wait(self, numbers: Iterable[int]) -> None:
+        """Let the caller's stream wait for what these threads have queued so far."""
+        for number in numbers:
+            runtime.wait_for(self.stream, self._crew[number].latest)
+
     def _hand_out(self, index: int) -> Any:
-        """A tensor whose work has all been queued; the caller's stream waits for it."""
         result = self._results.pop(index)
-        with runtime.current(self.index):
-            for number, lane in enumerate(self._crew):
-                if self._pump.has_written(number, index):
-                    runtime.wait_for(self.stream, lane.latest)
-            if result.target is not result.out:
+        if result.target is not result.out:
+            with runtime.current(self.index):
                 runtime.copy_on_device(result.out.pointer, result.target.pointer, result.out.n_bytes, self.stream)
         return result.given
 

@@ -44,10 +44,11 @@ BUFFER = _record("host", "gpu", "free")
 """Pinned memory, as much on the GPU, and the event after which both may be filled again."""
 
 LANE = _record(
-    *("job", "number", "context", "stream", "buffers", "n_buffers", "turn", "latest"),
+    *("job", "number", "context", "stream", "buffers", "n_buffers", "turn", "latest", "waited"),
     *("data", "n_elements", "out", "data_at", "n_elements_at", "out_at", "token"),
 )
-"""What one thread works with: `latest` is the event recorded after its last piece; a launch takes the addresses of its
+"""What one thread works with: `latest` is the event recorded after its last piece; `waited` the one that its stream
+has waited for last; a launch takes the addresses of its
 three arguments; `token` is read when there is one more piece."""
 
 JOB = _record(
@@ -175,7 +176,7 @@ class Pump:
     def start(self, lane: NDArray[np.void]) -> None:
         """Start one more thread, which works with a lane."""
         number = len(self._threads)
-        lane["job"], lane["number"] = self._job.ctypes.data, number
+        lane["job"], lane["number"], lane["waited"] = self._job.ctypes.data, number, 0
         # A daemon, so that a program may end with an iterator that it has not finished.
         name = f"numba_dequant reader {number}"
         thread = threading.Thread(target=compiled(), args=(lane.ctypes.data,), name=name, daemon=True)
@@ -183,7 +184,7 @@ class Pump:
         self._threads.append(thread)
 
     def plan(self, piece: tuple[int, ...], parts: list[tuple[int, ...]]) -> None:
-        """Hand a piece to the threads: `file`, `offset` and `n_bytes`, `is_computed` and `ready`; and its parts."""
+        """Plan a piece: `file`, `offset`, `n_bytes`, `is_computed` and `ready`; and its parts."""
         job = self._job[0]
         number, first = int(job["planned"]), self._n_parts
         self._n_parts += len(parts)
@@ -191,7 +192,11 @@ class Pump:
         file, offset, n_bytes, is_computed, ready = piece
         self.pieces[number] = file, offset, n_bytes, first, len(parts), is_computed, ready
         job["planned"] = number + 1
-        os.eventfd_write(self._planned, 1)
+
+    def release(self, count: int) -> None:
+        """Let the threads take so many more of the planned pieces."""
+        if count:
+            os.eventfd_write(self._planned, count)
 
     def wait_for(self, tensor: int, seconds: float) -> bool:
         """Wait until all of a tensor has been taken, but not for long; whether it has.

@@ -95,12 +95,15 @@ def read_piece(calls: Any, piece: Any, host: int) -> Any:
 
 
 @register_jitable  # type: ignore[untyped-decorator]
-def send_piece(calls: Any, piece: Any, parts: Any, buffer: Any, stream: int, arguments_at: int) -> Any:
+def send_piece(calls: Any, piece: Any, parts: Any, buffer: Any, lane: Any, arguments_at: int) -> Any:
     """Queue all work on a piece; the result is 0, or the driver's code."""
     arguments = carray(pointer(arguments_at), 3, types.int64)
-    code = call_driver(calls.let_gpu_wait, (stream, piece.ready, 0))
+    code = 0
+    if lane.waited != piece.ready:
+        code = call_driver(calls.let_gpu_wait, (lane.stream, piece.ready, 0))
+        lane.waited = piece.ready
     if code == 0 and piece.is_computed:
-        code = call_driver(calls.copy, (buffer.gpu, buffer.host, piece.n_bytes, stream))
+        code = call_driver(calls.copy, (buffer.gpu, buffer.host, piece.n_bytes, lane.stream))
     for number in range(piece.first_part, piece.first_part + piece.n_parts):
         if code:
             break
@@ -108,11 +111,11 @@ def send_piece(calls: Any, piece: Any, parts: Any, buffer: Any, stream: int, arg
         if part.kernel:
             arguments[0], arguments[1], arguments[2] = buffer.gpu + part.at, part.n_elements, part.target
             grid, block = (part.n_thread_blocks, 1, 1), (part.n_threads, 1, 1)
-            code = call_driver(calls.launch, (part.kernel, *grid, *block, 0, stream, arguments_at + ADDRESSES, 0))
+            code = call_driver(calls.launch, (part.kernel, *grid, *block, 0, lane.stream, arguments_at + ADDRESSES, 0))
         else:
-            code = call_driver(calls.copy, (part.target, buffer.host + part.at, part.n_bytes, stream))
+            code = call_driver(calls.copy, (part.target, buffer.host + part.at, part.n_bytes, lane.stream))
     # After a failure too: the buffer is free once the GPU has got to here.
-    failed = call_driver(calls.record, (buffer.free, stream))
+    failed = call_driver(calls.record, (buffer.free, lane.stream))
     return code or failed
 
 
@@ -140,7 +143,7 @@ def pump(lane_at: int) -> int:
         if code == 0:
             place, code = IN_FILE, read_piece(calls, piece, buffer.host)
         if code == 0:
-            place, code = IN_GPU, send_piece(calls, piece, parts, buffer, lane.stream, arguments_at)
+            place, code = IN_GPU, send_piece(calls, piece, parts, buffer, lane, arguments_at)
             atomic("xchg", lane_at + LATEST, buffer.free)
             lane.turn = (lane.turn + 1) % lane.n_buffers
         if code:
