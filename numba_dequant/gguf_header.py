@@ -155,12 +155,16 @@ class Cursor:
 
     def _find_links(self) -> None:
         window = np.frombuffer(self._window, np.uint8)
-        marks = np.flatnonzero(window != 0)  # a comparison first: NumPy counts bools much faster than bytes
-        if self.byte_order == "big":
-            # There the zeros come first, after whatever ends before them, and the length is the byte behind them.
-            marks = np.concatenate([[-1], marks])
-        starts = marks[:-1][np.diff(marks) == 8] + (self.byte_order == "big")
-        ends = starts + 8 + window[starts + (7 if self.byte_order == "big" else 0)]
+        is_big = self.byte_order == "big"
+        is_zero = window == 0
+        # Seven zeros in a row: runs of two, of four, of seven. This is far quicker than to look where the others are.
+        two = is_zero[:-1] & is_zero[1:]
+        four = two[:-2] & two[2:]
+        seven = four[:-3] & four[3:]
+        # The length stands before them, or in big files behind them.
+        lengths = ~is_zero[7:] if is_big else ~is_zero[:-7]
+        starts = np.flatnonzero(seven[: len(lengths)] & lengths if is_big else seven[1:] & lengths[: len(seven) - 1])
+        ends = starts + 8 + window[starts + (7 if is_big else 0)]
         starts, ends = starts[ends <= len(window)], ends[ends <= len(window)]
         is_last = np.append(starts[1:] != ends[:-1], True)[: len(starts)]
         self._chain_ends = np.flatnonzero(is_last)

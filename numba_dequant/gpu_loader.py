@@ -51,20 +51,13 @@ class Lane:
         self.handle = int(self.stream.handle)
         self._pinned = [runtime.pinned(PIECE) for _ in range(BUFFERS)]
         self._on_gpu = [runtime.allocate(PIECE, device, self.handle) for _ in range(BUFFERS)]
-        self._free = [runtime.record(device.device_id, self.handle) for _ in range(BUFFERS)]
-        self._buffers = np.array(
-            [
-                (host.ctypes.data, memory.pointer, int(event.handle))
-                for host, memory, event in zip(self._pinned, self._on_gpu, self._free, strict=True)
-            ],
-            pump.BUFFER,
-        )
+        self._flags = runtime.pinned(8 * BUFFERS).view(np.int64)
+        self._flags[:] = 0
+        addresses = zip(self._pinned, self._on_gpu, range(BUFFERS), strict=True)
+        flag = self._flags.ctypes.data
+        rows = [(host.ctypes.data, memory.pointer, flag + 8 * number, 0) for host, memory, number in addresses]
+        self._buffers = np.array(rows, pump.BUFFER)
         self.record = pump.lane(self._buffers, runtime.context_of(device), self.handle)
-
-    @property
-    def latest(self) -> int:
-        """The event recorded after the lane's last piece."""
-        return int(self.record["latest"][0])
 
 
 class Lanes:
@@ -312,11 +305,20 @@ class _Load:
         try:
             while not self._pump.wait_for(index, PATIENCE):
                 self._watch(self._pump.taken)
+                self._check_lanes()
         except pump.FaultError as fault:
             raise self._error_of(fault) from None
         if self.tensors[index].n_bytes:
             check_unchanged(self.tensors[index], self._files[self.tensors[index].path])
         self._watch(self._pump.taken)
+
+    def _check_lanes(self) -> None:
+        """Look whether the GPU still works: a thread would wait for its buffer in vain."""
+        try:
+            for lane in self._crew:
+                runtime.check(lane.handle)
+        except DeviceError as error:
+            raise DeviceError(f"cuda:{self.index}: {error}") from error
 
     def _error_of(self, fault: pump.FaultError) -> NumbaDequantError:
         piece = self._pieces[fault.piece]
@@ -333,7 +335,7 @@ class _Load:
     def _let_caller_wait(self, numbers: Iterable[int]) -> None:
         """Let the caller's stream wait for what these threads have queued so far."""
         for number in numbers:
-            runtime.wait_for(self.stream, self._crew[number].latest)
+            runtime.wait_for(self.stream, runtime.record(self.index, self._crew[number].handle))
 
     def _hand_out(self, index: int) -> Any:
         result = self._results.pop(index)

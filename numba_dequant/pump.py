@@ -40,16 +40,16 @@ PIECE = _record("file", "offset", "n_bytes", "first_part", "n_parts", "is_comput
 PART = _record("tensor", "at", "n_bytes", "target", "kernel", "n_thread_blocks", "n_threads", "n_elements")
 """Bytes of one tensor in a piece, and what becomes of them; those with no kernel are copied."""
 
-BUFFER = _record("host", "gpu", "free")
-"""Pinned memory, as much on the GPU, and the event after which both may be filled again."""
+BUFFER = _record("host", "gpu", "flag", "free_at")
+"""Pinned memory, as much on the GPU, and where the GPU counts how often both have been used; they are free once it says
+`free_at`. The count lies in pinned memory, because asking the driver makes threads wait for each other."""
 
 LANE = _record(
-    *("job", "number", "context", "stream", "buffers", "n_buffers", "turn", "latest", "waited"),
+    *("job", "number", "context", "stream", "buffers", "n_buffers", "turn", "waited"),
     *("data", "n_elements", "out", "data_at", "n_elements_at", "out_at", "token"),
 )
-"""What one thread works with: `latest` is the event recorded after its last piece; `waited` the one that its stream
-has waited for last; a launch takes the addresses of its
-three arguments; `token` is read when there is one more piece."""
+"""What one thread works with: `waited` is the event that its stream has waited for last; a launch takes the addresses
+of its three arguments; `token` is read when there is one more piece."""
 
 JOB = _record(
     *("calls", "pieces", "parts", "n_pieces", "n_parts", "left", "written", "pieces_planned", "progress", "one"),
@@ -59,7 +59,7 @@ JOB = _record(
 
 CALLS = _record(
     *("set_context", "wait_for_piece", "read", "error", "tell"),
-    *("wait_for_gpu", "let_gpu_wait", "copy", "launch", "record"),
+    *("pause", "let_gpu_wait", "copy", "launch", "signal"),
 )
 """Addresses of functions of the C library and of the driver."""
 
@@ -80,11 +80,11 @@ def calls() -> NDArray[np.void]:
         "read": library.pread64,
         "error": library.__errno_location,
         "tell": library.write,
-        "wait_for_gpu": driver.cuEventSynchronize,
+        "pause": library.usleep,
         "let_gpu_wait": driver.cuStreamWaitEvent,
         "copy": driver.cuMemcpyHtoDAsync_v2,
         "launch": driver.cuLaunchKernel,
-        "record": driver.cuEventRecord,
+        "signal": driver.cuStreamWriteValue32_v2,
     }
     return addresses(functions)
 
@@ -133,7 +133,6 @@ def lane(buffers: NDArray[np.void], context: int, stream: int) -> NDArray[np.voi
     found = np.zeros(1, LANE)
     found["context"], found["stream"] = context, stream
     found["buffers"], found["n_buffers"] = buffers.ctypes.data, len(buffers)
-    found["latest"] = buffers["free"][-1]
     for name in ("data", "n_elements", "out"):
         found[f"{name}_at"] = found[name].ctypes.data
     return found

@@ -14,8 +14,11 @@ from numba_dequant.pump import BUFFER, CALLS, ENDED, IN_FILE, IN_GPU, JOB, LANE,
 
 LONG, INT, BYTE = ir.IntType(64), ir.IntType(32), ir.IntType(8)
 
+PAUSE = 20
+"""Microseconds; a copy takes 80."""
+
 INTERRUPTED = errno.EINTR
-LATEST, ARGUMENTS, TOKEN = (LANE.fields[name][1] for name in ("latest", "data", "token"))  # type: ignore[index]
+ARGUMENTS, TOKEN = (LANE.fields[name][1] for name in ("data", "token"))  # type: ignore[index]
 ADDRESSES = LANE.fields["data_at"][1] - ARGUMENTS  # type: ignore[index]
 CLAIMED, PLANNED, TAKEN = (JOB.fields[name][1] for name in ("claimed", "planned", "taken"))  # type: ignore[index]
 IS_OVER, FAULTS = (JOB.fields[name][1] for name in ("is_over", "faults"))  # type: ignore[index]
@@ -61,6 +64,16 @@ def load_int(typingctx: Any, address: Any) -> Any:
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         return builder.sext(builder.load(builder.inttoptr(args[0], INT.as_pointer())), LONG)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def look(typingctx: Any, address: Any) -> Any:
+    """A number that others change."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(builder.inttoptr(args[0], LONG.as_pointer()), "acquire", 8)
 
     return types.int64(types.int64), codegen
 
@@ -115,7 +128,8 @@ def send_piece(calls: Any, piece: Any, parts: Any, buffer: Any, lane: Any, argum
         else:
             code = call_driver(calls.copy, (part.target, buffer.host + part.at, part.n_bytes, lane.stream))
     # After a failure too: the buffer is free once the GPU has got to here.
-    failed = call_driver(calls.record, (buffer.free, lane.stream))
+    buffer.free_at += 1
+    failed = call_driver(calls.signal, (lane.stream, buffer.flag, buffer.free_at & 0xFFFFFFFF, 0))
     return code or failed
 
 
@@ -133,18 +147,19 @@ def pump(lane_at: int) -> int:
     while True:
         if call(calls.wait_for_piece, (job.pieces_planned, lane_at + TOKEN, 8)) != 8:
             continue
-        if atomic("add", job_at + IS_OVER, 0):
+        if look(job_at + IS_OVER):
             return count
         index = atomic("add", job_at + CLAIMED, 1)
-        if index >= atomic("add", job_at + PLANNED, 0):
+        if index >= look(job_at + PLANNED):
             return count
         piece, buffer = pieces[index], buffers[lane.turn]
-        place, code = IN_GPU, call_driver(calls.wait_for_gpu, (buffer.free,))
-        if code == 0:
-            place, code = IN_FILE, read_piece(calls, piece, buffer.host)
+        while look(buffer.flag) != buffer.free_at & 0xFFFFFFFF:
+            if look(job_at + IS_OVER):
+                return count
+            call(calls.pause, (PAUSE,))
+        place, code = IN_FILE, read_piece(calls, piece, buffer.host)
         if code == 0:
             place, code = IN_GPU, send_piece(calls, piece, parts, buffer, lane, arguments_at)
-            atomic("xchg", lane_at + LATEST, buffer.free)
             lane.turn = (lane.turn + 1) % lane.n_buffers
         if code:
             if atomic("add", job_at + FAULTS, 1) == 0:

@@ -132,9 +132,20 @@ def record(device: int, handle: int) -> Event:
     return stream_on(device, handle).record()
 
 
-def wait_for(stream: int, event: int) -> None:
-    """Let a stream wait for the event of that handle, without stopping the host."""
-    _check(driver.cuStreamWaitEvent(stream, event, 0))
+def wait_for(stream: int, event: Event) -> None:
+    """Let a stream wait for an event, without stopping the host."""
+    _check(driver.cuStreamWaitEvent(stream, int(event.handle), 0))
+
+
+def check(stream: int) -> None:
+    """Check that a stream has not failed; it may be busy.
+
+    Raises:
+        DeviceError: it has.
+    """
+    code, *_ = driver.cuStreamQuery(stream)
+    if code != driver.CUresult.CUDA_ERROR_NOT_READY:
+        _check((code,))
 
 
 def context_of(device: Device) -> int:

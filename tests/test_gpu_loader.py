@@ -37,7 +37,7 @@ class Owner:
 
 
 class Event:
-    """A point of a stream, known by its handle; it can be recorded anew."""
+    """A point of a stream, known by its handle."""
 
     def __init__(self, late, stream, position):
         self.late, self.stream, self.position = late, stream, position
@@ -85,7 +85,7 @@ class LateGpu:
         """What the threads' loop calls: the C library's own functions, and in place of the driver's those of this."""
         library = ctypes.CDLL(None)
         real = {"wait_for_piece": library.read, "tell": library.write}
-        ours = {"set_context": 1, "wait_for_gpu": 1, "let_gpu_wait": 3, "copy": 4, "launch": 11, "record": 2}
+        ours = {"set_context": 1, "pause": 1, "let_gpu_wait": 3, "copy": 4, "launch": 11, "signal": 4}
         self.error_number = ctypes.c_int()
         functions = real | {
             "read": ctypes.CFUNCTYPE(*[ctypes.c_ssize_t] * 5)(self.read),
@@ -108,12 +108,21 @@ class LateGpu:
     def set_context(self, context):
         return 0
 
-    def wait_for_gpu(self, event):
-        self.events[event - 1].sync()
+    def pause(self, microseconds):
+        with self.lock:
+            for handle in list(self.queues):
+                self.run(handle, self.done[handle] + self.random.randint(0, 3))
+        return 0
+
+    def signal(self, stream, address, value, flags):
+        def write():
+            ctypes.c_uint32.from_address(address).value = value
+
+        self.queue(stream, write)
         return 0
 
     def let_gpu_wait(self, stream, event, flags):
-        self.wait_for(stream, event)
+        self.wait_for(stream, self.events[event - 1])
         return 0
 
     def copy(self, pointer, host, n_bytes, stream):
@@ -212,20 +221,13 @@ class LateGpu:
             self.n_streams += 1
             return Stream(self, 100 + self.n_streams)
 
-    def record(self, event, stream):
-        with self.lock:
-            found = self.events[event - 1]
-            found.stream, found.position = int(stream), len(self.queues[int(stream)])
-            return 0
-
     def new_event(self, of, stream):
         with self.lock:
             return Event(self, int(stream), len(self.queues[int(stream)]))
 
     def wait_for(self, stream, event):
         with self.lock:
-            found = self.events[event - 1]
-            awaited = found.stream, found.position
+            awaited = event.stream, event.position
             self.queue(stream, lambda: self.run(*awaited), awaited=awaited)
 
     def __call__(self, index):
@@ -246,6 +248,7 @@ def late(request, monkeypatch):
         monkeypatch.setattr(runtime, name, getattr(found, name))
     monkeypatch.setattr(runtime, "record", found.new_event)
     monkeypatch.setattr(runtime, "context_of", lambda device: 1)
+    monkeypatch.setattr(runtime, "check", lambda stream: None)
     monkeypatch.setattr(gpu, "launcher", found.launcher)
     monkeypatch.setattr(pump, "calls", lambda: found.calls)
     monkeypatch.setattr(pump, "IS_POSSIBLE", request.param != "alone")
