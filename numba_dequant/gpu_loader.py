@@ -1,8 +1,8 @@
 """Loading to a GPU: threads read pieces to pinned memory; the GPU copies and dequantizes them behind the reading.
 
-A thread has a lane: a stream, and a few buffers in turn, each of pinned memory with as much memory on the GPU. The
-stream keeps the order within a lane; events keep it between lanes and the stream of the caller, and tell when a buffer
-may be filled again. The host never waits for anything else. What the threads do is in `pump`.
+A thread has a lane: two buffers in turn, each of pinned memory with as much memory on the GPU, and a stream, which it
+shares with others. The stream keeps the order within a lane, events keep it between lanes and the caller's stream, and
+a count that the GPU writes tells when a buffer may be filled again. What the threads do is in `pump`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from io import RawIOBase
 from typing import Any
 
 import numpy as np
-from cuda.core import Device
+from cuda.core import Device, Stream
 
 from numba_dequant import gpu, pump, runtime
 from numba_dequant.device import n_threads
@@ -31,12 +31,15 @@ from numba_dequant.selection import QuantizedTensor, Request
 from numba_dequant.staging import Staging
 
 PIECE = 4 << 20
-"""Bytes that a thread reads at a time: what a copy must have to run at full speed."""
+"""Bytes that a thread reads at a time: smaller ones cost calls, and larger ones fall out of the CPU's cache."""
 
-BUFFERS = 1
-"""Buffers of a lane. While one thread's is on its way, the others fill theirs: few buffers stay in the CPU's cache."""
+BUFFERS = 2
+"""Buffers of a lane: one is filled while the other is on its way. A third falls out of the cache, too."""
 
-LARGEST_CREW = 16
+STREAMS = 2
+"""Streams that lanes share: while one dequantizes, the other copies. With more, a GPU loses time between them."""
+
+LARGEST_CREW = 12
 """Threads at most, unless more are asked for: the bus is busy then."""
 
 LARGEST_BATCH = 32
@@ -46,8 +49,8 @@ LARGEST_BATCH = 32
 class Lane:
     """What one reading thread has on a GPU. It is expensive to make: pinned memory takes 0.7 ms per MiB."""
 
-    def __init__(self, device: Device) -> None:
-        self.stream = runtime.create_stream(device)
+    def __init__(self, device: Device, stream: Stream) -> None:
+        self.stream = stream
         self.handle = int(self.stream.handle)
         self._pinned = [runtime.pinned(PIECE) for _ in range(BUFFERS)]
         self._on_gpu = [runtime.allocate(PIECE, device, self.handle) for _ in range(BUFFERS)]
@@ -66,6 +69,8 @@ class Lanes:
     def __init__(self, index: int) -> None:
         self.index = index
         self._idle: list[Lane] = []
+        self._streams: list[Stream] = []
+        self._n_made = 0
         self._lock = threading.Lock()
 
     def take(self) -> Lane:
@@ -73,8 +78,11 @@ class Lanes:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
-        with runtime.current(self.index) as device:
-            return Lane(device)
+            with runtime.current(self.index) as device:
+                if len(self._streams) < STREAMS:
+                    self._streams.append(runtime.create_stream(device))
+                self._n_made += 1
+                return Lane(device, self._streams[self._n_made % len(self._streams)])
 
     def give_back(self, lane: Lane) -> None:
         """Let others use a lane, whatever is still under way on it."""

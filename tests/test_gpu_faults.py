@@ -1,0 +1,296 @@
+"""Whatever happens while a model is loaded to a GPU: one clear error, nothing left behind, and the next load works."""
+
+import ctypes
+import gc
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+from conftest import assert_same_bits, random_blocks, write_model
+
+import numba_dequant as nd
+from numba_dequant.device import cuda_problem
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(cuda_problem() is not None, reason="needs a GPU")]
+
+if cuda_problem() is None:
+    from cuda.bindings import driver
+
+    from numba_dequant import gpu_loader, pump, runtime
+
+N_ROWS = 40_000
+ROW = 10 * 34
+TENSORS = {f"blk.{layer}.weight": ("Q8_0", (N_ROWS, 320), random_blocks("Q8_0", 10 * N_ROWS)) for layer in range(4)}
+EXPECTED = {name: nd.dequantize(data, "Q8_0", shape=shape) for name, (_, shape, data) in TENSORS.items()}
+
+
+class Disk:
+    """Stands for the disk, below the loop that reads: calls `before(offset, n_bytes)`, which may raise an OSError."""
+
+    def __init__(self, before):
+        self.before, self.real = before, ctypes.CDLL(None).pread64
+        self.real.argtypes, self.real.restype = [ctypes.c_ssize_t] * 4, ctypes.c_ssize_t
+        self.number = ctypes.c_int()
+        self.functions = {
+            "read": ctypes.CFUNCTYPE(*[ctypes.c_ssize_t] * 5)(self.read),
+            "error": ctypes.CFUNCTYPE(*[ctypes.c_ssize_t] * 2)(lambda _: ctypes.addressof(self.number)),
+        }
+        self.calls = pump.calls().copy()
+        for name, function in self.functions.items():
+            self.calls[name] = ctypes.cast(function, ctypes.c_void_p).value
+
+    def read(self, file, pointer, n_bytes, offset):
+        try:
+            self.before(offset, n_bytes)
+        except OSError as error:
+            self.number.value = error.errno
+            return -1
+        return self.real(file, pointer, n_bytes, offset)
+
+
+def broken(at, fault):
+    """A disk on which something happens once a byte is read."""
+
+    def before(offset, n_bytes):
+        if offset <= at < offset + n_bytes:
+            fault()
+
+    return Disk(before)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write_model(tmp_path / "model.gguf", TENSORS)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(monkeypatch):
+    """Small pieces, so that faults come halfway; and no thread, file or memory remains."""
+    nd.open(nothing_but_a_header()).close()
+    monkeypatch.setattr(gpu_loader, "PIECE", 1024 * ROW)
+    nd.dequantize(bytes(34), "Q8_0", device="cuda")
+    pump.compiled()
+    before = state()
+    yield
+    gpu_loader.release()
+    after = state()
+    assert after[1:] == before[1:]
+    assert after[0] <= before[0]
+
+
+def nothing_but_a_header():
+    return os.path.join(os.path.dirname(__file__), "data", "gguf", "good", "shapes.gguf")
+
+
+def state():
+    """GPU memory in use, threads, open files."""
+    gc.collect()
+    with runtime.current(0) as device:
+        device.sync()
+        _, pool = driver.cuDeviceGetDefaultMemPool(0)
+        _, used = driver.cuMemPoolGetAttribute(pool, driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_USED_MEM_CURRENT)
+    return int(used), threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+
+def assert_loads(path, threads=3):
+    found = nd.load(path, device="cuda", threads=threads)
+    assert list(found) == list(TENSORS)
+    for name, tensor in found.items():
+        assert_same_bits(tensor.copy_to_host(), EXPECTED[name])
+
+
+def input_output_error():
+    raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("layer", [0, 2])
+class TestHalfway:
+    def place(self, path, layer):
+        tensor = nd.open(path).tensors[f"blk.{layer}.weight"]
+        return tensor, tensor.offset + 1500 * ROW
+
+    def test_a_read_error(self, path, monkeypatch, threads, layer):
+        tensor, at = self.place(path, layer)
+        disk = broken(at, input_output_error)
+        with monkeypatch.context() as patch:
+            patch.setattr(pump, "calls", lambda: disk.calls)
+            message = rf"model\.gguf: tensor '{tensor.name}' at byte \d+: Input/output error; check the disk"
+            with pytest.raises(nd.ReadError, match=message) as raised:
+                nd.load(path, device="cuda", threads=threads)
+        assert raised.value.offset <= at < raised.value.offset + gpu_loader.PIECE
+        del raised
+        assert_loads(path)
+
+    def test_the_file_is_cut_short(self, path, monkeypatch, threads, layer):
+        _, at = self.place(path, layer)
+        content = path.read_bytes()
+        disk = broken(at, lambda: os.truncate(path, at))
+        with monkeypatch.context() as patch:
+            patch.setattr(pump, "calls", lambda: disk.calls)
+            with pytest.raises((nd.GgufError, nd.ReadError), match=r"model\.gguf: tensor 'blk"):
+                nd.load(path, device="cuda", threads=threads)
+        path.write_bytes(content)
+        assert_loads(path)
+
+    def test_the_file_is_written_to(self, path, monkeypatch, threads, layer):
+        _, at = self.place(path, layer)
+        content = path.read_bytes()
+
+        def overwrite():
+            with open(path, "r+b") as file:
+                file.seek(at)
+                file.write(bytes(100))
+
+        disk = broken(at, overwrite)
+        with monkeypatch.context() as patch:
+            patch.setattr(pump, "calls", lambda: disk.calls)
+            with pytest.raises(nd.ReadError, match="it has changed since it was opened; open it anew"):
+                nd.load(path, device="cuda", threads=threads)
+        path.write_bytes(content)
+        assert_loads(path)
+
+    def test_out_of_memory(self, path, monkeypatch, threads, layer):
+        real, calls = runtime.allocate, []
+
+        def allocate(n_bytes, device, stream):
+            calls.append(n_bytes)
+            is_output = n_bytes == N_ROWS * 640
+            return real(1 << 45 if is_output and calls.count(n_bytes) > layer else n_bytes, device, stream)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime, "allocate", allocate)
+            message = rf"model\.gguf: tensor 'blk\.{layer}\.weight': cuda:0 is out of memory"
+            with pytest.raises(nd.DeviceError, match=message):
+                nd.load(path, device="cuda", threads=threads)
+        assert_loads(path)
+
+    def test_what_the_callback_raises(self, path, threads, layer):
+        def callback(progress):
+            if progress.bytes_done >= layer * N_ROWS * ROW:
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            nd.load(path, device="cuda", threads=threads, callback=callback)
+        assert_loads(path)
+
+    def test_dropping_the_iterator(self, path, threads, layer):
+        with nd.open(path) as model:
+            for number, (name, tensor) in enumerate(model.stream(device="cuda", threads=threads)):
+                assert tensor.shape == TENSORS[name][1]
+                if number == layer:
+                    break
+        del tensor
+        assert_loads(path)
+
+
+def test_two_loads_in_two_threads(path):
+    problems = []
+
+    def work():
+        try:
+            for _ in range(5):
+                assert_loads(path)
+        except BaseException as error:
+            problems.append(error)
+
+    workers = [threading.Thread(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not problems
+
+
+def test_ctrl_c(path):
+    """In a process of its own, in the middle of a load that takes seconds."""
+    code = """
+import os, signal, sys, threading, time
+sys.path.insert(0, os.path.dirname(sys.argv[2]))
+import numba_dequant as nd
+import test_gpu_faults as faults
+from numba_dequant import gpu_loader, pump
+pump.compiled()
+nd.dequantize(bytes(34), "Q8_0", device="cuda")
+gpu_loader.PIECE = 64 * 340
+disk = faults.Disk(lambda offset, n_bytes: time.sleep(0.02))
+real, pump.calls = pump.calls, lambda: disk.calls
+before = threading.active_count()
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+start = time.perf_counter()
+try:
+    nd.load(sys.argv[1], device="cuda", threads=3)
+except KeyboardInterrupt:
+    assert time.perf_counter() - start < 1.5
+    time.sleep(0.1)
+    assert threading.active_count() == before, threading.enumerate()
+    pump.calls = real
+    assert len(nd.load(sys.argv[1], device="cuda")) == 4
+    print("interrupted")
+"""
+    command = [sys.executable, "-c", code, path, __file__]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.stdout == "interrupted\n", found.stderr
+    assert found.returncode != -signal.SIGINT
+
+
+def test_two_hundred_loads_with_faults(path, monkeypatch):
+    """The memory of the GPU, pinned memory, that of the process, threads and files stay where they were."""
+    rng = random.Random(0)
+    size = os.path.getsize(path)
+    failures = 0
+
+    def load():
+        nonlocal failures
+        fault = rng.choice([None, input_output_error, "callback", "memory"])
+        disk = broken(rng.randrange(2000, size), fault if callable(fault) else lambda: None)
+        real, n_allocated = runtime.allocate, []
+
+        def allocate(n_bytes, device, stream):
+            n_allocated.append(n_bytes)
+            if fault == "memory" and len(n_allocated) == 12:
+                raise nd.DeviceError("cuda:0 is out of memory")
+            return real(n_bytes, device, stream)
+
+        def callback(progress):
+            if fault == "callback" and progress.bytes_done > size // 2:
+                raise ZeroDivisionError
+
+        options = {"threads": rng.randint(1, 4), "prefetch": rng.randint(0, 3), "callback": callback}
+        with monkeypatch.context() as patch:
+            patch.setattr(pump, "calls", lambda: disk.calls)
+            patch.setattr(runtime, "allocate", allocate)
+            try:
+                for _ in nd.open(path).stream(device="cuda", **options):
+                    if rng.random() < 0.05:
+                        break
+            except (nd.ReadError, nd.DeviceError, ZeroDivisionError):
+                failures += 1
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    for _ in range(60):
+        load()
+    before, was_resident = state(), resident()
+    for _ in range(140):
+        load()
+    after = state()
+    assert 20 < failures < 180
+    assert after == before
+    assert resident() - was_resident < 16 << 20
+    assert_loads(path)
+
+
+def test_the_next_load_reuses_what_it_keeps(path):
+    with runtime.current(0):
+        nd.load(path, device="cuda", threads=2)
+        kept = list(gpu_loader._lanes[0]._idle)
+        nd.load(path, device="cuda", threads=2)
+        assert {id(lane) for lane in gpu_loader._lanes[0]._idle} == {id(lane) for lane in kept}
+    assert len(kept) == 2
