@@ -1,5 +1,7 @@
 """Models to load: the tensors of real ones, filled with random blocks, and written as fast as the disk takes them."""
 
+import json
+import math
 from dataclasses import dataclass, replace
 
 import gguf
@@ -103,4 +105,20 @@ def write(path, content, n_tokens=0, split=None):
                 left -= file.write(chunks[kind][: min(left, chunks[kind].size)].data)
         file.write(bytes(-file.tell() % 32))
     writer.close()
+    return path
+
+
+def write_safetensors(path, content):
+    """The same tensors as another format has them: as FP16."""
+    header, end = {}, 0
+    for name, _, shape in content:
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    chunk = np.random.default_rng(0).standard_normal(CHUNK // 2).astype(np.float16)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        while end:
+            end -= file.write(chunk.view(np.uint8)[: min(end, CHUNK)].data)
     return path

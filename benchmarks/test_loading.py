@@ -1,10 +1,15 @@
 """Opening and loading models, from the page cache, to FP16 on the CPU; gguf-py beside us, as its users do it."""
 
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+
 import gguf
 import models
 import numpy as np
 import pytest
-from conftest import note
+from conftest import NO_GPU, note
 
 import numba_dequant as nd
 from numba_dequant.device import n_threads
@@ -13,8 +18,10 @@ from numba_dequant.verify import check_same
 SMALL = {"n_layers": 1, "n_vocab": 1024}
 """What a model is reduced to where nothing is timed."""
 
-LLAMA = {"n_layers": 8}
-"""A quarter of Llama-3.1-8B, whose values still fit in the memory of a small machine."""
+LLAMA = {"n_layers": 8 if NO_GPU else 54}
+"""A quarter of Llama-3.1-8B, whose values still fit in the memory of a small machine; or 8 GB of it."""
+
+GPU_MODELS = [("Gemma-3-270M", "Q4_K_M"), ("Qwen2.5-0.5B", "Q8_0"), ("Llama-3.1-8B", "Q4_K_M")]
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +39,19 @@ def written(tmp_path_factory, request):
         return paths[name, mix]
 
     return write
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory, written, request):
+    """A function that writes the values of a model as safetensors."""
+    is_timed = request.config.getoption("benchmark_enable")
+
+    def write(name):
+        changes = SMALL if not is_timed else LLAMA if name.startswith("Llama") else {}
+        path = tmp_path_factory.mktemp("twins") / f"{name}.safetensors"
+        return models.write_safetensors(path, models.tensors(name, "Q4_K_M", **changes))
+
+    return cache(write)
 
 
 def read_by_gguf_py(path):
@@ -79,26 +99,128 @@ def test_load_cpu(benchmark, written, name, mix):
         note(benchmark, n_bytes + 2 * n_elements, file_bytes=n_bytes, threads=n_threads())
 
 
-@pytest.mark.parametrize("threads", [None, 2, 8, 16])
-@pytest.mark.parametrize("name", ["Gemma-3-270M", "Llama-3.1-8B"])
-def test_load_gpu(benchmark, gpu, written, name, threads):
-    """Until the last value is there; the roof is a copy from pinned memory."""
+def load_pageable(path):
+    """What one does without a loader: the memory map of each tensor to the GPU, and a kernel."""
+    with nd.open(path) as model:
+        found = {}
+        for name, tensor in model.tensors.items():
+            found[name] = nd.dequantize(model.read(name), tensor.format, shape=tensor.shape, device="cuda")
+        return found
+
+
+def load_safetensors(path):
+    return pytest.importorskip("safetensors.torch").load_file(path, device="cuda")
+
+
+def load_gguf_py(path):
+    torch = pytest.importorskip("torch")
+    return {name: torch.from_numpy(values).cuda() for name, values in read_by_gguf_py(path).items()}
+
+
+WAYS = {
+    "ours": lambda path: nd.load(path, device="cuda", progress=False),
+    "ours, 2 threads": lambda path: nd.load(path, device="cuda", progress=False, threads=2),
+    "pageable": load_pageable,
+    "safetensors": load_safetensors,
+    "gguf-py": load_gguf_py,
+}
+
+
+@pytest.fixture
+def bus(gpu):
+    """Bytes per second that a copy from pinned memory reaches, in this run."""
     from numba_dequant import runtime
 
-    with nd.open(written(name, "Q4_K_M")) as model:
+    pinned, room = runtime.pinned(64 << 20), runtime.allocate(64 << 20, gpu.device, 0)
+    return pinned.nbytes / gpu.clock.seconds(lambda: runtime.copy_to_device(room.pointer, pinned, 0))
 
-        def load():
-            found = model.load_all(device="cuda", progress=False, threads=threads)
+
+def sizes(path):
+    """Bytes of the tensors in a file, and of their values as FP16."""
+    tensors = nd.open(path).tensors.values()
+    return sum(tensor.n_bytes for tensor in tensors), sum(2 * tensor.n_elements for tensor in tensors)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("name", "mix"), GPU_MODELS)
+def test_load_gpu(benchmark, gpu, bus, written, twin, name, mix, way):
+    """A file in the page cache to FP16 on the GPU, until the last value is there; the roof is the bus."""
+    if way == "gguf-py" and name != "Gemma-3-270M":
+        pytest.skip("it takes minutes")
+    path = written(name, mix)
+    n_bytes, n_values = sizes(path)
+    source = twin(name) if way == "safetensors" else path
+
+    def load():
+        found = WAYS[way](source)
+        gpu.synchronize()
+        return found
+
+    found = load()
+    if way.startswith("ours"):
+        for tensor in (next(iter(found)), list(found)[-1]):
+            rows = slice(0, 64)
+            expected = nd.open(path).load(tensor, device="reference", rows=rows)
+            check_same(found[tensor].copy_to_host()[rows], expected, tensor)
+    del found
+    benchmark.pedantic(load, rounds=1 if way == "gguf-py" else 3 if n_values > 1 << 33 else 15)
+    note(benchmark, n_values if way == "safetensors" else n_bytes, bus, values=n_values, file_bytes=n_bytes)
+
+
+@pytest.mark.parametrize("n_layers", [5, 112])
+def test_memory(benchmark, gpu, tmp_path, n_layers):
+    """What a load takes at its peak, beyond what it gives back: of host memory, and on the GPU."""
+    from cuda.bindings import driver
+
+    from numba_dequant import gpu_loader
+
+    changes = {"n_layers": n_layers} if benchmark.enabled else SMALL
+    path = models.write(tmp_path / "model.gguf", models.tensors("Llama-3.1-8B", "Q4_K_M", **changes))
+    n_bytes, n_values = sizes(path)
+    nd.load(path, "blk.0.*", device="cuda", progress=False)
+    gpu_loader.release()
+    gpu.synchronize()
+    _, pool = driver.cuDeviceGetDefaultMemPool(0)
+    high = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_USED_MEM_HIGH
+    current = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_USED_MEM_CURRENT
+    in_use = int(driver.cuMemPoolGetAttribute(pool, current)[1])
+    driver.cuMemPoolSetAttribute(pool, high, driver.cuuint64_t(0))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = host_memory("VmHWM")
+    kept = benchmark.pedantic(nd.load, (path,), {"device": "cuda", "progress": False}, rounds=1)
+    gpu.synchronize()
+    pinned = sum(gpu_loader.BUFFERS * gpu_loader.PIECE for lanes in gpu_loader._lanes.values() for _ in lanes._idle)
+    host = host_memory("VmHWM") - before + pinned
+    on_gpu = int(driver.cuMemPoolGetAttribute(pool, high)[1]) - in_use - sum(tensor.nbytes for tensor in kept.values())
+    assert host < 256 << 20
+    assert on_gpu < 256 << 20
+    note(benchmark, n_bytes, values=n_values, **{"host MiB": host / 2**20, "GPU MiB": on_gpu / 2**20})
+
+
+def host_memory(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
+
+
+@pytest.mark.parametrize("way", ["ours", "dd"])
+def test_cold(benchmark, gpu, written, way):
+    """A file that is not in the page cache; `dd` reads it and throws it away."""
+    path = written("Llama-3.1-8B", "Q4_K_M")
+
+    def drop():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def read():
+        if way == "dd":
+            subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=4M"], check=True, capture_output=True)
+        else:
+            nd.load(path, device="cuda", progress=False)
             gpu.synchronize()
-            return found
 
-        last = list(model.tensors)[-1]
-        check_same(load()[last].copy_to_host(), model.load(last, device="reference"), last)
-        benchmark.pedantic(load, rounds=5, warmup_rounds=1)
-        pinned, room = runtime.pinned(256 << 20), runtime.allocate(256 << 20, gpu.device, 0)
-        seconds = gpu.clock.seconds(lambda: runtime.copy_to_device(room.pointer, pinned, 0))
-        n_bytes = sum(tensor.n_bytes for tensor in model.tensors.values())
-        note(benchmark, n_bytes, pinned.nbytes / seconds)
+    benchmark.pedantic(read, setup=drop, rounds=3)
+    note(benchmark, os.path.getsize(path))
 
 
 def test_load_gguf_py(benchmark, written):
