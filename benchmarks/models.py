@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass, replace
 
 import gguf
@@ -105,6 +106,7 @@ def write(path, content, n_tokens=0, split=None):
                 left -= file.write(chunks[kind][: min(left, chunks[kind].size)].data)
         file.write(bytes(-file.tell() % 32))
     writer.close()
+    os.sync()  # what the disk is still busy with would be measured too
     return path
 
 
@@ -121,4 +123,5 @@ def write_safetensors(path, content):
         file.write(len(text).to_bytes(8, "little") + text)
         while end:
             end -= file.write(chunk.view(np.uint8)[: min(end, CHUNK)].data)
+    os.sync()
     return path
