@@ -1,7 +1,8 @@
-"""Opening and loading models, from the page cache, to FP16 on the CPU; gguf-py beside us, as its users do it."""
+"""Opening and loading models, to FP16 on the CPU and on a GPU, beside what else one could do."""
 
 import os
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +25,11 @@ LLAMA = {"n_layers": 8 if NO_GPU else 54}
 GPU_MODELS = [("Gemma-3-270M", "Q4_K_M"), ("Qwen2.5-0.5B", "Q8_0"), ("Llama-3.1-8B", "Q4_K_M")]
 
 
+def changes(name, is_timed):
+    """What of a model is other than in the real one."""
+    return SMALL if not is_timed else LLAMA if name.startswith("Llama") else {}
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, request):
     """A function that writes a model, once."""
@@ -32,24 +38,22 @@ def written(tmp_path_factory, request):
 
     def write(name, mix):
         if (name, mix) not in paths:
-            changes = SMALL if not is_timed else LLAMA if name.startswith("Llama") else {}
             path = tmp_path_factory.mktemp("models") / f"{name}-{mix}.gguf"
             n_tokens = models.ARCHITECTURES[name].n_vocab if is_timed else 1000
-            paths[name, mix] = models.write(path, models.tensors(name, mix, **changes), n_tokens)
+            paths[name, mix] = models.write(path, models.tensors(name, mix, **changes(name, is_timed)), n_tokens)
         return paths[name, mix]
 
     return write
 
 
 @pytest.fixture(scope="module")
-def twin(tmp_path_factory, written, request):
+def twin(tmp_path_factory, request):
     """A function that writes the values of a model as safetensors."""
     is_timed = request.config.getoption("benchmark_enable")
 
     def write(name):
-        changes = SMALL if not is_timed else LLAMA if name.startswith("Llama") else {}
         path = tmp_path_factory.mktemp("twins") / f"{name}.safetensors"
-        return models.write_safetensors(path, models.tensors(name, "Q4_K_M", **changes))
+        return models.write_safetensors(path, models.tensors(name, "Q4_K_M", **changes(name, is_timed)))
 
     return cache(write)
 
@@ -176,8 +180,10 @@ def test_memory(benchmark, gpu, tmp_path, n_layers):
 
     from numba_dequant import gpu_loader
 
-    changes = {"n_layers": n_layers} if benchmark.enabled else SMALL
-    path = models.write(tmp_path / "model.gguf", models.tensors("Llama-3.1-8B", "Q4_K_M", **changes))
+    if "torch" in sys.modules:  # it keeps what safetensors has loaded
+        sys.modules["torch"].cuda.empty_cache()
+    size = {"n_layers": n_layers} if benchmark.enabled else SMALL
+    path = models.write(tmp_path / "model.gguf", models.tensors("Llama-3.1-8B", "Q4_K_M", **size))
     n_bytes, n_values = sizes(path)
     nd.load(path, "blk.0.*", device="cuda", progress=False)
     gpu_loader.release()

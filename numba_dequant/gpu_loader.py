@@ -98,6 +98,7 @@ class Lanes:
 
 
 _lanes: dict[int, Lanes] = {}
+_staging: dict[int, Staging] = {}
 
 
 def release() -> None:
@@ -133,12 +134,11 @@ def load(
     handle = runtime.stream_handle(stream)
     _check(requests, index, handle)
     if not pump.IS_POSSIBLE or any(request.tensor.byte_order == "big" for request in requests):
-        return _load_alone(requests, _staging.setdefault(index, Staging(index)), stream, watch)
+        if index not in _staging:
+            _staging[index] = Staging(index)
+        return _load_alone(requests, _staging[index], stream, watch)
     lanes = _lanes.setdefault(index, Lanes(index))
     return _Load(requests, lanes, handle, threads or min(n_threads(), LARGEST_CREW), prefetch, watch).run()
-
-
-_staging: dict[int, Staging] = {}
 
 
 def _load_alone(
@@ -209,7 +209,7 @@ class _Load:
         self._ready_handle = 0
         self._files: dict[str, RawIOBase] = {}
         self._stack = ExitStack()
-        self._n_threads = min(n_threads, pump.LARGEST_CREW)
+        self._n_threads = max(1, min(n_threads, pump.LARGEST_CREW))
         self._crew: list[Lane] = []
 
     def run(self) -> Generator[Any, None, None]:
@@ -239,6 +239,8 @@ class _Load:
         with runtime.current(self.index) as device:
             while self._next is not None and self._next.parts[0].index <= last:
                 piece = self._next
+                if piece.n_bytes > PIECE:  # the threads' code believes what it is told
+                    raise DeviceError(f"{piece.path}: a piece of {piece.n_bytes} bytes, and buffers of {PIECE}")
                 if sum(self._prepare(part.index, device) for part in piece.parts):
                     self._ready.append(runtime.record(self.index, self.stream))
                     self._ready_handle = int(self._ready[-1].handle)
@@ -252,9 +254,6 @@ class _Load:
                 if len(self._pieces) - self._released >= min(self._released + 1, LARGEST_BATCH):
                     self._release()
             self._release()
-            for index in range(min(last + 1, len(self.requests))):
-                if not self.tensors[index].n_bytes and index not in self._results:
-                    self._prepare(index, device)
 
     def _release(self) -> None:
         """Let the threads have what has been planned, with one more of them where there is work for it."""
@@ -346,9 +345,10 @@ class _Load:
             runtime.wait_for(self.stream, runtime.record(self.index, self._crew[number].handle))
 
     def _hand_out(self, index: int) -> Any:
-        result = self._results.pop(index)
-        if result.target is not result.out:
-            with runtime.current(self.index):
+        with runtime.current(self.index) as device:
+            self._prepare(index, device)  # a tensor without bytes is in no piece
+            result = self._results.pop(index)
+            if result.target is not result.out:
                 runtime.copy_on_device(result.out.pointer, result.target.pointer, result.out.n_bytes, self.stream)
         return result.given
 

@@ -77,7 +77,7 @@ def calls() -> NDArray[np.void]:
     functions = {
         "set_context": driver.cuCtxSetCurrent,
         "wait_for_piece": library.read,
-        "read": library.pread64,
+        "read": library.pread,
         "error": library.__errno_location,
         "tell": library.write,
         "pause": library.usleep,
@@ -114,6 +114,11 @@ def compiled() -> Callable[[int], None]:
 
     loop.engine = engine  # type: ignore[attr-defined]  # the code lives as long as it does
     return loop
+
+
+def keep() -> None:
+    """Compile the loop, if nobody has yet, and keep it on disk."""
+    _text()
 
 
 def _text() -> str:
@@ -157,6 +162,8 @@ class Pump:
         self._calls = calls()
         self._planned = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
         self._progress = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poll = select.poll()  # select itself fails where many files are open
+        self._poll.register(self._progress, select.POLLIN)
         self._job = np.zeros(1, JOB)
         self._n_parts = 0
         self._threads: list[threading.Thread] = []
@@ -178,9 +185,13 @@ class Pump:
         lane["job"], lane["number"], lane["waited"] = self._job.ctypes.data, number, 0
         # A daemon, so that a program may end with an iterator that it has not finished.
         name = f"numba_dequant reader {number}"
-        thread = threading.Thread(target=compiled(), args=(lane.ctypes.data,), name=name, daemon=True)
+        thread = threading.Thread(target=self._work, args=(compiled(), lane), name=name, daemon=True)
         thread.start()
         self._threads.append(thread)
+
+    def _work(self, loop: Callable[[int], None], lane: NDArray[np.void]) -> None:
+        # A method, so that the tables live as long as the thread that reads them, whatever interrupts the others.
+        loop(lane.ctypes.data)
 
     def plan(self, piece: tuple[int, ...], parts: list[tuple[int, ...]]) -> None:
         """Plan a piece: `file`, `offset`, `n_bytes`, `is_computed` and `ready`; and its parts."""
@@ -205,7 +216,7 @@ class Pump:
         """
         if not self.left[tensor]:
             return True
-        select.select([self._progress], [], [], seconds)
+        self._poll.poll(1000 * seconds)
         with suppress(BlockingIOError):
             os.eventfd_read(self._progress)
         if self._job["is_over"][0]:

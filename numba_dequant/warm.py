@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 
+from numba_dequant import pump
 from numba_dequant.device import n_threads
 from numba_dequant.formats import format_named
 
 LARGEST_POOL = 8
 """Processes, of which each takes a second and 0.3 GB to start."""
+
+
+@dataclass(frozen=True)
+class LoopTask:
+    """The loop that loads models to GPUs."""
+
+    def run(self) -> None:
+        """Compile it and keep it."""
+        pump.keep()
 
 
 @dataclass(frozen=True)
@@ -40,9 +50,11 @@ class Task:
             compiler.cubin(source, self.dtype, self.mapping, self.capability)
 
 
-def tasks(formats: list[str], dtypes: list[str], capabilities: list[tuple[int, int]], *, on_cpu: bool) -> list[Task]:
+def tasks(
+    formats: list[str], dtypes: list[str], capabilities: list[tuple[int, int]], *, on_cpu: bool
+) -> list[Task | LoopTask]:
     """What is needed for these formats and output types, for one tensor and for many."""
-    found = []
+    found: list[Task | LoopTask] = [LoopTask()] if capabilities and pump.IS_POSSIBLE else []
     for name in formats:
         for dtype in dtypes:
             if on_cpu:
@@ -51,7 +63,7 @@ def tasks(formats: list[str], dtypes: list[str], capabilities: list[tuple[int, i
     return found
 
 
-def compile_all(tasks: list[Task]) -> Iterator[Task]:
+def compile_all(tasks: Sequence[Task | LoopTask]) -> Iterator[Task | LoopTask]:
     """Run the tasks, and yield each when it is done.
 
     Raises:

@@ -177,7 +177,8 @@ def test_warm_and_cache(empty_store, capsys):
     assert "2 formats to float32 compiled for the CPU, sm_90, sm_80" in capsys.readouterr().out
     assert cli.main(["cache"]) == 0
     shown = capsys.readouterr().out
-    assert "10 entries" in shown
+    assert "11 entries" in shown
+    assert "pump-" in shown
     for label in ("cpu-Q8_0-float32", "sm90-Q4_K-float32-tile", "sm80-Q8_0-float32-table"):
         assert label in shown
     # What is warm is not compiled again.

@@ -8,21 +8,19 @@ import subprocess
 import sys
 import threading
 
+import faults
 import numpy as np
 import pytest
-from conftest import assert_same_bits, random_blocks, write_model
+from conftest import assert_same_bits, write_model
+from faults import ROW, TENSORS, assert_loads, input_output_error, overwrite, place
 
 import numba_dequant as nd
 from numba_dequant import host_loader, reading
 
-N_ROWS = 2000
-TENSORS = {f"blk.{layer}.weight": ("Q8_0", (N_ROWS, 320), random_blocks("Q8_0", 10 * N_ROWS)) for layer in range(4)}
-ROW = 10 * 34
-
 
 @pytest.fixture
 def path(tmp_path):
-    return write_model(tmp_path / "model.gguf", TENSORS)
+    return faults.write(tmp_path / "model.gguf")
 
 
 @pytest.fixture(autouse=True)
@@ -41,13 +39,6 @@ def n_open_files():
     return len(os.listdir("/proc/self/fd"))
 
 
-def assert_loads(path, threads=3):
-    found = nd.load(path, device="cpu", threads=threads)
-    assert list(found) == list(TENSORS)
-    for name, (source, shape, data) in TENSORS.items():
-        assert_same_bits(found[name], nd.dequantize(data, source, shape=shape, device="reference"))
-
-
 class Disk:
     """Stands for the disk: does something to a file, or to a read, at a certain byte."""
 
@@ -63,26 +54,11 @@ class Disk:
         return self.real(file, data, offset)
 
 
-def overwrite(path, at):
-    with open(path, "r+b") as file:
-        file.seek(at)
-        file.write(bytes(100))
-
-
-def input_output_error():
-    raise OSError(5, "Input/output error")
-
-
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("layer", [0, 2])
 class TestHalfway:
-    def place(self, path, layer):
-        """The tensor in which it happens, and a byte in its middle."""
-        tensor = nd.open(path).tensors[f"blk.{layer}.weight"]
-        return tensor, tensor.offset + 1000 * ROW
-
     def test_a_read_error(self, path, monkeypatch, threads, layer):
-        tensor, at = self.place(path, layer)
+        tensor, at = place(path, layer)
         with monkeypatch.context() as patch:
             Disk(patch, at, input_output_error)
             message = rf"model\.gguf: tensor '{tensor.name}' at byte \d+: Input/output error; check the disk"
@@ -91,10 +67,10 @@ class TestHalfway:
         assert raised.value.tensor == tensor.name
         assert raised.value.offset <= at < raised.value.offset + host_loader.PIECE
         assert isinstance(raised.value.__cause__, OSError)
-        assert_loads(path)
+        assert_loads(path, "cpu")
 
     def test_the_file_is_cut_short(self, path, monkeypatch, threads, layer):
-        tensor, at = self.place(path, layer)
+        tensor, at = place(path, layer)
         content = path.read_bytes()
         with monkeypatch.context() as patch:
             Disk(patch, at, lambda: os.truncate(path, at))
@@ -104,21 +80,21 @@ class TestHalfway:
             assert str(raised.value).startswith(f"{path}: tensor '{tensor.name}' data at byte {tensor.offset}: found")
         assert str(path) in str(raised.value)
         path.write_bytes(content)
-        assert_loads(path)
+        assert_loads(path, "cpu")
 
     def test_the_file_is_written_to(self, path, monkeypatch, threads, layer):
-        _, at = self.place(path, layer)
+        _, at = place(path, layer)
         content = path.read_bytes()
         with monkeypatch.context() as patch:
             Disk(patch, at, lambda: overwrite(path, at))
             with pytest.raises(nd.ReadError, match="it has changed since it was opened; open it anew"):
                 nd.load(path, device="cpu", threads=threads)
         path.write_bytes(content)
-        assert_loads(path)
+        assert_loads(path, "cpu")
 
     def test_another_file_takes_its_place(self, path, monkeypatch, threads, layer):
         """Who has it open goes on with the old one; who opens it then is told."""
-        _, at = self.place(path, layer)
+        _, at = place(path, layer)
         other = write_model(path.parent / "other.gguf", {"x": ("F32", (1,), bytes(4))})
         content = path.read_bytes()
         with monkeypatch.context() as patch:
@@ -132,10 +108,10 @@ class TestHalfway:
                 with pytest.raises(nd.ReadError, match="changed since it was opened"):
                     model.load("blk.0.weight", device="cpu")
         path.write_bytes(content)
-        assert_loads(path)
+        assert_loads(path, "cpu")
 
     def test_out_of_memory(self, path, monkeypatch, threads, layer):
-        tensor, _ = self.place(path, layer)
+        tensor, _ = place(path, layer)
         real, calls = np.empty, []
 
         def empty(shape, dtype=float):
@@ -149,24 +125,13 @@ class TestHalfway:
             patch.setattr(host_loader.np, "empty", empty)
             with pytest.raises(nd.DeviceError, match=rf"'{tensor.name}': out of memory: Unable to allocate"):
                 nd.load(path, device="cpu", threads=threads)
-        assert_loads(path)
+        assert_loads(path, "cpu")
 
     def test_what_the_callback_raises(self, path, threads, layer):
-        def callback(progress):
-            if progress.bytes_done >= layer * N_ROWS * ROW:
-                raise ZeroDivisionError
-
-        with pytest.raises(ZeroDivisionError):
-            nd.load(path, device="cpu", threads=threads, callback=callback)
-        assert_loads(path)
+        faults.raise_in_the_callback(path, "cpu", threads, layer)
 
     def test_dropping_the_iterator(self, path, threads, layer):
-        with nd.open(path) as model:
-            for number, (name, values) in enumerate(model.stream(device="cpu", threads=threads)):
-                assert values.shape == TENSORS[name][1]
-                if number == layer:
-                    break
-        assert_loads(path)
+        faults.drop_the_iterator(path, "cpu", threads, layer)
 
 
 def test_a_file_that_gets_another_number(path):
@@ -305,4 +270,4 @@ print(failures, after[0] - before[0], after[1] - before[1], after[2] - before[2]
     assert 40 < failures < 160
     assert n_bytes < 8 << 20
     assert n_threads == n_files == 0
-    assert_loads(path)
+    assert_loads(path, "cpu")

@@ -8,37 +8,22 @@ import signal
 import subprocess
 import sys
 import threading
-from functools import cache
 
+import faults
 import pytest
-from conftest import assert_same_bits, random_blocks, write_model
+from cuda.bindings import driver
 
 import numba_dequant as nd
-from numba_dequant.device import cuda_problem
+from numba_dequant import gpu_loader, pump, runtime
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(cuda_problem() is not None, reason="needs a GPU")]
-
-if cuda_problem() is None:
-    from cuda.bindings import driver
-
-    from numba_dequant import gpu_loader, pump, runtime
-
-N_ROWS = 10_000
-ROW = 10 * 34
-TENSORS = {f"blk.{layer}.weight": ("Q8_0", (N_ROWS, 320), random_blocks("Q8_0", 10 * N_ROWS)) for layer in range(4)}
-
-
-@cache
-def expected(name):
-    source, shape, data = TENSORS[name]
-    return nd.dequantize(data, source, shape=shape, device="reference")
+pytestmark = pytest.mark.gpu
 
 
 class Disk:
     """Stands for the disk, below the loop that reads: calls `before(offset, n_bytes)`, which may raise an OSError."""
 
     def __init__(self, before):
-        self.before, self.real = before, ctypes.CDLL(None).pread64
+        self.before, self.real = before, ctypes.CDLL(None).pread
         self.real.argtypes, self.real.restype = [ctypes.c_ssize_t] * 4, ctypes.c_ssize_t
         self.number = ctypes.c_int()
         self.functions = {
@@ -70,14 +55,14 @@ def broken(at, fault):
 
 @pytest.fixture
 def path(tmp_path):
-    return write_model(tmp_path / "model.gguf", TENSORS)
+    return faults.write(tmp_path / "model.gguf")
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(monkeypatch):
     """Small pieces, so that faults come halfway; and no thread, file or memory remains."""
     nd.open(nothing_but_a_header()).close()
-    monkeypatch.setattr(gpu_loader, "PIECE", 256 * ROW)
+    monkeypatch.setattr(gpu_loader, "PIECE", 64 * faults.ROW)
     nd.dequantize(bytes(34), "Q8_0", device="cuda")
     pump.compiled()
     before = state()
@@ -102,27 +87,12 @@ def state():
     return int(used), threading.active_count(), len(os.listdir("/proc/self/fd"))
 
 
-def assert_loads(path, threads=3):
-    found = nd.load(path, device="cuda", threads=threads)
-    assert list(found) == list(TENSORS)
-    for name, tensor in found.items():
-        assert_same_bits(tensor.copy_to_host(), expected(name))
-
-
-def input_output_error():
-    raise OSError(5, "Input/output error")
-
-
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("layer", [0, 2])
 class TestHalfway:
-    def place(self, path, layer):
-        tensor = nd.open(path).tensors[f"blk.{layer}.weight"]
-        return tensor, tensor.offset + 1500 * ROW
-
     def test_a_read_error(self, path, monkeypatch, threads, layer):
-        tensor, at = self.place(path, layer)
-        disk = broken(at, input_output_error)
+        tensor, at = faults.place(path, layer)
+        disk = broken(at, faults.input_output_error)
         with monkeypatch.context() as patch:
             patch.setattr(pump, "calls", lambda: disk.calls)
             message = rf"model\.gguf: tensor '{tensor.name}' at byte \d+: Input/output error; check the disk"
@@ -130,10 +100,10 @@ class TestHalfway:
                 nd.load(path, device="cuda", threads=threads)
         assert raised.value.offset <= at < raised.value.offset + gpu_loader.PIECE
         del raised
-        assert_loads(path)
+        faults.assert_loads(path, "cuda")
 
     def test_the_file_is_cut_short(self, path, monkeypatch, threads, layer):
-        _, at = self.place(path, layer)
+        _, at = faults.place(path, layer)
         content = path.read_bytes()
         disk = broken(at, lambda: os.truncate(path, at))
         with monkeypatch.context() as patch:
@@ -141,31 +111,26 @@ class TestHalfway:
             with pytest.raises((nd.GgufError, nd.ReadError), match=r"model\.gguf: tensor 'blk"):
                 nd.load(path, device="cuda", threads=threads)
         path.write_bytes(content)
-        assert_loads(path)
+        faults.assert_loads(path, "cuda")
 
     def test_the_file_is_written_to(self, path, monkeypatch, threads, layer):
-        _, at = self.place(path, layer)
+        _, at = faults.place(path, layer)
         content = path.read_bytes()
 
-        def overwrite():
-            with open(path, "r+b") as file:
-                file.seek(at)
-                file.write(bytes(100))
-
-        disk = broken(at, overwrite)
+        disk = broken(at, lambda: faults.overwrite(path, at))
         with monkeypatch.context() as patch:
             patch.setattr(pump, "calls", lambda: disk.calls)
             with pytest.raises(nd.ReadError, match="it has changed since it was opened; open it anew"):
                 nd.load(path, device="cuda", threads=threads)
         path.write_bytes(content)
-        assert_loads(path)
+        faults.assert_loads(path, "cuda")
 
     def test_out_of_memory(self, path, monkeypatch, threads, layer):
         real, calls = runtime.allocate, []
 
         def allocate(n_bytes, device, stream):
             calls.append(n_bytes)
-            is_output = n_bytes == N_ROWS * 640
+            is_output = n_bytes == faults.N_ROWS * 640
             return real(1 << 45 if is_output and calls.count(n_bytes) > layer else n_bytes, device, stream)
 
         with monkeypatch.context() as patch:
@@ -173,25 +138,13 @@ class TestHalfway:
             message = rf"model\.gguf: tensor 'blk\.{layer}\.weight': cuda:0 is out of memory"
             with pytest.raises(nd.DeviceError, match=message):
                 nd.load(path, device="cuda", threads=threads)
-        assert_loads(path)
+        faults.assert_loads(path, "cuda")
 
     def test_what_the_callback_raises(self, path, threads, layer):
-        def callback(progress):
-            if progress.bytes_done >= layer * N_ROWS * ROW:
-                raise ZeroDivisionError
-
-        with pytest.raises(ZeroDivisionError):
-            nd.load(path, device="cuda", threads=threads, callback=callback)
-        assert_loads(path)
+        faults.raise_in_the_callback(path, "cuda", threads, layer)
 
     def test_dropping_the_iterator(self, path, threads, layer):
-        with nd.open(path) as model:
-            for number, (name, tensor) in enumerate(model.stream(device="cuda", threads=threads)):
-                assert tensor.shape == TENSORS[name][1]
-                if number == layer:
-                    break
-        del tensor
-        assert_loads(path)
+        faults.drop_the_iterator(path, "cuda", threads, layer)
 
 
 def test_two_loads_in_two_threads(path):
@@ -200,7 +153,7 @@ def test_two_loads_in_two_threads(path):
     def work():
         try:
             for _ in range(5):
-                assert_loads(path)
+                faults.assert_loads(path, "cuda")
         except BaseException as error:
             problems.append(error)
 
@@ -218,12 +171,12 @@ def test_ctrl_c(path):
 import os, signal, sys, threading, time
 sys.path.insert(0, os.path.dirname(sys.argv[2]))
 import numba_dequant as nd
-import test_gpu_faults as faults
+import test_gpu_faults
 from numba_dequant import gpu_loader, pump
 pump.compiled()
 nd.dequantize(bytes(34), "Q8_0", device="cuda")
 gpu_loader.PIECE = 64 * 340
-disk = faults.Disk(lambda offset, n_bytes: time.sleep(0.02))
+disk = test_gpu_faults.Disk(lambda offset, n_bytes: time.sleep(0.02))
 real, pump.calls = pump.calls, lambda: disk.calls
 before = threading.active_count()
 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -252,13 +205,13 @@ def test_two_hundred_loads_with_faults(path, monkeypatch):
 
     def load():
         nonlocal failures
-        fault = rng.choice([None, input_output_error, "callback", "memory"])
+        fault = rng.choice([None, faults.input_output_error, "callback", "memory"])
         disk = broken(rng.randrange(2000, size), fault if callable(fault) else lambda: None)
         real, n_allocated = runtime.allocate, []
 
         def allocate(n_bytes, device, stream):
             n_allocated.append(n_bytes)
-            if fault == "memory" and len(n_allocated) == 12:
+            if fault == "memory" and len(n_allocated) == 3:
                 raise nd.DeviceError("cuda:0 is out of memory")
             return real(n_bytes, device, stream)
 
@@ -290,7 +243,7 @@ def test_two_hundred_loads_with_faults(path, monkeypatch):
     assert 20 < failures < 180
     assert after == before
     assert resident() - was_resident < 16 << 20
-    assert_loads(path)
+    faults.assert_loads(path, "cuda")
 
 
 def test_the_next_load_reuses_what_it_keeps(path):
