@@ -187,7 +187,7 @@ def test_warm_and_cache(empty_store, capsys):
     assert {entry: entry.stat().st_mtime_ns for entry in empty_store.iterdir()} == written
     capsys.readouterr()
     assert cli.main(["cache", "--clear"]) == 0
-    assert "10 entries removed" in capsys.readouterr().out
+    assert "11 entries removed" in capsys.readouterr().out
     assert not list(empty_store.iterdir())
 
 
