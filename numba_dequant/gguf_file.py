@@ -276,14 +276,14 @@ def _read_entry(cursor: Cursor, name: str) -> _Entry:
     if n_dimensions > MOST_DIMENSIONS:
         cursor.fail(f"{field} number of dimensions", at, n_dimensions, f"at most {MOST_DIMENSIONS}")
     shape_at = cursor.position
-    shape = tuple(cursor.u64(f"{field} dimension {axis}") for axis in range(n_dimensions))[::-1]
+    type_at, offset_at = shape_at + 8 * n_dimensions, shape_at + 8 * n_dimensions + 4
+    *extents, ggml_id, offset = cursor.numbers(f"{n_dimensions}QIQ", f"{field} dimensions, type and offset")
+    shape = tuple(reversed(extents))
     n_elements = 1
     for extent in shape:
         n_elements *= extent
     if n_elements >= 1 << 63 or max(shape, default=0) >= 1 << 63:
         cursor.fail(f"{field} dimensions", shape_at, shape, "fewer than 2**63 elements")
-    type_at = cursor.position
-    ggml_id = cursor.u32(f"{field} type")
     try:
         source = format_with_id(ggml_id)
     except UnknownFormatError as error:
@@ -293,8 +293,6 @@ def _read_entry(cursor: Cursor, name: str) -> _Entry:
     if row % source.block_size:
         allowed = f"rows of whole blocks: {source.name} has {source.block_size} elements a block"
         cursor.fail(f"{field} dimensions", shape_at, f"rows of {row}", allowed)
-    offset_at = cursor.position
-    offset = cursor.u64(f"{field} offset")
     n_bytes = n_elements // source.block_size * source.type_size
     return _Entry(name, source, shape, n_bytes, n_elements, offset, offset_at)
 

@@ -98,15 +98,18 @@ class Cursor:
         (value,) = np.frombuffer(self.take(dtype.itemsize, field), dtype)
         return value.item()
 
+    def numbers(self, kinds: str, field: str) -> tuple[int, ...]:
+        """The next numbers of kinds that `struct` names."""
+        kinds = ("<" if self.byte_order == "little" else ">") + kinds
+        return struct.unpack(kinds, self.take(struct.calcsize(kinds), field))
+
     def u32(self, field: str) -> int:
         """The next four bytes as a number."""
-        value: int = struct.unpack(("<" if self.byte_order == "little" else ">") + "I", self.take(4, field))[0]
-        return value
+        return self.numbers("I", field)[0]
 
     def u64(self, field: str) -> int:
         """The next eight bytes as a number."""
-        value: int = struct.unpack(("<" if self.byte_order == "little" else ">") + "Q", self.take(8, field))[0]
-        return value
+        return self.numbers("Q", field)[0]
 
     def dtype(self, kind: int) -> np.dtype[Any]:
         """NumPy dtype of a number in this file."""
@@ -127,7 +130,8 @@ class Cursor:
     def skip_strings(self, count: int, field: str) -> None:
         """Move past `count` strings without reading what they say."""
         while count:
-            count -= self._skip_linked(count)
+            if self.byte_order == "little":
+                count -= self._skip_linked(count)
             for _ in range(min(count, 16)):
                 at = self.position
                 length = self.u64(f"{field} item length")
@@ -154,18 +158,17 @@ class Cursor:
         return passed
 
     def _find_links(self) -> None:
-        window = np.frombuffer(self._window, np.uint8)
-        is_big = self.byte_order == "big"
-        is_zero = window == 0
-        # Seven zeros in a row: runs of two, of four, of seven. This is far quicker than to look where the others are.
-        two = is_zero[:-1] & is_zero[1:]
-        four = two[:-2] & two[2:]
-        seven = four[:-3] & four[3:]
-        # The length stands before them, or in big files behind them.
-        lengths = ~is_zero[7:] if is_big else ~is_zero[:-7]
-        starts = np.flatnonzero(seven[: len(lengths)] & lengths if is_big else seven[1:] & lengths[: len(seven) - 1])
-        ends = starts + 8 + window[starts + (7 if is_big else 0)]
-        starts, ends = starts[ends <= len(window)], ends[ends <= len(window)]
+        # Seven zero bytes hold a whole word of four that is zero: few are, so the rest is looked at only there. The
+        # length is the last byte before it that is not zero; as many zeros as are missing must follow.
+        words = np.frombuffer(self._window, "<u4", len(self._window) // 4)
+        places = np.flatnonzero(words[1:-1] == 0).astype(np.int32)
+        before, behind = words.take(places), words[2:].take(places)
+        top = sum((before > most).view(np.uint8) for most in (0xFF, 0xFFFF, 0xFFFFFF))
+        lengths = (before >> 8 * top).view(np.int32)
+        starts = 4 * places + top
+        ends = starts + 8 + lengths
+        is_start = (lengths != 0) & (behind << (32 - 8 * top) == 0) & (ends <= len(self._window))
+        starts, ends = starts[is_start], ends[is_start]
         is_last = np.append(starts[1:] != ends[:-1], True)[: len(starts)]
         self._chain_ends = np.flatnonzero(is_last)
         self._starts, self._ends = starts + self._window_start, ends + self._window_start
