@@ -205,8 +205,8 @@ class _Load:
         self._pieces: list[Piece] = []
         self._results: dict[int, _Result] = {}
         self._released = 0
+        self._has_prepared = False
         self._ready: list[Any] = []
-        self._ready_handle = 0
         self._files: dict[str, RawIOBase] = {}
         self._stack = ExitStack()
         self._n_threads = max(1, min(n_threads, pump.LARGEST_CREW))
@@ -221,16 +221,19 @@ class _Load:
                 self._plan(len(self.requests))
                 for index in range(len(self.requests)):
                     self._wait_for(index)
-                with runtime.current(self.index):
+                with runtime.current(self.index) as device:
                     self._let_caller_wait(range(len(self._crew)))
+                    given = [self._take_out(index, device) for index in range(len(self.requests))]
+                yield from given
+                return
             for index in range(len(self.requests)):
-                if self._prefetch is not None:
-                    self._plan(index + self._prefetch)
-                    self._wait_for(index)
-                    with runtime.current(self.index):
-                        crew = range(len(self._crew))
-                        self._let_caller_wait(number for number in crew if self._pump.has_written(number, index))
-                yield self._hand_out(index)
+                self._plan(index + self._prefetch)
+                self._wait_for(index)
+                with runtime.current(self.index) as device:
+                    crew = range(len(self._crew))
+                    self._let_caller_wait(number for number in crew if self._pump.has_written(number, index))
+                    given = [self._take_out(index, device)]
+                yield given.pop()
         finally:
             self._close()
 
@@ -241,13 +244,12 @@ class _Load:
                 piece = self._next
                 if piece.n_bytes > PIECE:  # the threads' code believes what it is told
                     raise DeviceError(f"{piece.path}: a piece of {piece.n_bytes} bytes, and buffers of {PIECE}")
-                if sum(self._prepare(part.index, device) for part in piece.parts):
-                    self._ready.append(runtime.record(self.index, self.stream))
-                    self._ready_handle = int(self._ready[-1].handle)
+                for part in piece.parts:
+                    self._prepare(part.index, device)
                 parts = [self._part(part) for part in piece.parts]
                 is_computed = any(kernel for _, _, _, _, kernel, *_ in parts)
                 where = self._file(piece).fileno(), piece.offset, piece.n_bytes
-                self._pump.plan((*where, is_computed, self._ready_handle), parts)
+                self._pump.plan((*where, is_computed), parts)
                 self._pieces.append(piece)
                 self._next = next(self._cut, None)
                 # Waking a thread takes longer than planning a piece; the first ones should not wait, though.
@@ -257,18 +259,28 @@ class _Load:
 
     def _release(self) -> None:
         """Let the threads have what has been planned, with one more of them where there is work for it."""
-        self._pump.release(len(self._pieces) - self._released)
-        self._released = len(self._pieces)
+        if self._has_prepared:
+            self._ready.append(runtime.record(self.index, self.stream))
+            self._has_prepared = False
+        if len(self._pieces) > self._released:
+            self._pump.release(int(self._ready[-1].handle))
+            self._released = len(self._pieces)
         while len(self._crew) < min(self._n_threads, self._released):
-            lane = self._lanes.take()
-            self._crew.append(lane)
-            self._pump.start(lane.record)
+            self._crew.append(self._lanes.take())
+            try:
+                self._pump.start(self._crew[-1].record)
+            except OSError as error:
+                self._lanes.give_back(self._crew.pop())
+                self._n_threads = len(self._crew)
+                if not self._crew:
+                    raise DeviceError(f"no thread can be started: {error.strerror}; end some other work") from error
         self._watch(self._pump.taken)
 
-    def _prepare(self, index: int, device: Device) -> bool:
-        """Get the memory of a tensor, in the order of the caller's stream; False if there is some."""
+    def _prepare(self, index: int, device: Device) -> None:
+        """Get the memory of a tensor, in the order of the caller's stream, if there is none yet."""
         if index in self._results:
-            return False
+            return
+        self._has_prepared = True
         request = self.requests[index]
         tensor = request.tensor
         try:
@@ -276,13 +288,12 @@ class _Load:
                 target = runtime.allocate(tensor.n_bytes, device, self.stream)
                 data = DeviceTensor(target, (tensor.n_bytes,), runtime.BYTES, self.stream)
                 self._results[index] = _Result(QuantizedTensor(data, tensor.format, tensor.shape), target, target)
-                return True
+                return
             what = tensor.format, request.dtype, tensor.n_elements, tensor.shape
             given, out = gpu.target_for(*what, device, request.out, self.stream)
             # The kernel stores 16 bytes at a time: an odd address gets its values by way of memory of ours.
             target = runtime.allocate(out.n_bytes, device, self.stream) if out.pointer % 16 else out
             self._results[index] = _Result(given, target, out)
-            return True
         except NumbaDequantError as error:
             raise type(error)(f"{tensor.path}: tensor {tensor.name!r}: {error}") from error
 
@@ -344,12 +355,12 @@ class _Load:
         for number in numbers:
             runtime.wait_for(self.stream, runtime.record(self.index, self._crew[number].handle))
 
-    def _hand_out(self, index: int) -> Any:
-        with runtime.current(self.index) as device:
-            self._prepare(index, device)  # a tensor without bytes is in no piece
-            result = self._results.pop(index)
-            if result.target is not result.out:
-                runtime.copy_on_device(result.out.pointer, result.target.pointer, result.out.n_bytes, self.stream)
+    def _take_out(self, index: int, device: Device) -> Any:
+        """A result, which is no longer this load's; the caller's stream waits for what fills it."""
+        self._prepare(index, device)  # a tensor without bytes is in no piece
+        result = self._results.pop(index)
+        if result.target is not result.out:
+            runtime.copy_on_device(result.out.pointer, result.target.pointer, result.out.n_bytes, self.stream)
         return result.given
 
     def _close(self) -> None:

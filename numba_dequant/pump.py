@@ -1,18 +1,18 @@
-"""Threads that move pieces of files to a GPU, in a loop that never holds Python's interpreter lock.
+"""Threads that move pieces of files to a GPU, and know nothing of Python.
 
-Sixteen threads that hand that lock around for every piece move a quarter of what the bus carries. So their loop,
+Sixteen threads that hand Python's lock around for every piece move a quarter of what the bus carries. So their loop,
 `pump_loop`, is compiled: by Numba once, and from then on from disk by llvmlite, which takes 30 ms to import and load.
-Python plans pieces while the threads work, and is told when a tensor is complete.
+They are the system's own, because one of Python's takes ten times as long to start. Python plans pieces while they
+work, and is told when a tensor is complete.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import select
 import sys
-import threading
-from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
@@ -71,9 +71,14 @@ ENDED = -1
 
 
 @cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+@cache
 def calls() -> NDArray[np.void]:
     """The functions that the loop calls."""
-    library, driver = ctypes.CDLL(None), ctypes.CDLL("libcuda.so.1")
+    library, driver = _library(), ctypes.CDLL("libcuda.so.1")
     functions = {
         "set_context": driver.cuCtxSetCurrent,
         "wait_for_piece": library.read,
@@ -95,8 +100,8 @@ def addresses(functions: dict[str, Any]) -> NDArray[np.void]:
 
 
 @cache
-def compiled() -> Callable[[int], None]:
-    """The loop: it takes the address of a `LANE`, and lets go of the interpreter lock."""
+def compiled() -> Any:
+    """The loop, for a thread to start with a `LANE`."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
@@ -105,13 +110,7 @@ def compiled() -> Callable[[int], None]:
     machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
     engine = llvm.create_mcjit_compiler(module, machine)
     engine.finalize_object()
-    kind = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-    function = kind(engine.get_function_address("pump"))
-
-    def loop(lane: int) -> None:
-        count = ctypes.c_int64()
-        function(ctypes.addressof(count), None, lane)
-
+    loop = ctypes.c_void_p(engine.get_function_address("run"))
     loop.engine = engine  # type: ignore[attr-defined]  # the code lives as long as it does
     return loop
 
@@ -165,8 +164,8 @@ class Pump:
         self._poll = select.poll()  # select itself fails where many files are open
         self._poll.register(self._progress, select.POLLIN)
         self._job = np.zeros(1, JOB)
-        self._n_parts = 0
-        self._threads: list[threading.Thread] = []
+        self._n_parts = self._n_released = 0
+        self._threads = (ctypes.c_void_p * LARGEST_CREW)()
         job = self._job[0]
         job["calls"], job["one"] = self._calls.ctypes.data, self._one.ctypes.data
         job["pieces"], job["parts"] = self.pieces.ctypes.data, self.parts.ctypes.data
@@ -180,33 +179,36 @@ class Pump:
         return int(self._job["taken"][0])
 
     def start(self, lane: NDArray[np.void]) -> None:
-        """Start one more thread, which works with a lane."""
-        number = len(self._threads)
-        lane["job"], lane["number"], lane["waited"] = self._job.ctypes.data, number, 0
-        # A daemon, so that a program may end with an iterator that it has not finished.
-        name = f"numba_dequant reader {number}"
-        thread = threading.Thread(target=self._work, args=(compiled(), lane), name=name, daemon=True)
-        thread.start()
-        self._threads.append(thread)
+        """Start one more thread, which works with a lane.
 
-    def _work(self, loop: Callable[[int], None], lane: NDArray[np.void]) -> None:
-        # A method, so that the tables live as long as the thread that reads them, whatever interrupts the others.
-        loop(lane.ctypes.data)
+        Raises:
+            OSError: the system has no thread left.
+        """
+        number = sum(map(bool, self._threads))
+        lane["job"], lane["number"], lane["waited"] = self._job.ctypes.data, number, 0
+        _running.add(self)
+        # The handle is written before Python could be interrupted: no thread goes without being awaited.
+        handle = ctypes.byref(self._threads, number * ctypes.sizeof(ctypes.c_void_p))
+        code = _library().pthread_create(handle, None, compiled(), ctypes.c_void_p(lane.ctypes.data))
+        if code:
+            self._threads[number] = None
+            raise OSError(code, os.strerror(code))
 
     def plan(self, piece: tuple[int, ...], parts: list[tuple[int, ...]]) -> None:
-        """Plan a piece: `file`, `offset`, `n_bytes`, `is_computed` and `ready`; and its parts."""
+        """Plan a piece: `file`, `offset`, `n_bytes` and `is_computed`; and its parts."""
         job = self._job[0]
         number, first = int(job["planned"]), self._n_parts
         self._n_parts += len(parts)
         self.parts[first : self._n_parts] = parts
-        file, offset, n_bytes, is_computed, ready = piece
-        self.pieces[number] = file, offset, n_bytes, first, len(parts), is_computed, ready
+        file, offset, n_bytes, is_computed = piece
+        self.pieces[number] = file, offset, n_bytes, first, len(parts), is_computed, 0
         job["planned"] = number + 1
 
-    def release(self, count: int) -> None:
-        """Let the threads take so many more of the planned pieces."""
-        if count:
-            os.eventfd_write(self._planned, count)
+    def release(self, ready: int) -> None:
+        """Let the threads take what has been planned since the last time; `ready` is an event."""
+        first, self._n_released = self._n_released, int(self._job["planned"][0])
+        self.pieces["ready"][first : self._n_released] = ready
+        os.eventfd_write(self._planned, self._n_released - first)
 
     def wait_for(self, tensor: int, seconds: float) -> bool:
         """Wait until all of a tensor has been taken, but not for long; whether it has.
@@ -229,11 +231,25 @@ class Pump:
 
     def stop(self) -> None:
         """Let the threads finish what they have begun, and nothing else; they have ended then."""
+        if self._planned < 0:
+            return
         self._job["is_over"] = 1
-        if self._threads:
-            os.eventfd_write(self._planned, len(self._threads))
-        for thread in self._threads:
-            thread.join()
-        self._threads.clear()
-        os.close(self._planned)
+        os.eventfd_write(self._planned, LARGEST_CREW)
+        for number, thread in enumerate(self._threads):
+            if thread:
+                self._threads[number] = None
+                _library().pthread_join(ctypes.c_void_p(thread), None)
+        planned, self._planned = self._planned, -1
+        os.close(planned)
         os.close(self._progress)
+        _running.discard(self)
+
+
+_running: set[Pump] = set()
+"""Those whose threads have not ended: their tables must live on, whoever forgets them."""
+
+
+@atexit.register
+def _stop_all() -> None:
+    for pump in list(_running):
+        pump.stop()

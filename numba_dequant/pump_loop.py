@@ -178,17 +178,30 @@ def pump(lane_at: int) -> int:
         count += 1
 
 
+ENTRY = """
+define ptr @run(ptr %lane) {
+  %count = alloca i64
+  %address = ptrtoint ptr %lane to i64
+  %unused = call i32 @pump(ptr %count, ptr null, i64 %address)
+  ret ptr null
+}
+"""
+"""What a thread of the system starts with, around what Numba makes of `pump`."""
+
+
 def compile_pump() -> str:
-    """The loop as LLVM's text: `int32 pump(int64 *count, void *, int64 lane)`, which needs no other function."""
+    """The loop as LLVM's text: a function `run` of the address of a lane, which needs no other."""
     module = llvm.parse_assembly(cfunc(types.int64(types.int64), error_model="numpy")(pump).inspect_llvm())
     for function in module.functions:
         if not function.is_declaration:
             # Numba's wrapper for C goes, and with it what reports exceptions, of which there are none.
-            is_loop = function.name.startswith("_ZN") and "9pump_loop4pump" in function.name
-            function.name, function.linkage = ("pump", "external") if is_loop else (function.name, "internal")
+            if function.name.startswith("_ZN") and "9pump_loop4pump" in function.name:
+                function.name = "pump"
+            function.linkage = "internal"
     for variable in module.global_variables:
         if not variable.is_declaration:
             variable.linkage = "internal"
+    module = llvm.parse_assembly(str(module) + ENTRY)
     machine = llvm.Target.from_default_triple().create_target_machine(opt=3, jit=True)
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
     passes.getModulePassManager().run(module, passes)

@@ -1,9 +1,10 @@
 """Loading to a GPU, with one that does its work as late as it may."""
 
+import ctypes
+import errno
 import gc
 import os
 import re
-import threading
 
 import numpy as np
 import pytest
@@ -36,10 +37,10 @@ def late(request, monkeypatch):
     monkeypatch.setattr(device, "cuda_problem", lambda: None)
     monkeypatch.setattr(gpu_loader, "PIECE", 4096)
     monkeypatch.setattr(staging, "PIECE", 4096)
-    threads = threading.active_count()
+    threads = len(os.listdir("/proc/self/task"))
     yield found
     gc.collect()
-    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/task")) == threads
     assert not found.problems
 
 
@@ -195,6 +196,34 @@ def test_no_threads_at_all_are_one(model, late):
         assert_right(tensor, name)
 
 
+@pytest.mark.parametrize("n_given", [0, 1, 2])
+def test_the_system_has_few_threads_left(model, late, monkeypatch, n_given):
+    library, left = ctypes.CDLL(None), [n_given] * n_given
+    real = library.pthread_create
+
+    def create(*arguments):
+        return real(*arguments) if left and left.pop() else errno.EAGAIN
+
+    library.pthread_create = create
+    monkeypatch.setattr(pump, "_library", lambda: library)
+    if n_given or not pump.IS_POSSIBLE:
+        for name, tensor in model.load_all(device="cuda", threads=5).items():
+            assert_right(tensor, name)
+    else:
+        with pytest.raises(nd.DeviceError, match="no thread can be started: Resource temporarily unavailable"):
+            model.load_all(device="cuda", threads=5)
+
+
+def test_a_program_that_ends_within_a_load(model, late):
+    walk = model.stream(device="cuda", threads=3, prefetch=6)
+    next(walk)
+    pump._stop_all()  # as Python does when it ends
+    assert not pump._running
+    walk.close()
+    for name, tensor in model.load_all(device="cuda", threads=3).items():
+        assert_right(tensor, name)
+
+
 def test_a_piece_that_no_buffer_holds(model, late, monkeypatch):
     """Machine code that is told too much would write past the end of a buffer."""
     monkeypatch.setattr(gpu_loader, "PIECE", 100)
@@ -206,4 +235,4 @@ def test_a_piece_that_no_buffer_holds(model, late, monkeypatch):
 def test_the_loop_needs_nothing_but_what_it_is_given():
     text = pump_loop.compile_pump()
     assert re.findall(r"^declare .*@(?!llvm\.)", text, re.MULTILINE) == []
-    assert re.findall(r"^define (?!internal).*@(\w+)", text, re.MULTILINE) == ["pump"]
+    assert re.findall(r"^define (?!internal).*@(\w+)", text, re.MULTILINE) == ["run"]
