@@ -81,9 +81,9 @@ class Cursor:
 
     def take(self, n_bytes: int, field: str) -> bytes:
         """The next bytes."""
-        self.need(n_bytes, field, f"{n_bytes} bytes")
         start = self.position - self._window_start
         if not 0 <= start <= len(self._window) - n_bytes:
+            self.need(n_bytes, field, f"{n_bytes} bytes")
             self._file.seek(self.position)
             self._window = self._file.read(max(WINDOW, n_bytes))
             self._window_start, start = self.position, 0
@@ -105,11 +105,11 @@ class Cursor:
 
     def u32(self, field: str) -> int:
         """The next four bytes as a number."""
-        return self.numbers("I", field)[0]
+        return int.from_bytes(self.take(4, field), self.byte_order)
 
     def u64(self, field: str) -> int:
         """The next eight bytes as a number."""
-        return self.numbers("Q", field)[0]
+        return int.from_bytes(self.take(8, field), self.byte_order)
 
     def dtype(self, kind: int) -> np.dtype[Any]:
         """NumPy dtype of a number in this file."""
