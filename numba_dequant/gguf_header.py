@@ -5,6 +5,7 @@ The file is read in windows, not mapped: a file cut short under a map would end 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn, overload
 
 import numpy as np
 
+from numba_dequant import native
 from numba_dequant.errors import GgufError
 
 ByteOrder = Literal["little", "big"]
@@ -29,6 +31,10 @@ NUMBERS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "u1
 """NumPy type code of every value type that is a number or a bool."""
 
 INTEGERS = frozenset({0, 1, 2, 3, 4, 5, 10, 11})
+
+
+STRINGS = native.record("data", "n_bytes", "at", "left")
+"""Bytes in memory, where among them strings begin, and how many may be passed."""
 
 
 class Stamp(NamedTuple):
@@ -131,7 +137,7 @@ class Cursor:
         """Move past `count` strings without reading what they say."""
         while count:
             if self.byte_order == "little":
-                count -= self._skip_linked(count)
+                count -= self._walk(count) if native.is_loaded() else self._skip_linked(count)
             for _ in range(min(count, 16)):
                 at = self.position
                 length = self.u64(f"{field} item length")
@@ -139,6 +145,17 @@ class Cursor:
                     self.fail(f"{field} item length", at, length, f"at most {self.size - self.position}, what is left")
                 self.position += length
                 count -= 1
+
+    def _walk(self, count: int) -> int:
+        """Move past strings, as many as the window shows, in compiled code, and say how many."""
+        window = np.frombuffer(self._window, np.uint8)
+        at = self.position - self._window_start
+        strings = np.array([(window.ctypes.data, window.size, at, count)], STRINGS)
+        if 0 <= at <= window.size:
+            walk = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(native.load("walk_strings").value or 0)
+            walk(strings.ctypes.data)
+        self.position = self._window_start + int(strings["at"][0])
+        return count - int(strings["left"][0])
 
     def _skip_linked(self, count: int) -> int:
         """Move past strings of under 256 bytes, as many as the window shows, and say how many.

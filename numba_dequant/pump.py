@@ -1,9 +1,8 @@
 """Threads that move pieces of files to a GPU, and know nothing of Python.
 
 Sixteen threads that hand Python's lock around for every piece move a quarter of what the bus carries. So their loop,
-`pump_loop`, is compiled: by Numba once, and from then on from disk by llvmlite, which takes 30 ms to import and load.
-They are the system's own, because one of Python's takes ten times as long to start. Python plans pieces while they
-work, and is told when a tensor is complete.
+`pump_loop`, is compiled. They are the system's own, because one of Python's takes ten times as long to start. Python
+plans pieces while they work, and is told when a tensor is complete.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ import select
 import sys
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant import store
+from numba_dequant import native
+from numba_dequant.native import record
 
 IS_POSSIBLE = sys.platform == "linux"
 """Whether this system has what the loop needs: `pread`, `eventfd`, and a driver named libcuda."""
@@ -30,34 +29,30 @@ LARGEST_CREW = 64
 """Threads at most: `written` has a bit for each."""
 
 
-def _record(*names: str) -> np.dtype[Any]:
-    return np.dtype([(name, np.int64) for name in names])
-
-
-PIECE = _record("file", "offset", "n_bytes", "first_part", "n_parts", "is_computed", "ready")
+PIECE = record("file", "offset", "n_bytes", "first_part", "n_parts", "is_computed", "ready")
 """Bytes of a file; `ready` is the event after which memory for them is there."""
 
-PART = _record("tensor", "at", "n_bytes", "target", "kernel", "n_thread_blocks", "n_threads", "n_elements")
+PART = record("tensor", "at", "n_bytes", "target", "kernel", "n_thread_blocks", "n_threads", "n_elements")
 """Bytes of one tensor in a piece, and what becomes of them; those with no kernel are copied."""
 
-BUFFER = _record("host", "gpu", "flag", "free_at")
+BUFFER = record("host", "gpu", "flag", "free_at")
 """Pinned memory, as much on the GPU, and where the GPU counts how often both have been used; they are free once it says
 `free_at`. The count lies in pinned memory, because asking the driver makes threads wait for each other."""
 
-LANE = _record(
+LANE = record(
     *("job", "number", "context", "stream", "buffers", "n_buffers", "turn", "waited"),
     *("data", "n_elements", "out", "data_at", "n_elements_at", "out_at", "token"),
 )
 """What one thread works with: `waited` is the event that its stream has waited for last; a launch takes the addresses
 of its three arguments; `token` is read when there is one more piece."""
 
-JOB = _record(
+JOB = record(
     *("calls", "pieces", "parts", "n_pieces", "n_parts", "left", "written", "pieces_planned", "progress", "one"),
     *("claimed", "planned", "taken", "is_over", "faults", "fault_piece", "fault_place", "fault_code"),
 )
 """What all threads of a load share: addresses of tables, two event descriptors, counters, and the first fault."""
 
-CALLS = _record(
+CALLS = record(
     *("set_context", "wait_for_piece", "read", "error", "tell"),
     *("pause", "let_gpu_wait", "copy", "launch", "signal"),
 )
@@ -97,39 +92,6 @@ def calls() -> NDArray[np.void]:
 def addresses(functions: dict[str, Any]) -> NDArray[np.void]:
     """A `CALLS` of ctypes functions."""
     return np.array([tuple(ctypes.cast(functions[name], ctypes.c_void_p).value for name in CALLS.names or ())], CALLS)
-
-
-@cache
-def compiled() -> Any:
-    """The loop, for a thread to start with a `LANE`."""
-    import llvmlite.binding as llvm
-
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    module = llvm.parse_assembly(_text())
-    machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
-    engine = llvm.create_mcjit_compiler(module, machine)
-    engine.finalize_object()
-    loop = ctypes.c_void_p(engine.get_function_address("run"))
-    loop.engine = engine  # type: ignore[attr-defined]  # the code lives as long as it does
-    return loop
-
-
-def keep() -> None:
-    """Compile the loop, if nobody has yet, and keep it on disk."""
-    _text()
-
-
-def _text() -> str:
-    """The loop as LLVM's text, from disk if it has been compiled before."""
-    entry = store.entry_name("pump", version("numba"), version("llvmlite"), os.uname().machine)
-    kept = store.read(entry)
-    if kept is None:
-        from numba_dequant.pump_loop import compile_pump
-
-        kept = compile_pump().encode()
-        store.write(entry, kept)
-    return kept.decode()
 
 
 def lane(buffers: NDArray[np.void], context: int, stream: int) -> NDArray[np.void]:
@@ -189,7 +151,7 @@ class Pump:
         _running.add(self)
         # The handle is written before Python could be interrupted: no thread goes without being awaited.
         handle = ctypes.byref(self._threads, number * ctypes.sizeof(ctypes.c_void_p))
-        code = _library().pthread_create(handle, None, compiled(), ctypes.c_void_p(lane.ctypes.data))
+        code = _library().pthread_create(handle, None, native.load("pump"), ctypes.c_void_p(lane.ctypes.data))
         if code:
             self._threads[number] = None
             raise OSError(code, os.strerror(code))

@@ -1,18 +1,16 @@
-"""The loop of `pump`, in Python that Numba compiles. Whoever has the compiled text has no need of this module."""
+"""The loop of `pump`, in Python that Numba compiles."""
 
 from __future__ import annotations
 
 import errno
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import carray, cfunc, types
+from numba import carray, types
 from numba.extending import intrinsic, register_jitable
 
+from numba_dequant.native_code import INT, LONG, load_int, pointer
 from numba_dequant.pump import BUFFER, CALLS, ENDED, IN_FILE, IN_GPU, JOB, LANE, PART, PIECE
-
-LONG, INT, BYTE = ir.IntType(64), ir.IntType(32), ir.IntType(8)
 
 PAUSE = 20
 """Microseconds; a copy takes 80."""
@@ -46,26 +44,6 @@ def call_driver(typingctx: Any, address: Any, arguments: Any) -> Any:
         return builder.zext(builder.call(builder.inttoptr(args[0], kind.as_pointer()), values), LONG)
 
     return types.int64(types.int64, arguments), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def pointer(typingctx: Any, address: Any) -> Any:
-    """An address as a pointer."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], BYTE.as_pointer())
-
-    return types.voidptr(types.int64), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def load_int(typingctx: Any, address: Any) -> Any:
-    """The 32-bit number at an address."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        return builder.sext(builder.load(builder.inttoptr(args[0], INT.as_pointer())), LONG)
-
-    return types.int64(types.int64), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -176,33 +154,3 @@ def pump(lane_at: int) -> int:
         if is_complete:
             call(calls.tell, (job.progress, job.one, 8))
         count += 1
-
-
-ENTRY = """
-define ptr @run(ptr %lane) {
-  %count = alloca i64
-  %address = ptrtoint ptr %lane to i64
-  %unused = call i32 @pump(ptr %count, ptr null, i64 %address)
-  ret ptr null
-}
-"""
-"""What a thread of the system starts with, around what Numba makes of `pump`."""
-
-
-def compile_pump() -> str:
-    """The loop as LLVM's text: a function `run` of the address of a lane, which needs no other."""
-    module = llvm.parse_assembly(cfunc(types.int64(types.int64), error_model="numpy")(pump).inspect_llvm())
-    for function in module.functions:
-        if not function.is_declaration:
-            # Numba's wrapper for C goes, and with it what reports exceptions, of which there are none.
-            if function.name.startswith("_ZN") and "9pump_loop4pump" in function.name:
-                function.name = "pump"
-            function.linkage = "internal"
-    for variable in module.global_variables:
-        if not variable.is_declaration:
-            variable.linkage = "internal"
-    module = llvm.parse_assembly(str(module) + ENTRY)
-    machine = llvm.Target.from_default_triple().create_target_machine(opt=3, jit=True)
-    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-    passes.getModulePassManager().run(module, passes)
-    return str(module)

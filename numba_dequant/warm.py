@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 
-from numba_dequant import pump
+from numba_dequant import native, pump
 from numba_dequant.device import n_threads
 from numba_dequant.formats import format_named
 
@@ -16,12 +16,12 @@ LARGEST_POOL = 8
 
 
 @dataclass(frozen=True)
-class LoopTask:
-    """The loop that loads models to GPUs."""
+class NativeTask:
+    """What loads models to GPUs."""
 
     def run(self) -> None:
         """Compile it and keep it."""
-        pump.keep()
+        native.keep()
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Task:
 
 def tasks(
     formats: list[str], dtypes: list[str], capabilities: list[tuple[int, int]], *, on_cpu: bool
-) -> list[Task | LoopTask]:
+) -> list[Task | NativeTask]:
     """What is needed for these formats and output types, for one tensor and for many."""
-    found: list[Task | LoopTask] = [LoopTask()] if capabilities and pump.IS_POSSIBLE else []
+    found: list[Task | NativeTask] = [NativeTask()] if capabilities and pump.IS_POSSIBLE else []
     for name in formats:
         for dtype in dtypes:
             if on_cpu:
@@ -63,7 +63,7 @@ def tasks(
     return found
 
 
-def compile_all(tasks: Sequence[Task | LoopTask]) -> Iterator[Task | LoopTask]:
+def compile_all(tasks: Sequence[Task | NativeTask]) -> Iterator[Task | NativeTask]:
     """Run the tasks, and yield each when it is done.
 
     Raises:

@@ -178,7 +178,7 @@ def test_warm_and_cache(empty_store, capsys):
     assert cli.main(["cache"]) == 0
     shown = capsys.readouterr().out
     assert "11 entries" in shown
-    assert "pump" in shown.split()
+    assert "native" in shown.split()
     for label in ("cpu-Q8_0-float32", "sm90-Q4_K-float32-tile", "sm80-Q8_0-float32-table"):
         assert label in shown
     # What is warm is not compiled again.

@@ -8,10 +8,11 @@ import gguf
 import numpy as np
 import pytest
 from conftest import DATA, write_model
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import numba_dequant as nd
+from numba_dequant import native
 from numba_dequant.gguf_file import open_gguf
 from numba_dequant.gguf_header import WINDOW
 
@@ -220,9 +221,17 @@ STRINGS = {
 }
 
 
+@pytest.fixture(params=["NumPy", "native"])
+def walk(request, monkeypatch):
+    """Native code passes over strings once a process has loaded it for something else, and NumPy before."""
+    if request.param == "native":
+        native.load("walk_strings")
+    monkeypatch.setattr(native, "is_loaded", lambda: request.param == "native")
+
+
 @pytest.mark.parametrize("order", "<>", ids=["little", "big"])
 @pytest.mark.parametrize("kind", STRINGS)
-def test_arrays_of_strings_are_passed_over_and_read(tmp_path, kind, order):
+def test_arrays_of_strings_are_passed_over_and_read(tmp_path, walk, kind, order):
     strings = STRINGS[kind]
     model = open_gguf(write_strings(tmp_path / "s.gguf", strings, order))
     assert model.metadata["b"] == 12345
@@ -232,13 +241,13 @@ def test_arrays_of_strings_are_passed_over_and_read(tmp_path, kind, order):
 
 
 @given(st.lists(st.binary(max_size=300), max_size=60), st.sampled_from("<>"))
-@settings(max_examples=200, deadline=None)
-def test_any_strings_are_passed_over(tmp_path_factory, strings, order):
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_strings_are_passed_over(tmp_path_factory, walk, strings, order):
     path = write_strings(tmp_path_factory.getbasetemp() / "any.gguf", strings, order)
     assert open_gguf(path).metadata["b"] == 12345
 
 
-def test_a_vocabulary_opens_quickly(tmp_path):
+def test_a_vocabulary_opens_quickly(tmp_path, walk):
     path = write_strings(tmp_path / "s.gguf", [f"▁token{index}" for index in range(262_144)])
     best = min(_seconds(path) for _ in range(5))
     assert best < 0.05
@@ -251,7 +260,7 @@ def _seconds(path):
     return time.process_time() - start
 
 
-def test_strings_that_defeat_the_shortcut_cost_linear_time(tmp_path):
+def test_strings_that_defeat_the_shortcut_cost_linear_time(tmp_path, walk):
     few, many = (write_strings(tmp_path / f"{count}.gguf", [""] * count) for count in (20_000, 160_000))
     assert min(_seconds(many) for _ in range(3)) < 30 * min(_seconds(few) for _ in range(3))
 

@@ -14,7 +14,7 @@ import pytest
 from cuda.bindings import driver
 
 import numba_dequant as nd
-from numba_dequant import gpu_loader, pump, runtime
+from numba_dequant import gpu_loader, native, pump, runtime
 
 pytestmark = pytest.mark.gpu
 
@@ -64,7 +64,7 @@ def nothing_is_left(monkeypatch):
     nd.open(nothing_but_a_header()).close()
     monkeypatch.setattr(gpu_loader, "PIECE", 64 * faults.ROW)
     nd.dequantize(bytes(34), "Q8_0", device="cuda")
-    pump.compiled()
+    native.load("pump")
     before = state()
     yield
     gpu_loader.release()
@@ -172,8 +172,8 @@ import os, signal, sys, threading, time
 sys.path.insert(0, os.path.dirname(sys.argv[2]))
 import numba_dequant as nd
 import test_gpu_faults
-from numba_dequant import gpu_loader, pump
-pump.compiled()
+from numba_dequant import gpu_loader, native, pump
+native.load("pump")
 nd.dequantize(bytes(34), "Q8_0", device="cuda")
 gpu_loader.PIECE = 64 * 340
 disk = test_gpu_faults.Disk(lambda offset, n_bytes: time.sleep(0.02))

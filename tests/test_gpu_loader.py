@@ -4,7 +4,6 @@ import ctypes
 import errno
 import gc
 import os
-import re
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from conftest import assert_same_bits, random_blocks, write_model
 from late_gpu import POISON, LateGpu
 
 import numba_dequant as nd
-from numba_dequant import device, gpu, gpu_loader, pump, pump_loop, reading, runtime, staging
+from numba_dequant import device, gpu, gpu_loader, pump, reading, runtime, staging
 
 
 @pytest.fixture(params=[0, 1, 2, 3, "alone"])
@@ -230,9 +229,3 @@ def test_a_piece_that_no_buffer_holds(model, late, monkeypatch):
     if pump.IS_POSSIBLE:
         with pytest.raises(nd.DeviceError, match="a piece of 544 bytes, and buffers of 100"):
             model.load_all(device="cuda")
-
-
-def test_the_loop_needs_nothing_but_what_it_is_given():
-    text = pump_loop.compile_pump()
-    assert re.findall(r"^declare .*@(?!llvm\.)", text, re.MULTILINE) == []
-    assert re.findall(r"^define (?!internal).*@(\w+)", text, re.MULTILINE) == ["run"]

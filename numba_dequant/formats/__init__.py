@@ -12,6 +12,7 @@ from numba_dequant.errors import UnknownFormatError
 from numba_dequant.format import Format
 
 _formats: dict[str, Format] = {}
+_with_id: dict[int, Format] = {}
 
 FORMATS: Mapping[str, Format] = MappingProxyType(_formats)
 """Every known format by name, ordered by ggml id."""
@@ -32,6 +33,7 @@ def register(new: Format) -> Format:
     everything = sorted([*_formats.values(), new], key=lambda each: each.ggml_id)
     _formats.clear()
     _formats.update((each.name, each) for each in everything)
+    _with_id[new.ggml_id] = new
     return new
 
 
@@ -57,9 +59,8 @@ def format_with_id(ggml_id: int) -> Format:
     Raises:
         UnknownFormatError: the number is unassigned, or its format was removed from GGML.
     """
-    for known in _formats.values():
-        if known.ggml_id == ggml_id:
-            return known
+    if ggml_id in _with_id:
+        return _with_id[ggml_id]
     removed = " (a format that GGML has removed)" if ggml_id in REMOVED_IDS else ""
     raise UnknownFormatError(f"unknown ggml type {ggml_id}{removed}")
 

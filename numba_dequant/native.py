@@ -1,0 +1,63 @@
+"""Functions of this package as code for this machine's processor, which Numba compiles once.
+
+From then on they come from disk: llvmlite alone loads them, which takes 30 ms. Each is a C function of one address,
+that of a record. Their source is in the modules that `native_code` names, which import Numba.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from numba_dequant import store
+
+
+def record(*names: str) -> np.dtype[Any]:
+    """A record of 64-bit numbers."""
+    return np.dtype([(name, np.int64) for name in names])
+
+
+def load(name: str) -> ctypes.c_void_p:
+    """The address of a function."""
+    return ctypes.c_void_p(_engine().get_function_address(name))
+
+
+def is_loaded() -> bool:
+    """Whether `load` costs nothing any more."""
+    return _engine.cache_info().currsize > 0
+
+
+def keep() -> None:
+    """Compile all functions, if nobody has yet, and keep them on disk."""
+    _text()
+
+
+@cache
+def _engine() -> Any:
+    """What holds the code, as long as the process lives."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    module = llvm.parse_assembly(_text())
+    machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    return engine
+
+
+def _text() -> str:
+    """The functions as LLVM's text, from disk if they have been compiled before."""
+    entry = store.entry_name("native", version("numba"), version("llvmlite"), os.uname().machine)
+    kept = store.read(entry)
+    if kept is None:
+        from numba_dequant.native_code import compile_functions
+
+        kept = compile_functions().encode()
+        store.write(entry, kept)
+    return kept.decode()
