@@ -133,7 +133,8 @@ def load(
     """
     handle = runtime.stream_handle(stream)
     _check(requests, index, handle)
-    if not pump.IS_POSSIBLE or any(request.tensor.byte_order == "big" for request in requests):
+    is_big = any(request.tensor.byte_order == "big" for request in requests)
+    if is_big or not pump.IS_POSSIBLE or not runtime.can_signal(index):
         if index not in _staging:
             _staging[index] = Staging(index)
         return _load_alone(requests, _staging[index], stream, watch)

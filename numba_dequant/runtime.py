@@ -137,6 +137,17 @@ def wait_for(stream: int, event: Event) -> None:
     _check(driver.cuStreamWaitEvent(stream, int(event.handle), 0))
 
 
+@lru_cache
+def can_signal(index: int) -> bool:
+    """Whether a stream of a GPU can write to pinned memory: not every system's driver lets it."""
+    with current(index) as device:
+        flag, stream = pinned(4).view(np.uint32), create_stream(device)
+        flag[0] = 0
+        code, *_ = driver.cuStreamWriteValue32(int(stream.handle), flag.ctypes.data, 1, 0)
+        stream.sync()
+        return code == driver.CUresult.CUDA_SUCCESS and bool(flag[0])
+
+
 def check(stream: int) -> None:
     """Check that a stream has not failed; it may be busy.
 

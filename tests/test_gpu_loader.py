@@ -14,14 +14,15 @@ import numba_dequant as nd
 from numba_dequant import device, gpu, gpu_loader, pump, reading, runtime, staging
 
 
-@pytest.fixture(params=[0, 1, 2, 3, "alone"])
+@pytest.fixture(params=[0, 1, 2, 3, "alone", "no signals"])
 def late(request, monkeypatch):
-    """Four orders of things, and a system without what the threads need."""
+    """Four orders of things, a system without what the threads need, and a driver."""
     found = LateGpu(str(request.param))
     for name in ("allocate", "copy_to_device", "copy_to_host", "create_stream", "wait_for"):
         monkeypatch.setattr(runtime, name, getattr(found, name))
     monkeypatch.setattr(runtime, "record", found.new_event)
     monkeypatch.setattr(runtime, "context_of", lambda device: 1)
+    monkeypatch.setattr(runtime, "can_signal", lambda index: request.param != "no signals")
     monkeypatch.setattr(runtime, "check", lambda stream: None)
     monkeypatch.setattr(gpu, "launcher", found.launcher)
     monkeypatch.setattr(pump, "calls", lambda: found.calls)
@@ -41,6 +42,7 @@ def late(request, monkeypatch):
     gc.collect()
     assert len(os.listdir("/proc/self/task")) == threads
     assert not found.problems
+    assert not gpu_loader._lanes or isinstance(request.param, int)
 
 
 @pytest.fixture(params=[1, 3])
@@ -205,7 +207,7 @@ def test_the_system_has_few_threads_left(model, late, monkeypatch, n_given):
 
     library.pthread_create = create
     monkeypatch.setattr(pump, "_library", lambda: library)
-    if n_given or not pump.IS_POSSIBLE:
+    if n_given or not (pump.IS_POSSIBLE and runtime.can_signal(0)):
         for name, tensor in model.load_all(device="cuda", threads=5).items():
             assert_right(tensor, name)
     else:
@@ -226,6 +228,6 @@ def test_a_program_that_ends_within_a_load(model, late):
 def test_a_piece_that_no_buffer_holds(model, late, monkeypatch):
     """Machine code that is told too much would write past the end of a buffer."""
     monkeypatch.setattr(gpu_loader, "PIECE", 100)
-    if pump.IS_POSSIBLE:
+    if pump.IS_POSSIBLE and runtime.can_signal(0):
         with pytest.raises(nd.DeviceError, match="a piece of 544 bytes, and buffers of 100"):
             model.load_all(device="cuda")

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 NAMES = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
@@ -31,3 +33,27 @@ def test_what_it_shows_is_kept(name):
     assert '"error"' not in outputs
     assert '"stderr"' not in outputs
     assert not re.search(r"/(home|root|tmp|work|usr)/", outputs)
+
+
+SLOW = """
+import sys, time
+if {hidden}:
+    sys.modules["ipywidgets"] = None
+from numba_dequant.progress import Reporter
+report = Reporter(3_000_000, None, None)
+for done in (1_000_000, 2_000_000, 3_000_000):
+    time.sleep(0.6)
+    report(done)
+report.close()
+"""
+
+
+@pytest.mark.parametrize("has_widgets", [True, False])
+def test_a_bar_in_a_notebook(has_widgets):
+    if has_widgets:
+        pytest.importorskip("ipywidgets")
+    cell = nbformat.v4.new_code_cell(SLOW.format(hidden=not has_widgets))
+    NotebookClient(nbformat.v4.new_notebook(cells=[cell]), timeout=60).execute()
+    shown = json.dumps(cell.outputs)
+    assert "/3.00M" in shown
+    assert ("widget-view" in shown) == has_widgets
