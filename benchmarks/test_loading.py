@@ -10,7 +10,7 @@ import gguf
 import models
 import numpy as np
 import pytest
-from conftest import NO_GPU, note
+from conftest import note
 
 import numba_dequant as nd
 from numba_dequant.device import n_threads
@@ -19,31 +19,28 @@ from numba_dequant.verify import check_same
 SMALL = {"n_layers": 1, "n_vocab": 1024}
 """What a model is reduced to where nothing is timed."""
 
-LLAMA = {"n_layers": 8 if NO_GPU else 56}
-"""A quarter of Llama-3.1-8B, whose values still fit in the memory of a small machine; or 8 GB of it."""
+LLAMA = {"cpu": {"n_layers": 8}, "cuda": {"n_layers": 56}}
+"""A quarter of Llama-3.1-8B, whose values still fit in the memory of a small machine; and 8 GB of it."""
 
 GPU_MODELS = [("Gemma-3-270M", "Q4_K_M"), ("Qwen2.5-0.5B", "Q8_0"), ("Llama-3.1-8B", "Q4_K_M")]
 
 
-def changes(name, is_timed):
+def changes(name, is_timed, device):
     """What of a model is other than in the real one."""
-    return SMALL if not is_timed else LLAMA if name.startswith("Llama") else {}
+    return SMALL if not is_timed else LLAMA[device] if name.startswith("Llama") else {}
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, request):
     """A function that writes a model, once."""
     is_timed = request.config.getoption("benchmark_enable")
-    paths = {}
 
-    def write(name, mix):
-        if (name, mix) not in paths:
-            path = tmp_path_factory.mktemp("models") / f"{name}-{mix}.gguf"
-            n_tokens = models.ARCHITECTURES[name].n_vocab if is_timed else 1000
-            paths[name, mix] = models.write(path, models.tensors(name, mix, **changes(name, is_timed)), n_tokens)
-        return paths[name, mix]
+    def write(name, mix, device="cuda"):
+        path = tmp_path_factory.mktemp("models") / f"{name}-{mix}.gguf"
+        n_tokens = models.ARCHITECTURES[name].n_vocab if is_timed else 1000
+        return models.write(path, models.tensors(name, mix, **changes(name, is_timed, device)), n_tokens)
 
-    return write
+    return cache(write)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +50,7 @@ def twin(tmp_path_factory, request):
 
     def write(name):
         path = tmp_path_factory.mktemp("twins") / f"{name}.safetensors"
-        return models.write_safetensors(path, models.tensors(name, "Q4_K_M", **changes(name, is_timed)))
+        return models.write_safetensors(path, models.tensors(name, "Q4_K_M", **changes(name, is_timed, "cuda")))
 
     return cache(write)
 
@@ -88,7 +85,7 @@ def test_open_split(benchmark, tmp_path):
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_load_cpu(benchmark, written, name, mix):
     """Tensor by tensor, each let go before the next but two."""
-    with nd.open(written(name, mix)) as model:
+    with nd.open(written(name, mix, "cpu")) as model:
 
         def walk():
             for _, values in model.stream(device="cpu", progress=False):  # noqa: B007 the last one counts too
