@@ -193,7 +193,7 @@ def _moving_kernel(stores: int, threads: int, is_staged: bool, capability: tuple
 
 def machine(device: Device | None = None) -> dict[str, Any]:
     """What a figure needs beside it: the GPU, its driver, and the versions of what the code is made with."""
-    packages = ("numba", "numba-cuda", "cuda-core", "llvmlite", "nvidia-nvvm", "numpy", "gguf", "torch")
+    packages = ("numba", "numba-cuda", "cuda-core", "llvmlite", "nvidia-nvvm", "numpy", "gguf", "torch", "safetensors")
     versions = {"numba-dequant": VERSION}
     for package in packages:
         try:
