@@ -1,26 +1,40 @@
-"""The chart of README: what each format reaches to FP16, beside its roof and what others reach."""
+"""The charts of README: what each format reaches to FP16, and what loading a model does, beside what others reach."""
+
+from contextlib import contextmanager
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
 INK = {"light": "#1f2328", "dark": "#e6edf3"}
 # Okabe and Ito's colours, which colour-blind people can tell apart; the greys are told apart by length and legend.
-OURS, LLAMA_CPP, PYTORCH = "#0072b2", "#e69f00", "#999999"
+OURS, LIGHT_OURS, LLAMA_CPP, PYTORCH = "#0072b2", "#56b4e9", "#e69f00", "#999999"
 
 
-def draw(results, peers, theme, path):
+@contextmanager
+def _figure(theme, size, n_columns, path):
     ink = INK[theme]
-    names = results.formats
     style = {
         "svg.hashsalt": "numba_dequant", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9,
         "text.color": ink, "axes.edgecolor": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink,
     }  # fmt: skip
     with mpl.rc_context(style):
-        figure, axes = plt.subplots(figsize=(8, 9), layout="constrained")
-        tiles = [results.one("test_kernel", name=name, dtype="float16", mapping="tile") for name in names]
-        theirs = [peers["GB/s"].get(name, {}).get("llama.cpp", {}).get("float16") for name in names]
-        eager = [results.one("test_eager_pytorch", name=name) for name in names]
-        places = range(len(names))
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        yield axes, ink
+        axes.invert_yaxis()
+        axes.margins(y=0.01)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside upper center", ncols=n_columns, frameon=False)
+        figure.savefig(path, transparent=True, metadata={"Date": None})
+        plt.close(figure)
+
+
+def speed(results, peers, theme, path):
+    names = results.formats
+    tiles = [results.one("test_kernel", name=name, dtype="float16", mapping="tile") for name in names]
+    theirs = [peers["GB/s"].get(name, {}).get("llama.cpp", {}).get("float16") for name in names]
+    eager = [results.one("test_eager_pytorch", name=name) for name in names]
+    places = range(len(names))
+    with _figure(theme, (8, 9), 4, path) as (axes, ink):
         axes.barh(places, [tile["GB/s"] for tile in tiles], 0.8, color=OURS, label="numba_dequant")
         for label, color, speeds, height in (
             ("llama.cpp, CUDA C++", LLAMA_CPP, theirs, 0.5),
@@ -30,10 +44,27 @@ def draw(results, peers, theme, path):
         roofs = [tile["roof GB/s"] for tile in tiles]
         axes.plot(roofs, places, "|", color=ink, markersize=10, markeredgewidth=1.5, label="only moving bytes")
         axes.set_yticks(places, names)
-        axes.invert_yaxis()
-        axes.margins(y=0.01)
         axes.set_xlabel(f"GB/s read and written, to FP16, on one {results.machine['gpu']}")
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside upper center", ncols=4, frameon=False)
-        figure.savefig(path, transparent=True, metadata={"Date": None})
-        plt.close(figure)
+
+
+def loading(results, theme, path):
+    ways = {
+        "ours": ("numba_dequant", OURS),
+        "ours, 2 threads": ("the same with 2 threads", LIGHT_OURS),
+        "pageable": ("a plain copy and a kernel each", LLAMA_CPP),
+        "safetensors": ("safetensors, the file in FP16", PYTORCH),
+    }
+    found = results.of("test_load_gpu")
+    names = list(dict.fromkeys(parameters["name"] for parameters, _ in found))
+    with _figure(theme, (8, 3.4), 3, path) as (axes, ink):
+        for number, (way, (label, color)) in enumerate(ways.items()):
+            speeds = [results.one("test_load_gpu", name=name, way=way) for name in names]
+            heights = [each["values"] / each["seconds"] / 1e9 for each in speeds]
+            places = [place + 0.2 * (number - 1.5) for place in range(len(names))]
+            axes.barh(places, heights, 0.18, color=color, label=label)
+        bus = max(info["roof GB/s"] for _, info in found)
+        axes.axvline(bus, color=ink, linestyle="--", linewidth=1, label="all that the bus carries of FP16")
+        sizes = [results.one("test_load_gpu", name=name, way="ours")["file_bytes"] / 1e9 for name in names]
+        labels = [f"like {name}\n{size:.3g} GB" for name, size in zip(names, sizes, strict=True)]
+        axes.set_yticks(range(len(names)), labels)
+        axes.set_xlabel(f"GB/s of FP16, from a file in the page cache, on one {results.machine['gpu']}")

@@ -1,9 +1,9 @@
-"""Write every figure that is published, from the results of one run of the benchmarks.
+"""Write every figure that is published, from the results of the benchmarks.
 
-python benchmarks/report.py [benchmarks/results/h100.json]
+python benchmarks/report.py [benchmarks/results]
 
-It fills the marked parts of README.md and of benchmarks/README.md, and draws the chart. Formats come from the registry,
-figures of other systems from results/peers.json.
+It fills the marked parts of README.md and of benchmarks/README.md, and draws the charts. Formats come from the
+registry, figures of other systems from results/peers.json.
 """
 
 import json
@@ -16,7 +16,9 @@ import numba_dequant as nd
 from numba_dequant.dtypes import NAMES as DTYPES
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "h100.json"
+RESULTS = HERE / "results"
+RUNS = {"loading": "h100-loading.json"}
+"""Where the results of a part are that has a run of its own; the others share one."""
 PEERS = json.loads((HERE / "results" / "peers.json").read_text())
 
 
@@ -67,13 +69,40 @@ def formats(results):
 
 
 def machine(results):
+    return _machine(results, f"device copy {results.one('test_device_copy')['GB/s']:.0f} GB/s")
+
+
+def _machine(results, copy):
     found = results.machine
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    copy = results.one("test_device_copy")["GB/s"]
     return (
-        f"{found['gpu']}, driver for {found['driver']}, device copy {copy:.0f} GB/s; {found['cpu']}; "
+        f"{found['gpu']}, driver for {found['driver']}, {copy}; {found['cpu']}; "
         f"Python {found['python']}, {versions}. `{found['command']}`"
     )
+
+
+def loading(results):
+    head = ["file", "way", "ms", "of the file, GB/s", "share of the bus", "of FP16, GB/s", "times safetensors"]
+    rows = []
+    for parameters, info in results.of("test_load_gpu"):
+        name, mix, way = parameters["name"], parameters["mix"], parameters["way"]
+        theirs = results.one("test_load_gpu", name=name, way="safetensors")
+        file = f"FP16, {info['values'] / 1e9:.3g} GB" if way == "safetensors" else f"{info['file_bytes'] / 1e9:.3g} GB"
+        numbers = [f"{1e3 * info['seconds']:,.1f}", f"{info['GB/s']:.3g}", f"{info['share']:.1%}"]
+        numbers += [f"{info['values'] / info['seconds'] / 1e9:.3g}", _factor(theirs["seconds"] / info["seconds"])]
+        rows.append([f"like {name} {mix}, {file}", way, *numbers])
+    opened, theirs = (results.one("test_open", way=way)["seconds"] for way in ("ours", "gguf-py"))
+    split = results.one("test_open_split")["seconds"]
+    cold, dd = (results.one("test_cold", way=way)["GB/s"] for way in ("ours", "dd"))
+    bus = statistics.median(info["roof GB/s"] for _, info in results.of("test_load_gpu"))
+    peaks = [info for _, info in results.of("test_memory")]
+    host = " and ".join(f"{info['host MiB']:.0f} MiB for a file of {info['bytes'] / 1e9:.3g} GB" for info in peaks)
+    notes = f"""\
+* Opening a file with 262 144 tokens takes {1e3 * opened:.1f} ms, and gguf-py {theirs:.1f} s: {_factor(theirs / opened)}
+  times as long. Opening a model in 200 files takes {1e3 * split:.0f} ms.
+* A file that is not in the page cache is loaded at {cold:.2f} GB/s; `dd` reads it at {dd:.2f}.
+* Peak of host memory: {host}; of the GPU's, beyond what is loaded: {max(info["GPU MiB"] for info in peaks):.0f} MiB."""
+    return "\n\n".join([table(head, rows), notes, _machine(results, f"copy from pinned memory {bus:.1f} GB/s")])
 
 
 def speed(results):
@@ -205,17 +234,22 @@ def peers(results):
 
 PARTS = {
     HERE.parent / "README.md": (formats, machine, speed, models),
-    HERE / "README.md": (machine, kernels, sizes, models, start, compiling, launches, cpu, peers),
+    HERE / "README.md": (machine, kernels, sizes, models, loading, start, compiling, launches, cpu, peers),
 }
 
 
-def filled(path, results):
+def of_part(folder, name):
+    """The results of the run that a part is about."""
+    return Results(folder / RUNS.get(name, "h100.json"))
+
+
+def filled(path, folder):
     """The text of a page, its marked parts written anew."""
     text = path.read_text()
     for part in PARTS[path]:
         name = part.__name__
         pattern = rf"(<!-- {name}: [^>]*-->\n).*?(<!-- /{name} -->)"
-        content = f"\n{part(results)}\n\n"
+        content = f"\n{part(of_part(folder, name))}\n\n"
         text, count = re.subn(
             pattern, lambda match, content=content: match[1] + content + match[2], text, flags=re.DOTALL
         )
@@ -224,13 +258,14 @@ def filled(path, results):
 
 
 def main():
-    from chart import draw
+    import chart
 
-    results = Results(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS)
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
     for path in PARTS:
-        path.write_text(filled(path, results))
+        path.write_text(filled(path, folder))
     for theme in ("light", "dark"):
-        draw(results, PEERS, theme, HERE / "results" / f"throughput-{theme}.svg")
+        chart.speed(of_part(folder, "speed"), PEERS, theme, folder / f"throughput-{theme}.svg")
+        chart.loading(of_part(folder, "loading"), theme, folder / f"loading-{theme}.svg")
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ BUFFERS = 2
 STREAMS = 2
 """Streams that lanes share: while one dequantizes, the other copies. With more, a GPU loses time between them."""
 
-LARGEST_CREW = 12
-"""Threads at most, unless more are asked for: the bus is busy then."""
+LARGEST_CREW = 14
+"""Threads at most, unless more are asked for: the bus is busy then, on a slow host too."""
 
 LARGEST_BATCH = 32
 """Pieces that are planned before the threads are told."""
