@@ -164,9 +164,8 @@ def test_load_gpu(benchmark, gpu, bus, written, twin, name, mix, way):
             expected = nd.open(path).load(tensor, device="reference", rows=rows)
             check_same(found[tensor].copy_to_host()[rows], expected, tensor)
         del found
-    benchmark.pedantic(
-        load, rounds=1 if way == "gguf-py" else 3 if way == "safetensors" else 15, warmup_rounds=way.startswith("ours")
-    )
+    rounds = {"ours": 15, "gguf-py": 1, "safetensors": 3}.get(way, 5)
+    benchmark.pedantic(load, rounds=rounds, warmup_rounds=way.startswith("ours"))
     note(benchmark, n_values if way == "safetensors" else n_bytes, bus, values=n_values, file_bytes=n_bytes)
 
 

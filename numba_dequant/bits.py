@@ -155,12 +155,12 @@ def _store(out: Any, index: int, values: Any) -> None:
 
 def copy_16_bytes(tile: Any, at: int, data: Any, start: int) -> None:
     """Copy 16 aligned bytes of `data` from byte `start` to byte `at` of `tile`."""
-    tile.view(np.uint8)[at : at + 16] = data[start : start + 16]
+    tile.view(np.uint8)[at : at + 16] = data.view(np.uint8)[start : start + 16]
 
 
 def copy_byte(tile: Any, at: int, data: Any, start: int) -> None:
     """Copy byte `start` of `data` to byte `at` of `tile`."""
-    tile.view(np.uint8)[at] = data[start]
+    tile.view(np.uint8)[at] = data.view(np.uint8)[start]
 
 
 def is_aligned(data: Any, start: int) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, distribution
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any
 
 from numba_dequant import store
 from numba_dequant.errors import DeviceError
@@ -60,15 +60,19 @@ def ptx(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -
     return function_ptx(kernels.make_kernel(source, dtype, mapping_named(mapping, source)), capability)
 
 
-def function_ptx(
-    kernel: Callable[..., None], capability: tuple[int, int], *kinds: Literal["data", "table", "number"]
-) -> str:
-    """The PTX text of any function of addresses and numbers; by default of those that a kernel takes."""
+def function_ptx(kernel: Callable[..., None], capability: tuple[int, int], *kinds: Any) -> str:
+    """The PTX text of any function of addresses and numbers, or of what Numba has types for.
+
+    Args:
+        kernel: the function.
+        capability: the GPU's compute capability.
+        kinds: of its arguments, "data", "table", "number" or types of Numba; by default those that a kernel takes.
+    """
     from numba import cuda, types
     from numba.cuda import dispatcher
 
     of_kind = {"data": types.CPointer(types.uint8), "table": types.CPointer(types.int64), "number": types.int64}
-    signature = tuple(of_kind[kind] for kind in kinds or ("data", "number", "data"))
+    signature = tuple(of_kind.get(kind, kind) for kind in kinds or ("data", "number", "data"))
     with _lock:
         # numba-cuda asks the current device which GPU to compile the kernel's callees for; here we know better.
         real = dispatcher.get_current_device

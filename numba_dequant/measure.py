@@ -15,9 +15,10 @@ from cuda.core import Device, Event, EventOptions, Kernel, LaunchConfig, ObjectC
 
 from numba_dequant import compiler, gpu, runtime
 from numba_dequant.api import dequantize
+from numba_dequant.device_tensor import DeviceTensor
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.format import Format
-from numba_dequant.mapping import mapping_named
+from numba_dequant.mapping import Mapping, mapping_named
 from numba_dequant.verify import check_same
 from numba_dequant.version import VERSION
 
@@ -102,8 +103,26 @@ class Workload:
         moved: bytes that one call reads and writes.
     """
 
-    def __init__(self, source: Format, dtype: str, n_elements: int, device: Device, mapping: str = "tile") -> None:
-        self.source, self.dtype, self.mapping = source, dtype, mapping
+    def __init__(
+        self,
+        source: Format,
+        dtype: str,
+        n_elements: int,
+        device: Device,
+        mapping: str = "tile",
+        kernel: Callable[[runtime.DeviceBytes, int, runtime.DeviceBytes], object] | None = None,
+    ) -> None:
+        """Fill as much memory with blocks as the GPU's cache does not hold.
+
+        Args:
+            source: their format.
+            dtype: the output type.
+            n_elements: how many; a whole number of blocks is made of it.
+            device: the current one.
+            mapping: that of the library's kernel.
+            kernel: queues another kernel in place of it, from data, the number of elements and the output.
+        """
+        self.source, self.dtype, self.mapping, self._kernel = source, dtype, mapping, kernel
         n_blocks = -(-n_elements // source.block_size)
         self.n_elements = n_blocks * source.block_size
         self.itemsize = numpy_dtype(dtype).itemsize
@@ -122,7 +141,10 @@ class Workload:
     def __call__(self) -> None:
         """Queue the work."""
         source, target = self.buffers()
-        gpu.dequantize_into(source, self.source, self.dtype, self.n_elements, target, 0, self.mapping)
+        if self._kernel is not None:
+            self._kernel(source, self.n_elements, target)
+        else:
+            gpu.dequantize_into(source, self.source, self.dtype, self.n_elements, target, 0, self.mapping)
 
     def buffers(self) -> tuple[runtime.DeviceBytes, runtime.DeviceBytes]:
         """Where to read and where to write this time."""
@@ -173,6 +195,26 @@ class Workload:
 
             best = max(best, self.moved / clock.seconds(move))
         return best
+
+
+def launcher(
+    kernel: Any, mapping: Mapping, data: np.dtype[Any], out: np.dtype[Any]
+) -> Callable[[runtime.DeviceBytes, int, runtime.DeviceBytes], None]:
+    """For `Workload`: a kernel that `numba.cuda.jit` has made, whose arguments are arrays of these types."""
+    from numba import cuda
+
+    @cache
+    def array(pointer: int, n_bytes: int, device: int, dtype: np.dtype[Any]) -> Any:
+        memory = runtime.DeviceBytes(pointer, n_bytes, device, None)
+        return cuda.as_cuda_array(DeviceTensor(memory, (n_bytes // dtype.itemsize,), dtype, 0))
+
+    def launch(source: runtime.DeviceBytes, n_elements: int, target: runtime.DeviceBytes) -> None:
+        arguments = [
+            array(each.pointer, each.n_bytes, each.device, kind) for each, kind in ((source, data), (target, out))
+        ]
+        kernel[mapping.thread_blocks(n_elements), mapping.threads](arguments[0], n_elements, arguments[1])
+
+    return launch
 
 
 def _in_one(n_bytes: int, count: int, device: Device) -> list[runtime.DeviceBytes]:
