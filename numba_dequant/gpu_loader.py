@@ -214,7 +214,7 @@ class _Load:
         self._crew: list[Lane] = []
 
     def run(self) -> Generator[Any, None, None]:
-        most = sum(tensor.n_bytes // (PIECE // 2) + 1 for tensor in self.tensors)
+        most = sum(tensor.n_bytes // (PIECE // 2) + 2 for tensor in self.tensors)
         self._pump = pump.Pump([tensor.n_bytes for tensor in self.tensors], most, most)
         try:
             if self._prefetch is None:

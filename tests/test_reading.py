@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import random_blocks, write_model
+from conftest import QUANTIZED, random_blocks, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,6 +62,22 @@ def test_pieces_cover_every_byte_once(tensors, largest, data):
             assert start == at
             at += n_bytes
         assert at == info.n_bytes
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_pieces_of_a_large_tensor_share_no_page(name):
+    source, largest, rows = nd.FORMATS[name], 4 << 20, 400_000
+    infos, offset = [], 992
+    for number in range(2):
+        shape = (rows, 4 * source.block_size)
+        place = ("file", offset, source.n_bytes(shape), rows * shape[1], "little", ())
+        infos.append(nd.gguf_file.TensorInfo(str(number), source, shape, *place))
+        offset += -(-source.n_bytes(shape) // 32) * 32
+    pieces = list(cut(infos, range(2), largest))
+    within = [piece for piece in pieces if piece.parts[0].start]
+    assert len(within) > 2
+    assert all(piece.offset % 4096 == 0 for piece in within)
+    assert len(pieces) <= offset / (largest * 7 / 8) + 3
 
 
 class Sink:
