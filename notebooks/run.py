@@ -1,4 +1,4 @@
-"""Run the notebooks from top to bottom, and keep what they show.
+"""Run the notebooks from top to bottom, and keep what they show, in them and in the gallery.
 
 python notebooks/run.py            # all of them
 python notebooks/run.py --check    # keep nothing: fail if a cell fails or warns
@@ -8,10 +8,12 @@ import argparse
 import sys
 from pathlib import Path
 
+import gallery
 import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def run(path):
@@ -21,7 +23,11 @@ def run(path):
     complaints = []
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
-        complaints += [output.text for output in cell.get("outputs", []) if output.get("name") == "stderr"]
+        if cell.cell_type == "code":
+            complaints += [output.text for output in cell.outputs if output.get("name") == "stderr"]
+            # What can be turned is nothing without a kernel: it is not kept.
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+    notebook.metadata.pop("widgets", None)
     notebook.metadata["language_info"] = {"name": "python"}
     return notebook, complaints
 
@@ -40,6 +46,8 @@ def main():
         failed |= bool(complaints)
         if not options.check:
             nbformat.write(notebook, path)
+    if not options.check:
+        gallery.write()
     return 1 if failed else 0
 
 

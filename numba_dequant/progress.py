@@ -90,7 +90,9 @@ def _bar_class() -> Any:
 
 
 def _is_notebook() -> bool:
-    return "ipykernel" in sys.modules
+    # Not whether ipykernel is there: programs that run notebooks import it, too.
+    get_shell = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    return get_shell is not None and hasattr(get_shell(), "kernel")
 
 
 def is_watched() -> bool:

@@ -35,6 +35,15 @@ def test_what_it_shows_is_kept(name):
     assert not re.search(r"/(home|root|tmp|work|usr)/", outputs)
 
 
+def test_the_gallery_shows_what_they_show(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(NOTEBOOKS)
+    import gallery
+
+    gallery.write(tmp_path)
+    kept = {path.relative_to(gallery.DOCS): path.read_bytes() for path in gallery.DOCS.rglob("*.*")}
+    assert kept == {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.*")}, "run gallery.py"
+
+
 SLOW = """
 import sys, time
 if {hidden}:

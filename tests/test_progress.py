@@ -2,6 +2,7 @@
 
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import random_blocks, write_model
@@ -61,6 +62,10 @@ def test_a_notebook_is_watched(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert not progress.is_watched()
     monkeypatch.setitem(sys.modules, "ipykernel", object())
+    assert not progress.is_watched()
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
+    assert not progress.is_watched()
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=None)))
     assert progress.is_watched()
 
 

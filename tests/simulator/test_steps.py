@@ -10,6 +10,9 @@ from numba import cuda
 from numba.cuda.simulator import kernelapi
 
 import numba_dequant as nd
+from numba_dequant.device import is_simulated
+
+pytestmark = pytest.mark.skipif(not is_simulated(), reason="runs under NUMBA_ENABLE_CUDASIM=1")
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "02_one_kernel.ipynb"
 
