@@ -25,7 +25,9 @@ from numba_dequant.device_tensor import DeviceTensor
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DeviceError, NumbaDequantError
 from numba_dequant.gguf_file import truncated
-from numba_dequant.reading import PATIENCE, Part, Piece, check_unchanged, cut, interleaved, open_unchanged, read_error
+from numba_dequant.pieces import Part, Piece, cut, interleaved
+from numba_dequant.pipeline import PATIENCE
+from numba_dequant.reading import check_unchanged, open_unchanged, read_error
 from numba_dequant.runtime import DeviceBytes
 from numba_dequant.selection import QuantizedTensor, Request
 from numba_dequant.staging import Staging

@@ -13,7 +13,8 @@ from numba_dequant.arguments import check_output
 from numba_dequant.device import Place, n_threads
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DeviceError, OutputError
-from numba_dequant.reading import Part, Piece, Pipeline
+from numba_dequant.pieces import Part, Piece
+from numba_dequant.pipeline import Pipeline
 from numba_dequant.selection import QuantizedTensor, Request
 
 PIECE = 1 << 20

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from numba_dequant import runtime
 from numba_dequant.gguf_file import TensorInfo
-from numba_dequant.reading import Files, cut
+from numba_dequant.pieces import cut
+from numba_dequant.reading import Files
 
 PIECE = 4 << 20
 """Bytes per buffer: large enough to hide the cost of a call, small enough to be got quickly."""

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import numba_dequant as nd
 from numba_dequant import reading
-from numba_dequant.reading import Pipeline, cut, interleaved
+from numba_dequant.pieces import cut, interleaved
+from numba_dequant.pipeline import Pipeline
 
 FORMATS = ["Q8_0", "Q4_K", "F32", "I8"]
 
