@@ -201,17 +201,35 @@ class Pump:
             if thread:
                 self._threads[number] = None
                 _library().pthread_join(ctypes.c_void_p(thread), None)
+        self._close()
+        _running.discard(self)
+
+    def forget(self) -> None:
+        """In a process that has been forked: the threads, and what they wait for, are those of the parent."""
+        self._threads = (ctypes.c_void_p * LARGEST_CREW)()
+        self._close()
+
+    def _close(self) -> None:
         planned, self._planned = self._planned, -1
         os.close(planned)
         os.close(self._progress)
-        _running.discard(self)
 
 
 _running: set[Pump] = set()
 """Those whose threads have not ended: their tables must live on, whoever forgets them."""
 
 
+def _forget_all() -> None:
+    for pump in _running:
+        pump.forget()
+    _running.clear()
+
+
 @atexit.register
 def _stop_all() -> None:
     for pump in list(_running):
         pump.stop()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)

@@ -1,5 +1,8 @@
 """A model to load, and faults that are the same wherever it is loaded to."""
 
+import os
+import threading
+import time
 from functools import cache
 
 import pytest
@@ -39,6 +42,18 @@ def overwrite(path, at):
     with open(path, "r+b") as file:
         file.seek(at)
         file.write(bytes(100))
+
+
+def n_threads_of_this_process(expected=None):
+    """Also those that Python does not know. One that has ended may be listed for a moment longer."""
+    if not os.path.isdir("/proc/self/task"):
+        return threading.active_count()
+    for _ in range(100):
+        found = len(os.listdir("/proc/self/task"))
+        if expected is None or found <= expected:
+            break
+        time.sleep(0.01)
+    return found
 
 
 def input_output_error():
