@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from functools import cache
+import threading
 from importlib.metadata import version
 from typing import Any
 
@@ -22,14 +22,22 @@ def record(*names: str) -> np.dtype[Any]:
     return np.dtype([(name, np.int64) for name in names])
 
 
+_lock = threading.Lock()
+_engines: list[Any] = []
+"""None, and then the one that holds the code as long as the process lives: threads may be running it."""
+
+
 def load(name: str) -> ctypes.c_void_p:
     """The address of a function."""
-    return ctypes.c_void_p(_engine().get_function_address(name))
+    with _lock:
+        if not _engines:
+            _engines.append(_engine())
+    return ctypes.c_void_p(_engines[0].get_function_address(name))
 
 
 def is_loaded() -> bool:
     """Whether `load` costs nothing any more."""
-    return _engine.cache_info().currsize > 0
+    return bool(_engines)
 
 
 def keep() -> None:
@@ -37,9 +45,7 @@ def keep() -> None:
     _text()
 
 
-@cache
 def _engine() -> Any:
-    """What holds the code, as long as the process lives."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()

@@ -1,6 +1,8 @@
 """Code for this machine's processor, compiled once."""
 
 import re
+import threading
+import time
 
 from numba_dequant import native, native_code
 
@@ -15,3 +17,23 @@ def test_it_is_compiled_once(monkeypatch):
     native.keep()
     monkeypatch.setattr(native_code, "compile_functions", None)
     native.keep()
+
+
+def test_two_threads_load_it_once(monkeypatch):
+    real, calls = native._engine, []
+
+    def engine():
+        calls.append(None)
+        time.sleep(0.1)
+        return real()
+
+    monkeypatch.setattr(native, "_engines", [])
+    monkeypatch.setattr(native, "_engine", engine)
+    addresses = []
+    threads = [threading.Thread(target=lambda: addresses.append(native.load("pump").value)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    assert len(set(addresses)) == 1
