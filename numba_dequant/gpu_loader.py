@@ -203,7 +203,7 @@ class _Load:
         self._lanes, self._prefetch, self._watch = lanes, prefetch, watch
         # An order other than that of handing out would have the first tensor wait for one that is not due.
         order = range(len(requests)) if prefetch is not None else interleaved(self.tensors)
-        self._cut = cut(self.tensors, order, PIECE)
+        self._cut = cut(self.tensors, order, PIECE, in_turn=prefetch is not None)
         self._next = next(self._cut, None)
         self._pieces: list[Piece] = []
         self._results: dict[int, _Result] = {}

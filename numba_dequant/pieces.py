@@ -48,8 +48,11 @@ class Piece:
     parts: list[Part] = field(default_factory=list)
 
 
-def cut(tensors: Sequence[TensorInfo], order: Sequence[int], largest: int) -> Iterator[Piece]:
-    """Pieces of at most `largest` bytes that cover tensors in that order; neighbours share one."""
+def cut(tensors: Sequence[TensorInfo], order: Sequence[int], largest: int, *, in_turn: bool = False) -> Iterator[Piece]:
+    """Pieces of at most `largest` bytes that cover tensors in that order; neighbours share one.
+
+    With `in_turn` no large tensor begins in a piece of the one before it: its memory is not needed before its turn.
+    """
     piece: Piece | None = None
     for index in order:
         tensor = tensors[index]
@@ -62,7 +65,7 @@ def cut(tensors: Sequence[TensorInfo], order: Sequence[int], largest: int) -> It
             end = n_bytes
             if start + largest - at < n_bytes:
                 end = first + (start + largest - at - first) // step * step
-            is_long_enough = end == n_bytes or end - start >= smallest
+            is_long_enough = end == n_bytes or (end - start >= smallest and not in_turn)
             if piece is not None and not (is_long_enough and _follows(piece, tensor.path, offset)):
                 yield piece
                 piece = None

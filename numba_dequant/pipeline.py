@@ -70,7 +70,7 @@ class Pipeline:
         self._tensors, self._sink = tensors, sink
         # An order other than that of handing out would have the first tensor wait for one that is not due.
         order = range(len(tensors)) if prefetch is not None else interleaved(tensors)
-        self._pieces = cut(tensors, order, largest)
+        self._pieces = cut(tensors, order, largest, in_turn=prefetch is not None)
         self._next: Piece | None = next(self._pieces, None)
         n_pieces = sum(tensor.n_bytes for tensor in tensors) // largest + 1
         self._n_threads = max(1, min(n_threads, n_pieces))

@@ -107,6 +107,16 @@ def test_one_after_the_other(model, late, prefetch, threads):
         assert_right(tensor, name, "float32" if name.endswith("norm") else "bfloat16")
 
 
+def test_no_tensor_takes_memory_before_its_turn(tmp_path, late, threads):
+    tensors = {f"{number}": ("Q8_0", (1000, 32), random_blocks("Q8_0", 1000)) for number in range(3)}
+    with nd.open(write_model(tmp_path / "model.gguf", tensors)) as model:
+        walk = model.stream(device="cuda", threads=threads, prefetch=0)
+        before = late.in_use
+        _, first = next(walk)
+        assert late.in_use - before - threads * gpu_loader.BUFFERS * 4096 <= first.nbytes
+        walk.close()
+
+
 def test_the_iterator_is_dropped(model, late, threads):
     before = late.in_use
     for name, tensor in model.stream(device="cuda", threads=threads, prefetch=6):

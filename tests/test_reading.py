@@ -32,10 +32,11 @@ def model(tmp_path):
 @given(
     tensors=st.lists(st.tuples(st.sampled_from(FORMATS), st.integers(0, 300), st.integers(0, 100_000)), max_size=8),
     largest=st.integers(600, 5000),
+    in_turn=st.booleans(),
     data=st.data(),
 )
 @settings(deadline=None)
-def test_pieces_cover_every_byte_once(tensors, largest, data):
+def test_pieces_cover_every_byte_once(tensors, largest, in_turn, data):
     infos, offset = [], 0
     for number, (name, rows, gap) in enumerate(tensors):
         source = nd.FORMATS[name]
@@ -46,7 +47,9 @@ def test_pieces_cover_every_byte_once(tensors, largest, data):
         offset += n_bytes
     order = data.draw(st.permutations(range(len(infos))))
     covered = [[] for _ in infos]
-    for piece in cut(infos, order, largest):
+    for piece in cut(infos, order, largest, in_turn=in_turn):
+        if in_turn:
+            assert all(part.n_bytes == infos[part.index].n_bytes for part in piece.parts[1:])
         assert piece.n_bytes <= largest
         for part in piece.parts:
             info = infos[part.index]
