@@ -351,7 +351,8 @@ class _Load:
             size = self._files[piece.path].seek(0, 2)
             cut_short = (self.tensors[part.index] for part in piece.parts)
             return truncated(next((each for each in cut_short if each.offset + each.n_bytes > size), first))
-        return read_error(first, piece.offset, OSError(fault.code, os.strerror(fault.code)))
+        error = OSError(fault.code, os.strerror(fault.code))
+        return read_error(self.tensors[piece.index_at(fault.offset)], fault.offset, error)
 
     def _let_caller_wait(self, numbers: Iterable[int]) -> None:
         """Let the caller's stream wait for what these threads have queued so far."""

@@ -47,6 +47,10 @@ class Piece:
     n_bytes: int = 0
     parts: list[Part] = field(default_factory=list)
 
+    def index_at(self, offset: int) -> int:
+        """Which tensor a byte of the file belongs to."""
+        return next(part.index for part in reversed(self.parts) if self.offset + part.at <= offset)
+
 
 def cut(tensors: Sequence[TensorInfo], order: Sequence[int], largest: int, *, in_turn: bool = False) -> Iterator[Piece]:
     """Pieces of at most `largest` bytes that cover tensors in that order; neighbours share one.

@@ -48,7 +48,7 @@ of its three arguments; `token` is read when there is one more piece."""
 
 JOB = record(
     *("calls", "pieces", "parts", "n_pieces", "n_parts", "left", "written", "pieces_planned", "progress", "one"),
-    *("claimed", "planned", "taken", "is_over", "faults", "fault_piece", "fault_place", "fault_code"),
+    *("claimed", "planned", "taken", "is_over", "faults", "fault_piece", "fault_place", "fault_code", "fault_offset"),
 )
 """What all threads of a load share: addresses of tables, two event descriptors, counters, and the first fault."""
 
@@ -105,11 +105,11 @@ def lane(buffers: NDArray[np.void], context: int, stream: int) -> NDArray[np.voi
 
 
 class FaultError(Exception):
-    """What the first thread that failed says: the number of its piece, where it was, and the code that it got."""
+    """What the first thread that failed says: the number of its piece, where it was, the code, the byte of the file."""
 
-    def __init__(self, piece: int, place: int, code: int) -> None:
-        self.piece, self.place, self.code = piece, place, code
-        super().__init__(piece, place, code)
+    def __init__(self, piece: int, place: int, code: int, offset: int) -> None:
+        self.piece, self.place, self.code, self.offset = piece, place, code, offset
+        super().__init__(piece, place, code, offset)
 
 
 class Pump:
@@ -184,7 +184,8 @@ class Pump:
         with suppress(BlockingIOError):
             os.eventfd_read(self._progress)
         if self._job["is_over"][0]:
-            raise FaultError(*(int(self._job[name][0]) for name in ("fault_piece", "fault_place", "fault_code")))
+            fault = ("fault_piece", "fault_place", "fault_code", "fault_offset")
+            raise FaultError(*(int(self._job[name][0]) for name in fault))
         return not self.left[tensor]
 
     def has_written(self, number: int, tensor: int) -> bool:

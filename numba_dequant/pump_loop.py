@@ -70,7 +70,7 @@ def atomic(typingctx: Any, operation: Any, address: Any, value: Any) -> Any:
 
 @register_jitable  # type: ignore[untyped-decorator]
 def read_piece(calls: Any, piece: Any, host: int) -> Any:
-    """Read a piece to pinned memory; the result is 0, the C library's code, or ENDED."""
+    """Read a piece to pinned memory; the result is 0, the C library's code, or ENDED, and how many bytes were read."""
     done = 0
     while done < piece.n_bytes:
         got = call(calls.read, (piece.file, host + done, piece.n_bytes - done, piece.offset + done))
@@ -78,11 +78,11 @@ def read_piece(calls: Any, piece: Any, host: int) -> Any:
             done += got
             continue
         if got == 0:
-            return ENDED
+            return ENDED, done
         code = load_int(call(calls.error, (0,)))
         if code != INTERRUPTED:
-            return code
-    return 0
+            return code, done
+    return 0, done
 
 
 @register_jitable  # type: ignore[untyped-decorator]
@@ -135,13 +135,15 @@ def pump(lane_at: int) -> int:
             if look(job_at + IS_OVER):
                 return count
             call(calls.pause, (PAUSE,))
-        place, code = IN_FILE, read_piece(calls, piece, buffer.host)
+        place = IN_FILE
+        code, done = read_piece(calls, piece, buffer.host)
         if code == 0:
             place, code = IN_GPU, send_piece(calls, piece, parts, buffer, lane, arguments_at)
             lane.turn = (lane.turn + 1) % lane.n_buffers
         if code:
             if atomic("add", job_at + FAULTS, 1) == 0:
                 job.fault_piece, job.fault_place, job.fault_code = index, place, code
+                job.fault_offset = piece.offset + done
                 atomic("xchg", job_at + IS_OVER, 1)
                 call(calls.tell, (job.progress, job.one, 8))
             return count

@@ -49,7 +49,8 @@ class Files:
         except ReadError:
             raise
         except OSError as error:
-            raise read_error(first, piece.offset, error) from error
+            offset = max(file.tell(), piece.offset) if file is not None else piece.offset
+            raise read_error(tensors[piece.index_at(offset)], offset, error) from error
         if count < piece.n_bytes:
             raise truncated(next(tensors[p.index] for p in piece.parts if p.at + p.n_bytes > count))
         check_unchanged(first, file)

@@ -149,6 +149,22 @@ def test_a_read_error_halfway(model, late, monkeypatch, threads):
         assert_right(found, name)
 
 
+def test_a_read_error_names_the_tensor_that_it_lies_in(tmp_path, late, threads):
+    tensors = {"small": ("F32", (5,), bytes(20)), "large": ("Q8_0", (40, 32), random_blocks("Q8_0", 40))}
+    with nd.open(write_model(tmp_path / "model.gguf", tensors)) as model:
+        end = model.tensors["large"].offset + 512
+
+        def read_into(file, data, offset):
+            if offset >= end:
+                raise OSError(5, "Input/output error")
+            return os.preadv(file, [data[: end - offset]], offset)
+
+        late.read_into = read_into
+        if pump.IS_POSSIBLE and runtime.can_signal(0):
+            with pytest.raises(nd.ReadError, match=f"tensor 'large' at byte {end}: Input/output error; check the disk"):
+                model.load_all(device="cuda", threads=threads)
+
+
 def test_out_of_memory_halfway(model, late, monkeypatch, threads):
     real = runtime.allocate
 

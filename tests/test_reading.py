@@ -84,6 +84,23 @@ def test_pieces_of_a_large_tensor_share_no_page(name):
     assert len(pieces) <= offset / (largest * 7 / 8) + 3
 
 
+def test_a_read_error_names_the_tensor_that_it_lies_in(tmp_path, monkeypatch):
+    tensors = {"small": ("F32", (5,), bytes(20)), "large": ("Q8_0", (40, 32), random_blocks("Q8_0", 40))}
+    infos = list(nd.open(write_model(tmp_path / "model.gguf", tensors)).tensors.values())
+    end = infos[1].offset + 512
+
+    class Disk(io.FileIO):
+        def readinto(self, data):
+            if self.tell() >= end:
+                raise OSError(5, "Input/output error")
+            return super().readinto(data[: end - self.tell()])
+
+    monkeypatch.setattr(reading, "open_unchanged", lambda tensor: Disk(tensor.path))
+    [piece] = cut(infos, range(2), 1 << 20)
+    with reading.Files() as files, pytest.raises(nd.ReadError, match=f"tensor 'large' at byte {end}: Input/output"):
+        files.read(piece, infos, np.empty(1 << 20, np.uint8))
+
+
 class Sink:
     """Keeps the bytes of every tensor."""
 
