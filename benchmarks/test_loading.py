@@ -169,6 +169,45 @@ def test_load_gpu(benchmark, gpu, bus, written, twin, name, mix, way):
     note(benchmark, n_values if way == "safetensors" else n_bytes, bus, values=n_values, file_bytes=n_bytes)
 
 
+@pytest.mark.parametrize("part", ["reading", "sending"])
+def test_one_part_of_loading(benchmark, gpu, bus, written, monkeypatch, part):
+    """Which of the two is the bottleneck: what the threads ask of the other is said to be done at once."""
+    from numba import carray, cfunc, types
+
+    from numba_dequant import pump
+    from numba_dequant.native_code import pointer
+
+    long = types.int64
+
+    @cfunc(long(long, long, long, long))
+    def read(file, address, n_bytes, offset):
+        return n_bytes
+
+    @cfunc(types.int32(long, long, long, long))
+    def signal(stream, address, value, flags):
+        carray(pointer(address), 1, long)[0] = value
+        return 0
+
+    @cfunc(types.int32(long))
+    def done(anything):
+        return 0
+
+    calls = pump.calls().copy()
+    others = {"let_gpu_wait": done, "copy": done, "launch": done, "signal": signal}
+    for name, function in ({"read": read} if part == "sending" else others).items():
+        calls[name] = function.address
+    path = written("Llama-3.1-8B", "Q4_K_M")
+
+    def load():
+        model.load_all(device="cuda", progress=False)
+        gpu.synchronize()
+
+    with nd.open(path) as model, monkeypatch.context() as patch:
+        patch.setattr(pump, "calls", lambda: calls)
+        benchmark.pedantic(load, rounds=9, warmup_rounds=1)
+    note(benchmark, sizes(path)[0], bus)
+
+
 @pytest.mark.parametrize("n_layers", [5, 112])
 def test_memory(benchmark, gpu, tmp_path, n_layers):
     """What a load takes at its peak, beyond what it gives back: of host memory, and on the GPU."""
