@@ -175,7 +175,7 @@ def test_one_part_of_loading(benchmark, gpu, bus, written, monkeypatch, part):
     from numba import carray, cfunc, types
 
     from numba_dequant import pump
-    from numba_dequant.native_code import pointer
+    from numba_dequant.native.intrinsics import pointer
 
     long = types.int64
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from numba_dequant import native
 from numba_dequant.errors import GgufError
+from numba_dequant.native.records import STRINGS
 
 ByteOrder = Literal["little", "big"]
 
@@ -31,10 +32,6 @@ NUMBERS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "u1
 """NumPy type code of every value type that is a number or a bool."""
 
 INTEGERS = frozenset({0, 1, 2, 3, 4, 5, 10, 11})
-
-
-STRINGS = native.record("data", "n_bytes", "at", "left")
-"""Bytes in memory, where among them strings begin, and how many may be passed."""
 
 
 class Stamp(NamedTuple):

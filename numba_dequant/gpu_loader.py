@@ -25,6 +25,7 @@ from numba_dequant.device_tensor import DeviceTensor
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DeviceError, NumbaDequantError
 from numba_dequant.gguf_file import truncated
+from numba_dequant.native.records import BUFFER, ENDED, IN_GPU
 from numba_dequant.pieces import Part, Piece, cut, interleaved
 from numba_dequant.pipeline import PATIENCE
 from numba_dequant.reading import check_unchanged, open_unchanged, read_error
@@ -61,7 +62,7 @@ class Lane:
         addresses = zip(self._pinned, self._on_gpu, range(BUFFERS), strict=True)
         flag = self._flags.ctypes.data
         rows = [(host.ctypes.data, memory.pointer, flag + 8 * number, 0) for host, memory, number in addresses]
-        self._buffers = np.array(rows, pump.BUFFER)
+        self._buffers = np.array(rows, BUFFER)
         self.record = pump.lane(self._buffers, runtime.context_of(device), self.handle)
 
 
@@ -344,10 +345,10 @@ class _Load:
     def _error_of(self, fault: pump.FaultError) -> NumbaDequantError:
         piece = self._pieces[fault.piece]
         first = self.tensors[piece.parts[0].index]
-        if fault.place == pump.IN_GPU:
+        if fault.place == IN_GPU:
             message = runtime.message_of(fault.code)
             return DeviceError(f"{first.path}: tensor {first.name!r}: cuda:{self.index}: {message}")
-        if fault.code == pump.ENDED:
+        if fault.code == ENDED:
             size = self._files[piece.path].seek(0, 2)
             cut_short = (self.tensors[part.index] for part in piece.parts)
             return truncated(next((each for each in cut_short if each.offset + each.n_bytes > size), first))

@@ -1,8 +1,8 @@
 """Threads that move pieces of files to a GPU, and know nothing of Python.
 
 Sixteen threads that hand Python's lock around for every piece move a quarter of what the bus carries. So their loop,
-`pump_loop`, is compiled. They are the system's own, because one of Python's takes ten times as long to start. Python
-plans pieces while they work, and is told when a tensor is complete.
+`native.pump_loop`, is compiled. They are the system's own, because one of Python's takes ten times as long to start.
+Python plans pieces while they work, and is told when a tensor is complete.
 """
 
 from __future__ import annotations
@@ -20,49 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant import native
-from numba_dequant.native import record
+from numba_dequant.native.records import CALLS, JOB, LANE, PART, PIECE
 
 IS_POSSIBLE = sys.platform == "linux"
 """Whether this system has what the loop needs: `pread`, `eventfd`, and a driver named libcuda."""
 
 LARGEST_CREW = 64
 """Threads at most: `written` has a bit for each."""
-
-
-PIECE = record("file", "offset", "n_bytes", "first_part", "n_parts", "is_computed", "ready")
-"""Bytes of a file; `ready` is the event after which memory for them is there."""
-
-PART = record("tensor", "at", "n_bytes", "target", "kernel", "n_thread_blocks", "n_threads", "n_elements")
-"""Bytes of one tensor in a piece, and what becomes of them; those with no kernel are copied."""
-
-BUFFER = record("host", "gpu", "flag", "free_at")
-"""Pinned memory, as much on the GPU, and where the GPU counts how often both have been used; they are free once it says
-`free_at`. The count lies in pinned memory, because asking the driver makes threads wait for each other."""
-
-LANE = record(
-    *("job", "number", "context", "stream", "buffers", "n_buffers", "turn", "waited"),
-    *("data", "n_elements", "out", "data_at", "n_elements_at", "out_at", "token"),
-)
-"""What one thread works with: `waited` is the event that its stream has waited for last; a launch takes the addresses
-of its three arguments; `token` is read when there is one more piece."""
-
-JOB = record(
-    *("calls", "pieces", "parts", "n_pieces", "n_parts", "left", "written", "pieces_planned", "progress", "one"),
-    *("claimed", "planned", "taken", "is_over", "faults", "fault_piece", "fault_place", "fault_code", "fault_offset"),
-)
-"""What all threads of a load share: addresses of tables, two event descriptors, counters, and the first fault."""
-
-CALLS = record(
-    *("set_context", "wait_for_piece", "read", "error", "tell"),
-    *("pause", "let_gpu_wait", "copy", "launch", "signal"),
-)
-"""Addresses of functions of the C library and of the driver."""
-
-IN_FILE, IN_GPU = 0, 1
-"""Places of a fault."""
-
-ENDED = -1
-"""In place of the C library's code of a fault: the file has no more bytes."""
 
 
 @cache

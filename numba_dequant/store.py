@@ -41,7 +41,8 @@ def directory() -> Path:
 def package_digest() -> str:
     """A digest of this package's own source: compiled code is only as good as the source that it came from."""
     root = os.path.dirname(__file__)
-    paths = [path for folder in (root, os.path.join(root, "formats")) for path in _sources(folder)]
+    folders = (root, os.path.join(root, "formats"), os.path.join(root, "native"))
+    paths = [path for folder in folders for path in _sources(folder)]
     digest = hashlib.sha256()
     for path in sorted(paths):
         with open(path, "rb", buffering=0) as file:

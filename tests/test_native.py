@@ -4,18 +4,19 @@ import re
 import threading
 import time
 
-from numba_dequant import native, native_code
+from numba_dequant import native
+from numba_dequant.native import compiling
 
 
 def test_it_needs_nothing_but_what_it_is_given():
-    text = native_code.compile_functions()
+    text = compiling.compile_functions()
     assert re.findall(r"^declare .*@(?!llvm\.)", text, re.MULTILINE) == []
     assert sorted(re.findall(r"^define (?!internal).*@(\w+)", text, re.MULTILINE)) == ["pump", "walk_strings"]
 
 
 def test_it_is_compiled_once(monkeypatch):
     native.keep()
-    monkeypatch.setattr(native_code, "compile_functions", None)
+    monkeypatch.setattr(compiling, "compile_functions", None)
     native.keep()
 
 

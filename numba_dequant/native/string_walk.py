@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from numba import carray
 
-from numba_dequant.gguf_header import STRINGS
-from numba_dequant.native_code import load_long, pointer
+from numba_dequant.native.intrinsics import load_long, pointer
+from numba_dequant.native.records import STRINGS
 
 
 def walk_strings(strings_at: int) -> int:

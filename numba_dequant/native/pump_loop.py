@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 from typing import Any
 
-from llvmlite import ir
 from numba import carray, types
-from numba.extending import intrinsic, register_jitable
+from numba.extending import register_jitable
 
-from numba_dequant.native_code import INT, LONG, load_int, pointer
-from numba_dequant.pump import BUFFER, CALLS, ENDED, IN_FILE, IN_GPU, JOB, LANE, PART, PIECE
+from numba_dequant.native.intrinsics import atomic, call, call_driver, load_int, look, pointer
+from numba_dequant.native.records import BUFFER, CALLS, ENDED, IN_FILE, IN_GPU, JOB, LANE, PART, PIECE
 
 PAUSE = 20
 """Microseconds; a copy takes 80."""
@@ -20,52 +19,6 @@ ARGUMENTS, TOKEN = (LANE.fields[name][1] for name in ("data", "token"))  # type:
 ADDRESSES = LANE.fields["data_at"][1] - ARGUMENTS  # type: ignore[index]
 CLAIMED, PLANNED, TAKEN = (JOB.fields[name][1] for name in ("claimed", "planned", "taken"))  # type: ignore[index]
 IS_OVER, FAULTS = (JOB.fields[name][1] for name in ("is_over", "faults"))  # type: ignore[index]
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def call(typingctx: Any, address: Any, arguments: Any) -> Any:
-    """Call a function of the C library; arguments and result fill a register each."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        values = [builder.extract_value(args[1], index) for index in range(len(arguments))]
-        kind = ir.FunctionType(LONG, [LONG] * len(values))
-        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), values)
-
-    return types.int64(types.int64, arguments), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def call_driver(typingctx: Any, address: Any, arguments: Any) -> Any:
-    """Call a function of the driver, whose result is a 32-bit code."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        values = [builder.extract_value(args[1], index) for index in range(len(arguments))]
-        kind = ir.FunctionType(INT, [LONG] * len(values))
-        return builder.zext(builder.call(builder.inttoptr(args[0], kind.as_pointer()), values), LONG)
-
-    return types.int64(types.int64, arguments), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def look(typingctx: Any, address: Any) -> Any:
-    """A number that others change."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        return builder.load_atomic(builder.inttoptr(args[0], LONG.as_pointer()), "acquire", 8)
-
-    return types.int64(types.int64), codegen
-
-
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def atomic(typingctx: Any, operation: Any, address: Any, value: Any) -> Any:
-    """Change a number that other threads look at; the result is what it was."""
-    name = operation.literal_value
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        where = builder.inttoptr(args[1], LONG.as_pointer())
-        return builder.atomic_rmw(name, where, args[2], "seq_cst")
-
-    return types.int64(operation, types.int64, types.int64), codegen
 
 
 @register_jitable  # type: ignore[untyped-decorator]

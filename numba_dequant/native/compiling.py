@@ -1,4 +1,4 @@
-"""Compiling the functions of `native`, and the operations that Numba's own Python lacks for them."""
+"""Compiling the native functions: Numba makes LLVM's code of each, and here one text is made of all."""
 
 from __future__ import annotations
 
@@ -6,44 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
-from llvmlite import ir
 from numba import cfunc, types
-from numba.extending import intrinsic
 
-LONG, INT, BYTE = ir.IntType(64), ir.IntType(32), ir.IntType(8)
+from numba_dequant.native.pump_loop import pump
+from numba_dequant.native.string_walk import walk_strings
 
-
-@intrinsic  # type: ignore[untyped-decorator]
-def pointer(typingctx: Any, address: Any) -> Any:
-    """An address as a pointer."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], BYTE.as_pointer())
-
-    return types.voidptr(types.int64), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def load_int(typingctx: Any, address: Any) -> Any:
-    """The 32-bit number at an address."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        return builder.sext(builder.load(builder.inttoptr(args[0], INT.as_pointer())), LONG)
-
-    return types.int64(types.int64), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def load_long(typingctx: Any, address: Any) -> Any:
-    """The 64-bit number at an address, which need not be a multiple of anything."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        return builder.load(builder.inttoptr(args[0], LONG.as_pointer()), align=1)
-
-    return types.int64(types.int64), codegen
-
+FUNCTIONS = (pump, walk_strings)
 
 ENTRY = """
+declare i32 @{name}_of(ptr, ptr, i64)
+
 define void @{name}(ptr %record) {{
   %result = alloca i64
   %address = ptrtoint ptr %record to i64
@@ -56,13 +28,8 @@ define void @{name}(ptr %record) {{
 
 def compile_functions() -> str:
     """All functions as LLVM's text, which needs no other function."""
-    from numba_dequant.pump_loop import pump
-    from numba_dequant.string_walk import walk_strings
-
-    text = "".join(ENTRY.format(name=function.__name__) for function in (pump, walk_strings))
-    declarations = "".join(f"declare i32 @{name}_of(ptr, ptr, i64)\n" for name in ("pump", "walk_strings"))
-    module = llvm.parse_assembly(declarations + text)
-    for function in (pump, walk_strings):
+    module = llvm.parse_assembly("".join(ENTRY.format(name=function.__name__) for function in FUNCTIONS))
+    for function in FUNCTIONS:
         module.link_in(_compiled(function))
     for function in module.functions:
         if function.name.endswith("_of") and not function.is_declaration:

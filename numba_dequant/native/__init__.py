@@ -1,7 +1,7 @@
 """Functions of this package as code for this machine's processor, which Numba compiles once.
 
 From then on they come from disk: llvmlite alone loads them, which takes 30 ms. Each is a C function of one address,
-that of a record. Their source is in the modules that `native_code` names, which import Numba.
+that of one of the `records`. Their source is in the modules that `compiling` names, which import Numba.
 """
 
 from __future__ import annotations
@@ -12,15 +12,7 @@ import threading
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
-
 from numba_dequant import store
-
-
-def record(*names: str) -> np.dtype[Any]:
-    """A record of 64-bit numbers."""
-    return np.dtype([(name, np.int64) for name in names])
-
 
 _lock = threading.Lock()
 _engines: list[Any] = []
@@ -62,7 +54,7 @@ def _text() -> str:
     entry = store.entry_name("native", version("numba"), version("llvmlite"), os.uname().machine)
     kept = store.read(entry)
     if kept is None:
-        from numba_dequant.native_code import compile_functions
+        from numba_dequant.native.compiling import compile_functions
 
         kept = compile_functions().encode()
         store.write(entry, kept)

@@ -1,0 +1,87 @@
+"""What native functions need and Python has no words for: addresses, foreign functions, numbers that threads share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+LONG, INT, BYTE = ir.IntType(64), ir.IntType(32), ir.IntType(8)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pointer(typingctx: Any, address: Any) -> Any:
+    """An address as a pointer."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], BYTE.as_pointer())
+
+    return types.voidptr(types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load_int(typingctx: Any, address: Any) -> Any:
+    """The 32-bit number at an address."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.sext(builder.load(builder.inttoptr(args[0], INT.as_pointer())), LONG)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load_long(typingctx: Any, address: Any) -> Any:
+    """The 64-bit number at an address, which need not be a multiple of anything."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], LONG.as_pointer()), align=1)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def call(typingctx: Any, address: Any, arguments: Any) -> Any:
+    """Call a function of the C library; arguments and result fill a register each."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        values = [builder.extract_value(args[1], index) for index in range(len(arguments))]
+        kind = ir.FunctionType(LONG, [LONG] * len(values))
+        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), values)
+
+    return types.int64(types.int64, arguments), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def call_driver(typingctx: Any, address: Any, arguments: Any) -> Any:
+    """Call a function of the driver, whose result is a 32-bit code."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        values = [builder.extract_value(args[1], index) for index in range(len(arguments))]
+        kind = ir.FunctionType(INT, [LONG] * len(values))
+        return builder.zext(builder.call(builder.inttoptr(args[0], kind.as_pointer()), values), LONG)
+
+    return types.int64(types.int64, arguments), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def look(typingctx: Any, address: Any) -> Any:
+    """A number that others change."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(builder.inttoptr(args[0], LONG.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def atomic(typingctx: Any, operation: Any, address: Any, value: Any) -> Any:
+    """Change a number that other threads look at; the result is what it was."""
+    name = operation.literal_value
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        where = builder.inttoptr(args[1], LONG.as_pointer())
+        return builder.atomic_rmw(name, where, args[2], "seq_cst")
+
+    return types.int64(operation, types.int64, types.int64), codegen
