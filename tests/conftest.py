@@ -16,8 +16,11 @@ GOLDEN = sorted(path.stem for path in (DATA / "golden").glob("*.npz"))
 DTYPES = ["float16", "bfloat16", "float32"]
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     problem = "the CUDA simulator is on" if is_simulated() else cuda_problem()
+    if problem and config.option.markexpr == "gpu":
+        # Who asks for these tests and no others must not take "all skipped" for a success.
+        raise pytest.UsageError(f"-m gpu, but there is no GPU that can be used: {problem}")
     for item in items:
         if problem and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {problem}"))
