@@ -197,7 +197,7 @@ class Workload:
         return best
 
 
-def launcher(
+def jit_launch(
     kernel: Any, mapping: Mapping, data: np.dtype[Any], out: np.dtype[Any]
 ) -> Callable[[runtime.DeviceBytes, int, runtime.DeviceBytes], None]:
     """For `Workload`: a kernel that `numba.cuda.jit` has made, whose arguments are arrays of these types."""

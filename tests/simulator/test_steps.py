@@ -1,10 +1,8 @@
 """The kernels of the notebook about one kernel are right, from the literal one on."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
+from cells import run_tagged
 from conftest import random_blocks
 from numba import cuda
 from numba.cuda.simulator import kernelapi
@@ -14,16 +12,10 @@ from numba_dequant.device import is_simulated
 
 pytestmark = pytest.mark.skipif(not is_simulated(), reason="runs under NUMBA_ENABLE_CUDASIM=1")
 
-NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "02_one_kernel.ipynb"
-
 
 @pytest.fixture(scope="module")
 def steps():
-    names = {}
-    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
-        if "step" in cell["metadata"].get("tags", ()):
-            exec("".join(cell["source"]), names)
-    return names["STEPS"]
+    return run_tagged("02_one_kernel.ipynb", "step")["STEPS"]
 
 
 @pytest.mark.parametrize("number", range(5))
