@@ -41,8 +41,7 @@ def directory() -> Path:
 def package_digest() -> str:
     """A digest of this package's own source: compiled code is only as good as the source that it came from."""
     root = os.path.dirname(__file__)
-    folders = (root, os.path.join(root, "formats"), os.path.join(root, "native"))
-    paths = [path for folder in folders for path in _sources(folder)]
+    paths = _sources(root)
     digest = hashlib.sha256()
     for path in sorted(paths):
         with open(path, "rb", buffering=0) as file:
@@ -52,8 +51,14 @@ def package_digest() -> str:
 
 def _sources(folder: str) -> list[str]:
     # pathlib takes three times as long, and a first call waits for this.
+    paths = []
     with os.scandir(folder) as found:
-        return [entry.path for entry in found if entry.name.endswith(".py")]
+        for entry in found:
+            if entry.name.endswith(".py"):
+                paths.append(entry.path)
+            elif entry.is_dir() and entry.name != "__pycache__":
+                paths += _sources(entry.path)
+    return paths
 
 
 def entry_name(label: str, *parts: object) -> str:
