@@ -98,6 +98,7 @@ class Pump:
         job["n_pieces"], job["n_parts"] = n_pieces, n_parts
         job["left"], job["written"] = self.left.ctypes.data, self.written.ctypes.data
         job["pieces_planned"], job["progress"] = self._planned, self._progress
+        _running.add(self)
 
     @property
     def taken(self) -> int:
@@ -112,7 +113,6 @@ class Pump:
         """
         number = sum(map(bool, self._threads))
         lane["job"], lane["number"], lane["waited"] = self._job.ctypes.data, number, 0
-        _running.add(self)
         # The handle is written before Python could be interrupted: no thread goes without being awaited.
         handle = ctypes.byref(self._threads, number * ctypes.sizeof(ctypes.c_void_p))
         code = _library().pthread_create(handle, None, native.load("pump"), ctypes.c_void_p(lane.ctypes.data))
@@ -181,7 +181,7 @@ class Pump:
 
 
 _running: set[Pump] = set()
-"""Those whose threads have not ended: their tables must live on, whoever forgets them."""
+"""Those that nobody has stopped: their threads may work, and their tables must live on, whoever forgets them."""
 
 
 def _forget_all() -> None:
