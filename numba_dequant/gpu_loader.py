@@ -43,7 +43,7 @@ STREAMS = 2
 """Streams that lanes share: while one dequantizes, the other copies. With more, a GPU loses time between them."""
 
 LARGEST_CREW = 14
-"""Threads at most, unless more are asked for: the bus is busy then, on a slow host too."""
+"""Threads at most, unless more are asked for: they read half as fast again as the bus carries."""
 
 LARGEST_BATCH = 32
 """Pieces that are planned before the threads are told."""

@@ -1,4 +1,4 @@
-"""Tensors cut into pieces, which are read by one call each: part of a large tensor, or several small ones."""
+"""Tensors cut into pieces, each of which is read by one call."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Part:
 
 @dataclass(slots=True)
 class Piece:
-    """Bytes of one file that are read together: part of a large tensor, or several small ones."""
+    """Bytes of one file that are read together: part of a large tensor, or of several that are neighbours."""
 
     path: str
     offset: int

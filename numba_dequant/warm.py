@@ -17,7 +17,7 @@ LARGEST_POOL = 8
 
 @dataclass(frozen=True)
 class NativeTask:
-    """What loads models to GPUs."""
+    """The functions of `native`: the loop that loads models to GPUs is one."""
 
     def run(self) -> None:
         """Compile it and keep it."""
