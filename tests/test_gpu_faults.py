@@ -179,6 +179,8 @@ gpu_loader.PIECE = 64 * 340
 disk = test_gpu_faults.Disk(lambda offset, n_bytes: time.sleep(0.02))
 real, pump.calls = pump.calls, lambda: disk.calls
 before = test_gpu_faults.faults.n_threads_of_this_process()
+# Python does not listen to it where a shell has started this in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
 start = time.perf_counter()
 try:
