@@ -93,14 +93,15 @@ def loading(results):
         rows.append([f"like {name} {mix}, {file}", way, *numbers])
     opened, theirs = (results.one("test_open", way=way)["seconds"] for way in ("ours", "gguf-py"))
     split = results.one("test_open_split")["seconds"]
-    cold, dd = (results.one("test_cold", way=way)["GB/s"] for way in ("ours", "dd"))
+    cold = results.one("test_cold")
     bus = statistics.median(info["roof GB/s"] for _, info in results.of("test_load_gpu"))
     peaks = [info for _, info in results.of("test_memory")]
     host = " and ".join(f"{info['host MiB']:.0f} MiB for a file of {info['bytes'] / 1e9:.3g} GB" for info in peaks)
     notes = f"""\
 * Opening a file with 262 144 tokens takes {1e3 * opened:.1f} ms, and gguf-py {theirs:.1f} s: {_factor(theirs / opened)}
   times as long. Opening a model in 200 files takes {1e3 * split:.0f} ms.
-* A file that is not in the page cache is loaded at {cold:.2f} GB/s; `dd` reads it at {dd:.2f}.
+* A file that is not in the page cache is loaded at {cold["GB/s"]:.2f} GB/s: {cold["share"]:.1%} of what
+  `dd` reads, in turn with it.
 * Peak of host memory: {host}; of the GPU's, beyond what is loaded: {max(info["GPU MiB"] for info in peaks):.0f} MiB."""
     return "\n\n".join([table(head, rows), notes, _machine(results, f"copy from pinned memory {bus:.1f} GB/s")])
 

@@ -12,14 +12,14 @@ Nothing here touches CUDA or Numba, and nothing but the header is read.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
+import math
 import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba_dequant import tables
 from numba_dequant.errors import GgufError, TensorNotFoundError, UnknownFormatError
@@ -31,6 +31,8 @@ DEFAULT_ALIGNMENT = 32
 LARGEST_ALIGNMENT = 1 << 20
 LARGEST_NAME = 63
 MOST_DIMENSIONS = 4
+_ENTRY = tuple(f"{n_dimensions}QIQ" for n_dimensions in range(MOST_DIMENSIONS + 1))
+"""What follows the number of dimensions: each of them, a type and an offset."""
 MOST_SHARDS = 65535
 SMALLEST_ENTRY = 13
 """Bytes that a metadata entry takes at least: the length of its key, its type, and one byte."""
@@ -38,8 +40,7 @@ SMALLEST_TENSOR = 24
 """Bytes that an entry of the tensor table takes at least: the length of its name, its dimensions, type and offset."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """Where a tensor lies and what it is.
 
     Attributes:
@@ -62,7 +63,11 @@ class TensorInfo:
     n_bytes: int
     n_elements: int
     byte_order: ByteOrder
-    stamp: Stamp = dataclasses.field(repr=False)
+    stamp: Stamp
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in zip(self._fields[:-1], self, strict=False))
+        return f"TensorInfo({shown})"
 
 
 class TensorTable(Mapping[str, TensorInfo]):
@@ -223,10 +228,10 @@ def _read_metadata(cursor: Cursor, n_entries: int) -> tuple[dict[str, Any], int]
     metadata: dict[str, Any] = {}
     alignment = DEFAULT_ALIGNMENT
     for index in range(n_entries):
-        at = cursor.position
-        key = cursor.string(f"metadata key {index}", LARGEST_KEY)
+        at, cursor.subject = cursor.position, index
+        key = cursor.string("metadata key {!r}", LARGEST_KEY)
         if key in metadata:
-            cursor.fail(f"metadata key {index}", at, f"{key!r} again", "each key once")
+            cursor.fail("metadata key {!r}", at, f"{key!r} again", "each key once")
         at = cursor.position
         kind, value = read_value(cursor, key)
         if key == "general.alignment":
@@ -236,13 +241,12 @@ def _read_metadata(cursor: Cursor, n_entries: int) -> tuple[dict[str, Any], int]
                 cursor.fail("metadata 'general.alignment'", at, found, "a uint32, a power of two up to 1 MiB")
             alignment = value
         if key.startswith("split.") and kind not in INTEGERS:
-            cursor.fail(f"metadata {key!r}", at, f"a value of type {kind}", "an integer")
+            cursor.fail("metadata {!r}", at, f"a value of type {kind}", "an integer")
         metadata[key] = value
     return metadata, alignment
 
 
-@dataclass(slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     """A line of the tensor table, before its offset has been looked at."""
 
     name: str
@@ -258,70 +262,57 @@ def _read_table(cursor: Cursor, n_tensors: int) -> list[_Entry]:
     entries = []
     names: set[str] = set()
     for index in range(n_tensors):
-        at = cursor.position
-        name = cursor.string(f"name of tensor {index}", LARGEST_NAME)
+        at, cursor.subject = cursor.position, index
+        name = cursor.string("name of tensor {!r}", LARGEST_NAME)
         if "\0" in name:
-            cursor.fail(f"name of tensor {index}", at, repr(name), "no NUL")
+            cursor.fail("name of tensor {!r}", at, repr(name), "no NUL")
         if name in names:
-            cursor.fail(f"name of tensor {index}", at, f"{name!r} again", "each name once")
+            cursor.fail("name of tensor {!r}", at, f"{name!r} again", "each name once")
         names.add(name)
         entries.append(_read_entry(cursor, name))
     return entries
 
 
 def _read_entry(cursor: Cursor, name: str) -> _Entry:
-    field = f"tensor {name!r}"
-    at = cursor.position
-    n_dimensions = cursor.u32(f"{field} number of dimensions")
-    if n_dimensions > MOST_DIMENSIONS:
-        cursor.fail(f"{field} number of dimensions", at, n_dimensions, f"at most {MOST_DIMENSIONS}")
+    cursor.subject = name
+    n_dimensions = cursor.u32("tensor {!r} number of dimensions")
     shape_at = cursor.position
-    type_at, offset_at = shape_at + 8 * n_dimensions, shape_at + 8 * n_dimensions + 4
-    *extents, ggml_id, offset = cursor.numbers(f"{n_dimensions}QIQ", f"{field} dimensions, type and offset")
-    shape = tuple(reversed(extents))
-    n_elements = 1
-    for extent in shape:
-        n_elements *= extent
-    if n_elements >= 1 << 63 or max(shape, default=0) >= 1 << 63:
-        cursor.fail(f"{field} dimensions", shape_at, shape, "fewer than 2**63 elements")
+    if n_dimensions > MOST_DIMENSIONS:
+        allowed = f"at most {MOST_DIMENSIONS}"
+        cursor.fail("tensor {!r} number of dimensions", shape_at - 4, n_dimensions, allowed)
+    *extents, ggml_id, offset = cursor.numbers(_ENTRY[n_dimensions], "tensor {!r} dimensions, type and offset")
+    shape = tuple(extents[::-1])
+    n_elements = math.prod(shape)
+    if n_elements >= 1 << 63 or (not n_elements and max(shape) >= 1 << 63):
+        cursor.fail("tensor {!r} dimensions", shape_at, shape, "fewer than 2**63 elements")
     try:
         source = format_with_id(ggml_id)
     except UnknownFormatError as error:
         allowed = ", ".join(str(known.ggml_id) for known in FORMATS.values())
-        raise GgufError(cursor.path, f"{field} type", type_at, str(error), allowed) from None
+        raise GgufError(cursor.path, f"tensor {name!r} type", cursor.position - 12, str(error), allowed) from None
     row = shape[-1] if shape else 1
     if row % source.block_size:
         allowed = f"rows of whole blocks: {source.name} has {source.block_size} elements a block"
-        cursor.fail(f"{field} dimensions", shape_at, f"rows of {row}", allowed)
+        cursor.fail("tensor {!r} dimensions", shape_at, f"rows of {row}", allowed)
     n_bytes = n_elements // source.block_size * source.type_size
-    return _Entry(name, source, shape, n_bytes, n_elements, offset, offset_at)
+    return _Entry(name, source, shape, n_bytes, n_elements, offset, cursor.position - 8)
 
 
 def _place(cursor: Cursor, entries: list[_Entry], alignment: int) -> dict[str, TensorInfo]:
     """Check that the tensors lie one behind the other, whole, in the file."""
-    start = _padded(cursor.position, alignment)
-    expected = 0
+    start = expected = _padded(cursor.position, alignment)
+    path, byte_order, stamp = cursor.path, cursor.byte_order, cursor.stamp
     tensors = {}
-    for entry in entries:
-        field = f"tensor {entry.name!r}"
-        if entry.offset != expected:
-            cursor.fail(f"{field} offset", entry.offset_at, entry.offset, f"{expected}, behind the tensor before it")
-        begin = start + entry.offset
-        if begin + entry.n_bytes > cursor.size:
+    for name, source, shape, n_bytes, n_elements, offset, offset_at in entries:
+        cursor.subject = name
+        if start + offset != expected:
+            allowed = f"{expected - start}, behind the tensor before it"
+            cursor.fail("tensor {!r} offset", offset_at, offset, allowed)
+        if expected + n_bytes > cursor.size:
             found = f"a file of {cursor.size} bytes"
-            cursor.fail(f"{field} data", begin, found, f"at least {begin + entry.n_bytes}")
-        expected += _padded(entry.n_bytes, alignment)
-        tensors[entry.name] = TensorInfo(
-            entry.name,
-            entry.format,
-            entry.shape,
-            cursor.path,
-            begin,
-            entry.n_bytes,
-            entry.n_elements,
-            cursor.byte_order,
-            cursor.stamp,
-        )
+            cursor.fail("tensor {!r} data", expected, found, f"at least {expected + n_bytes}")
+        tensors[name] = TensorInfo(name, source, shape, path, expected, n_bytes, n_elements, byte_order, stamp)
+        expected += _padded(n_bytes, alignment)
     return tensors
 
 

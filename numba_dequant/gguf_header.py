@@ -9,6 +9,7 @@ import ctypes
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn, overload
 
 import numpy as np
@@ -57,14 +58,24 @@ def stamp_of(handle: int) -> Stamp:
     return Stamp(found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev)
 
 
+@cache
+def _record(byte_order: ByteOrder, kinds: str) -> struct.Struct:
+    return struct.Struct(("<" if byte_order == "little" else ">") + kinds)
+
+
 class Cursor:
-    """A place in the header of one open file."""
+    """A place in the header of one open file.
+
+    What its methods read next has the name `field`, for errors; ``{!r}`` in it stands for `subject`. A header has
+    thousands of fields, and none of their names is ever needed unless one is wrong.
+    """
 
     def __init__(self, path: str, file: BinaryIO) -> None:
         self.path = path
         self.stamp = stamp_of(file.fileno())
         self.size = self.stamp.size
         self.position = 0
+        self.subject: object = None
         self.byte_order: ByteOrder = "little"
         self._file = file
         self._window = b""
@@ -74,7 +85,7 @@ class Cursor:
 
     def fail(self, field: str, at: int, found: object, allowed: str) -> NoReturn:
         """Raise the error that names a field, its place, what is there and what may be."""
-        raise GgufError(self.path, field, at, found, allowed)
+        raise GgufError(self.path, field.format(self.subject), at, found, allowed)
 
     def need(self, n_bytes: int, field: str, what: str) -> None:
         """Check that the file goes on for `n_bytes`, before anything is read or allocated for them."""
@@ -103,8 +114,8 @@ class Cursor:
 
     def numbers(self, kinds: str, field: str) -> tuple[int, ...]:
         """The next numbers of kinds that `struct` names."""
-        kinds = ("<" if self.byte_order == "little" else ">") + kinds
-        return struct.unpack(kinds, self.take(struct.calcsize(kinds), field))
+        record = _record(self.byte_order, kinds)
+        return record.unpack(self.take(record.size, field))
 
     def u32(self, field: str) -> int:
         """The next four bytes as a number."""
@@ -120,15 +131,14 @@ class Cursor:
 
     def string(self, field: str, largest: int = LARGEST_STRING) -> str:
         """The next string, which must be UTF-8."""
-        at = self.position
-        length = self.u64(f"{field} length")
+        length = self.u64(field)
         if length > largest:
-            self.fail(f"{field} length", at, length, f"at most {largest}")
+            self.fail(f"{field} length", self.position - 8, length, f"at most {largest}")
         raw = self.take(length, field)
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
-            self.fail(field, at + 8 + error.start, f"byte {raw[error.start]:#04x}", "UTF-8")
+            self.fail(field, self.position - length + error.start, f"byte {raw[error.start]:#04x}", "UTF-8")
 
     def skip_strings(self, count: int, field: str) -> None:
         """Move past `count` strings without reading what they say."""
@@ -215,11 +225,12 @@ class MetadataArray(Sequence[Any]):
         if self._items is None:
             with open(self._path, "rb") as file:
                 cursor = Cursor(self._path, file)
+                cursor.subject = self.key
                 if not cursor.stamp.is_unchanged(self._stamp):
                     found = "a file that has changed"
-                    cursor.fail(f"metadata {self.key!r}", self.offset, found, "the one that was opened; open it anew")
+                    cursor.fail("metadata {!r}", self.offset, found, "the one that was opened; open it anew")
                 cursor.position, cursor.byte_order = self.offset, self._byte_order
-                field = f"metadata {self.key!r} item"
+                field = "metadata {!r} item"
                 if self._kind == STRING:
                     self._items = [cursor.string(field) for _ in range(self._length)]
                 else:
@@ -252,11 +263,12 @@ class MetadataArray(Sequence[Any]):
 
 def read_value(cursor: Cursor, key: str) -> tuple[int, Any]:
     """The next metadata value, with its type."""
-    field = f"metadata {key!r}"
+    field = "metadata {!r}"
+    cursor.subject = key
     at = cursor.position
     kind = cursor.u32(f"{field} type")
     if kind == ARRAY:
-        return kind, _read_array(cursor, key, field)
+        return kind, _read_array(cursor, key)
     if kind == STRING:
         return kind, cursor.string(field)
     if kind not in NUMBERS:
@@ -270,7 +282,8 @@ def read_value(cursor: Cursor, key: str) -> tuple[int, Any]:
     return kind, value
 
 
-def _read_array(cursor: Cursor, key: str, field: str) -> MetadataArray:
+def _read_array(cursor: Cursor, key: str) -> MetadataArray:
+    field = "metadata {!r}"
     at = cursor.position
     kind = cursor.u32(f"{field} item type")
     if kind != STRING and kind not in NUMBERS:

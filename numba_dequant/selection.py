@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from numba_dequant.dtypes import dtype_name
@@ -38,8 +36,7 @@ class QuantizedTensor(NamedTuple):
         return dequantize(self.data, self.format, dtype, self.shape, **options)
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One tensor to load.
 
     Attributes:
@@ -148,8 +145,7 @@ def rows_of(tensor: TensorInfo, rows: slice | None) -> TensorInfo:
             f"rows {start} to {stop} of tensor {tensor.name!r}, {tensor.shape}, are not whole blocks of {block}"
         )
     n_elements = row * (stop - start)
-    return dataclasses.replace(
-        tensor,
+    return tensor._replace(
         shape=(stop - start, *tensor.shape[1:]),
         offset=tensor.offset + row * start // block * tensor.format.type_size,
         n_bytes=n_elements // block * tensor.format.type_size,

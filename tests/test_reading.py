@@ -1,6 +1,5 @@
 """Pieces, threads and order: what reading a model is made of, without a device."""
 
-import dataclasses
 import io
 import os
 import threading
@@ -156,7 +155,7 @@ def test_one_thread_is_the_caller_s(model):
 
 
 def test_reading_ahead_has_a_limit(model):
-    tensors = [dataclasses.replace(model.tensors["t0"], name=str(number)) for number in range(9)]
+    tensors = [model.tensors["t0"]._replace(name=str(number)) for number in range(9)]
     sink = Sink(tensors)
     for index in sink.pipeline(3, prefetch=2):
         time.sleep(0.02)
@@ -203,7 +202,7 @@ def test_tensors_without_bytes(tmp_path):
 def test_disks_are_read_in_turn(model):
     def on_disks(*disks):
         tensor = model.tensors["t0"]
-        return [dataclasses.replace(tensor, stamp=tensor.stamp._replace(disk=disk)) for disk in disks]
+        return [tensor._replace(stamp=tensor.stamp._replace(disk=disk)) for disk in disks]
 
     assert interleaved(on_disks(1, 1, 1, 1, 2, 2)) == [0, 4, 1, 2, 5, 3]
     assert interleaved(on_disks(1, 1, 1, 1, 1, 1)) == list(range(6))
