@@ -1,14 +1,13 @@
 """Loading to a GPU: threads read pieces to pinned memory; the GPU copies and dequantizes them behind the reading.
 
-A thread has a lane: two buffers in turn, each of pinned memory with as much memory on the GPU, and a stream, which it
-shares with others. The stream keeps the order within a lane, events keep it between lanes and the caller's stream, and
-a count that the GPU writes tells when a buffer may be filled again. What the threads do is in `pump`.
+The threads of a load share buffers, each of pinned memory with as much memory on the GPU, and a stream, which it shares
+with others. The stream keeps the order within a buffer, events keep it between streams, the caller's among them, and a
+count that the GPU writes tells when a buffer may be filled again. What the threads do is in `pump`.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from cuda.core import Device, Stream
+from numpy.typing import NDArray
 
 from numba_dequant import gpu, pump, runtime
 from numba_dequant.device import n_threads
@@ -33,14 +33,14 @@ from numba_dequant.runtime import DeviceBytes
 from numba_dequant.selection import QuantizedTensor, Request
 from numba_dequant.staging import Staging
 
-PIECE = 4 << 20
-"""Bytes that a thread reads at a time: smaller ones cost calls, and larger ones fall out of the CPU's cache."""
+PIECE = 6 << 20
+"""Bytes that a thread reads at a time: each copy costs the bus 2 us, and larger ones fall out of the CPU's cache."""
 
-BUFFERS = 2
-"""Buffers of a lane: one is filled while the other is on its way. A third falls out of the cache, too."""
+SPARE = 4
+"""Buffers beyond one for each thread: they are on their way while all threads read."""
 
 STREAMS = 2
-"""Streams that lanes share: while one dequantizes, the other copies. With more, a GPU loses time between them."""
+"""Streams that buffers share: while one dequantizes, the other copies. With more, a GPU loses time between them."""
 
 LARGEST_CREW = 14
 """Threads at most, unless more are asked for: they read half as fast again as the bus carries."""
@@ -49,65 +49,47 @@ LARGEST_BATCH = 32
 """Pieces that are planned before the threads are told."""
 
 
-class Lane:
-    """What one reading thread has on a GPU. It is expensive to make: pinned memory takes 0.7 ms per MiB."""
+class Buffers:
+    """What the threads of one load share on a GPU. It is expensive to make: pinned memory takes 0.7 ms per MiB."""
 
-    def __init__(self, device: Device, stream: Stream) -> None:
-        self.stream = stream
-        self.handle = int(self.stream.handle)
-        self._pinned = [runtime.pinned(PIECE) for _ in range(BUFFERS)]
-        self._on_gpu = [runtime.allocate(PIECE, device, self.handle) for _ in range(BUFFERS)]
-        self._flags = runtime.pinned(8 * BUFFERS).view(np.int64)
+    def __init__(self, device: Device) -> None:
+        self.streams = [runtime.create_stream(device) for _ in range(STREAMS)]
+        self.records = np.zeros(pump.LARGEST_CREW + SPARE, BUFFER)
+        self._flags = runtime.pinned(8 * len(self.records)).view(np.int64)
         self._flags[:] = 0
-        addresses = zip(self._pinned, self._on_gpu, range(BUFFERS), strict=True)
-        flag = self._flags.ctypes.data
-        rows = [(host.ctypes.data, memory.pointer, flag + 8 * number, 0) for host, memory, number in addresses]
-        self._buffers = np.array(rows, BUFFER)
-        self.record = pump.lane(self._buffers, runtime.context_of(device), self.handle)
+        self._memory: list[tuple[NDArray[np.uint8], DeviceBytes]] = []
+
+    def __len__(self) -> int:
+        return len(self._memory)
+
+    def grow(self, count: int, device: Device) -> None:
+        """Make buffers until there are so many."""
+        while len(self) < count:
+            number = len(self)
+            bit = number % len(self.streams)
+            stream = int(self.streams[bit].handle)
+            host, on_gpu = runtime.pinned(PIECE), runtime.allocate(PIECE, device, stream)
+            flag = self._flags.ctypes.data + 8 * number
+            self.records[number] = host.ctypes.data, on_gpu.pointer, stream, 1 << bit, 0, flag, 0, 0
+            self._memory.append((host, on_gpu))
+
+    def sync(self) -> None:
+        """Wait until nothing is under way."""
+        for stream in self.streams:
+            stream.sync()
 
 
-class Lanes:
-    """The lanes of one GPU that no load has in use."""
+_idle: dict[int, list[Buffers]] = {}
+"""By GPU, what no load has in use."""
 
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self._idle: list[Lane] = []
-        self._streams: list[Stream] = []
-        self._n_made = 0
-        self._lock = threading.Lock()
-
-    def take(self) -> Lane:
-        """A lane for one thread, a new one if none is idle."""
-        with self._lock:
-            if self._idle:
-                return self._idle.pop()
-            with runtime.current(self.index) as device:
-                if len(self._streams) < STREAMS:
-                    self._streams.append(runtime.create_stream(device))
-                self._n_made += 1
-                return Lane(device, self._streams[self._n_made % len(self._streams)])
-
-    def give_back(self, lane: Lane) -> None:
-        """Let others use a lane, whatever is still under way on it."""
-        with self._lock:
-            self._idle.append(lane)
-
-    def close(self) -> None:
-        """Free the idle lanes, once nothing is under way on them."""
-        with self._lock:
-            for lane in self._idle:
-                lane.stream.sync()
-            self._idle.clear()
-
-
-_lanes: dict[int, Lanes] = {}
 _staging: dict[int, Staging] = {}
 
 
 def release() -> None:
     """Free what is kept for the next load, of whatever model."""
-    for lanes in list(_lanes.values()):
-        lanes.close()
+    for kept in list(_idle.values()):
+        while kept:
+            kept.pop().sync()
     _staging.clear()
 
 
@@ -141,8 +123,7 @@ def load(
         if index not in _staging:
             _staging[index] = Staging(index)
         return _load_alone(requests, _staging[index], stream, watch)
-    lanes = _lanes.setdefault(index, Lanes(index))
-    return _Load(requests, lanes, handle, threads or min(n_threads(), LARGEST_CREW), prefetch, watch).run()
+    return _Load(requests, index, handle, threads or min(n_threads(), LARGEST_CREW), prefetch, watch).run()
 
 
 def _load_alone(
@@ -193,15 +174,15 @@ class _Load:
     def __init__(
         self,
         requests: Sequence[Request],
-        lanes: Lanes,
+        index: int,
         stream: int,
         n_threads: int,
         prefetch: int | None,
         watch: Callable[[int], None],
     ) -> None:
         self.requests, self.tensors = requests, [request.tensor for request in requests]
-        self.index, self.stream = lanes.index, stream
-        self._lanes, self._prefetch, self._watch = lanes, prefetch, watch
+        self.index, self.stream = index, stream
+        self._prefetch, self._watch = prefetch, watch
         # An order other than that of handing out would have the first tensor wait for one that is not due.
         order = range(len(requests)) if prefetch is not None else interleaved(self.tensors)
         self._cut = cut(self.tensors, order, PIECE, in_turn=prefetch is not None)
@@ -214,19 +195,26 @@ class _Load:
         self._files: dict[str, RawIOBase] = {}
         self._stack = ExitStack()
         self._n_threads = max(1, min(n_threads, pump.LARGEST_CREW))
-        self._crew: list[Lane] = []
 
     def run(self) -> Generator[Any, None, None]:
         most = sum(tensor.n_bytes // (PIECE // 2) + 2 for tensor in self.tensors)
-        self._pump = pump.Pump([tensor.n_bytes for tensor in self.tensors], most, most)
+        with runtime.current(self.index) as device:
+            try:
+                self._buffers = _idle.setdefault(self.index, []).pop()
+            except IndexError:
+                self._buffers = Buffers(device)
+            context = runtime.context_of(device)
+        self._buffers.records["waited"] = 0  # events of a load before
+        sizes = [tensor.n_bytes for tensor in self.tensors]
+        self._pump = pump.Pump(sizes, most, most, self._buffers.records, context)
         try:
             if self._prefetch is None:
-                # They are handed out together, and the caller's stream waits for each thread once.
+                # They are handed out together, and the caller's stream waits for each of ours once.
                 self._plan(len(self.requests))
                 for index in range(len(self.requests)):
                     self._wait_for(index)
                 with runtime.current(self.index) as device:
-                    self._let_caller_wait(range(len(self._crew)))
+                    self._let_caller_wait(self._buffers.streams)
                     given = [self._take_out(index, device) for index in range(len(self.requests))]
                 yield from given
                 return
@@ -234,8 +222,8 @@ class _Load:
                 self._plan(index + self._prefetch)
                 self._wait_for(index)
                 with runtime.current(self.index) as device:
-                    crew = range(len(self._crew))
-                    self._let_caller_wait(number for number in crew if self._pump.has_written(number, index))
+                    streams = enumerate(self._buffers.streams)
+                    self._let_caller_wait(each for bit, each in streams if self._pump.has_written(1 << bit, index))
                     given = [self._take_out(index, device)]
                 yield given.pop()
         finally:
@@ -258,25 +246,26 @@ class _Load:
                 self._next = next(self._cut, None)
                 # Waking a thread takes longer than planning a piece; the first ones should not wait, though.
                 if len(self._pieces) - self._released >= min(self._released + 1, LARGEST_BATCH):
-                    self._release()
-            self._release()
+                    self._release(device)
+            self._release(device)
 
-    def _release(self) -> None:
+    def _release(self, device: Device) -> None:
         """Let the threads have what has been planned, with one more of them where there is work for it."""
         if self._has_prepared:
             self._ready.append(runtime.record(self.index, self.stream))
             self._has_prepared = False
         if len(self._pieces) > self._released:
-            self._pump.release(int(self._ready[-1].handle))
             self._released = len(self._pieces)
-        while len(self._crew) < min(self._n_threads, self._released):
-            self._crew.append(self._lanes.take())
+            most = min(self._n_threads + SPARE, self._released)
+            self._buffers.grow(most, device)
+            self._pump.release(int(self._ready[-1].handle))
+            self._pump.lend(most)
+        while (n_started := self._pump.n_threads) < min(self._n_threads, self._released):
             try:
-                self._pump.start(self._crew[-1].record)
+                self._pump.start()
             except OSError as error:
-                self._lanes.give_back(self._crew.pop())
-                self._n_threads = len(self._crew)
-                if not self._crew:
+                self._n_threads = n_started
+                if not n_started:
                     raise DeviceError(f"no thread can be started: {error.strerror}; end some other work") from error
         self._watch(self._pump.taken)
 
@@ -327,18 +316,18 @@ class _Load:
         try:
             while not self._pump.wait_for(index, PATIENCE):
                 self._watch(self._pump.taken)
-                self._check_lanes()
+                self._check_gpu()
         except pump.FaultError as fault:
             raise self._error_of(fault) from None
         if self.tensors[index].n_bytes:
             check_unchanged(self.tensors[index], self._files[self.tensors[index].path])
         self._watch(self._pump.taken)
 
-    def _check_lanes(self) -> None:
+    def _check_gpu(self) -> None:
         """Look whether the GPU still works: a thread would wait for its buffer in vain."""
         try:
-            for lane in self._crew:
-                runtime.check(lane.handle)
+            for stream in self._buffers.streams:
+                runtime.check(int(stream.handle))
         except DeviceError as error:
             raise DeviceError(f"cuda:{self.index}: {error}") from error
 
@@ -355,10 +344,10 @@ class _Load:
         error = OSError(fault.code, os.strerror(fault.code))
         return read_error(self.tensors[piece.index_at(fault.offset)], fault.offset, error)
 
-    def _let_caller_wait(self, numbers: Iterable[int]) -> None:
-        """Let the caller's stream wait for what these threads have queued so far."""
-        for number in numbers:
-            runtime.wait_for(self.stream, runtime.record(self.index, self._crew[number].handle))
+    def _let_caller_wait(self, streams: Iterable[Stream]) -> None:
+        """Let the caller's stream wait for what these have been given so far."""
+        for stream in streams:
+            runtime.wait_for(self.stream, runtime.record(self.index, int(stream.handle)))
 
     def _take_out(self, index: int, device: Device) -> Any:
         """A result, which is no longer this load's; the caller's stream waits for what fills it."""
@@ -373,9 +362,6 @@ class _Load:
         self._pump.stop()
         self._stack.close()
         if self._results:
-            for lane in self._crew:
-                lane.stream.sync()
+            self._buffers.sync()
             self._results.clear()
-        for lane in self._crew:
-            self._lanes.give_back(lane)
-        self._crew.clear()
+        _idle.setdefault(self.index, []).append(self._buffers)

@@ -20,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant import native
-from numba_dequant.native.records import CALLS, JOB, LANE, PART, PIECE
+from numba_dequant.native.records import CALLS, JOB, PART, PIECE, THREAD
 
 IS_POSSIBLE = sys.platform == "linux"
 """Whether this system has what the loop needs: `pread`, `eventfd`, and a driver named libcuda."""
 
 LARGEST_CREW = 64
-"""Threads at most: `written` has a bit for each."""
+"""Threads at most."""
 
 
 @cache
@@ -58,16 +58,6 @@ def addresses(functions: dict[str, Any]) -> NDArray[np.void]:
     return np.array([tuple(ctypes.cast(functions[name], ctypes.c_void_p).value for name in CALLS.names or ())], CALLS)
 
 
-def lane(buffers: NDArray[np.void], context: int, stream: int) -> NDArray[np.void]:
-    """A `LANE` of buffers that outlive it."""
-    found = np.zeros(1, LANE)
-    found["context"], found["stream"] = context, stream
-    found["buffers"], found["n_buffers"] = buffers.ctypes.data, len(buffers)
-    for name in ("data", "n_elements", "out"):
-        found[f"{name}_at"] = found[name].ctypes.data
-    return found
-
-
 class FaultError(Exception):
     """What the first thread that failed says: the number of its piece, where it was, the code, the byte of the file."""
 
@@ -79,8 +69,10 @@ class FaultError(Exception):
 class Pump:
     """The tables of one load, and the threads that work on them."""
 
-    def __init__(self, n_bytes: list[int], n_pieces: int, n_parts: int) -> None:
-        """Prepare to move tensors of so many bytes, in at most so many pieces and parts."""
+    def __init__(
+        self, n_bytes: list[int], n_pieces: int, n_parts: int, buffers: NDArray[np.void], context: int
+    ) -> None:
+        """Prepare to move tensors of so many bytes, in at most so many pieces and parts; no buffer is lent yet."""
         self.pieces, self.parts = np.zeros(n_pieces, PIECE), np.zeros(n_parts, PART)
         self.left, self.written = np.array(n_bytes, np.int64), np.zeros(len(n_bytes), np.int64)
         self._one = np.ones(1, np.int64)
@@ -92,8 +84,15 @@ class Pump:
         self._job = np.zeros(1, JOB)
         self._n_parts = self._n_released = 0
         self._threads = (ctypes.c_void_p * LARGEST_CREW)()
+        self._records = np.zeros(LARGEST_CREW, THREAD)
+        self._records["job"] = self._job.ctypes.data
+        for name in ("data", "n_elements", "out"):
+            places = self._records[name].ctypes.data + THREAD.itemsize * np.arange(LARGEST_CREW)
+            self._records[f"{name}_at"] = places
+        self._buffers = buffers
         job = self._job[0]
         job["calls"], job["one"] = self._calls.ctypes.data, self._one.ctypes.data
+        job["buffers"], job["context"] = buffers.ctypes.data, context
         job["pieces"], job["parts"] = self.pieces.ctypes.data, self.parts.ctypes.data
         job["n_pieces"], job["n_parts"] = n_pieces, n_parts
         job["left"], job["written"] = self.left.ctypes.data, self.written.ctypes.data
@@ -105,17 +104,26 @@ class Pump:
         """Bytes that have been taken so far."""
         return int(self._job["taken"][0])
 
-    def start(self, lane: NDArray[np.void]) -> None:
-        """Start one more thread, which works with a lane.
+    @property
+    def n_threads(self) -> int:
+        """Threads that have been started."""
+        return sum(map(bool, self._threads))
+
+    def lend(self, count: int) -> None:
+        """Let the threads use the first so many buffers; they were made before the last `release`, which is a fence."""
+        self._job["n_buffers"] = count
+
+    def start(self) -> None:
+        """Start one more thread.
 
         Raises:
             OSError: the system has no thread left.
         """
-        number = sum(map(bool, self._threads))
-        lane["job"], lane["number"], lane["waited"] = self._job.ctypes.data, number, 0
+        number = self.n_threads
+        record = self._records.ctypes.data + number * THREAD.itemsize
         # The handle is written before Python could be interrupted: no thread goes without being awaited.
         handle = ctypes.byref(self._threads, number * ctypes.sizeof(ctypes.c_void_p))
-        code = _library().pthread_create(handle, None, native.load("pump"), ctypes.c_void_p(lane.ctypes.data))
+        code = _library().pthread_create(handle, None, native.load("pump"), ctypes.c_void_p(record))
         if code:
             self._threads[number] = None
             raise OSError(code, os.strerror(code))
@@ -152,9 +160,9 @@ class Pump:
             raise FaultError(*(int(self._job[name][0]) for name in fault))
         return not self.left[tensor]
 
-    def has_written(self, number: int, tensor: int) -> bool:
-        """Whether the thread of that number has taken some of a tensor."""
-        return bool(int(self.written[tensor]) >> number & 1)
+    def has_written(self, stream_bit: int, tensor: int) -> bool:
+        """Whether some of a tensor is on its way by that stream."""
+        return bool(int(self.written[tensor]) & stream_bit)
 
     def stop(self) -> None:
         """Let the threads finish what they have begun, and nothing else; they have ended then."""

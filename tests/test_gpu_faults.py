@@ -263,7 +263,8 @@ def test_two_hundred_loads_with_faults(path, monkeypatch):
 def test_the_next_load_reuses_what_it_keeps(path):
     with runtime.current(0):
         nd.load(path, device="cuda", threads=2)
-        kept = list(gpu_loader._lanes[0]._idle)
+        (kept,) = gpu_loader._idle[0]
+        count = len(kept)
         nd.load(path, device="cuda", threads=2)
-        assert {id(lane) for lane in gpu_loader._lanes[0]._idle} == {id(lane) for lane in kept}
-    assert len(kept) == 2
+        assert gpu_loader._idle[0] == [kept]
+    assert len(kept) == count == 2 + gpu_loader.SPARE

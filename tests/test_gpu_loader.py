@@ -29,7 +29,7 @@ def late(request, monkeypatch):
     monkeypatch.setattr(gpu, "launcher", found.launcher)
     monkeypatch.setattr(pump, "calls", lambda: found.calls)
     monkeypatch.setattr(pump, "IS_POSSIBLE", request.param != "alone")
-    monkeypatch.setattr(gpu_loader, "_lanes", {})
+    monkeypatch.setattr(gpu_loader, "_idle", {})
     monkeypatch.setattr(gpu_loader, "_staging", {})
     monkeypatch.setattr(runtime, "current", found)
     monkeypatch.setattr(runtime, "pinned", lambda n_bytes: np.zeros(n_bytes, np.uint8))
@@ -44,7 +44,7 @@ def late(request, monkeypatch):
     gc.collect()
     assert n_threads_of_this_process(threads) == threads
     assert not found.problems
-    assert not gpu_loader._lanes or isinstance(request.param, int)
+    assert not gpu_loader._idle or isinstance(request.param, int)
 
 
 @pytest.fixture(params=[1, 3])
@@ -71,9 +71,14 @@ def model(tmp_path):
         yield model
 
 
-def lane_bytes():
+def kept_bytes():
     """GPU memory that is kept for the next load."""
-    return sum(len(lanes._idle) for lanes in gpu_loader._lanes.values()) * gpu_loader.BUFFERS * 4096
+    return sum(len(buffers) for kept in gpu_loader._idle.values() for buffers in kept) * 4096
+
+
+def most_bytes(threads):
+    """GPU memory that a load takes for itself."""
+    return ((threads or device.n_threads()) + gpu_loader.SPARE) * 4096
 
 
 def assert_right(found, name, dtype="float16"):
@@ -94,10 +99,10 @@ def test_everything(model, late, threads, stream):
         assert list(found) == list(TENSORS)
         for name, tensor in found.items():
             assert_right(tensor, name)
-    assert lane_bytes() <= (threads or device.n_threads()) * gpu_loader.BUFFERS * 4096
+    assert kept_bytes() <= most_bytes(threads)
     del found, tensor
     gc.collect()
-    assert late.in_use == lane_bytes()
+    assert late.in_use == kept_bytes()
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
@@ -113,7 +118,7 @@ def test_no_tensor_takes_memory_before_its_turn(tmp_path, late, threads):
         walk = model.stream(device="cuda", threads=threads, prefetch=0)
         before = late.in_use
         _, first = next(walk)
-        assert late.in_use - before - threads * gpu_loader.BUFFERS * 4096 <= first.nbytes
+        assert late.in_use - before - most_bytes(threads) <= first.nbytes
         walk.close()
 
 
@@ -125,7 +130,7 @@ def test_the_iterator_is_dropped(model, late, threads):
             break
     del tensor
     gc.collect()
-    assert late.in_use - before == lane_bytes()
+    assert late.in_use - before == kept_bytes()
     for name, tensor in model.load_all(device="cuda", threads=threads).items():
         assert_right(tensor, name)
 
@@ -144,7 +149,7 @@ def test_a_read_error_halfway(model, late, monkeypatch, threads):
         with pytest.raises(nd.ReadError, match=r"tensor 'output' at byte .*Input/output error; check the disk"):
             model.load_all(device="cuda", threads=threads)
     gc.collect()
-    assert late.in_use == lane_bytes()
+    assert late.in_use == kept_bytes()
     for name, found in model.load_all(device="cuda", threads=threads).items():
         assert_right(found, name)
 
@@ -178,7 +183,7 @@ def test_out_of_memory_halfway(model, late, monkeypatch, threads):
         with pytest.raises(nd.DeviceError, match=r"model\.gguf: tensor 'output': cuda:0 is out of memory"):
             model.load_all(device="cuda", threads=threads)
     gc.collect()
-    assert late.in_use == lane_bytes()
+    assert late.in_use == kept_bytes()
     for name, found in model.load_all(device="cuda", threads=threads).items():
         assert_right(found, name)
 
@@ -217,7 +222,7 @@ def test_two_loads_at_once(model, late, threads):
     for (name, one), (_, other) in zip(first, second, strict=True):
         assert_right(one, name)
         assert_right(other, name)
-    assert lane_bytes() <= 2 * threads * gpu_loader.BUFFERS * 4096
+    assert kept_bytes() <= 2 * most_bytes(threads)
 
 
 def test_no_threads_at_all_are_one(model, late):

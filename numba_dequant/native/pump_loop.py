@@ -9,16 +9,39 @@ from numba import carray, types
 from numba.extending import register_jitable
 
 from numba_dequant.native.intrinsics import atomic, call, call_driver, load_int, look, pointer
-from numba_dequant.native.records import BUFFER, CALLS, ENDED, IN_FILE, IN_GPU, JOB, LANE, PART, PIECE
+from numba_dequant.native.records import BUFFER, CALLS, ENDED, IN_FILE, IN_GPU, JOB, PART, PIECE, THREAD
 
 PAUSE = 20
 """Microseconds; a copy takes 80."""
 
 INTERRUPTED = errno.EINTR
-ARGUMENTS, TOKEN = (LANE.fields[name][1] for name in ("data", "token"))  # type: ignore[index]
-ADDRESSES = LANE.fields["data_at"][1] - ARGUMENTS  # type: ignore[index]
+ARGUMENTS, TOKEN = (THREAD.fields[name][1] for name in ("data", "token"))  # type: ignore[index]
+ADDRESSES = THREAD.fields["data_at"][1] - ARGUMENTS  # type: ignore[index]
 CLAIMED, PLANNED, TAKEN = (JOB.fields[name][1] for name in ("claimed", "planned", "taken"))  # type: ignore[index]
-IS_OVER, FAULTS = (JOB.fields[name][1] for name in ("is_over", "faults"))  # type: ignore[index]
+IS_OVER, FAULTS, N_BUFFERS = (JOB.fields[name][1] for name in ("is_over", "faults", "n_buffers"))  # type: ignore[index]
+FREE_AT, IS_TAKEN = (BUFFER.fields[name][1] for name in ("free_at", "is_taken"))  # type: ignore[index]
+BUFFER_SIZE = BUFFER.itemsize
+
+
+@register_jitable  # type: ignore[untyped-decorator]
+def is_free(buffer_at: Any, buffer: Any) -> Any:
+    """Whether the GPU is done with a buffer."""
+    return look(buffer.flag) == look(buffer_at + FREE_AT) & 0xFFFFFFFF
+
+
+@register_jitable  # type: ignore[untyped-decorator]
+def take_buffer(job_at: Any, buffers_at: Any, buffers: Any) -> Any:
+    """The number of a buffer that nobody else has, or -1 for none; the first ones are likeliest in the CPU's cache."""
+    for number in range(look(job_at + N_BUFFERS)):
+        buffer_at = buffers_at + number * BUFFER_SIZE
+        if look(buffer_at + IS_TAKEN) or not is_free(buffer_at, buffers[number]):
+            continue
+        if atomic("xchg", buffer_at + IS_TAKEN, 1) == 0:
+            # Somebody may have had it in between, and the GPU is not done with what he has sent.
+            if is_free(buffer_at, buffers[number]):
+                return number
+            atomic("xchg", buffer_at + IS_TAKEN, 0)
+    return -1
 
 
 @register_jitable  # type: ignore[untyped-decorator]
@@ -39,15 +62,15 @@ def read_piece(calls: Any, piece: Any, host: int) -> Any:
 
 
 @register_jitable  # type: ignore[untyped-decorator]
-def send_piece(calls: Any, piece: Any, parts: Any, buffer: Any, lane: Any, arguments_at: int) -> Any:
+def send_piece(calls: Any, piece: Any, parts: Any, buffer: Any, arguments_at: int) -> Any:
     """Queue all work on a piece; the result is 0, or the driver's code."""
     arguments = carray(pointer(arguments_at), 3, types.int64)
     code = 0
-    if lane.waited != piece.ready:
-        code = call_driver(calls.let_gpu_wait, (lane.stream, piece.ready, 0))
-        lane.waited = piece.ready
+    if buffer.waited != piece.ready:
+        code = call_driver(calls.let_gpu_wait, (buffer.stream, piece.ready, 0))
+        buffer.waited = piece.ready
     if code == 0 and piece.is_computed:
-        code = call_driver(calls.copy, (buffer.gpu, buffer.host, piece.n_bytes, lane.stream))
+        code = call_driver(calls.copy, (buffer.gpu, buffer.host, piece.n_bytes, buffer.stream))
     for number in range(piece.first_part, piece.first_part + piece.n_parts):
         if code:
             break
@@ -55,44 +78,47 @@ def send_piece(calls: Any, piece: Any, parts: Any, buffer: Any, lane: Any, argum
         if part.kernel:
             arguments[0], arguments[1], arguments[2] = buffer.gpu + part.at, part.n_elements, part.target
             grid, block = (part.n_thread_blocks, 1, 1), (part.n_threads, 1, 1)
-            code = call_driver(calls.launch, (part.kernel, *grid, *block, 0, lane.stream, arguments_at + ADDRESSES, 0))
+            places = arguments_at + ADDRESSES
+            code = call_driver(calls.launch, (part.kernel, *grid, *block, 0, buffer.stream, places, 0))
         else:
-            code = call_driver(calls.copy, (part.target, buffer.host + part.at, part.n_bytes, lane.stream))
+            code = call_driver(calls.copy, (part.target, buffer.host + part.at, part.n_bytes, buffer.stream))
     # After a failure too: the buffer is free once the GPU has got to here.
     buffer.free_at += 1
-    failed = call_driver(calls.signal, (lane.stream, buffer.flag, buffer.free_at & 0xFFFFFFFF, 0))
+    failed = call_driver(calls.signal, (buffer.stream, buffer.flag, buffer.free_at & 0xFFFFFFFF, 0))
     return code or failed
 
 
-def pump(lane_at: int) -> int:
+def pump(thread_at: int) -> int:
     """Take pieces until there are no more, or a thread has failed; the result is how many were taken."""
-    lane = carray(pointer(lane_at), 1, LANE)[0]
-    job_at, arguments_at = lane.job, lane_at + ARGUMENTS
+    thread = carray(pointer(thread_at), 1, THREAD)[0]
+    job_at, arguments_at = thread.job, thread_at + ARGUMENTS
     job = carray(pointer(job_at), 1, JOB)[0]
     calls = carray(pointer(job.calls), 1, CALLS)[0]
     pieces = carray(pointer(job.pieces), job.n_pieces, PIECE)
     parts = carray(pointer(job.parts), job.n_parts, PART)
-    buffers = carray(pointer(lane.buffers), lane.n_buffers, BUFFER)
+    buffers = carray(pointer(job.buffers), look(job_at + N_BUFFERS), BUFFER)
     count = 0
-    call_driver(calls.set_context, (lane.context,))
+    call_driver(calls.set_context, (job.context,))
     while True:
-        if call(calls.wait_for_piece, (job.pieces_planned, lane_at + TOKEN, 8)) != 8:
+        if call(calls.wait_for_piece, (job.pieces_planned, thread_at + TOKEN, 8)) != 8:
             continue
         if look(job_at + IS_OVER):
             return count
         index = atomic("add", job_at + CLAIMED, 1)
         if index >= look(job_at + PLANNED):
             return count
-        piece, buffer = pieces[index], buffers[lane.turn]
-        while look(buffer.flag) != buffer.free_at & 0xFFFFFFFF:
+        number = take_buffer(job_at, job.buffers, buffers)
+        while number < 0:
             if look(job_at + IS_OVER):
                 return count
             call(calls.pause, (PAUSE,))
+            number = take_buffer(job_at, job.buffers, buffers)
+        piece, buffer = pieces[index], buffers[number]
         place = IN_FILE
         code, done = read_piece(calls, piece, buffer.host)
         if code == 0:
-            place, code = IN_GPU, send_piece(calls, piece, parts, buffer, lane, arguments_at)
-            lane.turn = (lane.turn + 1) % lane.n_buffers
+            place, code = IN_GPU, send_piece(calls, piece, parts, buffer, arguments_at)
+        atomic("xchg", job.buffers + number * BUFFER_SIZE + IS_TAKEN, 0)
         if code:
             if atomic("add", job_at + FAULTS, 1) == 0:
                 job.fault_piece, job.fault_place, job.fault_code = index, place, code
@@ -101,9 +127,9 @@ def pump(lane_at: int) -> int:
                 call(calls.tell, (job.progress, job.one, 8))
             return count
         is_complete = False
-        for number in range(piece.first_part, piece.first_part + piece.n_parts):
-            part = parts[number]
-            atomic("or", job.written + 8 * part.tensor, 1 << lane.number)
+        for each in range(piece.first_part, piece.first_part + piece.n_parts):
+            part = parts[each]
+            atomic("or", job.written + 8 * part.tensor, buffer.stream_bit)
             is_complete |= atomic("sub", job.left + 8 * part.tensor, part.n_bytes) == part.n_bytes
         atomic("add", job_at + TAKEN, piece.n_bytes)
         if is_complete:

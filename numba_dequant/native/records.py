@@ -21,19 +21,18 @@ PIECE = record("file", "offset", "n_bytes", "first_part", "n_parts", "is_compute
 PART = record("tensor", "at", "n_bytes", "target", "kernel", "n_thread_blocks", "n_threads", "n_elements")
 """Bytes of one tensor in a piece, and what becomes of them; those with no kernel are copied."""
 
-BUFFER = record("host", "gpu", "flag", "free_at")
-"""Pinned memory, as much on the GPU, and where the GPU counts how often both have been used; they are free once it says
-`free_at`. The count lies in pinned memory, because asking the driver makes threads wait for each other."""
+BUFFER = record("host", "gpu", "stream", "stream_bit", "waited", "flag", "free_at", "is_taken")
+"""Pinned memory, as much on the GPU, and the stream that fills and empties the latter; `waited` is the event that it
+has waited for last. The GPU counts at `flag` how often both have been used; they are free once it says `free_at`, and
+no thread has them. The count lies in pinned memory, because asking the driver makes threads wait for each other."""
 
-LANE = record(
-    *("job", "number", "context", "stream", "buffers", "n_buffers", "turn", "waited"),
-    *("data", "n_elements", "out", "data_at", "n_elements_at", "out_at", "token"),
-)
-"""What one thread works with: `waited` is the event that its stream has waited for last; a launch takes the addresses
-of its three arguments; `token` is read when there is one more piece."""
+THREAD = record("job", "data", "n_elements", "out", "data_at", "n_elements_at", "out_at", "token")
+"""What one thread works with: a launch takes the addresses of its three arguments; `token` is read when there is one
+more piece."""
 
 JOB = record(
-    *("calls", "pieces", "parts", "n_pieces", "n_parts", "left", "written", "pieces_planned", "progress", "one"),
+    *("calls", "context", "buffers", "n_buffers", "pieces", "parts", "n_pieces", "n_parts", "left", "written"),
+    *("pieces_planned", "progress", "one"),
     *("claimed", "planned", "taken", "is_over", "faults", "fault_piece", "fault_place", "fault_code", "fault_offset"),
 )
 """What all threads of a load share: addresses of tables, two event descriptors, counters, and the first fault."""
