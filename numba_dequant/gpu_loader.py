@@ -33,17 +33,20 @@ from numba_dequant.runtime import DeviceBytes
 from numba_dequant.selection import QuantizedTensor, Request
 from numba_dequant.staging import Staging
 
-PIECE = 6 << 20
-"""Bytes that a thread reads at a time: each copy costs the bus 2 us, and larger ones fall out of the CPU's cache."""
+PIECE = 8 << 20
+"""Bytes that are sent at a time: each copy costs the bus 2 us."""
 
-SPARE = 4
-"""Buffers beyond one for each thread: they are on their way while all threads read."""
+SHARE = 1 << 20
+"""Bytes of a piece that one thread reads: where several fill a buffer, few are needed, which the CPU's cache holds."""
+
+BUFFERS = 8
+"""Buffers of a load: two or three are being filled, the others are on their way or wait for the bus."""
 
 STREAMS = 2
 """Streams that buffers share: while one dequantizes, the other copies. With more, a GPU loses time between them."""
 
-LARGEST_CREW = 14
-"""Threads at most, unless more are asked for: they read half as fast again as the bus carries."""
+LARGEST_CREW = 12
+"""Threads at most, unless more are asked for: they read faster than the bus carries."""
 
 LARGEST_BATCH = 32
 """Pieces that are planned before the threads are told."""
@@ -54,7 +57,7 @@ class Buffers:
 
     def __init__(self, device: Device) -> None:
         self.streams = [runtime.create_stream(device) for _ in range(STREAMS)]
-        self.records = np.zeros(pump.LARGEST_CREW + SPARE, BUFFER)
+        self.records = np.zeros(BUFFERS, BUFFER)
         self._flags = runtime.pinned(8 * len(self.records)).view(np.int64)
         self._flags[:] = 0
         self._memory: list[tuple[NDArray[np.uint8], DeviceBytes]] = []
@@ -204,9 +207,10 @@ class _Load:
             except IndexError:
                 self._buffers = Buffers(device)
             context = runtime.context_of(device)
-        self._buffers.records["waited"] = 0  # events of a load before
+        # What a load before may have left.
+        self._buffers.records["waited"] = self._buffers.records["is_taken"] = 0
         sizes = [tensor.n_bytes for tensor in self.tensors]
-        self._pump = pump.Pump(sizes, most, most, self._buffers.records, context)
+        self._pump = pump.Pump(sizes, most, self._buffers.records, SHARE, context)
         try:
             if self._prefetch is None:
                 # They are handed out together, and the caller's stream waits for each of ours once.
@@ -231,6 +235,8 @@ class _Load:
 
     def _plan(self, last: int) -> None:
         """Give the threads the pieces of all tensors up to this one."""
+        if self._next is None:
+            return
         with runtime.current(self.index) as device:
             while self._next is not None and self._next.parts[0].index <= last:
                 piece = self._next
@@ -248,6 +254,8 @@ class _Load:
                 if len(self._pieces) - self._released >= min(self._released + 1, LARGEST_BATCH):
                     self._release(device)
             self._release(device)
+        if self._next is None:
+            self._pump.end()
 
     def _release(self, device: Device) -> None:
         """Let the threads have what has been planned, with one more of them where there is work for it."""
@@ -256,11 +264,11 @@ class _Load:
             self._has_prepared = False
         if len(self._pieces) > self._released:
             self._released = len(self._pieces)
-            most = min(self._n_threads + SPARE, self._released)
+            most = min(BUFFERS, self._released)
             self._buffers.grow(most, device)
             self._pump.release(int(self._ready[-1].handle))
             self._pump.lend(most)
-        while (n_started := self._pump.n_threads) < min(self._n_threads, self._released):
+        while (n_started := self._pump.n_threads) < min(self._n_threads, self._pump.n_shares):
             try:
                 self._pump.start()
             except OSError as error:

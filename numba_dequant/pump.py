@@ -40,7 +40,7 @@ def calls() -> NDArray[np.void]:
     library, driver = _library(), ctypes.CDLL("libcuda.so.1")
     functions = {
         "set_context": driver.cuCtxSetCurrent,
-        "wait_for_piece": library.read,
+        "wait_for_share": library.read,
         "read": library.pread,
         "error": library.__errno_location,
         "tell": library.write,
@@ -69,11 +69,12 @@ class FaultError(Exception):
 class Pump:
     """The tables of one load, and the threads that work on them."""
 
-    def __init__(
-        self, n_bytes: list[int], n_pieces: int, n_parts: int, buffers: NDArray[np.void], context: int
-    ) -> None:
-        """Prepare to move tensors of so many bytes, in at most so many pieces and parts; no buffer is lent yet."""
-        self.pieces, self.parts = np.zeros(n_pieces, PIECE), np.zeros(n_parts, PART)
+    def __init__(self, n_bytes: list[int], most: int, buffers: NDArray[np.void], share_size: int, context: int) -> None:
+        """Prepare to move tensors of so many bytes, in at most so many pieces, and parts; no buffer is lent yet.
+
+        A piece is read by as many threads as it has shares of that many bytes.
+        """
+        self.pieces, self.parts = np.zeros(most, PIECE), np.zeros(most, PART)
         self.left, self.written = np.array(n_bytes, np.int64), np.zeros(len(n_bytes), np.int64)
         self._one = np.ones(1, np.int64)
         self._calls = calls()
@@ -82,7 +83,8 @@ class Pump:
         self._poll = select.poll()  # select itself fails where many files are open
         self._poll.register(self._progress, select.POLLIN)
         self._job = np.zeros(1, JOB)
-        self._n_parts = self._n_released = 0
+        self._n_pieces = self._n_parts = self._n_shares = self._n_released = 0
+        self._share_size = share_size
         self._threads = (ctypes.c_void_p * LARGEST_CREW)()
         self._records = np.zeros(LARGEST_CREW, THREAD)
         self._records["job"] = self._job.ctypes.data
@@ -94,15 +96,20 @@ class Pump:
         job["calls"], job["one"] = self._calls.ctypes.data, self._one.ctypes.data
         job["buffers"], job["context"] = buffers.ctypes.data, context
         job["pieces"], job["parts"] = self.pieces.ctypes.data, self.parts.ctypes.data
-        job["n_pieces"], job["n_parts"] = n_pieces, n_parts
+        job["n_pieces"], job["n_parts"], job["share_size"] = most, most, share_size
         job["left"], job["written"] = self.left.ctypes.data, self.written.ctypes.data
-        job["pieces_planned"], job["progress"] = self._planned, self._progress
+        job["shares_planned"], job["progress"] = self._planned, self._progress
         _running.add(self)
 
     @property
     def taken(self) -> int:
         """Bytes that have been taken so far."""
         return int(self._job["taken"][0])
+
+    @property
+    def n_shares(self) -> int:
+        """Shares of the pieces that have been planned."""
+        return self._n_shares
 
     @property
     def n_threads(self) -> int:
@@ -130,19 +137,27 @@ class Pump:
 
     def plan(self, piece: tuple[int, ...], parts: list[tuple[int, ...]]) -> None:
         """Plan a piece: `file`, `offset`, `n_bytes` and `is_computed`; and its parts."""
-        job = self._job[0]
-        number, first = int(job["planned"]), self._n_parts
+        first = self._n_parts
         self._n_parts += len(parts)
         self.parts[first : self._n_parts] = parts
         file, offset, n_bytes, is_computed = piece
-        self.pieces[number] = file, offset, n_bytes, first, len(parts), is_computed, 0
-        job["planned"] = number + 1
+        n_shares = -(-n_bytes // self._share_size)
+        what = file, offset, n_bytes, first, len(parts), is_computed, 0
+        self.pieces[self._n_pieces] = *what, self._n_shares, n_shares, 0
+        self._n_pieces += 1
+        self._n_shares += n_shares
 
     def release(self, ready: int) -> None:
         """Let the threads take what has been planned since the last time; `ready` is an event."""
-        first, self._n_released = self._n_released, int(self._job["planned"][0])
+        first, self._n_released = self._n_released, self._n_pieces
         self.pieces["ready"][first : self._n_released] = ready
-        os.eventfd_write(self._planned, self._n_released - first)
+        n_released = int(self._job["planned"][0])
+        self._job["planned"] = self._n_shares
+        os.eventfd_write(self._planned, self._n_shares - n_released)
+
+    def end(self) -> None:
+        """Let the threads end once they have read what has been planned, all there is."""
+        os.eventfd_write(self._planned, LARGEST_CREW)
 
     def wait_for(self, tensor: int, seconds: float) -> bool:
         """Wait until all of a tensor has been taken, but not for long; whether it has.
@@ -169,7 +184,7 @@ class Pump:
         if self._planned < 0:
             return
         self._job["is_over"] = 1
-        os.eventfd_write(self._planned, LARGEST_CREW)
+        self.end()
         for number, thread in enumerate(self._threads):
             if thread:
                 self._threads[number] = None

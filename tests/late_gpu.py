@@ -81,7 +81,7 @@ class LateGpu:
     def make_calls(self):
         """What the threads' loop calls: the C library's own functions, and in place of the driver's those of this."""
         library = ctypes.CDLL(None)
-        real = {"wait_for_piece": library.read, "tell": library.write}
+        real = {"wait_for_share": library.read, "tell": library.write}
         ours = {"set_context": 1, "pause": 1, "let_gpu_wait": 3, "copy": 4, "launch": 11, "signal": 4}
         self.error_number = ctypes.c_int()
         functions = real | {

@@ -63,6 +63,7 @@ def nothing_is_left(monkeypatch):
     """Small pieces, so that faults come halfway; and no thread, file or memory remains."""
     nd.open(nothing_but_a_header()).close()
     monkeypatch.setattr(gpu_loader, "PIECE", 64 * faults.ROW)
+    monkeypatch.setattr(gpu_loader, "SHARE", 16 * faults.ROW)
     nd.dequantize(bytes(34), "Q8_0", device="cuda")
     native.load("pump")
     before = state()
@@ -175,7 +176,7 @@ import test_gpu_faults
 from numba_dequant import gpu_loader, native, pump
 native.load("pump")
 nd.dequantize(bytes(34), "Q8_0", device="cuda")
-gpu_loader.PIECE = 64 * 340
+gpu_loader.PIECE, gpu_loader.SHARE = 64 * 340, 16 * 340
 disk = test_gpu_faults.Disk(lambda offset, n_bytes: time.sleep(0.02))
 real, pump.calls = pump.calls, lambda: disk.calls
 before = test_gpu_faults.faults.n_threads_of_this_process()
@@ -267,4 +268,4 @@ def test_the_next_load_reuses_what_it_keeps(path):
         count = len(kept)
         nd.load(path, device="cuda", threads=2)
         assert gpu_loader._idle[0] == [kept]
-    assert len(kept) == count == 2 + gpu_loader.SPARE
+    assert 0 < len(kept) == count <= gpu_loader.BUFFERS

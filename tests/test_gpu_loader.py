@@ -38,6 +38,7 @@ def late(request, monkeypatch):
     monkeypatch.setattr(gpu, "capability_of", lambda index: (9, 0))
     monkeypatch.setattr(device, "cuda_problem", lambda: None)
     monkeypatch.setattr(gpu_loader, "PIECE", 4096)
+    monkeypatch.setattr(gpu_loader, "SHARE", 1000)
     monkeypatch.setattr(staging, "PIECE", 4096)
     threads = n_threads_of_this_process()
     yield found
@@ -76,9 +77,8 @@ def kept_bytes():
     return sum(len(buffers) for kept in gpu_loader._idle.values() for buffers in kept) * 4096
 
 
-def most_bytes(threads):
-    """GPU memory that a load takes for itself."""
-    return ((threads or device.n_threads()) + gpu_loader.SPARE) * 4096
+MOST_BYTES = gpu_loader.BUFFERS * 4096
+"""GPU memory that a load takes for itself."""
 
 
 def assert_right(found, name, dtype="float16"):
@@ -99,7 +99,7 @@ def test_everything(model, late, threads, stream):
         assert list(found) == list(TENSORS)
         for name, tensor in found.items():
             assert_right(tensor, name)
-    assert kept_bytes() <= most_bytes(threads)
+    assert kept_bytes() <= MOST_BYTES
     del found, tensor
     gc.collect()
     assert late.in_use == kept_bytes()
@@ -118,7 +118,7 @@ def test_no_tensor_takes_memory_before_its_turn(tmp_path, late, threads):
         walk = model.stream(device="cuda", threads=threads, prefetch=0)
         before = late.in_use
         _, first = next(walk)
-        assert late.in_use - before - most_bytes(threads) <= first.nbytes
+        assert late.in_use - before - MOST_BYTES <= first.nbytes
         walk.close()
 
 
@@ -222,7 +222,7 @@ def test_two_loads_at_once(model, late, threads):
     for (name, one), (_, other) in zip(first, second, strict=True):
         assert_right(one, name)
         assert_right(other, name)
-    assert kept_bytes() <= 2 * most_bytes(threads)
+    assert kept_bytes() <= 2 * MOST_BYTES
 
 
 def test_no_threads_at_all_are_one(model, late):

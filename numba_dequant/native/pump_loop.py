@@ -20,7 +20,8 @@ ADDRESSES = THREAD.fields["data_at"][1] - ARGUMENTS  # type: ignore[index]
 CLAIMED, PLANNED, TAKEN = (JOB.fields[name][1] for name in ("claimed", "planned", "taken"))  # type: ignore[index]
 IS_OVER, FAULTS, N_BUFFERS = (JOB.fields[name][1] for name in ("is_over", "faults", "n_buffers"))  # type: ignore[index]
 FREE_AT, IS_TAKEN = (BUFFER.fields[name][1] for name in ("free_at", "is_taken"))  # type: ignore[index]
-BUFFER_SIZE = BUFFER.itemsize
+SHARES_LEFT, BUFFER_OF = (PIECE.fields[name][1] for name in ("shares_left", "buffer"))  # type: ignore[index]
+BUFFER_SIZE, PIECE_SIZE = BUFFER.itemsize, PIECE.itemsize
 
 
 @register_jitable  # type: ignore[untyped-decorator]
@@ -45,11 +46,29 @@ def take_buffer(job_at: Any, buffers_at: Any, buffers: Any) -> Any:
 
 
 @register_jitable  # type: ignore[untyped-decorator]
-def read_piece(calls: Any, piece: Any, host: int) -> Any:
-    """Read a piece to pinned memory; the result is 0, the C library's code, or ENDED, and how many bytes were read."""
+def buffer_of(job: Any, job_at: Any, piece: Any, piece_at: Any, is_first: Any, buffers: Any, calls: Any) -> Any:
+    """The number of the buffer of a piece, which whoever has its first share gets for it; -1 if the load is over."""
+    number = -1
+    while number < 0:
+        if is_first:
+            number = take_buffer(job_at, job.buffers, buffers)
+            if number >= 0:
+                atomic("xchg", piece_at + BUFFER_OF, number + 1)
+        else:
+            number = look(piece_at + BUFFER_OF) - 1
+        if number < 0:
+            if look(job_at + IS_OVER):
+                break
+            call(calls.pause, (PAUSE,))
+    return number
+
+
+@register_jitable  # type: ignore[untyped-decorator]
+def read_bytes(calls: Any, file: Any, host: int, n_bytes: Any, offset: Any) -> Any:
+    """Read to pinned memory; the result is 0, the C library's code, or ENDED, and how many bytes were read."""
     done = 0
-    while done < piece.n_bytes:
-        got = call(calls.read, (piece.file, host + done, piece.n_bytes - done, piece.offset + done))
+    while done < n_bytes:
+        got = call(calls.read, (file, host + done, n_bytes - done, offset + done))
         if got > 0:
             done += got
             continue
@@ -88,8 +107,24 @@ def send_piece(calls: Any, piece: Any, parts: Any, buffer: Any, arguments_at: in
     return code or failed
 
 
+@register_jitable  # type: ignore[untyped-decorator]
+def count_piece(calls: Any, job: Any, job_at: Any, piece: Any, parts: Any, stream_bit: Any) -> None:
+    """Count what has been sent, and tell if a tensor is complete."""
+    is_complete = False
+    for number in range(piece.first_part, piece.first_part + piece.n_parts):
+        part = parts[number]
+        atomic("or", job.written + 8 * part.tensor, stream_bit)
+        is_complete |= atomic("sub", job.left + 8 * part.tensor, part.n_bytes) == part.n_bytes
+    atomic("add", job_at + TAKEN, piece.n_bytes)
+    if is_complete:
+        call(calls.tell, (job.progress, job.one, 8))
+
+
 def pump(thread_at: int) -> int:
-    """Take pieces until there are no more, or a thread has failed; the result is how many were taken."""
+    """Read shares of pieces until there are no more, or a thread has failed; the result is how many were read.
+
+    Who has read the last share of a piece sends it.
+    """
     thread = carray(pointer(thread_at), 1, THREAD)[0]
     job_at, arguments_at = thread.job, thread_at + ARGUMENTS
     job = carray(pointer(job_at), 1, JOB)[0]
@@ -97,41 +132,37 @@ def pump(thread_at: int) -> int:
     pieces = carray(pointer(job.pieces), job.n_pieces, PIECE)
     parts = carray(pointer(job.parts), job.n_parts, PART)
     buffers = carray(pointer(job.buffers), look(job_at + N_BUFFERS), BUFFER)
-    count = 0
+    count = index = 0
     call_driver(calls.set_context, (job.context,))
     while True:
-        if call(calls.wait_for_piece, (job.pieces_planned, thread_at + TOKEN, 8)) != 8:
+        if call(calls.wait_for_share, (job.shares_planned, thread_at + TOKEN, 8)) != 8:
             continue
         if look(job_at + IS_OVER):
             return count
-        index = atomic("add", job_at + CLAIMED, 1)
-        if index >= look(job_at + PLANNED):
+        share = atomic("add", job_at + CLAIMED, 1)
+        if share >= look(job_at + PLANNED):
             return count
-        number = take_buffer(job_at, job.buffers, buffers)
-        while number < 0:
-            if look(job_at + IS_OVER):
-                return count
-            call(calls.pause, (PAUSE,))
-            number = take_buffer(job_at, job.buffers, buffers)
-        piece, buffer = pieces[index], buffers[number]
-        place = IN_FILE
-        code, done = read_piece(calls, piece, buffer.host)
-        if code == 0:
+        while (share - pieces[index].first_share) * job.share_size >= pieces[index].n_bytes:
+            index += 1
+        piece, piece_at = pieces[index], job.pieces + index * PIECE_SIZE
+        start = (share - piece.first_share) * job.share_size
+        number = buffer_of(job, job_at, piece, piece_at, start == 0, buffers, calls)
+        if number < 0:
+            return count
+        buffer, place = buffers[number], IN_FILE
+        n_bytes = min(job.share_size, piece.n_bytes - start)
+        code, done = read_bytes(calls, piece.file, buffer.host + start, n_bytes, piece.offset + start)
+        is_whole = code == 0 and atomic("sub", piece_at + SHARES_LEFT, 1) == 1
+        if is_whole:
             place, code = IN_GPU, send_piece(calls, piece, parts, buffer, arguments_at)
-        atomic("xchg", job.buffers + number * BUFFER_SIZE + IS_TAKEN, 0)
+            atomic("xchg", job.buffers + number * BUFFER_SIZE + IS_TAKEN, 0)
         if code:
             if atomic("add", job_at + FAULTS, 1) == 0:
                 job.fault_piece, job.fault_place, job.fault_code = index, place, code
-                job.fault_offset = piece.offset + done
+                job.fault_offset = piece.offset + start + done
                 atomic("xchg", job_at + IS_OVER, 1)
                 call(calls.tell, (job.progress, job.one, 8))
             return count
-        is_complete = False
-        for each in range(piece.first_part, piece.first_part + piece.n_parts):
-            part = parts[each]
-            atomic("or", job.written + 8 * part.tensor, buffer.stream_bit)
-            is_complete |= atomic("sub", job.left + 8 * part.tensor, part.n_bytes) == part.n_bytes
-        atomic("add", job_at + TAKEN, piece.n_bytes)
-        if is_complete:
-            call(calls.tell, (job.progress, job.one, 8))
         count += 1
+        if is_whole:
+            count_piece(calls, job, job_at, piece, parts, buffer.stream_bit)

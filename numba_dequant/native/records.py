@@ -15,8 +15,12 @@ def record(*names: str) -> np.dtype[Any]:
 STRINGS = record("data", "n_bytes", "at", "left")
 """Bytes in memory, where among them strings begin, and how many may be passed."""
 
-PIECE = record("file", "offset", "n_bytes", "first_part", "n_parts", "is_computed", "ready")
-"""Bytes of a file; `ready` is the event after which memory for them is there."""
+PIECE = record(
+    *("file", "offset", "n_bytes", "first_part", "n_parts", "is_computed", "ready"),
+    *("first_share", "shares_left", "buffer"),
+)
+"""Bytes of a file, which threads share in reading; `ready` is the event after which memory for them is there. `buffer`
+is one more than the number of the one that they have got."""
 
 PART = record("tensor", "at", "n_bytes", "target", "kernel", "n_thread_blocks", "n_threads", "n_elements")
 """Bytes of one tensor in a piece, and what becomes of them; those with no kernel are copied."""
@@ -28,17 +32,17 @@ no thread has them. The count lies in pinned memory, because asking the driver m
 
 THREAD = record("job", "data", "n_elements", "out", "data_at", "n_elements_at", "out_at", "token")
 """What one thread works with: a launch takes the addresses of its three arguments; `token` is read when there is one
-more piece."""
+more share of a piece."""
 
 JOB = record(
     *("calls", "context", "buffers", "n_buffers", "pieces", "parts", "n_pieces", "n_parts", "left", "written"),
-    *("pieces_planned", "progress", "one"),
+    *("share_size", "shares_planned", "progress", "one"),
     *("claimed", "planned", "taken", "is_over", "faults", "fault_piece", "fault_place", "fault_code", "fault_offset"),
 )
 """What all threads of a load share: addresses of tables, two event descriptors, counters, and the first fault."""
 
 CALLS = record(
-    *("set_context", "wait_for_piece", "read", "error", "tell"),
+    *("set_context", "wait_for_share", "read", "error", "tell"),
     *("pause", "let_gpu_wait", "copy", "launch", "signal"),
 )
 """Addresses of functions of the C library and of the driver."""
