@@ -71,7 +71,9 @@ class Buffers:
             number = len(self)
             bit = number % len(self.streams)
             stream = int(self.streams[bit].handle)
-            host, on_gpu = runtime.pinned(PIECE), runtime.allocate(PIECE, device, stream)
+            # One after the other: cuda-core cannot free pinned memory while an error of the same line is on its way.
+            on_gpu = runtime.allocate(PIECE, device, stream)
+            host = runtime.pinned(PIECE)
             flag = self._flags.ctypes.data + 8 * number
             self.records[number] = host.ctypes.data, on_gpu.pointer, stream, 1 << bit, 0, flag, 0, 0
             self._memory.append((host, on_gpu))
