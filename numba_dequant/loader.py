@@ -67,7 +67,7 @@ class Model:
             rows: only these, a slice of the first dimension; only their bytes are read.
             keep_quantized: give the compressed bytes, on the device, as a `QuantizedTensor`.
             threads: that read. Without it: on the CPU, two more than there are cores; for a GPU, as many as there are
-                cores, up to 14, of which each has 8 MiB of pinned memory.
+                cores, up to 12.
 
         Raises:
             TensorNotFoundError: the file holds no tensor of that name.
@@ -170,7 +170,7 @@ class Model:
         return data
 
     def close(self) -> None:
-        """Give back what loading to a GPU keeps for the next load, of any model: 112 MiB of host and of GPU memory.
+        """Give back what loading to a GPU keeps for the next load, of any model: 64 MiB of host and of GPU memory.
 
         Loaded tensors stay, and the model can still be used.
         """

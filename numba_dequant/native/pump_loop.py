@@ -12,7 +12,7 @@ from numba_dequant.native.intrinsics import atomic, call, call_driver, load_int,
 from numba_dequant.native.records import BUFFER, CALLS, ENDED, IN_FILE, IN_GPU, JOB, PART, PIECE, THREAD
 
 PAUSE = 20
-"""Microseconds; a copy takes 80."""
+"""Microseconds; a copy takes 150."""
 
 INTERRUPTED = errno.EINTR
 ARGUMENTS, TOKEN = (THREAD.fields[name][1] for name in ("data", "token"))  # type: ignore[index]
