@@ -17,7 +17,7 @@ from numba_dequant.dtypes import NAMES as DTYPES
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-RUNS = {"loading": "h100-loading.json"}
+RUNS = {"loading": "h100-loading.json", "steps": "h100-steps.json"}
 """Where the results of a part are that has a run of its own; the others share one."""
 PEERS = json.loads((HERE / "results" / "peers.json").read_text())
 
@@ -145,6 +145,13 @@ def kernels(results):
     return table(head, rows)
 
 
+def steps(results):
+    found = results.of("test_step")
+    rows = [[parameters["step"], f"{info['GB/s']:.0f}", f"{info['share']:.1%}"] for parameters, info in found]
+    roof = f"roof {found[0][1]['roof GB/s']:.0f} GB/s"
+    return "\n\n".join([table(["Q8_0 to FP16", "GB/s", "share of the roof"], rows), _machine(results, roof)])
+
+
 def models(results):
     head = ["model, compressed on the GPU, to FP16", "way", "GPU or host", "us", "us per tensor", "times the roof"]
     rows = []
@@ -235,7 +242,7 @@ def peers(results):
 
 PARTS = {
     HERE.parent / "README.md": (formats, machine, speed, models),
-    HERE / "README.md": (machine, kernels, sizes, models, loading, start, compiling, launches, cpu, peers),
+    HERE / "README.md": (machine, kernels, steps, sizes, models, loading, start, compiling, launches, cpu, peers),
 }
 
 
