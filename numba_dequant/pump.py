@@ -151,9 +151,9 @@ class Pump:
         """Let the threads take what has been planned since the last time; `ready` is an event."""
         first, self._n_released = self._n_released, self._n_pieces
         self.pieces["ready"][first : self._n_released] = ready
-        n_released = int(self._job["planned"][0])
+        shares_before = int(self._job["planned"][0])
         self._job["planned"] = self._n_shares
-        os.eventfd_write(self._planned, self._n_shares - n_released)
+        os.eventfd_write(self._planned, self._n_shares - shares_before)
 
     def end(self) -> None:
         """Let the threads end once they have read what has been planned, all there is."""

@@ -105,6 +105,19 @@ def test_good_files(path):
         assert model.read(name).size == tensor.n_bytes
 
 
+@pytest.mark.parametrize("name", ["{}", "{0.__class__}", "a}b{", "%s"])
+def test_an_error_names_what_it_is_about_as_it_stands(tmp_path, name):
+    path = write_model(tmp_path / "model.gguf", {name: ("F32", (8,), bytes(32))}, [(name, "text")])
+    raw = path.read_bytes()
+    key_type = raw.index(name.encode()) + len(name)
+    shape = raw.index(name.encode(), key_type) + len(name)
+    for at, field in ((key_type, f"metadata {name!r} type"), (shape, f"tensor {name!r} number of dimensions")):
+        path.write_bytes(raw[:at] + b"\xff" + raw[at + 1 :])
+        with pytest.raises(nd.GgufError) as caught:
+            open_gguf(path)
+        assert (caught.value.field, caught.value.offset) == (field, at)
+
+
 def test_shapes():
     model = nd.open(GOOD / "shapes.gguf")
     assert any(len(name) == 63 for name in model.tensors)

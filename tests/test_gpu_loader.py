@@ -5,6 +5,7 @@ import errno
 import gc
 import os
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -133,6 +134,38 @@ def test_the_iterator_is_dropped(model, late, threads):
     assert late.in_use - before == kept_bytes()
     for name, tensor in model.load_all(device="cuda", threads=threads).items():
         assert_right(tensor, name)
+
+
+def test_several_threads_fill_a_buffer(tmp_path, late):
+    """Each reads shares; a piece is sent once, when the last of them is there."""
+    data = random_blocks("Q8_0", 2000)
+    path = write_model(tmp_path / "model.gguf", {"large": ("Q8_0", (2000, 32), data)})
+    shares, lock = [], threading.Lock()
+    real_read, real_copy = late.read_into, late.copy_to_device
+    copied = []
+
+    def read_into(file, data, offset):
+        with lock:
+            shares.append((offset, len(data), threading.get_ident()))
+        return real_read(file, data, offset)
+
+    def copy_to_device(pointer, host, stream):
+        copied.append(host.size)
+        real_copy(pointer, host, stream)
+
+    late.read_into, late.copy_to_device = read_into, copy_to_device
+    with nd.open(path) as model:
+        tensor = model.tensors["large"]
+        found = model.load("large", device="cuda", threads=3)
+    assert_same_bits(found.copy_to_host(), nd.dequantize(data, "Q8_0", shape=(2000, 32), device="reference"))
+    if pump.IS_POSSIBLE and runtime.can_signal(0):
+        ends = [offset + n_bytes for offset, n_bytes, _ in sorted(shares)]
+        assert [offset for offset, _, _ in sorted(shares)] == [tensor.offset, *ends[:-1]]
+        assert ends[-1] == tensor.offset + tensor.n_bytes
+        assert max(n_bytes for _, n_bytes, _ in shares) == gpu_loader.SHARE
+        assert len({thread for _, _, thread in shares}) > 1
+        assert sum(copied) == tensor.n_bytes
+        assert len(copied) < len(shares) / 2
 
 
 def test_a_read_error_halfway(model, late, monkeypatch, threads):
