@@ -110,3 +110,49 @@ def random_blocks(layout: np.dtype[np.void], n_blocks: int, rng: np.random.Gener
         if kind.base.kind == "f":
             blocks[name] = rng.uniform(0.5, 2.0, blocks[name].shape)
     return blocks
+
+
+def value_range(
+    layout: np.dtype[np.void], block_size: int, dequantize: Dequantize, bits: NDArray[np.bool_], seed: int = 0
+) -> tuple[float, float]:
+    """The least and the greatest finite value of an element where all floats of a block are 1.
+
+    Found by climbing: of many random blocks, each keeps every flip of a bit that brings it further.
+    """
+    rng = np.random.default_rng(seed)
+    is_free = np.ones(8 * layout.itemsize, bool)
+    floats = [name for name in layout.names or () if layout[name].base.kind == "f"]
+    for name in floats:
+        assert layout.fields is not None
+        kind, start = layout.fields[name][:2]
+        is_free[8 * start : 8 * (start + kind.itemsize)] = False
+    ends = []
+    for sign in (-1, 1):
+        best = -np.inf
+        for element in {0, block_size - 1}:
+            blocks = random_blocks(layout, FIRST_BLOCKS, rng)
+            for name in floats:
+                blocks[name] = 1
+            flips = np.flatnonzero(bits[:, element] & is_free).tolist()
+            best = max(best, _climb(blocks, flips, element, sign, dequantize))
+        ends.append(sign * best)
+    return ends[0], ends[1]
+
+
+def _climb(blocks: NDArray[Any], bits: list[int], element: int, sign: int, dequantize: Dequantize) -> float:
+    """The greatest value, or the least with a negative sign, that flips of these bits lead to."""
+
+    def height(blocks: NDArray[Any]) -> NDArray[np.float64]:
+        values = bits_of(dequantize, blocks).view(np.float32)[:, element].astype(np.float64)
+        return np.where(np.isfinite(values), sign * values, -np.inf)
+
+    reached = height(blocks)
+    while True:
+        before = reached
+        for bit in bits:
+            tried = flipped(blocks, [bit])
+            found = height(tried)
+            blocks[found > reached] = tried[found > reached]
+            reached = np.maximum(found, reached)
+        if (reached == before).all():
+            return float(reached.max())

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     show.add_argument("what", metavar="FORMAT|FILE", help="a format, such as Q4_K, or a GGUF file")
     show.add_argument("tensor", nargs="?", metavar="TENSOR", help="a tensor of the file; the first one without it")
-    show.add_argument("--block", type=int, default=0, metavar="N", help="which block of the tensor (%(default)s)")
+    show.add_argument("--block", type=int, metavar="N", help="which block of the tensor (0)")
     show.add_argument("--element", type=int, metavar="N", help="an element of the block, whose bits are shown")
     show.set_defaults(run=_show)
 
@@ -164,19 +164,16 @@ def _info(options: argparse.Namespace) -> int:
         width = max((len(key) for key, _ in entries), default=0)
         for key, value in entries:
             print(f"  {key.ljust(width)}  {value}")
-        rows = tables.tensor_rows(model.tensors.values())
-        lines = [tables.TENSOR_HEAD, *rows] if rows else []
-        widths = [max((len(line[column]) for line in lines), default=0) for column in range(4)]
-        for name, kind, shape, size in lines:
-            print(
-                f"{name.ljust(widths[0])}  {kind.ljust(widths[1])}  {shape.rjust(widths[2])}  {size.rjust(widths[3])}"
-            )
+        print(tables.text(tables.TENSOR_HEAD, tables.tensor_rows(model.tensors.values())))
     return 0
 
 
 def _show(options: argparse.Namespace) -> int:
     if not os.path.exists(options.what) and not options.what.endswith(".gguf"):
-        print(format_named(options.what).picture(options.element))
+        source = format_named(options.what)
+        if options.tensor is not None or options.block is not None:
+            return _fail(f"a tensor and --block are for files, and {options.what} is a format")
+        print(source if options.element is None else source.picture(options.element))
         return 0
     with nd.open(options.what) as model:
         name = options.tensor or next(iter(model.tensors), None)
@@ -184,7 +181,7 @@ def _show(options: argparse.Namespace) -> int:
             return _fail(f"{options.what} holds no tensor")
         tensor = model.tensors[name]
         print(f"{tables.plain(tensor.name)}: {tensor.format.summary}")
-        print(nd.explain(model.read(name), tensor.format, options.block, options.element or 0))
+        print(nd.explain(model.read(name), tensor.format, options.block or 0, options.element or 0))
     return 0
 
 

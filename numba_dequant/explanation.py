@@ -1,18 +1,13 @@
 """One real block, step by step: its bytes, its fields, and how `decode` comes to the values of a run.
 
 The steps are those of the format's own `decode`, watched while plain Python runs it: every name that it gives to
-something, and what that was.
+something, what that was, and what the functions that it called gave.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from html import escape
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -21,38 +16,10 @@ from numpy.typing import NDArray
 from numba_dequant.arguments import host_bytes
 from numba_dequant.bits import RUN
 from numba_dequant.errors import DataError, ShapeError
-from numba_dequant.format import Format
+from numba_dequant.format import Format, element_of
 from numba_dequant.formats import format_named
 from numba_dequant.picture import Picture
-
-EIGHT_BYTES = re.compile(r"load_8_bytes|lookup_nibbles|0x[0-9A-F]{16}")
-"""What makes an integer of eight packed bytes."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """Something that `decode` gave a name.
-
-    Attributes:
-        name: the name.
-        source: the line that did so.
-        value: an integer, a float32, or eight float32.
-    """
-
-    name: str
-    source: str
-    value: Any
-
-    @property
-    def shown(self) -> str:
-        """The value as text; what packs eight bytes, as these."""
-        if isinstance(self.value, np.ndarray):
-            return "  ".join(f"{item:.6g}" for item in self.value)
-        if isinstance(self.value, (float, np.floating)):
-            return f"{self.value:.6g}"
-        if abs(self.value) >= 1 << 32 or EIGHT_BYTES.search(self.source):
-            return "  ".join(str(byte) for byte in (int(self.value) & (1 << 64) - 1).to_bytes(8, "little"))
-        return str(self.value) if abs(self.value) < 256 else f"{self.value} = {self.value:#x}"
+from numba_dequant.watching import watch
 
 
 class Explanation:
@@ -66,11 +33,12 @@ class Explanation:
         fields: name -> what the field holds.
         values: all values of the block, float32.
         steps: what `decode` does for the run.
-        picture: the layout, with the bits of the element lit; None for a type without blocks.
+        picture: the bytes and bits of the block, with those of the element lit; None for a type without blocks.
     """
 
     def __init__(self, source: Format, block: int, element: int, raw: NDArray[np.uint8]) -> None:
         assert source.dequantize is not None
+        assert source.decode is not None
         self.format, self.block, self.element, self.raw = source, block, element, raw
         record = raw.view(source.layout)
         is_plain = source.block_size == 1
@@ -79,8 +47,9 @@ class Explanation:
         }
         with np.errstate(all="ignore"):
             self.values: NDArray[np.float32] = source.dequantize(record).reshape(-1)
-            self.steps = _watched(source, raw, element // RUN)
-        self.picture: Picture | None = None if is_plain else source.picture(element)
+            # The alignment is what a kernel vouches for.
+            self.steps = watch(source.decode, raw.view(f"u{source.alignment}"), element // RUN)
+        self.picture: Picture | None = None if is_plain else source.picture(element, raw)
 
     @property
     def run(self) -> NDArray[np.float32]:
@@ -101,37 +70,64 @@ class Explanation:
 
     def _lines(self) -> Iterator[str]:
         yield self._heading()
-        width = max(map(len, [*self.fields, *(step.name for step in self.steps)]))
         yield "fields"
+        width = max(map(len, self.fields))
         for name, value in self.fields.items():
             yield f"  {name.ljust(width)}  {_short(value)}"
-        if self.picture is not None:
-            yield from self.picture.text.splitlines()[1 + len(self.fields) :]
+        yield "bytes"
+        shown = (
+            self.picture.text.splitlines()[1 + len(self.fields) :]
+            if self.picture
+            else [f"  {self.raw.tobytes().hex(' ')}"]
+        )
+        yield from shown
         yield "steps of decode"
-        for step in self.steps:
-            yield f"  {step.name.ljust(width)}  {step.shown}"
+        width = max(len(label) for _, rows in self._statements() for label, _ in rows)
+        for source, rows in self._statements():
+            if source:
+                yield f"  {source}"
+            for label, value in rows:
+                yield f"      {label.ljust(width)}  {value}"
         yield f"value of element {self.element}: {self.values[self.element]:.9g}"
 
+    def _statements(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        """Each statement of `decode`, with what its calls gave and what it gave names to."""
+        source = ""
+        rows: list[tuple[str, str]] = []
+        for step in self.steps:
+            if rows and step.source != source:
+                yield source, rows
+                rows = []
+            source = step.source
+            rows += [(call.label, call.shown) for call in step.calls]
+            rows.append((step.name, step.shown))
+        yield source, rows
+
     def _repr_html_(self) -> str:
-        fields = "".join(
-            f"<tr><td><code>{escape(name)}</code></td><td><code>{escape(_short(value))}</code></td></tr>"
-            for name, value in self.fields.items()
-        )
+        left = "style='text-align:left'"
+
+        def row(label: str, value: str, indent: str = "") -> str:
+            cells = f"{indent}<code>{escape(label)}</code>", f"<code>{escape(value)}</code>"
+            return f"<tr><td {left}>{cells[0]}</td><td {left}>{cells[1]}</td></tr>"
+
+        fields = "".join(row(name, _short(value)) for name, value in self.fields.items())
         steps = "".join(
-            f"<tr><td style='text-align:left'><code>{escape(step.source)}</code></td>"
-            f"<td style='text-align:left'><code>{escape(step.shown)}</code></td></tr>"
-            for step in self.steps
+            (f"<tr><td {left} colspan='2'><code><b>{escape(source)}</b></code></td></tr>" if source else "")
+            + "".join(row(label, value, "&emsp;") for label, value in rows)
+            for source, rows in self._statements()
         )
         picture = self.picture.svg if self.picture is not None else ""
         return (
             f"<p><b>{escape(self._heading())}</b>: {self.values[self.element]:.9g}</p>{picture}"
-            f"<table><tr><th>field</th><th style='text-align:left'>holds</th></tr>{fields}</table>"
-            f"<table><tr><th style='text-align:left'>step of decode</th><th style='text-align:left'>gives</th></tr>"
-            f"{steps}</table>"
+            f"<table><tr><th {left}>field</th><th {left}>holds</th></tr>{fields}</table>"
+            f"<table><tr><th {left}>step of decode</th><th {left}>gives</th></tr>{steps}</table>"
         )
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return {"text/plain": self.text, "text/html": self._repr_html_()}
+        found = {"text/plain": self.text, "text/html": self._repr_html_()}
+        if self.picture is not None:
+            found["image/svg+xml"] = self.picture.svg_file
+        return found
 
     def __str__(self) -> str:
         return self.text
@@ -148,16 +144,26 @@ def explain(data: Any, format: str | Format, block: int = 0, element: int = 0) -
     >>> print(nd.explain(data, "Q4_0", element=17))
     Q4_0, block 0: element 17, in the run 16 to 23
     fields
-      d       0.5
-      qs      [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]
+      d   0.5
+      qs  [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]
+    bytes
+         0  00 38 00 01 02 03 04 05 06 07 08 09 0a 0b 0c 0d
+        16  0e 0f
     bits of element 17, the highest of a byte first:
-      byte   0  ████████  d[0]
-      byte   1  ████████  d[1]
-      byte   3  ████····  qs[1]
+      byte   0  00000000  d, byte 0
+      byte   1  00111000  d, byte 1
+      byte   3  0000····  qs[1]
     steps of decode
-      packed  0  1  2  3  4  5  6  7
-      quants  0  0  0  0  0  0  0  0
-      value   -4  -4  -4  -4  -4  -4  -4  -4
+      packed = load_8_bytes(block, at + QS + 8 * (run & 1))
+          load_8_bytes(block, 2)  0  1  2  3  4  5  6  7
+          packed                  0  1  2  3  4  5  6  7
+      quants = (packed >> (4 * (run >> 1))) & 0x0F0F0F0F0F0F0F0F
+          quants                  0  0  0  0  0  0  0  0
+      half(load_u16(block, at + D)) * centred_bytes(quants, 8)
+          load_u16(block, 0)      14336 = 0x3800
+          half(14336)             0.5
+          centred_bytes(0, 8)     -8  -8  -8  -8  -8  -8  -8  -8
+          value                   -4  -4  -4  -4  -4  -4  -4  -4
     value of element 17: -4
 
     Args:
@@ -177,57 +183,10 @@ def explain(data: Any, format: str | Format, block: int = 0, element: int = 0) -
     # The elements of a plain array are explained in runs.
     size, n_bytes = (source.block_size, source.type_size) if source.block_size > 1 else (RUN, RUN * source.type_size)
     n_blocks = source.n_elements(raw.size) // size
-    if not 0 <= block < n_blocks:
+    if not (isinstance(block, (int, np.integer)) and 0 <= block < n_blocks):
         raise ShapeError(f"the data has {n_blocks} blocks of {size} elements, from 0 on; there is no block {block}")
-    if not 0 <= element < size:
-        raise ShapeError(f"a block of {source.name} has elements 0 to {size - 1}, not {element}")
+    element = element_of(source.name, element, size)
     return Explanation(source, block, element, raw[block * n_bytes : (block + 1) * n_bytes].copy())
-
-
-def _watched(source: Format, raw: NDArray[np.uint8], run: int) -> list[Step]:
-    """What `decode` gives names to, in the order in which it does, and what it returns."""
-    decode = source.decode
-    assert decode is not None
-    lines, first = inspect.getsourcelines(decode)
-    steps: list[Step] = []
-    known: dict[str, Any] = {}
-    # The alignment is what a kernel vouches for.
-    block = raw.view(f"u{source.alignment}")
-
-    def note(frame: FrameType, line: int) -> None:
-        for name, value in frame.f_locals.items():
-            if name not in known or known[name] is not value:
-                known[name] = value
-                if name not in ("block", "at", "run"):
-                    steps.append(Step(name, _statement(lines, line - first), value))
-
-    def watch(frame: FrameType, event: str, argument: Any) -> Any:
-        if frame.f_code is not decode.__code__:
-            return None
-        last = [frame.f_lineno]
-
-        def within(frame: FrameType, event: str, argument: Any) -> Any:
-            note(frame, last[0])
-            last[0] = frame.f_lineno
-            if event == "return":
-                source_line = _statement(lines, frame.f_lineno - first).removeprefix("return ")
-                if not (steps and steps[-1].name == source_line):
-                    steps.append(Step("value", source_line, argument))
-            return within
-
-        return within
-
-    before = sys.gettrace()
-    sys.settrace(watch)
-    try:
-        decode(block, 0, run)
-    finally:
-        sys.settrace(before)
-    return steps
-
-
-def _statement(lines: list[str], index: int) -> str:
-    return lines[index].strip() if 0 <= index < len(lines) else ""
 
 
 def _short(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import inspect
 import math
+import operator
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bit_map import bit_map
+from numba_dequant.bit_map import bit_map, value_range
 from numba_dequant.bits import RUN
 from numba_dequant.errors import DataError, ShapeError
 from numba_dequant.picture import Picture
@@ -43,6 +44,21 @@ def field_offsets(layout: np.dtype[np.void]) -> tuple[int, ...]:
     assert fields is not None
     assert layout.names is not None
     return tuple(fields[name][1] for name in layout.names)
+
+
+def element_of(name: str, element: Any, size: int) -> int:
+    """The number of an element of a block of `size`.
+
+    Raises:
+        ShapeError: it is no whole number, or there is no such element.
+    """
+    try:
+        found = operator.index(element)
+    except TypeError:
+        raise ShapeError(f"element is a whole number, not {element!r}") from None
+    if not 0 <= found < size:
+        raise ShapeError(f"a block of {name} has elements 0 to {size - 1}, not {found}")
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +131,23 @@ class Format:
             raise ShapeError(f"{self.name} has no blocks: each element is stored by itself")
         return bit_map(self.layout, self.block_size, self.dequantize)
 
-    def picture(self, element: int | None = None) -> Picture:
-        """A picture of a block, and of the bits that decide one of its elements.
+    @cached_property
+    def value_range(self) -> tuple[float, float]:
+        """The least and the greatest value of an element where all floats of a block, its scales, are 1.
+
+        >>> from numba_dequant import FORMATS
+        >>> FORMATS["Q4_0"].value_range
+        (-8.0, 7.0)
+
+        Raises:
+            ShapeError: the type has no blocks.
+        """
+        bits = self.bit_map
+        assert self.dequantize is not None
+        return value_range(self.layout, self.block_size, self.dequantize, bits)
+
+    def picture(self, element: int | None = None, raw: NDArray[np.uint8] | None = None) -> Picture:
+        """A picture of a block, and of the bits that decide one of its elements; with `raw`, of a block of these bytes.
 
         >>> from numba_dequant import FORMATS
         >>> print(FORMATS["Q4_0"].picture(element=17))
@@ -124,8 +155,8 @@ class Format:
           d       0-1  float16     a bit decides all elements
           qs     2-17  16 x uint8  a bit decides 1 element
         bits of element 17, the highest of a byte first:
-          byte   0  ████████  d[0]
-          byte   1  ████████  d[1]
+          byte   0  ████████  d, byte 0
+          byte   1  ████████  d, byte 1
           byte   3  ████····  qs[1]
 
         Raises:
@@ -135,10 +166,9 @@ class Format:
         title = f"{self.name}: {self.type_size} bytes for {self.block_size} elements"
         title += f", {self.bits_per_weight:.4g} bits per weight"
         if element is not None:
-            if not 0 <= element < self.block_size:
-                raise ShapeError(f"a block of {self.name} has elements 0 to {self.block_size - 1}, not {element}")
+            element = element_of(self.name, element, self.block_size)
             title += f"; lit: the {int(bits[:, element].sum())} bits of element {element}"
-        return Picture(title, self.layout, bits, element)
+        return Picture(title, self.layout, bits, element, raw)
 
     @property
     def description(self) -> str:
@@ -147,14 +177,35 @@ class Format:
         is_ours = module is not None and module.__name__.startswith("numba_dequant.formats.")
         return inspect.cleandoc(module.__doc__ or "") if module is not None and is_ours else self.summary
 
+    @property
+    def _range(self) -> str:
+        least, greatest = self.value_range
+        has_floats = any(self.layout[name].base.kind == "f" for name in self.layout.names or ())
+        where = ", where the floats of the block are 1" if has_floats else ""
+        return f"Values go from {least:.6g} to {greatest:.6g}{where}. The id in a file is {self.ggml_id}."
+
+    @property
+    def text(self) -> str:
+        """What is known of the format, as text: its picture, the range of its values, where it comes from."""
+        if self.dequantize is None or self.block_size == 1:
+            plural = "s" * (self.type_size > 1)
+            return f"{self.name}: {self.type_size} byte{plural} for an element. The id in a file is {self.ggml_id}."
+        return f"{self.picture().text}\n{self._range}\n\n{self.description}"
+
     def _repr_html_(self) -> str:
         if self.dequantize is None or self.block_size == 1:
-            return f"<code>{html.escape(repr(self))}</code>"
-        paragraphs = "".join(f"<p>{html.escape(text)}</p>" for text in self.description.split("\n\n"))
-        return f"{self.picture().svg}{paragraphs}"
+            return f"<p>{html.escape(self.text)}</p>"
+        paragraphs = [self._range, *self.description.split("\n\n")]
+        return self.picture().svg + "".join(f"<p>{html.escape(text)}</p>" for text in paragraphs)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return {"text/plain": repr(self), "text/html": self._repr_html_()}
+        found = {"text/plain": self.text, "text/html": self._repr_html_()}
+        if self.dequantize is not None and self.block_size > 1:
+            found["image/svg+xml"] = self.picture().svg_file
+        return found
+
+    def __str__(self) -> str:
+        return self.text
 
     def n_elements(self, n_bytes: int) -> int:
         """Elements in `n_bytes` of compressed data.

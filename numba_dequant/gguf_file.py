@@ -69,6 +69,16 @@ class TensorInfo(NamedTuple):
         shown = ", ".join(f"{name}={value!r}" for name, value in zip(self._fields[:-1], self, strict=False))
         return f"TensorInfo({shown})"
 
+    def _repr_html_(self) -> str:
+        rows = [
+            ("format", f"{self.format.name}: {self.format.summary}"),
+            ("shape", " x ".join(map(str, self.shape)) or "scalar"),
+            ("elements", f"{self.n_elements:,}, {self.format.bits_per_weight:.4g} bits each"),
+            ("bytes", f"{self.n_bytes:,}, {self.byte_order}-endian"),
+            ("place", f"byte {self.offset:,} of {self.path}"),
+        ]
+        return tables.html(("tensor", tables.plain(self.name)), rows)
+
 
 class TensorTable(Mapping[str, TensorInfo]):
     """The tensors of a model by name, in file order."""
@@ -97,7 +107,9 @@ class TensorTable(Mapping[str, TensorInfo]):
         return tables.html(tables.TENSOR_HEAD, tables.tensor_rows(self.values()))
 
     def __repr__(self) -> str:
-        return f"TensorTable({list(self._tensors)})"
+        if not self:
+            return "no tensors"
+        return tables.text(tables.TENSOR_HEAD, tables.tensor_rows(self.values()), tables.MOST_LINES)
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-PALETTE = ("#E69F00", "#56B4E9", "#F0E442", "#CC79A7", "#009E73", "#D55E00")
-"""Okabe and Ito's colours on which black can be read; colour-blind people can tell them apart."""
+PALETTE = ("#E69F00", "#56B4E9", "#F0E442", "#CC79A7", "#009E73", "#D55E00", "#BBBBBB", "#A6CEE3")
+"""Colours on which black can be read, most of them Okabe and Ito's; colour-blind people can tell them apart."""
 
 BYTES_PER_ROW = 16
 WIDTH, HEIGHT, GAP, MARGIN = 46, 34, 3, 40
 LEGEND_ROW = 20
+LETTER = 7.4
+"""Width of a letter of the legend."""
 FONT = "font-family='ui-monospace, SFMono-Regular, Menlo, Consolas, monospace'"
+
+INK = "<style>svg { color: #1f2328 } @media (prefers-color-scheme: dark) { svg { color: #e6edf3 } }</style>"
+"""A picture in a file of its own knows nothing of the page around it."""
+
+
+MOST_LETTERS = 8
+"""Letters of a name that a box has room for."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ class Field:
         start: its first byte.
         n_bytes: its length.
         kind: its items, for example "128 x uint8".
+        item_size: bytes of an item.
         decides: what its bits decide, for example "1 element" or "16 to 256 elements".
     """
 
@@ -39,7 +49,21 @@ class Field:
     start: int
     n_bytes: int
     kind: str
+    item_size: int
     decides: str
+
+    def label(self, byte: int) -> str:
+        """What a byte of the block is: of which item of the field."""
+        item, rest = divmod(byte - self.start, self.item_size)
+        which = f"[{item}]" if self.n_bytes > self.item_size else ""
+        return f"{self.name}{which}" + (f", byte {rest}" if self.item_size > 1 else "")
+
+    def mark(self, byte: int) -> str:
+        """The same in a few letters: the name where the field begins, then numbers where items do."""
+        item, rest = divmod(byte - self.start, self.item_size)
+        if byte == self.start:
+            return self.name if len(self.name) <= MOST_LETTERS else f"{self.name[: MOST_LETTERS - 1]}…"
+        return "" if rest else str(item)
 
 
 class Picture:
@@ -49,15 +73,23 @@ class Picture:
         title: what it shows.
         fields: the fields, in order.
         element: the element whose bits are lit, or None.
-        svg: the picture as SVG.
+        raw: the bytes of a real block, which are shown, or None.
+        svg: the picture as SVG, to be part of a page.
+        svg_file: the picture as SVG, to be a file.
         text: the picture as text.
     """
 
     def __init__(
-        self, title: str, layout: np.dtype[np.void], bits: NDArray[np.bool_], element: int | None = None
+        self,
+        title: str,
+        layout: np.dtype[np.void],
+        bits: NDArray[np.bool_],
+        element: int | None = None,
+        raw: NDArray[np.uint8] | None = None,
     ) -> None:
         self.title = title
         self.element = element
+        self.raw = raw
         self.fields = [_field(layout, name, bits) for name in layout.names or ()]
         self._bits = bits
         self._n_bytes = layout.itemsize
@@ -68,6 +100,11 @@ class Picture:
         return "".join(_svg(self, self._bits, self._n_bytes))
 
     @property
+    def svg_file(self) -> str:
+        """The picture as SVG, to be a file."""
+        return self.svg.replace("<title>", f"{INK}<title>", 1)
+
+    @property
     def text(self) -> str:
         """The picture as text."""
         return "\n".join(_text(self, self._bits))
@@ -76,7 +113,7 @@ class Picture:
         return self.svg
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return {"text/plain": self.text, "text/html": self.svg}
+        return {"text/plain": self.text, "text/html": self.svg, "image/svg+xml": self.svg_file}
 
     def __str__(self) -> str:
         return self.text
@@ -88,7 +125,16 @@ def _field(layout: np.dtype[np.void], name: str, bits: NDArray[np.bool_]) -> Fie
     count = kind.itemsize // kind.base.itemsize
     what = kind.base.name if kind.shape == () else f"{count} x {kind.base.name}"
     decided = bits[8 * start : 8 * (start + kind.itemsize)].sum(axis=1)
-    return Field(name, start, kind.itemsize, what, _decides(decided, bits.shape[1]))
+    return Field(name, start, kind.itemsize, what, kind.base.itemsize, _decides(decided, bits.shape[1]))
+
+
+def _key(picture: Picture) -> str:
+    """What the marks in the boxes mean."""
+    if picture.element is None:
+        return "dark bits decide one element, grey ones up to 8, light ones more, outlined ones none"
+    if picture.raw is None:
+        return f"dark bits decide element {picture.element}; the highest bit of a byte comes first"
+    return f"bold bits decide element {picture.element}; the highest bit of a byte comes first"
 
 
 def _decides(counts: NDArray[Any], block_size: int) -> str:
@@ -105,8 +151,12 @@ def _svg(picture: Picture, bits: NDArray[np.bool_], n_bytes: int) -> Iterator[st
     columns = min(n_bytes, BYTES_PER_ROW)
     top = 30
     legend = top + n_rows * (HEIGHT + GAP) + 14
-    width = max(MARGIN + columns * (WIDTH + GAP), 620)
-    height = legend + LEGEND_ROW * len(picture.fields) + 4
+    rows = [_legend_row(item) for item in picture.fields]
+    stops = [22.0]
+    for column in zip(*rows, strict=True):
+        stops.append(stops[-1] + LETTER * (max(map(len, column)) + 2))
+    width = max(MARGIN + columns * (WIDTH + GAP), 620, round(MARGIN + stops[-1]))
+    height = legend + LEGEND_ROW * (len(rows) + 1) + 4
     yield (
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' width='{width}' height='{height}' "
         f"role='img' {FONT} font-size='12' fill='currentColor'>"
@@ -118,36 +168,50 @@ def _svg(picture: Picture, bits: NDArray[np.bool_], n_bytes: int) -> Iterator[st
         yield f"<text x='{MARGIN - 8}' y='{y}' text-anchor='end' opacity='0.7'>{row * BYTES_PER_ROW}</text>"
     for number, item in enumerate(picture.fields):
         for byte in range(item.start, item.start + item.n_bytes):
-            x = MARGIN + byte % BYTES_PER_ROW * (WIDTH + GAP)
+            x: float = MARGIN + byte % BYTES_PER_ROW * (WIDTH + GAP)
             y = top + byte // BYTES_PER_ROW * (HEIGHT + GAP)
-            label = item.name if byte == item.start else str(byte - item.start)
-            yield from _byte(
-                picture.element, bits[8 * byte : 8 * byte + 8], PALETTE[number % len(PALETTE)], label, x, y
-            )
-    for number, item in enumerate(picture.fields):
+            colour = PALETTE[number % len(PALETTE)]
+            yield from _byte(picture, bits[8 * byte : 8 * byte + 8], colour, item, byte, x, y)
+    for number, texts in enumerate(rows):
         y = legend + number * LEGEND_ROW
-        colour = PALETTE[number % len(PALETTE)]
-        last = item.start + item.n_bytes - 1
-        where = f"byte {item.start}" if item.n_bytes == 1 else f"bytes {item.start} to {last}"
-        yield f"<rect x='{MARGIN}' y='{y}' width='14' height='14' rx='2' fill='{colour}'/>"
-        for x, text in ((22, item.name), (110, where), (250, item.kind), (370, f"a bit decides {item.decides}")):
-            yield f"<text x='{MARGIN + x}' y='{y + 11}'>{escape(text)}</text>"
+        yield f"<rect x='{MARGIN}' y='{y}' width='14' height='14' rx='2' fill='{PALETTE[number % len(PALETTE)]}'/>"
+        for x, text in zip(stops, texts, strict=False):
+            yield f"<text x='{MARGIN + x:g}' y='{y + 11}'>{escape(text)}</text>"
+    yield f"<text x='{MARGIN}' y='{legend + LEGEND_ROW * len(rows) + 13}' font-size='11'>{_key(picture)}</text>"
     yield "</svg>"
 
 
-def _byte(element: int | None, bits: NDArray[np.bool_], colour: str, label: str, x: float, y: float) -> Iterator[str]:
-    """A byte: its name or number within the field, and below it the bits, the highest first."""
+def _legend_row(item: Field) -> tuple[str, str, str, str]:
+    last = item.start + item.n_bytes - 1
+    where = f"byte {item.start}" if item.n_bytes == 1 else f"bytes {item.start} to {last}"
+    return item.name, where, item.kind, f"a bit decides {item.decides}"
+
+
+def _byte(
+    picture: Picture, bits: NDArray[np.bool_], colour: str, item: Field, byte: int, x: float, y: float
+) -> Iterator[str]:
+    """A byte: what it is or holds, and below it the bits, the highest first."""
+    element, raw = picture.element, picture.raw
     is_lit = bits[:, element] if element is not None else np.ones(8, bool)
     # On a byte that is not lit the page shines through, so the label has the page's colour.
     box, ink, faded = (1, "#000", 1) if is_lit.any() else (0.25, "currentColor", 0.6)
+    label = item.mark(byte) if raw is None else f"{raw[byte]:02x}"
     yield f"<rect x='{x}' y='{y}' width='{WIDTH}' height='{HEIGHT}' rx='3' fill='{colour}' fill-opacity='{box}'/>"
     size = 11 if len(label) < 6 else 9
     middle = f"x='{x + WIDTH / 2}' y='{y + 14}' text-anchor='middle'"
-    yield f"<text {middle} font-size='{size}' fill='{ink}' fill-opacity='{faded}'>{escape(label)}</text>"
+    if label:
+        yield f"<text {middle} font-size='{size}' fill='{ink}' fill-opacity='{faded}'>{escape(label)}</text>"
     if not is_lit.any():
         return
     for bit in range(8):
         at = x + 3 + (7 - bit) * (WIDTH - 6) / 8
+        if raw is not None:
+            weight, shade = ("bold", 1) if is_lit[bit] else ("normal", 0.35)
+            yield (
+                f"<text x='{at + 2.5:g}' y='{y + 29}' font-size='8' text-anchor='middle' fill='#000' "
+                f"font-weight='{weight}' fill-opacity='{shade}'>{raw[byte] >> bit & 1}</text>"
+            )
+            continue
         if element is None:
             # One element: black. A few: grey. Many: light. None: an outline.
             n_elements = int(bits[bit].sum())
@@ -168,6 +232,8 @@ def _text(picture: Picture, bits: NDArray[np.bool_]) -> Iterator[str]:
         last = item.start + item.n_bytes - 1
         where = f"{item.start}" if item.n_bytes == 1 else f"{item.start}-{last}"
         yield f"  {item.name.ljust(names)}  {where:>7}  {item.kind.ljust(kinds)}  a bit decides {item.decides}"
+    if picture.raw is not None or picture.element is None:
+        yield from _rows(picture)
     if picture.element is None:
         return
     yield f"bits of element {picture.element}, the highest of a byte first:"
@@ -175,6 +241,23 @@ def _text(picture: Picture, bits: NDArray[np.bool_]) -> Iterator[str]:
         for byte in range(item.start, item.start + item.n_bytes):
             lit = bits[8 * byte : 8 * byte + 8, picture.element]
             if lit.any():
-                shown = "".join("█" if is_lit else "·" for is_lit in lit[::-1])
-                label = item.name if item.n_bytes == 1 else f"{item.name}[{byte - item.start}]"
-                yield f"  byte {byte:>3}  {shown}  {label}"
+                yield f"  byte {byte:>3}  {_bits(picture, byte, lit)}  {item.label(byte)}"
+
+
+def _rows(picture: Picture) -> Iterator[str]:
+    """The bytes in rows: what they hold, or the first letters of their fields."""
+    if picture.raw is not None:
+        cells = [f"{byte:02x}" for byte in picture.raw]
+    else:
+        cells = [item.name[:2].ljust(2) for item in picture.fields for _ in range(item.n_bytes)]
+    for start in range(0, len(cells), BYTES_PER_ROW):
+        yield f"  {start:>4}  {' '.join(cells[start : start + BYTES_PER_ROW])}".rstrip()
+
+
+def _bits(picture: Picture, byte: int, lit: NDArray[np.bool_]) -> str:
+    """Bits of a byte that decide an element; of a real block, what they are."""
+    if picture.raw is None:
+        return "".join("█" if is_lit else "·" for is_lit in lit[::-1])
+    return "".join(
+        digit if is_lit else "·" for digit, is_lit in zip(f"{picture.raw[byte]:08b}", lit[::-1], strict=True)
+    )

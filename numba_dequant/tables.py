@@ -9,6 +9,9 @@ from typing import Any
 MOST_ROWS = 500
 """Rows of a table in a notebook."""
 
+MOST_LINES = 60
+"""Rows of a table that is printed unasked."""
+
 
 def plain(name: str) -> str:
     """A name from a file, which must not steer the terminal."""
@@ -29,6 +32,22 @@ def short(value: Any) -> str:
 def metadata_rows(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Keys and values."""
     return [(plain(key), short(value)) for key, value in metadata.items()]
+
+
+def text(head: Sequence[str], rows: Sequence[Sequence[str]], most: int | None = None) -> str:
+    """A table for a terminal, the last two columns to the right; of a long one, the beginning."""
+    shown = [head, *rows[:most]] if rows else []
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    lines = []
+    for row in shown:
+        cells = [
+            cell.rjust(width) if number >= len(row) - 2 else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells))
+    if most is not None and len(rows) > most:
+        lines.append(f"and {len(rows) - most:,} more")
+    return "\n".join(lines)
 
 
 TENSOR_HEAD = ("tensor", "format", "shape", "bytes")

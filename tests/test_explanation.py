@@ -1,5 +1,6 @@
 """One block, step by step."""
 
+import re
 import sys
 
 import numpy as np
@@ -34,6 +35,10 @@ def test_the_steps_of_q4_k():
     found = nd.explain(block, "Q4_K", element=37)
     steps = {step.name: step for step in found.steps}
     assert list(steps) == ["sub_block", "d", "dmin", "packed", "quants", "values"]
+    calls = {step.name: {call.label: call.value for call in step.calls} for step in found.steps}
+    assert calls["d"] == {"load_u16(block, 0)": 0x4000, "half(16384)": 2, "scale_of(block, 4, 1)": 2, "to_float(2)": 2}
+    assert calls["dmin"]["minimum_of(block, 4, 1)"] == 6
+    assert "d = half(load_u16(block, at + D)) * to_float(scale_of(block, at + SCALES, sub_block))" in found.text
     assert steps["sub_block"].value == 1
     assert steps["d"].value == 2 * 2
     assert steps["dmin"].value == 0.5 * 6
@@ -41,6 +46,53 @@ def test_the_steps_of_q4_k():
     assert steps["quants"].shown == "2  2  2  2  2  2  2  2"
     assert steps["values"].shown == "5  5  5  5  5  5  5  5"
     assert "d * unsigned_bytes(quants) - dmin" in steps["values"].source
+
+
+def test_bytes_in_integers_are_shown_as_such():
+    shown = {
+        name: nd.explain(random_blocks(name, 1, seed=2), name, element=100) for name in ("IQ3_S", "IQ1_S", "TQ1_0")
+    }
+    steps = {name: {step.name: step.shown for step in each.steps} for name, each in shown.items()}
+    from numba_dequant.codebooks import IQ3_S_GRID
+
+    first = next(step for step in shown["IQ3_S"].steps if step.name == "first")
+    index = int(re.fullmatch(r"lookup\(IQ3_S_GRID, (\d+)\)", first.calls[0].label)[1])
+    assert steps["IQ3_S"]["first"].split() == [str(item) for item in IQ3_S_GRID.items[index : index + 1].view(np.int8)]
+    assert set(steps["IQ1_S"]["point"].split()) <= {"-1", "0", "1"}
+    assert len(steps["IQ1_S"]["point"].split()) == 8
+    last = {step.name: step.shown for step in nd.explain(random_blocks("TQ1_0", 1), "TQ1_0", element=255).steps}
+    assert len(last["tripled"].split()) == 4
+
+
+CODE = """
+def decode(block, at, run):
+    values = (
+        half(load_u16(block, at))
+        * signed_bytes(load_8_bytes(block, at + 2 + 8 * run))
+    )
+    return values
+"""
+
+
+@pytest.mark.parametrize("has_text", [True, False])
+def test_a_format_of_ones_own(tmp_path, has_text):
+    """A statement over several lines is one; a function whose text is lost is explained all the same."""
+    from numba_dequant import bits
+
+    names = {name: getattr(bits, name) for name in ("half", "load_u16", "signed_bytes", "load_8_bytes")}
+    path = tmp_path / "own.py"
+    path.write_text(CODE)
+    exec(compile(CODE, str(path) if has_text else "<lost>", "exec"), names)
+    ours = nd.FORMATS["Q8_0"]
+    source = nd.Format("OWN", 902, 32, ours.layout, "of one's own", ours.dequantize, names["decode"])
+    found = nd.explain(np.float16(2).tobytes() + bytes(range(32)), source, element=9)
+    (step,) = found.steps
+    assert step.shown == "16  18  20  22  24  26  28  30"
+    assert [call.label for call in step.calls][:2] == ["load_u16(block, 0)", "half(16384)"]
+    whole = "values = ( half(load_u16(block, at)) * signed_bytes(load_8_bytes(block, at + 2 + 8 * run)) )"
+    assert step.source == (whole if has_text else "")
+    assert (whole in found.text) == has_text
+    assert found._repr_html_()
 
 
 def test_who_watches_python_is_not_disturbed():
@@ -62,6 +114,8 @@ def test_who_watches_python_is_not_disturbed():
         ((bytes(17), "Q4_0"), nd.DataError, "17 too many"),
         ((bytes(18), "Q4_0", 1), nd.ShapeError, "the data has 1 blocks of 32 elements, from 0 on; there is no block 1"),
         ((bytes(18), "Q4_0", 0, 32), nd.ShapeError, "elements 0 to 31, not 32"),
+        ((bytes(18), "Q4_0", 0, 1.5), nd.ShapeError, "element is a whole number, not 1.5"),
+        ((bytes(18), "Q4_0", 0.5), nd.ShapeError, "there is no block 0.5"),
         ((bytes(8), "I8"), nd.DataError, "I8 is stored as it is"),
         ((bytes(18), "Q4_9"), nd.UnknownFormatError, "Q4_9"),
     ],
@@ -80,12 +134,15 @@ def test_on_the_command_line(tmp_path, capsys):
     assert "Q5_0, block 0: element 0" in capsys.readouterr().out
     assert cli.main(["show", "Q5_0", "--element", "9"]) == 0
     assert capsys.readouterr().out == f"{nd.FORMATS['Q5_0'].picture(9)}\n"
+    assert cli.main(["show", "Q5_0"]) == 0
+    assert capsys.readouterr().out == f"{nd.FORMATS['Q5_0']}\n"
     for wrong, message in (
+        (["show", "Q5_0", "--block", "3"], "a tensor and --block are for files, and Q5_0 is a format"),
         (["show", str(path), "c"], "there is no tensor 'c'"),
         (["show", str(path), "a", "--block", "4"], "there is no block 4"),
         (["show", "Q5_9"], "unknown format 'Q5_9'. Did you mean"),
         (["show", "nothing.gguf"], "No such file"),
-        (["show", "F32"], "F32 has no blocks"),
+        (["show", "F32", "--element", "3"], "F32 has no blocks"),
     ):
         assert cli.main(wrong) == 2
         assert message in capsys.readouterr().err

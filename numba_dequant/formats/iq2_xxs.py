@@ -30,9 +30,9 @@ def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def decode(block: Any, at: int, run: int) -> Any:
-    sub_block = at + QS + 8 * (run >> 2)
-    index = load_u8(block, sub_block + (run & 3))
-    word = load_u32(block, sub_block + 4)
+    start = at + QS + 8 * (run >> 2)
+    index = load_u8(block, start + (run & 3))
+    word = load_u32(block, start + 4)
     signs = even_signs((word >> (7 * (run & 3))) & 127)
     d = half(load_u16(block, at + D)) * to_float(2 * (word >> 28) + 1) * EIGHTH
     return d * signed_bytes(negate_bytes(lookup(IQ2_XXS_GRID, index), signs))

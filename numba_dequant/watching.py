@@ -1,0 +1,203 @@
+"""Watching a `decode` at work: plain Python runs it, and every step is noted."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.bits import Table
+
+MASK = re.compile(r"0x([0-9A-F]{8}(?:[0-9A-F]{8})?)\b")
+"""A constant that is as wide as several packed bytes: what it masks is."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Bytes in an integer.
+
+    Attributes:
+        count: how many.
+        is_signed: whether they stand for signed numbers.
+    """
+
+    count: int
+    is_signed: bool = False
+
+    def text(self, number: int) -> str:
+        """The bytes of a number, the lowest first."""
+        raw = (number & (1 << 8 * self.count) - 1).to_bytes(self.count, "little")
+        return "  ".join(map(str, np.frombuffer(raw, np.int8 if self.is_signed else np.uint8).tolist()))
+
+
+EIGHT = Packed(8)
+RESULTS = {
+    "load_8_bytes": EIGHT,
+    "spread_bits": EIGHT,
+    "negate_bytes": Packed(8, is_signed=True),
+    "lookup_nibbles": Packed(8, is_signed=True),
+}
+"""What functions that a decode calls pack into an integer."""
+
+
+def _text(value: Any, packed: Packed | None) -> str:
+    if isinstance(value, np.ndarray):
+        return "  ".join(f"{item:.6g}" for item in value)
+    if isinstance(value, (float, np.floating)):
+        return f"{value:.6g}"
+    if packed is not None:
+        return packed.text(int(value))
+    return str(value) if abs(value) < 256 else f"{value} = {value:#x}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function that `decode` called.
+
+    Attributes:
+        label: its name, and what it was given.
+        value: what it gave: an integer, a float32, or eight float32.
+        packed: the bytes that an integer packs, if it does.
+    """
+
+    label: str
+    value: Any
+    packed: Packed | None
+
+    @property
+    def shown(self) -> str:
+        """The value as text."""
+        return _text(self.value, self.packed)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something that `decode` gave a name.
+
+    Attributes:
+        name: the name.
+        source: the statement that did so.
+        value: an integer, a float32, or eight float32.
+        calls: the functions that the statement called, in order.
+    """
+
+    name: str
+    source: str
+    value: Any
+    calls: tuple[Call, ...] = ()
+
+    @property
+    def shown(self) -> str:
+        """The value as text; what packs bytes, as these."""
+        return _text(self.value, self._packed)
+
+    @property
+    def _packed(self) -> Packed | None:
+        if not isinstance(self.value, (int, np.integer)):
+            return None
+        if self.calls and self.calls[-1].value is self.value:
+            return self.calls[-1].packed
+        masks: list[int] = [len(digits) // 2 for digits in MASK.findall(self.source)]
+        if abs(int(self.value)) >= 1 << 32 or 8 in masks:
+            return EIGHT
+        return Packed(max(masks)) if masks else None
+
+
+def watch(decode: Callable[..., Any], block: NDArray[Any], run: int) -> list[Step]:
+    """What a `decode` gives names to for a run of a block, in the order in which it does, and what it returns."""
+    watcher = _Watcher(decode)
+    before = sys.gettrace()
+    sys.settrace(watcher.of_frame)
+    try:
+        decode(block, 0, run)
+    finally:
+        sys.settrace(before)
+    return watcher.steps
+
+
+class _Watcher:
+    """Notes what a `decode` does, for `sys.settrace`."""
+
+    def __init__(self, decode: Callable[..., Any]) -> None:
+        self.steps: list[Step] = []
+        self._code: CodeType = decode.__code__
+        self._names = {id(value): name for name, value in decode.__globals__.items() if isinstance(value, Table)}
+        self._statements = _statements(decode)
+        self._known: dict[str, Any] = {}
+        self._calls: list[Call] = []
+        self._line = 0
+
+    def of_frame(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code is self._code:
+            self._line = frame.f_lineno
+            return self._in_decode
+        if frame.f_back is not None and frame.f_back.f_code is self._code:
+            given = [frame.f_locals[name] for name in frame.f_code.co_varnames[: frame.f_code.co_argcount]]
+            return self._until_it_returns(frame.f_code.co_name, given)
+        return None
+
+    def _until_it_returns(self, name: str, given: list[Any]) -> Any:
+        label = f"{name}({', '.join(map(self._argument, given))})"
+        packed = RESULTS.get(name)
+        if name == "lookup" and given[0].items.itemsize > 1:
+            packed = Packed(given[0].items.itemsize, is_signed=True)
+
+        def within(frame: FrameType, event: str, argument: Any) -> Any:
+            if event == "return":
+                self._calls.append(Call(label, argument, packed))
+            return within
+
+        return within
+
+    def _argument(self, value: Any) -> str:
+        if isinstance(value, Table):
+            return self._names.get(id(value), "table")
+        if isinstance(value, np.ndarray):
+            return "block"
+        if isinstance(value, (int, np.integer)) and abs(int(value)) >= 1 << 32:
+            return "..."  # bytes that an earlier line shows
+        return f"{value:.6g}" if isinstance(value, np.floating) else str(value)
+
+    def _in_decode(self, frame: FrameType, event: str, argument: Any) -> Any:
+        source = self._statements.get(self._line - self._code.co_firstlineno, "")
+        for name, value in frame.f_locals.items():
+            if name not in ("block", "at", "run") and self._known.get(name) is not value:
+                self._known[name] = value
+                self._add(name, source, value)
+        self._line = frame.f_lineno
+        if event == "return":
+            source = self._statements.get(self._line - self._code.co_firstlineno, "").removeprefix("return ")
+            if not (self.steps and self.steps[-1].value is argument):
+                self._add("value", source, argument)
+        return self._in_decode
+
+    def _add(self, name: str, source: str, value: Any) -> None:
+        self.steps.append(Step(name, source, value, tuple(self._calls)))
+        self._calls.clear()
+
+
+def _statements(function: Callable[..., Any]) -> dict[int, str]:
+    """The statement that each line of a function belongs to, counted from its first; nothing if its text is lost."""
+    try:
+        text = textwrap.dedent(inspect.getsource(function))
+    except OSError:
+        return {}
+    found: dict[int, str] = {}
+    # Outer statements come first, and are overwritten by those within.
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.stmt):
+            body = getattr(node, "body", None)
+            last = body[0].lineno - 1 if body else node.end_lineno or node.lineno
+            lines = text.splitlines()[node.lineno - 1 : max(last, node.lineno)]
+            for line in range(node.lineno, max(last, node.lineno) + 1):
+                found[line - 1] = " ".join(" ".join(lines).split())
+    return found
