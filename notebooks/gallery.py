@@ -13,9 +13,6 @@ import nbformat
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
 
-COLOURS = "<style>svg { color: #1f2328 } @media (prefers-color-scheme: dark) { svg { color: #e6edf3 } }</style>"
-"""A picture in a file of its own knows nothing of the page around it."""
-
 
 def pictures(notebook):
     """For each picture: the heading above it, what it shows, a file name's ending, and the bytes of the file."""
@@ -26,9 +23,9 @@ def pictures(notebook):
             heading = found[-1] if found else heading
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            drawn = re.search(r"(<svg[^>]*>)(<title>(.*?)</title>.*?</svg>)", data.get("text/html", ""), re.DOTALL)
-            if drawn:
-                yield heading, drawn[3], "svg", f"{drawn[1]}{COLOURS}{drawn[2]}\n".encode()
+            if "image/svg+xml" in data:
+                drawn = "".join(data["image/svg+xml"])
+                yield heading, re.search("<title>(.*?)</title>", drawn)[1], "svg", f"{drawn}\n".encode()
             elif "image/png" in data:
                 yield heading, heading, "png", base64.b64decode(data["image/png"])
 
