@@ -23,7 +23,7 @@ from numba_dequant import gpu, pump, runtime
 from numba_dequant.device import n_threads
 from numba_dequant.device_tensor import DeviceTensor
 from numba_dequant.dtypes import numpy_dtype
-from numba_dequant.errors import DeviceError, NumbaDequantError
+from numba_dequant.errors import DeviceError, NumbaDequantError, ReadError
 from numba_dequant.gguf_file import truncated
 from numba_dequant.native.records import BUFFER, ENDED, IN_GPU
 from numba_dequant.pieces import Part, Piece, cut, interleaved
@@ -56,11 +56,12 @@ class Buffers:
     """What the threads of one load share on a GPU. It is expensive to make: pinned memory takes 0.7 ms per MiB."""
 
     def __init__(self, device: Device) -> None:
+        # First what goes first: memory is freed in the order of a stream.
+        self._memory: list[tuple[NDArray[np.uint8], DeviceBytes]] = []
         self.streams = [runtime.create_stream(device) for _ in range(STREAMS)]
         self.records = np.zeros(BUFFERS, BUFFER)
         self._flags = runtime.pinned(8 * len(self.records)).view(np.int64)
         self._flags[:] = 0
-        self._memory: list[tuple[NDArray[np.uint8], DeviceBytes]] = []
 
     def __len__(self) -> int:
         return len(self._memory)
@@ -200,19 +201,11 @@ class _Load:
         self._files: dict[str, RawIOBase] = {}
         self._stack = ExitStack()
         self._n_threads = max(1, min(n_threads, pump.LARGEST_CREW))
+        self._is_sound = True
 
     def run(self) -> Generator[Any, None, None]:
         most = sum(tensor.n_bytes // (PIECE // 2) + 2 for tensor in self.tensors)
-        with runtime.current(self.index) as device:
-            try:
-                self._buffers = _idle.setdefault(self.index, []).pop()
-            except IndexError:
-                self._buffers = Buffers(device)
-            context = runtime.context_of(device)
-        # What a load before may have left.
-        self._buffers.records["waited"] = self._buffers.records["is_taken"] = 0
-        sizes = [tensor.n_bytes for tensor in self.tensors]
-        self._pump = pump.Pump(sizes, most, self._buffers.records, SHARE, context)
+        self._start(most)
         try:
             if self._prefetch is None:
                 # They are handed out together, and the caller's stream waits for each of ours once.
@@ -233,7 +226,22 @@ class _Load:
                     given = [self._take_out(index, device)]
                 yield given.pop()
         finally:
-            self._close()
+            self._pump.stop()
+
+    def _start(self, most: int) -> None:
+        pump.stop_interrupted()
+        idle = _idle.setdefault(self.index, [])
+        with runtime.current(self.index) as device:
+            context = runtime.context_of(device)
+            self._buffers = idle.pop() if idle else Buffers(device)
+        # What a load before may have left.
+        self._buffers.records["waited"] = self._buffers.records["is_taken"] = 0
+        sizes = [tensor.n_bytes for tensor in self.tensors]
+        try:
+            self._pump = pump.Pump(sizes, most, self._buffers.records, SHARE, context, self._finish)
+        except BaseException:
+            idle.append(self._buffers)
+            raise
 
     def _plan(self, last: int) -> None:
         """Give the threads the pieces of all tensors up to this one."""
@@ -318,6 +326,8 @@ class _Load:
             first = self.tensors[piece.parts[0].index]
             try:
                 file = self._files[piece.path] = self._stack.enter_context(open_unchanged(first))
+            except ReadError:
+                raise
             except OSError as error:
                 raise read_error(first, piece.offset, error) from error
         return file
@@ -339,12 +349,14 @@ class _Load:
             for stream in self._buffers.streams:
                 runtime.check(int(stream.handle))
         except DeviceError as error:
+            self._is_sound = False
             raise DeviceError(f"cuda:{self.index}: {error}") from error
 
     def _error_of(self, fault: pump.FaultError) -> NumbaDequantError:
         piece = self._pieces[fault.piece]
         first = self.tensors[piece.parts[0].index]
         if fault.place == IN_GPU:
+            self._is_sound = False
             message = runtime.message_of(fault.code)
             return DeviceError(f"{first.path}: tensor {first.name!r}: cuda:{self.index}: {message}")
         if fault.code == ENDED:
@@ -367,11 +379,16 @@ class _Load:
             runtime.copy_on_device(result.out.pointer, result.target.pointer, result.out.n_bytes, self.stream)
         return result.given
 
-    def _close(self) -> None:
-        """Stop; what has not been handed out is freed, once nothing writes to it any more."""
-        self._pump.stop()
+    def _finish(self) -> None:
+        """Free what has not been handed out, once nothing writes to it any more; no thread works now."""
         self._stack.close()
-        if self._results:
-            self._buffers.sync()
-            self._results.clear()
-        _idle.setdefault(self.index, []).append(self._buffers)
+        try:
+            if self._results or not self._is_sound:
+                self._buffers.sync()
+        except Exception:
+            self._is_sound = False
+        self._results.clear()
+        idle = _idle.setdefault(self.index, [])
+        # A buffer that the GPU has not given back would be waited for in vain.
+        if self._is_sound and all(each is not self._buffers for each in idle):
+            idle.append(self._buffers)

@@ -12,6 +12,8 @@ import ctypes
 import os
 import select
 import sys
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -20,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant import native
-from numba_dequant.native.records import CALLS, JOB, PART, PIECE, THREAD
+from numba_dequant.errors import DeviceError
+from numba_dequant.native.records import CALLS, CREW, JOB, PART, PIECE, THREAD
 
 IS_POSSIBLE = sys.platform == "linux"
 """Whether this system has what the loop needs: `pread`, `eventfd`, and a driver named libcuda."""
@@ -59,7 +62,7 @@ def addresses(functions: dict[str, Any]) -> NDArray[np.void]:
 
 
 class FaultError(Exception):
-    """What the first thread that failed says: the number of its piece, where it was, the code, the byte of the file."""
+    """What a thread has failed at: the number of its piece, where it was, the code, the byte of the file."""
 
     def __init__(self, piece: int, place: int, code: int, offset: int) -> None:
         self.piece, self.place, self.code, self.offset = piece, place, code, offset
@@ -69,17 +72,36 @@ class FaultError(Exception):
 class Pump:
     """The tables of one load, and the threads that work on them."""
 
-    def __init__(self, n_bytes: list[int], most: int, buffers: NDArray[np.void], share_size: int, context: int) -> None:
+    def __init__(
+        self,
+        n_bytes: list[int],
+        most: int,
+        buffers: NDArray[np.void],
+        share_size: int,
+        context: int,
+        finish: Callable[[], None],
+    ) -> None:
         """Prepare to move tensors of so many bytes, in at most so many pieces, and parts; no buffer is lent yet.
 
-        A piece is read by as many threads as it has shares of that many bytes.
+        A piece is read by as many threads as it has shares of that many bytes. `finish` is called once they have all
+        ended, and again if it was interrupted; what it belongs to lives until then.
+
+        Raises:
+            DeviceError: the system has no file left to tell threads by.
         """
         self.pieces, self.parts = np.zeros(most, PIECE), np.zeros(most, PART)
         self.left, self.written = np.array(n_bytes, np.int64), np.zeros(len(n_bytes), np.int64)
         self._one = np.ones(1, np.int64)
         self._calls = calls()
-        self._planned = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
-        self._progress = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._finish: Callable[[], None] | None = finish
+        self._lock, self._is_stopping = threading.RLock(), False
+        self._planned = self._progress = -1
+        try:
+            self._planned = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
+            self._progress = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as error:
+            self._close()
+            raise DeviceError(f"no thread can be told what to read: {error.strerror}; close some files") from error
         self._poll = select.poll()  # select itself fails where many files are open
         self._poll.register(self._progress, select.POLLIN)
         self._job = np.zeros(1, JOB)
@@ -164,15 +186,21 @@ class Pump:
 
         Raises:
             FaultError: a thread has failed.
+            DeviceError: somebody has stopped the threads.
         """
         if not self.left[tensor]:
             return True
         self._poll.poll(1000 * seconds)
-        with suppress(BlockingIOError):
+        with suppress(OSError):
             os.eventfd_read(self._progress)
         if self._job["is_over"][0]:
-            fault = ("fault_piece", "fault_place", "fault_code", "fault_offset")
-            raise FaultError(*(int(self._job[name][0]) for name in fault))
+            self._join()  # one that is still reading may fail at an earlier byte
+            faults = self._records[self._records["has_failed"] == 1]
+            if not len(faults):
+                raise DeviceError("loading has been stopped, as the program ends")
+            first = np.sort(faults, order=["fault_piece", "fault_offset"])[0]
+            names = ("fault_piece", "fault_place", "fault_code", "fault_offset")
+            raise FaultError(*(int(first[name]) for name in names))
         return not self.left[tensor]
 
     def has_written(self, stream_bit: int, tensor: int) -> bool:
@@ -181,26 +209,44 @@ class Pump:
 
     def stop(self) -> None:
         """Let the threads finish what they have begun, and nothing else; they have ended then."""
-        if self._planned < 0:
-            return
-        self._job["is_over"] = 1
-        self.end()
-        for number, thread in enumerate(self._threads):
-            if thread:
-                self._threads[number] = None
-                _library().pthread_join(ctypes.c_void_p(thread), None)
-        self._close()
-        _running.discard(self)
+        with self._lock:
+            # Whatever interrupts this: it can be called again, and until it is through all of it lives on.
+            self._is_stopping = True
+            self._job["is_over"] = 1
+            self._join()
+            if self._finish is not None:
+                self._finish()
+            self._close()
+            _running.discard(self)
+            self._finish = None
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether `stop` has been called, by whomever."""
+        return self._is_stopping
+
+    def _join(self) -> None:
+        with self._lock:
+            if not self.n_threads:
+                return
+            self.end()
+            join = ctypes.cast(_library().pthread_join, ctypes.c_void_p).value
+            crew = np.array([(join, ctypes.addressof(self._threads), LARGEST_CREW)], CREW)
+            function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(native.load("join_threads").value or 0)
+            function(crew.ctypes.data)
 
     def forget(self) -> None:
         """In a process that has been forked: the threads, and what they wait for, are those of the parent."""
         self._threads = (ctypes.c_void_p * LARGEST_CREW)()
+        self._lock = threading.RLock()
         self._close()
 
     def _close(self) -> None:
-        planned, self._planned = self._planned, -1
-        os.close(planned)
-        os.close(self._progress)
+        for name in ("_planned", "_progress"):
+            descriptor = getattr(self, name)
+            setattr(self, name, -1)
+            if descriptor >= 0:
+                os.close(descriptor)
 
 
 _running: set[Pump] = set()
@@ -217,6 +263,13 @@ def _forget_all() -> None:
 def _stop_all() -> None:
     for pump in list(_running):
         pump.stop()
+
+
+def stop_interrupted() -> None:
+    """Stop those whose stopping has been interrupted."""
+    for pump in list(_running):
+        if pump.is_stopping:
+            pump.stop()
 
 
 if hasattr(os, "register_at_fork"):

@@ -14,7 +14,7 @@ from faults import n_threads_of_this_process
 from late_gpu import POISON, LateGpu
 
 import numba_dequant as nd
-from numba_dequant import device, gpu, gpu_loader, pump, reading, runtime, staging
+from numba_dequant import device, gpu, gpu_loader, pump, reading, runtime, selection, staging
 
 
 @pytest.fixture(params=[0, 1, 2, 3, "alone", "no signals"])
@@ -52,6 +52,11 @@ def late(request, monkeypatch):
 @pytest.fixture(params=[1, 3])
 def threads(request):
     return request.param
+
+
+def has_threads():
+    """Whether threads read, as they do where a system and a driver have what they need."""
+    return pump.IS_POSSIBLE and runtime.can_signal(0)
 
 
 TENSORS = {
@@ -158,7 +163,7 @@ def test_several_threads_fill_a_buffer(tmp_path, late):
         tensor = model.tensors["large"]
         found = model.load("large", device="cuda", threads=3)
     assert_same_bits(found.copy_to_host(), nd.dequantize(data, "Q8_0", shape=(2000, 32), device="reference"))
-    if pump.IS_POSSIBLE and runtime.can_signal(0):
+    if has_threads():
         ends = [offset + n_bytes for offset, n_bytes, _ in sorted(shares)]
         assert [offset for offset, _, _ in sorted(shares)] == [tensor.offset, *ends[:-1]]
         assert ends[-1] == tensor.offset + tensor.n_bytes
@@ -198,7 +203,7 @@ def test_a_read_error_names_the_tensor_that_it_lies_in(tmp_path, late, threads):
             return os.preadv(file, [data[: end - offset]], offset)
 
         late.read_into = read_into
-        if pump.IS_POSSIBLE and runtime.can_signal(0):
+        if has_threads():
             with pytest.raises(nd.ReadError, match=f"tensor 'large' at byte {end}: Input/output error; check the disk"):
                 model.load_all(device="cuda", threads=threads)
 
@@ -273,7 +278,7 @@ def test_the_system_has_few_threads_left(model, late, monkeypatch, n_given):
 
     library.pthread_create = create
     monkeypatch.setattr(pump, "_library", lambda: library)
-    if n_given or not (pump.IS_POSSIBLE and runtime.can_signal(0)):
+    if n_given or not has_threads():
         for name, tensor in model.load_all(device="cuda", threads=5).items():
             assert_right(tensor, name)
     else:
@@ -317,9 +322,127 @@ def test_a_child_process_leaves_the_threads_alone(model, late):
         assert_right(tensor, name)
 
 
+def test_ctrl_c_while_a_load_is_being_stopped(model, late, monkeypatch):
+    """All of it lives on, and the next load stops it first."""
+    if not has_threads():
+        pytest.skip("no threads to stop")
+    walk = model.stream(device="cuda", threads=3, prefetch=6)
+    next(walk)
+    with monkeypatch.context() as patch:
+        patch.setattr(pump.Pump, "_close", lambda self: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            walk.close()
+    del walk
+    gc.collect()
+    assert len(pump._running) == 1
+    for name, tensor in model.load_all(device="cuda", threads=3).items():
+        assert_right(tensor, name)
+    assert not pump._running
+    assert [len(kept) for kept in gpu_loader._idle.values()] == [1]
+
+
+def test_ctrl_c_before_the_threads_have_ended(model, late, monkeypatch):
+    if not has_threads():
+        pytest.skip("no threads to stop")
+    walk = model.stream(device="cuda", threads=3, prefetch=6)
+    next(walk)
+    with monkeypatch.context() as patch:
+        patch.setattr(pump.Pump, "_join", lambda self: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            walk.close()
+    del walk
+    gc.collect()
+    assert not late.problems
+    (running,) = pump._running
+    assert running.n_threads
+    for name, tensor in model.load_all(device="cuda", threads=3).items():
+        assert_right(tensor, name)
+
+
+@pytest.mark.parametrize("select", [None, "*.norm", ["a.q", "b.k"]])
+@pytest.mark.parametrize("prefetch", [None, 2])
+def test_what_is_reported_is_what_was_asked_for(model, late, select, prefetch):
+    """Neither the bytes between two tensors nor those between two pieces."""
+    chosen = selection.requests(model.tensors, select, "float16", None, keep_quantized=False)
+    reports = []
+    for _ in gpu_loader.load(chosen, 0, None, 3, prefetch, reports.append):
+        pass
+    assert reports == sorted(reports)
+    assert reports[-1] == sum(request.tensor.n_bytes for request in chosen)
+
+
+def with_call(late, name, function):
+    """What the threads call, with another function for one of them."""
+    calls = late.calls.copy()
+    calls[name] = ctypes.cast(function, ctypes.c_void_p).value
+    return calls
+
+
+def test_a_gpu_that_has_failed_is_named_first(model, late, monkeypatch):
+    if not has_threads():
+        pytest.skip("fails otherwise without threads")
+
+    def fail(self):
+        raise ValueError("what cuda-core says of the same")
+
+    launch = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_ssize_t] * 11)(lambda *_: 700)
+    with monkeypatch.context() as patch:
+        patch.setattr("late_gpu.Stream.sync", fail)
+        patch.setattr(late, "calls", with_call(late, "launch", launch))
+        with pytest.raises(nd.DeviceError, match="ILLEGAL_ADDRESS"):
+            model.load_all(device="cuda", threads=3)
+    assert not kept_bytes(), "what it has may never be given back"
+    for queue in (late.queues, late.done):
+        queue.clear()  # a GPU that has failed does nothing any more
+    for name, tensor in model.load_all(device="cuda", threads=3).items():
+        assert_right(tensor, name)
+
+
+def test_a_signal_is_refused(model, late, monkeypatch):
+    """The buffer would be waited for in vain, so no other load gets it."""
+    if not has_threads():
+        pytest.skip("nothing is signalled")
+    signal = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_ssize_t] * 4)(lambda *_: 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(late, "calls", with_call(late, "signal", signal))
+        with pytest.raises(nd.DeviceError, match="OUT_OF_MEMORY"):
+            model.load_all(device="cuda", threads=2)
+    for name, tensor in model.load_all(device="cuda", threads=2).items():
+        assert_right(tensor, name)
+
+
+@pytest.mark.parametrize("n_given", [0, 1])
+def test_the_system_has_few_files_left(model, late, monkeypatch, n_given):
+    if not has_threads():
+        pytest.skip("no threads to be told")
+    model.load_all("a.norm", device="cuda")
+    (kept,) = gpu_loader._idle[0]
+    n_files, left, real = len(os.listdir("/proc/self/fd")), [n_given], os.eventfd
+
+    def eventfd(*arguments):
+        if not left[0]:
+            raise OSError(errno.EMFILE, "Too many open files")
+        left[0] -= 1
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "eventfd", eventfd)
+        with pytest.raises(nd.DeviceError, match="Too many open files; close some files"):
+            model.load_all("a.norm", device="cuda")
+    assert gpu_loader._idle[0] == [kept]
+    assert len(os.listdir("/proc/self/fd")) == n_files
+
+
+def test_a_changed_file_is_said_to_be_once(model, late, threads):
+    os.utime(model.path, (1, 1))
+    with pytest.raises(nd.ReadError) as caught:
+        model.load_all(device="cuda", threads=threads)
+    assert str(caught.value).count("it has changed") == 1
+
+
 def test_a_piece_that_no_buffer_holds(model, late, monkeypatch):
     """Machine code that is told too much would write past the end of a buffer."""
     monkeypatch.setattr(gpu_loader, "PIECE", 100)
-    if pump.IS_POSSIBLE and runtime.can_signal(0):
+    if has_threads():
         with pytest.raises(nd.DeviceError, match="a piece of 544 bytes, and buffers of 100"):
             model.load_all(device="cuda")

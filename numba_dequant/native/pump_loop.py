@@ -9,7 +9,7 @@ from numba import carray, types
 from numba.extending import register_jitable
 
 from numba_dequant.native.intrinsics import atomic, call, call_driver, load_int, look, pointer
-from numba_dequant.native.records import BUFFER, CALLS, ENDED, IN_FILE, IN_GPU, JOB, PART, PIECE, THREAD
+from numba_dequant.native.records import BUFFER, CALLS, CREW, ENDED, IN_FILE, IN_GPU, JOB, PART, PIECE, THREAD
 
 PAUSE = 20
 """Microseconds; a copy takes 150."""
@@ -18,7 +18,7 @@ INTERRUPTED = errno.EINTR
 ARGUMENTS, TOKEN = (THREAD.fields[name][1] for name in ("data", "token"))  # type: ignore[index]
 ADDRESSES = THREAD.fields["data_at"][1] - ARGUMENTS  # type: ignore[index]
 CLAIMED, PLANNED, TAKEN = (JOB.fields[name][1] for name in ("claimed", "planned", "taken"))  # type: ignore[index]
-IS_OVER, FAULTS, N_BUFFERS = (JOB.fields[name][1] for name in ("is_over", "faults", "n_buffers"))  # type: ignore[index]
+IS_OVER, N_BUFFERS = (JOB.fields[name][1] for name in ("is_over", "n_buffers"))  # type: ignore[index]
 FREE_AT, IS_TAKEN = (BUFFER.fields[name][1] for name in ("free_at", "is_taken"))  # type: ignore[index]
 SHARES_LEFT, BUFFER_OF = (PIECE.fields[name][1] for name in ("shares_left", "buffer"))  # type: ignore[index]
 BUFFER_SIZE, PIECE_SIZE = BUFFER.itemsize, PIECE.itemsize
@@ -110,12 +110,13 @@ def send_piece(calls: Any, piece: Any, parts: Any, buffer: Any, arguments_at: in
 @register_jitable  # type: ignore[untyped-decorator]
 def count_piece(calls: Any, job: Any, job_at: Any, piece: Any, parts: Any, stream_bit: Any) -> None:
     """Count what has been sent, and tell if a tensor is complete."""
-    is_complete = False
+    is_complete, n_bytes = False, 0
     for number in range(piece.first_part, piece.first_part + piece.n_parts):
         part = parts[number]
         atomic("or", job.written + 8 * part.tensor, stream_bit)
         is_complete |= atomic("sub", job.left + 8 * part.tensor, part.n_bytes) == part.n_bytes
-    atomic("add", job_at + TAKEN, piece.n_bytes)
+        n_bytes += part.n_bytes
+    atomic("add", job_at + TAKEN, n_bytes)
     if is_complete:
         call(calls.tell, (job.progress, job.one, 8))
 
@@ -157,12 +158,25 @@ def pump(thread_at: int) -> int:
             place, code = IN_GPU, send_piece(calls, piece, parts, buffer, arguments_at)
             atomic("xchg", job.buffers + number * BUFFER_SIZE + IS_TAKEN, 0)
         if code:
-            if atomic("add", job_at + FAULTS, 1) == 0:
-                job.fault_piece, job.fault_place, job.fault_code = index, place, code
-                job.fault_offset = piece.offset + start + done
-                atomic("xchg", job_at + IS_OVER, 1)
-                call(calls.tell, (job.progress, job.one, 8))
+            thread.fault_piece, thread.fault_place, thread.fault_code = index, place, code
+            thread.fault_offset = piece.offset + start + done
+            thread.has_failed = 1
+            atomic("xchg", job_at + IS_OVER, 1)
+            call(calls.tell, (job.progress, job.one, 8))
             return count
         count += 1
         if is_whole:
             count_piece(calls, job, job_at, piece, parts, buffer.stream_bit)
+
+
+def join_threads(crew_at: int) -> int:
+    """Wait until threads have ended: one call, which Ctrl-C cannot break in two; the result is how many there were."""
+    crew = carray(pointer(crew_at), 1, CREW)[0]
+    threads = carray(pointer(crew.threads), crew.count, types.int64)
+    count = 0
+    for number in range(crew.count):
+        if threads[number]:
+            call(crew.join, (threads[number], 0))
+            threads[number] = 0
+            count += 1
+    return count

@@ -30,16 +30,22 @@ BUFFER = record("host", "gpu", "stream", "stream_bit", "waited", "flag", "free_a
 has waited for last. The GPU counts at `flag` how often both have been used; they are free once it says `free_at`, and
 no thread has them. The count lies in pinned memory, because asking the driver makes threads wait for each other."""
 
-THREAD = record("job", "data", "n_elements", "out", "data_at", "n_elements_at", "out_at", "token")
+THREAD = record(
+    *("job", "data", "n_elements", "out", "data_at", "n_elements_at", "out_at", "token"),
+    *("has_failed", "fault_piece", "fault_place", "fault_code", "fault_offset"),
+)
 """What one thread works with: a launch takes the addresses of its three arguments; `token` is read when there is one
-more share of a piece."""
+more share of a piece. What it has failed at, if it has."""
 
 JOB = record(
     *("calls", "context", "buffers", "n_buffers", "pieces", "parts", "n_pieces", "n_parts", "left", "written"),
     *("share_size", "shares_planned", "progress", "one"),
-    *("claimed", "planned", "taken", "is_over", "faults", "fault_piece", "fault_place", "fault_code", "fault_offset"),
+    *("claimed", "planned", "taken", "is_over"),
 )
-"""What all threads of a load share: addresses of tables, two event descriptors, counters, and the first fault."""
+"""What all threads of a load share: addresses of tables, two event descriptors, and counters."""
+
+CREW = record("join", "threads", "count")
+"""The C library's function, the addresses of threads to be joined, and how many there may be; 0 for none."""
 
 CALLS = record(
     *("set_context", "wait_for_share", "read", "error", "tell"),
