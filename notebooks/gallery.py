@@ -1,4 +1,4 @@
-"""Write the gallery: a page of the pictures that the notebooks show, and the pictures as files.
+"""Write the gallery: a page of the pictures and tables that the notebooks show, and the pictures as files.
 
 python notebooks/gallery.py        # after notebooks/run.py, which does this too
 """
@@ -14,8 +14,8 @@ HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
 
 
-def pictures(notebook):
-    """For each picture: the heading above it, what it shows, a file name's ending, and the bytes of the file."""
+def shown(notebook):
+    """For each picture or table: the heading above it, what it shows, a file name's ending, and its content."""
     heading = ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -24,10 +24,12 @@ def pictures(notebook):
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "image/svg+xml" in data:
-                drawn = "".join(data["image/svg+xml"])
+                drawn = data["image/svg+xml"]
                 yield heading, re.search("<title>(.*?)</title>", drawn)[1], "svg", f"{drawn}\n".encode()
             elif "image/png" in data:
                 yield heading, heading, "png", base64.b64decode(data["image/png"])
+            elif "text/markdown" in data:
+                yield heading, heading, None, data["text/markdown"]
 
 
 def write(docs=DOCS):
@@ -41,14 +43,18 @@ def write(docs=DOCS):
         notebook = nbformat.read(path, as_version=4)
         title, text = notebook.cells[0].source.removeprefix("# ").split("\n\n")[:2]
         lines += ["", f"## [{title}](../notebooks/{path.name})", "", text]
-        above = title
-        for number, (heading, shown, ending, content) in enumerate(pictures(notebook), 1):
-            name = f"{path.stem}-{number}.{ending}"
-            (folder / name).write_bytes(content)
+        above, number = title, 0
+        for heading, what, ending, content in shown(notebook):
             if heading != above:
                 lines += ["", f"### {heading}"]
                 above = heading
-            lines += ["", f"![{shown}](gallery/{name})"]
+            if ending is None:
+                lines += ["", content]
+                continue
+            number += 1
+            name = f"{path.stem}-{number}.{ending}"
+            (folder / name).write_bytes(content)
+            lines += ["", f"![{what}](gallery/{name})"]
     (docs / "gallery.md").write_text("\n".join(lines) + "\n")
 
 
