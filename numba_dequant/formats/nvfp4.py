@@ -1,7 +1,8 @@
 """NVFP4: four sub-blocks of 16 four-bit floats (sign, two bits of exponent, one of mantissa), with an 8-bit scale each.
 
-A byte of `d` is a float with four bits of exponent (biased by 7) and three of mantissa. GGML ignores its sign bit, and
-takes 0x7F, which is NaN elsewhere, for 0. The table holds the doubled four-bit floats, so the scale is halved.
+A byte of `d` is a float with four bits of exponent (biased by 7) and three of mantissa. GGML ignores its sign bit, but
+takes 0x7F, which is NaN elsewhere, for 0, and 0xFF for 480. The table holds the doubled four-bit floats, so the scale
+is halved.
 A sub-block takes 8 bytes of `qs`: byte i holds the nibbles of its elements i (low) and i + 8 (high).
 
 Source: GGML, `block_nvfp4` in ggml-common.h, `ggml_ue4m3_to_fp32` in ggml-impl.h and `dequantize_row_nvfp4` in
