@@ -76,3 +76,16 @@ def write_model(path, tensors, metadata=()):
         data += bytes(values) + bytes(-len(bytes(values)) % 32)
     path.write_bytes(header + bytes(-len(header) % 32) + data)
     return path
+
+
+@pytest.fixture(params=[0, 1, 2, 3, "alone", "no signals"])
+def late(request, monkeypatch):
+    """Four orders of things, a system without what the threads need, and a driver."""
+    import late_gpu
+
+    yield from late_gpu.installed(request.param, monkeypatch)
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    return request.param

@@ -1,6 +1,7 @@
 """A GPU that does its work as late as it may: streams advance at random, and when they must."""
 
 import ctypes
+import gc
 import os
 import random
 import threading
@@ -10,9 +11,10 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
+from faults import n_threads_of_this_process
 
 import numba_dequant as nd
-from numba_dequant import pump, runtime
+from numba_dequant import device, gpu, gpu_loader, pump, runtime, staging
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.mapping import mapping_named
 
@@ -235,3 +237,34 @@ class LateGpu:
 
     def __exit__(self, *error):
         pass
+
+
+def installed(kind, monkeypatch):
+    """Yield a late GPU in place of the real one: of an order of things, or with a system or a driver that lacks something."""
+    found = LateGpu(str(kind))
+    for name in ("allocate", "copy_to_device", "copy_to_host", "create_stream", "wait_for"):
+        monkeypatch.setattr(runtime, name, getattr(found, name))
+    monkeypatch.setattr(runtime, "record", found.new_event)
+    monkeypatch.setattr(runtime, "context_of", lambda device: 1)
+    monkeypatch.setattr(runtime, "can_signal", lambda index: kind != "no signals")
+    monkeypatch.setattr(runtime, "check", lambda stream: None)
+    monkeypatch.setattr(gpu, "launcher", found.launcher)
+    monkeypatch.setattr(pump, "calls", lambda: found.calls)
+    monkeypatch.setattr(pump, "IS_POSSIBLE", kind != "alone")
+    monkeypatch.setattr(gpu_loader, "_idle", {})
+    monkeypatch.setattr(gpu_loader, "_staging", {})
+    monkeypatch.setattr(runtime, "current", found)
+    monkeypatch.setattr(runtime, "pinned", lambda n_bytes: np.zeros(n_bytes, np.uint8))
+    monkeypatch.setattr(runtime, "copy_on_device", found.copy_on_device)
+    monkeypatch.setattr(gpu, "dequantize_into", found.dequantize_into)
+    monkeypatch.setattr(gpu, "capability_of", lambda index: (9, 0))
+    monkeypatch.setattr(device, "cuda_problem", lambda: None)
+    monkeypatch.setattr(gpu_loader, "PIECE", 4096)
+    monkeypatch.setattr(gpu_loader, "SHARE", 1000)
+    monkeypatch.setattr(staging, "PIECE", 4096)
+    threads = n_threads_of_this_process()
+    yield found
+    gc.collect()
+    assert n_threads_of_this_process(threads) == threads
+    assert not found.problems
+    assert not gpu_loader._idle or isinstance(kind, int)
