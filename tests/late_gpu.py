@@ -240,7 +240,7 @@ class LateGpu:
 
 
 def installed(kind, monkeypatch):
-    """Yield a late GPU in place of the real one: of an order of things, or with a system or a driver that lacks something."""
+    """Yield a late GPU in place of the real one: with an order of things, or with something that a system lacks."""
     found = LateGpu(str(kind))
     for name in ("allocate", "copy_to_device", "copy_to_host", "create_stream", "wait_for"):
         monkeypatch.setattr(runtime, name, getattr(found, name))
