@@ -18,9 +18,10 @@ DTYPES = ["float16", "bfloat16", "float32"]
 
 def pytest_collection_modifyitems(config, items):
     problem = "the CUDA simulator is on" if is_simulated() else cuda_problem()
-    if problem and config.option.markexpr == "gpu":
+    asked = config.option.markexpr
+    if problem and "gpu" in asked and "not gpu" not in asked:
         # Who asks for these tests and no others must not take "all skipped" for a success.
-        raise pytest.UsageError(f"-m gpu, but there is no GPU that can be used: {problem}")
+        raise pytest.UsageError(f"-m {asked!r}, but there is no GPU that can be used: {problem}")
     for item in items:
         if problem and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {problem}"))
@@ -84,6 +85,15 @@ def late(request, monkeypatch):
     import late_gpu
 
     yield from late_gpu.installed(request.param, monkeypatch)
+
+
+@pytest.fixture
+def with_threads(late):
+    """For what only threads do: not where a system or a driver lacks what they need."""
+    from small_model import has_threads
+
+    if not has_threads():
+        pytest.skip("no threads read here")
 
 
 @pytest.fixture(params=[1, 3])

@@ -41,3 +41,8 @@ def assert_right(found, name, dtype="float16"):
         np.testing.assert_array_equal(values, expected)
     else:
         assert_same_bits(values, expected)
+
+
+def assert_loads(model, threads):
+    for name, found in model.load_all(device="cuda", threads=threads).items():
+        assert_right(found, name)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import assert_same_bits, random_blocks, write_model
 from late_gpu import POISON
-from small_model import MOST_BYTES, TENSORS, assert_right, has_threads, kept_bytes
+from small_model import MOST_BYTES, TENSORS, assert_loads, assert_right, has_threads, kept_bytes
 
 import numba_dequant as nd
 from numba_dequant import gpu_loader, selection
@@ -59,8 +59,7 @@ def test_the_iterator_is_dropped(model, late, threads):
     del tensor
     gc.collect()
     assert late.in_use - before == kept_bytes()
-    for name, tensor in model.load_all(device="cuda", threads=threads).items():
-        assert_right(tensor, name)
+    assert_loads(model, threads)
 
 
 def test_several_threads_fill_a_buffer(tmp_path, late):
@@ -133,8 +132,7 @@ def test_two_loads_at_once(model, late, threads):
 
 
 def test_no_threads_at_all_are_one(model, late):
-    for name, tensor in model.load_all(device="cuda", threads=-1).items():
-        assert_right(tensor, name)
+    assert_loads(model, -1)
 
 
 @pytest.mark.parametrize("select", [None, "*.norm", ["a.q", "b.k"]])

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 from conftest import random_blocks, write_model
-from small_model import TENSORS, assert_right, has_threads, kept_bytes
+from small_model import TENSORS, assert_loads, assert_right, has_threads, kept_bytes
 
 import numba_dequant as nd
 from numba_dequant import gpu_loader, pump, reading, runtime
@@ -35,10 +35,10 @@ def test_a_read_error_halfway(model, late, monkeypatch, threads):
             model.load_all(device="cuda", threads=threads)
     gc.collect()
     assert late.in_use == kept_bytes()
-    for name, found in model.load_all(device="cuda", threads=threads).items():
-        assert_right(found, name)
+    assert_loads(model, threads)
 
 
+@pytest.mark.usefixtures("with_threads")
 def test_a_read_error_names_the_tensor_that_it_lies_in(tmp_path, late, threads):
     tensors = {"small": ("F32", (5,), bytes(20)), "large": ("Q8_0", (40, 32), random_blocks("Q8_0", 40))}
     with nd.open(write_model(tmp_path / "model.gguf", tensors)) as model:
@@ -50,9 +50,8 @@ def test_a_read_error_names_the_tensor_that_it_lies_in(tmp_path, late, threads):
             return os.preadv(file, [data[: end - offset]], offset)
 
         late.read_into = read_into
-        if has_threads():
-            with pytest.raises(nd.ReadError, match=f"tensor 'large' at byte {end}: Input/output error; check the disk"):
-                model.load_all(device="cuda", threads=threads)
+        with pytest.raises(nd.ReadError, match=f"tensor 'large' at byte {end}: Input/output error; check the disk"):
+            model.load_all(device="cuda", threads=threads)
 
 
 def test_out_of_memory_halfway(model, late, monkeypatch, threads):
@@ -69,8 +68,7 @@ def test_out_of_memory_halfway(model, late, monkeypatch, threads):
             model.load_all(device="cuda", threads=threads)
     gc.collect()
     assert late.in_use == kept_bytes()
-    for name, found in model.load_all(device="cuda", threads=threads).items():
-        assert_right(found, name)
+    assert_loads(model, threads)
 
 
 @pytest.mark.parametrize("n_given", [0, 1, 2])
@@ -84,8 +82,7 @@ def test_the_system_has_few_threads_left(model, late, monkeypatch, n_given):
     library.pthread_create = create
     monkeypatch.setattr(pump, "_library", lambda: library)
     if n_given or not has_threads():
-        for name, tensor in model.load_all(device="cuda", threads=5).items():
-            assert_right(tensor, name)
+        assert_loads(model, 5)
     else:
         with pytest.raises(nd.DeviceError, match="no thread can be started: Resource temporarily unavailable"):
             model.load_all(device="cuda", threads=5)
@@ -97,8 +94,7 @@ def test_a_program_that_ends_within_a_load(model, late):
     pump._stop_all()  # as Python does when it ends
     assert not pump._running
     walk.close()
-    for name, tensor in model.load_all(device="cuda", threads=3).items():
-        assert_right(tensor, name)
+    assert_loads(model, 3)
 
 
 @pytest.fixture
@@ -127,11 +123,10 @@ def test_a_child_process_leaves_the_threads_alone(model, late):
         assert_right(tensor, name)
 
 
+@pytest.mark.usefixtures("with_threads")
 @pytest.mark.parametrize("step", ["_join", "_close"])
 def test_ctrl_c_while_a_load_is_being_stopped(model, late, monkeypatch, step):
     """Before the threads have ended, or behind it: all of it lives on, and the next load stops it first."""
-    if not has_threads():
-        pytest.skip("no threads to stop")
     walk = model.stream(device="cuda", threads=3, prefetch=6)
     next(walk)
     with monkeypatch.context() as patch:
@@ -142,8 +137,7 @@ def test_ctrl_c_while_a_load_is_being_stopped(model, late, monkeypatch, step):
     gc.collect()
     (interrupted,) = pump._running
     assert bool(interrupted.n_threads) == (step == "_join")
-    for name, tensor in model.load_all(device="cuda", threads=3).items():
-        assert_right(tensor, name)
+    assert_loads(model, 3)
     assert not pump._running
     assert [len(kept) for kept in gpu_loader._idle.values()] == [1]
 
@@ -155,9 +149,8 @@ def with_call(late, name, function):
     return calls
 
 
+@pytest.mark.usefixtures("with_threads")
 def test_a_gpu_that_has_failed_is_named_first(model, late, monkeypatch):
-    if not has_threads():
-        pytest.skip("fails otherwise without threads")
 
     def fail(self):
         raise ValueError("what cuda-core says of the same")
@@ -171,27 +164,23 @@ def test_a_gpu_that_has_failed_is_named_first(model, late, monkeypatch):
     assert not kept_bytes(), "what it has may never be given back"
     for queue in (late.queues, late.done):
         queue.clear()  # a GPU that has failed does nothing any more
-    for name, tensor in model.load_all(device="cuda", threads=3).items():
-        assert_right(tensor, name)
+    assert_loads(model, 3)
 
 
+@pytest.mark.usefixtures("with_threads")
 def test_a_signal_is_refused(model, late, monkeypatch):
     """The buffer would be waited for in vain, so no other load gets it."""
-    if not has_threads():
-        pytest.skip("nothing is signalled")
-    signal = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_ssize_t] * 4)(lambda *_: 2)
+    refuse = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_ssize_t] * 4)(lambda *_: 2)
     with monkeypatch.context() as patch:
-        patch.setattr(late, "calls", with_call(late, "signal", signal))
+        patch.setattr(late, "calls", with_call(late, "signal", refuse))
         with pytest.raises(nd.DeviceError, match="OUT_OF_MEMORY"):
             model.load_all(device="cuda", threads=2)
-    for name, tensor in model.load_all(device="cuda", threads=2).items():
-        assert_right(tensor, name)
+    assert_loads(model, 2)
 
 
+@pytest.mark.usefixtures("with_threads")
 @pytest.mark.parametrize("n_given", [0, 1])
 def test_the_system_has_few_files_left(model, late, monkeypatch, n_given):
-    if not has_threads():
-        pytest.skip("no threads to be told")
     model.load_all("a.norm", device="cuda")
     (kept,) = gpu_loader._idle[0]
     n_files, left, real = len(os.listdir("/proc/self/fd")), [n_given], os.eventfd
@@ -217,9 +206,9 @@ def test_a_changed_file_is_said_to_be_once(model, late, threads):
     assert str(caught.value).count("it has changed") == 1
 
 
+@pytest.mark.usefixtures("with_threads")
 def test_a_piece_that_no_buffer_holds(model, late, monkeypatch):
     """Machine code that is told too much would write past the end of a buffer."""
     monkeypatch.setattr(gpu_loader, "PIECE", 100)
-    if has_threads():
-        with pytest.raises(nd.DeviceError, match="a piece of 544 bytes, and buffers of 100"):
-            model.load_all(device="cuda")
+    with pytest.raises(nd.DeviceError, match="a piece of 544 bytes, and buffers of 100"):
+        model.load_all(device="cuda")
