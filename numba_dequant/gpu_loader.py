@@ -23,7 +23,7 @@ from numba_dequant import gpu, pump, runtime
 from numba_dequant.device import n_threads
 from numba_dequant.device_tensor import DeviceTensor
 from numba_dequant.dtypes import numpy_dtype
-from numba_dequant.errors import DeviceError, NumbaDequantError, ReadError
+from numba_dequant.errors import DeviceError, NumbaDequantError
 from numba_dequant.gguf_file import truncated
 from numba_dequant.native.records import BUFFER, ENDED, IN_GPU
 from numba_dequant.pieces import Part, Piece, cut, interleaved
@@ -45,8 +45,8 @@ BUFFERS = 8
 STREAMS = 2
 """Streams that buffers share: while one dequantizes, the other copies. With more, a GPU loses time between them."""
 
-LARGEST_CREW = 12
-"""Threads at most, unless more are asked for: they read faster than the bus carries."""
+USUAL_CREW = 12
+"""Threads at most, unless more are asked for: these read faster than the bus carries."""
 
 LARGEST_BATCH = 32
 """Pieces that are planned before the threads are told."""
@@ -129,7 +129,7 @@ def load(
         if index not in _staging:
             _staging[index] = Staging(index)
         return _load_alone(requests, _staging[index], stream, watch)
-    return _Load(requests, index, handle, threads or min(n_threads(), LARGEST_CREW), prefetch, watch).run()
+    return _Load(requests, index, handle, threads or min(n_threads(), USUAL_CREW), prefetch, watch).run()
 
 
 def _load_alone(
@@ -324,12 +324,7 @@ class _Load:
         file = self._files.get(piece.path)
         if file is None:
             first = self.tensors[piece.parts[0].index]
-            try:
-                file = self._files[piece.path] = self._stack.enter_context(open_unchanged(first))
-            except ReadError:
-                raise
-            except OSError as error:
-                raise read_error(first, piece.offset, error) from error
+            file = self._files[piece.path] = self._stack.enter_context(open_unchanged(first))
         return file
 
     def _wait_for(self, index: int) -> None:
@@ -386,6 +381,7 @@ class _Load:
             if self._results or not self._is_sound:
                 self._buffers.sync()
         except Exception:
+            # The GPU has failed, and whoever asked it first has said so: this error must not take the place of that.
             self._is_sound = False
         self._results.clear()
         idle = _idle.setdefault(self.index, [])

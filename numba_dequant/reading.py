@@ -41,15 +41,13 @@ class Files:
         """
         first = tensors[piece.parts[0].index]
         data = room[: piece.n_bytes]
+        file = self._open.get(piece.path)
+        if file is None:
+            file = self._open[piece.path] = self._stack.enter_context(open_unchanged(first))
         try:
-            file = self._open.get(piece.path)
-            if file is None:
-                file = self._open[piece.path] = self._stack.enter_context(open_unchanged(first))
             count = read_into(file, data, piece.offset)
-        except ReadError:
-            raise
         except OSError as error:
-            offset = max(file.tell(), piece.offset) if file is not None else piece.offset
+            offset = max(file.tell(), piece.offset)
             raise read_error(tensors[piece.index_at(offset)], offset, error) from error
         if count < piece.n_bytes:
             raise truncated(next(tensors[p.index] for p in piece.parts if p.at + p.n_bytes > count))
@@ -64,11 +62,14 @@ def open_unchanged(tensor: TensorInfo) -> RawIOBase:
     """The file of a tensor, to be read.
 
     Raises:
-        ReadError: it has changed since its header was read.
-        OSError: it cannot be opened.
+        GgufError: it is shorter than it was, and ends before the tensor does.
+        ReadError: it cannot be opened, or has changed since its header was read.
     """
     with ExitStack() as stack:
-        file = stack.enter_context(open(tensor.path, "rb", buffering=0))
+        try:
+            file = stack.enter_context(open(tensor.path, "rb", buffering=0))
+        except OSError as error:
+            raise read_error(tensor, tensor.offset, error) from error
         check_unchanged(tensor, file)
         stack.pop_all()
     return file
