@@ -70,7 +70,12 @@ class FaultError(Exception):
 
 
 class Pump:
-    """The tables of one load, and the threads that work on them."""
+    """The tables of one load, and the threads that work on them.
+
+    Attributes:
+        n_shares: shares of the pieces that have been planned.
+        is_stopping: whether `stop` has been called, by whomever.
+    """
 
     def __init__(
         self,
@@ -94,7 +99,8 @@ class Pump:
         self._one = np.ones(1, np.int64)
         self._calls = calls()
         self._finish: Callable[[], None] | None = finish
-        self._lock, self._is_stopping = threading.RLock(), False
+        self._lock = threading.RLock()
+        self.is_stopping = False
         self._planned = self._progress = -1
         try:
             self._planned = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
@@ -105,7 +111,7 @@ class Pump:
         self._poll = select.poll()  # select itself fails where many files are open
         self._poll.register(self._progress, select.POLLIN)
         self._job = np.zeros(1, JOB)
-        self._n_pieces = self._n_parts = self._n_shares = self._n_released = 0
+        self._n_pieces = self._n_parts = self._n_released = self.n_shares = 0
         self._share_size = share_size
         self._threads = (ctypes.c_void_p * LARGEST_CREW)()
         self._records = np.zeros(LARGEST_CREW, THREAD)
@@ -116,7 +122,7 @@ class Pump:
         self._buffers = buffers
         job = self._job[0]
         job["calls"], job["one"] = self._calls.ctypes.data, self._one.ctypes.data
-        job["buffers"], job["context"] = buffers.ctypes.data, context
+        job["buffers"], job["most_buffers"], job["context"] = buffers.ctypes.data, len(buffers), context
         job["pieces"], job["parts"] = self.pieces.ctypes.data, self.parts.ctypes.data
         job["n_pieces"], job["n_parts"], job["share_size"] = most, most, share_size
         job["left"], job["written"] = self.left.ctypes.data, self.written.ctypes.data
@@ -127,11 +133,6 @@ class Pump:
     def taken(self) -> int:
         """Bytes that have been taken so far."""
         return int(self._job["taken"][0])
-
-    @property
-    def n_shares(self) -> int:
-        """Shares of the pieces that have been planned."""
-        return self._n_shares
 
     @property
     def n_threads(self) -> int:
@@ -165,17 +166,17 @@ class Pump:
         file, offset, n_bytes, is_computed = piece
         n_shares = -(-n_bytes // self._share_size)
         what = file, offset, n_bytes, first, len(parts), is_computed, 0
-        self.pieces[self._n_pieces] = *what, self._n_shares, n_shares, 0
+        self.pieces[self._n_pieces] = *what, self.n_shares, n_shares, 0
         self._n_pieces += 1
-        self._n_shares += n_shares
+        self.n_shares += n_shares
 
     def release(self, ready: int) -> None:
         """Let the threads take what has been planned since the last time; `ready` is an event."""
         first, self._n_released = self._n_released, self._n_pieces
         self.pieces["ready"][first : self._n_released] = ready
         shares_before = int(self._job["planned"][0])
-        self._job["planned"] = self._n_shares
-        os.eventfd_write(self._planned, self._n_shares - shares_before)
+        self._job["planned"] = self.n_shares
+        os.eventfd_write(self._planned, self.n_shares - shares_before)
 
     def end(self) -> None:
         """Let the threads end once they have read what has been planned, all there is."""
@@ -211,7 +212,7 @@ class Pump:
         """Let the threads finish what they have begun, and nothing else; they have ended then."""
         with self._lock:
             # Whatever interrupts this: it can be called again, and until it is through all of it lives on.
-            self._is_stopping = True
+            self.is_stopping = True
             self._job["is_over"] = 1
             self._join()
             if self._finish is not None:
@@ -219,11 +220,6 @@ class Pump:
             self._close()
             _running.discard(self)
             self._finish = None
-
-    @property
-    def is_stopping(self) -> bool:
-        """Whether `stop` has been called, by whomever."""
-        return self._is_stopping
 
     def _join(self) -> None:
         with self._lock:

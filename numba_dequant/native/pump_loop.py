@@ -132,7 +132,7 @@ def pump(thread_at: int) -> int:
     calls = carray(pointer(job.calls), 1, CALLS)[0]
     pieces = carray(pointer(job.pieces), job.n_pieces, PIECE)
     parts = carray(pointer(job.parts), job.n_parts, PART)
-    buffers = carray(pointer(job.buffers), look(job_at + N_BUFFERS), BUFFER)
+    buffers = carray(pointer(job.buffers), job.most_buffers, BUFFER)
     count = index = 0
     call_driver(calls.set_context, (job.context,))
     while True:

@@ -38,11 +38,13 @@ THREAD = record(
 more share of a piece. What it has failed at, if it has."""
 
 JOB = record(
-    *("calls", "context", "buffers", "n_buffers", "pieces", "parts", "n_pieces", "n_parts", "left", "written"),
+    *("calls", "context", "buffers", "most_buffers", "n_buffers"),
+    *("pieces", "parts", "n_pieces", "n_parts", "left", "written"),
     *("share_size", "shares_planned", "progress", "one"),
     *("claimed", "planned", "taken", "is_over"),
 )
-"""What all threads of a load share: addresses of tables, two event descriptors, and counters."""
+"""What all threads of a load share: addresses of tables, two event descriptors, and counters. Of `most_buffers` the
+first `n_buffers` are there to be used."""
 
 CREW = record("join", "threads", "count")
 """The C library's function, the addresses of threads to be joined, and how many there may be; 0 for none."""
