@@ -75,22 +75,17 @@ class Explanation:
         for name, value in self.fields.items():
             yield f"  {name.ljust(width)}  {_short(value)}"
         yield "bytes"
-        shown = (
-            self.picture.text.splitlines()[1 + len(self.fields) :]
-            if self.picture
-            else [f"  {self.raw.tobytes().hex(' ')}"]
-        )
-        yield from shown
+        yield self.picture.bytes_text if self.picture else f"  {self.raw.tobytes().hex(' ')}"
         yield "steps of decode"
-        width = max(len(label) for _, rows in self._statements() for label, _ in rows)
-        for source, rows in self._statements():
+        width = max(len(label) for _, rows in self._by_statement() for label, _ in rows)
+        for source, rows in self._by_statement():
             if source:
                 yield f"  {source}"
             for label, value in rows:
                 yield f"      {label.ljust(width)}  {value}"
         yield f"value of element {self.element}: {self.values[self.element]:.9g}"
 
-    def _statements(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    def _by_statement(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         """Each statement of `decode`, with what its calls gave and what it gave names to."""
         source = ""
         rows: list[tuple[str, str]] = []
@@ -114,7 +109,7 @@ class Explanation:
         steps = "".join(
             (f"<tr><td {left} colspan='2'><code><b>{escape(source)}</b></code></td></tr>" if source else "")
             + "".join(row(label, value, "&emsp;") for label, value in rows)
-            for source, rows in self._statements()
+            for source, rows in self._by_statement()
         )
         picture = self.picture.svg if self.picture is not None else ""
         return (

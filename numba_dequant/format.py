@@ -161,6 +161,7 @@ class Format:
 
         Raises:
             ShapeError: the type has no blocks, or the block has no such element.
+            DataError: `raw` is not the bytes of one block.
         """
         bits = self.bit_map
         title = f"{self.name}: {self.type_size} bytes for {self.block_size} elements"
@@ -168,6 +169,9 @@ class Format:
         if element is not None:
             element = element_of(self.name, element, self.block_size)
             title += f"; lit: the {int(bits[:, element].sum())} bits of element {element}"
+        if raw is not None and (raw.dtype != np.uint8 or raw.shape != (self.type_size,)):
+            found = f"{raw.dtype} of shape {raw.shape}"
+            raise DataError(f"raw is one block of {self.name}: uint8 of shape ({self.type_size},), not {found}")
         return Picture(title, self.layout, bits, element, raw)
 
     @property

@@ -77,6 +77,7 @@ class Picture:
         svg: the picture as SVG, to be part of a page.
         svg_file: the picture as SVG, to be a file.
         text: the picture as text.
+        bytes_text: of that, the bytes, and the bits that decide the element.
     """
 
     def __init__(
@@ -107,7 +108,12 @@ class Picture:
     @property
     def text(self) -> str:
         """The picture as text."""
-        return "\n".join(_text(self, self._bits))
+        return "\n".join([self.title, *_fields(self), *_bytes(self, self._bits)])
+
+    @property
+    def bytes_text(self) -> str:
+        """The bytes, and the bits that decide the element, as text."""
+        return "\n".join(_bytes(self, self._bits))
 
     def _repr_html_(self) -> str:
         return self.svg
@@ -224,14 +230,16 @@ def _byte(
         )
 
 
-def _text(picture: Picture, bits: NDArray[np.bool_]) -> Iterator[str]:
-    yield picture.title
+def _fields(picture: Picture) -> Iterator[str]:
     names = max(len(item.name) for item in picture.fields)
     kinds = max(len(item.kind) for item in picture.fields)
     for item in picture.fields:
         last = item.start + item.n_bytes - 1
         where = f"{item.start}" if item.n_bytes == 1 else f"{item.start}-{last}"
         yield f"  {item.name.ljust(names)}  {where:>7}  {item.kind.ljust(kinds)}  a bit decides {item.decides}"
+
+
+def _bytes(picture: Picture, bits: NDArray[np.bool_]) -> Iterator[str]:
     if picture.raw is not None or picture.element is None:
         yield from _rows(picture)
     if picture.element is None:
