@@ -128,8 +128,7 @@ def _verify_file(path: str, title: str, options: argparse.Namespace) -> int:
         total = sum(tensor.n_bytes for tensor in model.tensors.values())
         with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False, delay=1) as bar:
             rows = verify.verify(model, place, options.dtype, bar.update)
-    for line in verify.table(rows):
-        print(line)
+    print(verify.table(rows))
     wrong = [row.format.name for row in rows if not row.is_exact]
     print(f"DIFFERENT from the reference: {', '.join(wrong)}" if wrong else "Every bit agrees with the reference.")
     return 1 if wrong else 0
@@ -164,7 +163,8 @@ def _info(options: argparse.Namespace) -> int:
         width = max((len(key) for key, _ in entries), default=0)
         for key, value in entries:
             print(f"  {key.ljust(width)}  {value}")
-        print(tables.text(tables.TENSOR_HEAD, tables.tensor_rows(model.tensors.values())))
+        rows = tables.tensor_rows(model.tensors.values())
+        print(tables.text(tables.TENSOR_HEAD, rows, tables.TENSOR_SIDES))
     return 0
 
 

@@ -109,7 +109,8 @@ class TensorTable(Mapping[str, TensorInfo]):
     def __repr__(self) -> str:
         if not self:
             return "no tensors"
-        return tables.text(tables.TENSOR_HEAD, tables.tensor_rows(self.values()), tables.MOST_LINES)
+        rows = tables.tensor_rows(self.values())
+        return tables.text(tables.TENSOR_HEAD, rows, tables.TENSOR_SIDES, tables.MOST_LINES)
 
 
 @dataclass(frozen=True)

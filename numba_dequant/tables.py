@@ -34,23 +34,20 @@ def metadata_rows(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(plain(key), short(value)) for key, value in metadata.items()]
 
 
-def text(head: Sequence[str], rows: Sequence[Sequence[str]], most: int | None = None) -> str:
-    """A table for a terminal, the last two columns to the right; of a long one, the beginning."""
-    shown = [head, *rows[:most]] if rows else []
+def text(head: Sequence[str], rows: Sequence[Sequence[str]], sides: str, most: int | None = None) -> str:
+    """A table for a terminal; `sides` has < or > for each column. Of a long one, the beginning."""
+    shown = [head, *rows[:most]]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     lines = []
     for row in shown:
-        cells = [
-            cell.rjust(width) if number >= len(row) - 2 else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells))
+        cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
     if most is not None and len(rows) > most:
         lines.append(f"and {len(rows) - most:,} more")
     return "\n".join(lines)
 
 
-TENSOR_HEAD = ("tensor", "format", "shape", "bytes")
+TENSOR_HEAD, TENSOR_SIDES = ("tensor", "format", "shape", "bytes"), "<<>>"
 
 
 def tensor_rows(tensors: Iterable[Any]) -> list[tuple[str, str, str, str]]:

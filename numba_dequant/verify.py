@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_dequant import tables
 from numba_dequant.api import dequantize
 from numba_dequant.device import Place
 from numba_dequant.errors import DeviceError
@@ -103,10 +104,9 @@ def difference(found: NDArray[Any], expected: NDArray[Any]) -> tuple[int, float]
         return int(different.sum()), float(np.where(neither, np.abs(a - b), np.inf)[different].max())
 
 
-def table(rows: list[Row]) -> Iterator[str]:
-    """The rows as lines of text."""
-    heads = ("format", "tensors", "elements", "bytes in", "bytes out", "GB/s", "result")
-    cells = [heads] + [
+def table(rows: list[Row]) -> str:
+    """The rows as text."""
+    cells = [
         (
             row.format.name,
             f"{row.tensors:,}",
@@ -118,7 +118,4 @@ def table(rows: list[Row]) -> Iterator[str]:
         )
         for row in rows
     ]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
-    for line in cells:
-        first, *middle, last = zip(line, widths, strict=True)
-        yield "  ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in middle), last[0]])
+    return tables.text(("format", "tensors", "elements", "bytes in", "bytes out", "GB/s", "result"), cells, "<>>>>><")
