@@ -28,8 +28,8 @@ ROUNDS = {"rounds": 9, "iterations": 4, "warmup_rounds": 1}
 def test_device_copy(benchmark, gpu):
     from numba_dequant import measure, runtime
 
-    rooms = [runtime.allocate(measure.HEAD_START, gpu.device, 0).owner for _ in range(2)]
-    pointers = [int(room.handle) for room in rooms]
+    rooms = [runtime.allocate(measure.HEAD_START, gpu.device, 0) for _ in range(2)]
+    pointers = [room.pointer for room in rooms]
     benchmark.pedantic(runtime.copy_on_device, (*pointers, measure.HEAD_START, 0), **ROUNDS)
     note(benchmark, 2 * measure.HEAD_START)
 

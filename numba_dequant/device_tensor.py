@@ -10,20 +10,7 @@ from numpy.typing import NDArray
 
 from numba_dequant import runtime
 from numba_dequant.dtypes import numpy_dtype
-
-
-def memory_of(thing: Any, stream: int) -> runtime.DeviceBytes:
-    """The device memory of an array, which is not copied; work on `stream` will wait for what fills it.
-
-    Raises:
-        DataError: it is not one contiguous piece.
-    """
-    if not isinstance(thing, DeviceTensor):
-        return runtime.view(thing, stream)
-    if thing.stream != stream:
-        with runtime.current(thing.device):
-            runtime.wait(stream, thing.stream)
-    return thing.memory
+from numba_dequant.interop import Library, libraries_with_streams
 
 
 class DeviceTensor:
@@ -33,26 +20,36 @@ class DeviceTensor:
     ``numba.cuda.as_cuda_array(tensor)`` share its memory, which lives as long as any of them. NumPy and Numba have no
     bfloat16 in ``__cuda_array_interface__``: DLPack carries it.
 
-    The values are ready once `stream` has got there. Memory goes back to the GPU's pool in the order of that stream:
-    if another stream still uses it, keep the tensor until that is done.
+    The values are ready once `stream` has got there, and whoever takes the tensor over by DLPack waits for that on the
+    GPU. Dropped memory is reused only after that stream and the stream of whoever took it over.
 
     Attributes:
         shape: rows first.
         dtype: the NumPy dtype; bfloat16 is that of ml_dtypes.
         device: ordinal of the GPU.
         stream: handle of the stream on which the values are computed.
+        library: PyTorch or CuPy, if the values were computed on its current stream for an array of its own; a call
+            that takes this tensor then runs on that library's current stream too.
         memory: where they lie; tensors that were made together may share an allocation.
     """
 
-    __slots__ = ("__weakref__", "device", "dtype", "memory", "shape", "stream")
+    __slots__ = ("__weakref__", "device", "dtype", "library", "memory", "shape", "stream")
 
-    def __init__(self, memory: runtime.DeviceBytes, shape: tuple[int, ...], dtype: np.dtype[Any], stream: int) -> None:
+    def __init__(
+        self,
+        memory: runtime.DeviceBytes,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        stream: int,
+        library: Library | None = None,
+    ) -> None:
         memory.shape, memory.dtype = shape, dtype
         self.memory = memory
         self.shape = shape
         self.dtype = dtype
         self.device = memory.device
         self.stream = stream
+        self.library = library
 
     @property
     def size(self) -> int:
@@ -70,9 +67,14 @@ class DeviceTensor:
         return self.memory.pointer if self.size else 0
 
     def copy_to_host(self) -> NDArray[Any]:
-        """A NumPy array of the values; waits until they are there."""
+        """A NumPy array of the values; waits until they are there.
+
+        Raises:
+            DeviceError: a CUDA graph is being captured on the tensor's stream.
+        """
         host = np.empty(self.shape, self.dtype)
         with runtime.current(self.device):
+            runtime.refuse_capture(self.stream, "values cannot be copied to the host before it runs")
             runtime.copy_to_host(host, self.memory.pointer, self.stream)
         return host
 
@@ -80,6 +82,9 @@ class DeviceTensor:
     def __cuda_array_interface__(self) -> dict[str, Any]:
         if self.dtype == numpy_dtype("bfloat16"):
             raise AttributeError("__cuda_array_interface__ has no bfloat16; use DLPack, e.g. torch.from_dlpack(tensor)")
+        # The interface does not say on which stream the memory will be used.
+        for library in libraries_with_streams():
+            self.memory.owner.lend(library.current_stream(self.device), library.keeper(self.device))
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,
@@ -103,11 +108,20 @@ class DeviceTensor:
         if copy or dl_device not in (None, self.__dlpack_device__()):
             raise BufferError(f"this tensor is shared, not copied, and stays on cuda:{self.device}")
         if stream is not None and stream < -1:
-            raise BufferError(f"{stream} is no stream")
+            raise BufferError(f"expected a stream, got {stream}")
         if stream != -1:
-            with runtime.current(self.device):
-                runtime.wait(0 if stream in (None, 0, 1) else stream or 0, self.stream)
+            self._lend(runtime.stream_handle(stream))
         return runtime.export(self.memory, self.shape, self.dtype, max_version)
+
+    def _lend(self, stream: int) -> None:
+        """Let a stream use the values: it waits for them now, and their memory waits for it when it is dropped."""
+        if stream == self.stream:
+            return
+        with runtime.current(self.device):
+            runtime.wait(stream, self.stream)
+            lives_on, keeper = runtime.keeper_of(stream, self.device)
+            if lives_on:
+                self.memory.owner.lend(stream, keeper)
 
     def __len__(self) -> int:
         if not self.shape:

@@ -12,16 +12,20 @@ import numpy as np
 from cuda.core import Device, EventOptions, Kernel, LaunchConfig, ObjectCode, Stream, launch
 from numpy.typing import NDArray
 
-from numba_dequant import compiler, runtime
+from numba_dequant import compiler, runtime, streams
 from numba_dequant.arguments import check_output, host_bytes, is_on_gpu, result_shape
-from numba_dequant.device_tensor import DeviceTensor, memory_of
+from numba_dequant.device_tensor import DeviceTensor
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DeviceError, DtypeError, OutputError
 from numba_dequant.format import Format
+from numba_dequant.interop import TORCH, library_of
 from numba_dequant.mapping import Mapping, mapping_named
 from numba_dequant.runtime import DeviceBytes
+from numba_dequant.streams import CallStream
 
 LARGEST_GRID = 2**31 - 1
+
+NO_HOST_DATA = "data on the host cannot be part of it; copy the data to the GPU before the capture"
 
 _lock = threading.Lock()
 
@@ -30,16 +34,20 @@ def dequantize(
     data: Any, source: Format, dtype: str, shape: Any, index: int, out: Any, stream: Any, mapping: str
 ) -> Any:
     """What `numba_dequant.dequantize` does on CUDA device `index`."""
+    call = streams.stream_for(stream, index, (data, out))
     if not isinstance(data, DeviceTensor) and not is_on_gpu(data):
-        host = host_bytes(data)
-        return load(partial(send, host), host.nbytes, source, dtype, shape, index, out, stream, mapping)
-    handle = runtime.stream_handle(stream)
+        if not is_pinned_tensor(data):
+            host = host_bytes(data)
+            return load(partial(send, host), host.nbytes, source, dtype, shape, index, out, call, mapping)
+        runtime.refuse_capture(call.handle, NO_HOST_DATA)
+        data = TORCH.to_gpu(data, index, call.handle)
     with runtime.current(index) as device:
-        memory = memory_of(data, handle)
+        memory = streams.memory_of(data, call)
         check_place(memory, device)
         n_elements = source.n_elements(memory.n_bytes)
-        result, target = target_for(source, dtype, n_elements, shape, device, out, handle, memory)
-        dequantize_into(memory, source, dtype, n_elements, target, handle, mapping)
+        result, target = target_for(source, dtype, n_elements, shape, device, out, call, memory)
+        dequantize_into(memory, source, dtype, n_elements, target, call.handle, mapping)
+        streams.release(call, index, data, out)
         return result
 
 
@@ -51,36 +59,46 @@ def load(
     shape: Any,
     index: int,
     out: Any,
-    stream: Any,
+    call: CallStream,
     mapping: str = "tile",
 ) -> Any:
     """Dequantize bytes that `send_to(pointer, stream)` copies to the GPU; they are freed behind the kernel."""
-    handle = runtime.stream_handle(stream)
     n_elements = source.n_elements(n_bytes)
     with runtime.current(index) as device:
-        result, target = target_for(source, dtype, n_elements, shape, device, out, handle)
-        memory = runtime.allocate(n_bytes, device, handle)
+        runtime.refuse_capture(call.handle, NO_HOST_DATA)
+        result, target = target_for(source, dtype, n_elements, shape, device, out, call)
+        memory = runtime.allocate(n_bytes, device, call.handle, call.keeper)
         if n_bytes:
-            send_to(memory.pointer, handle)
-        dequantize_into(memory, source, dtype, n_elements, target, handle, mapping)
+            send_to(memory.pointer, call.handle)
+        dequantize_into(memory, source, dtype, n_elements, target, call.handle, mapping)
+        streams.release(call, index, None, out)
         return result
 
 
-def keep(send_to: Callable[[int, int], None], n_bytes: int, index: int, stream: Any) -> DeviceTensor:
+def keep(send_to: Callable[[int, int], None], n_bytes: int, index: int, call: CallStream) -> DeviceTensor:
     """Bytes that `send_to(pointer, stream)` copies to the GPU, as they are."""
-    handle = runtime.stream_handle(stream)
     with runtime.current(index) as device:
-        memory = runtime.allocate(n_bytes, device, handle)
+        memory = runtime.allocate(n_bytes, device, call.handle, call.keeper)
         if n_bytes:
-            send_to(memory.pointer, handle)
-        return DeviceTensor(memory, (n_bytes,), runtime.BYTES, handle)
+            send_to(memory.pointer, call.handle)
+        return DeviceTensor(memory, (n_bytes,), runtime.BYTES, call.handle, call.library)
+
+
+def is_pinned_tensor(data: Any) -> bool:
+    """Whether data is a PyTorch tensor in pinned host memory."""
+    return library_of(data) is TORCH and TORCH.is_pinned(data)
 
 
 def send(host: NDArray[np.uint8], pointer: int, stream: int) -> None:
-    """Queue the copy of host memory to a device address; the caller may change it afterwards."""
+    """Queue the copy of host memory to a device address; the caller may change it afterwards.
+
+    So this waits for the copy where the memory is pinned, which a GPU reads in its own time: nothing tells the owner
+    of a NumPy array that it is still being read. A PyTorch tensor in pinned memory is copied by PyTorch, which does not
+    wait (`Torch.to_gpu`).
+    """
     runtime.copy_to_device(pointer, host, stream)
     if runtime.is_pinned(host):
-        runtime.synchronize(stream)  # A GPU reads pinned memory in its own time; the caller may change it now.
+        runtime.synchronize(stream)
 
 
 def target_for(
@@ -90,7 +108,7 @@ def target_for(
     shape: Any,
     device: Device,
     out: Any,
-    handle: int,
+    call: CallStream,
     memory: DeviceBytes | None = None,
 ) -> tuple[Any, DeviceBytes]:
     """What to return, and the memory to write: those of `out`, or new ones once all is checked."""
@@ -98,9 +116,21 @@ def target_for(
     kind = source.stored_dtype or numpy_dtype(dtype)
     check_capability(source, dtype, device.device_id)
     if out is not None:
-        return out, checked_output(out, memory, kind, asked, n_elements, device, handle)
-    target = runtime.allocate(n_elements * kind.itemsize, device, handle)
-    return DeviceTensor(target, asked, kind, handle), target
+        return out, checked_output(out, memory, kind, asked, n_elements, device, call)
+    target = new_memory(n_elements * kind.itemsize, device, call)
+    return DeviceTensor(target, asked, kind, call.handle, call.library), target
+
+
+def new_memory(n_bytes: int, device: Device, call: CallStream) -> DeviceBytes:
+    """Memory for a result: from PyTorch's allocator on PyTorch's current stream, else from the GPU's pool.
+
+    Raises:
+        DeviceError: there is not enough, or a CUDA graph is being captured by somebody other than PyTorch.
+    """
+    if call.library is TORCH:
+        return runtime.allocate_by_torch(n_bytes, device, call.handle)
+    runtime.refuse_capture(call.handle, "only PyTorch can allocate memory for it; pass out=")
+    return runtime.allocate(n_bytes, device, call.handle, call.keeper)
 
 
 def check_place(memory: DeviceBytes, device: Device) -> None:
@@ -133,7 +163,7 @@ def checked_output(
     shape: tuple[int, ...],
     n_elements: int,
     device: Device,
-    handle: int,
+    call: CallStream,
 ) -> DeviceBytes:
     """The memory of the caller's `out`, which is right in every way for the result of reading `memory`.
 
@@ -143,7 +173,10 @@ def checked_output(
     index = device.device_id
     if not isinstance(out, DeviceTensor) and not is_on_gpu(out):
         raise OutputError(f"out is a {type(out).__name__} on the host, the device is cuda:{index}")
-    target = memory_of(out, handle)
+    library = library_of(out)
+    if library is not None and not library.is_contiguous(out):
+        raise OutputError("out is not contiguous; pass a contiguous array")
+    target = streams.memory_of(out, call)
     if target.device != index:
         raise OutputError(f"out lies on cuda:{target.device}, the device is cuda:{index}")
     if target.is_readonly:
@@ -165,8 +198,11 @@ def dequantize_into(
     if source.stored_dtype is not None:
         runtime.copy_on_device(out.pointer, data.pointer, out.n_bytes, stream)
         return
-    # The kernel stores 16 bytes at a time: an odd address gets its values by way of memory of ours.
-    target = runtime.allocate(out.n_bytes, Device(data.device), stream) if out.pointer % 16 else out
+    target = out
+    if out.pointer % 16:
+        # The kernel stores 16 bytes at a time: an odd address gets its values by way of other memory.
+        runtime.refuse_capture(stream, "out lies at an address that is not a multiple of 16; pass one that does")
+        target = runtime.allocate(out.n_bytes, Device(data.device), stream)
     queue, kernel, shape = launcher(source, dtype, mapping, data.device, stream)
     step = LARGEST_GRID * shape.tile_elements
     for first in range(0, n_elements, step):
@@ -201,7 +237,7 @@ def launch_config(thread_blocks: int, threads: int) -> LaunchConfig:
 @cache
 def load_kernel(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -> Kernel:
     """A kernel ready to launch on GPUs of a compute capability, compiled if it must be."""
-    with _lock:  # another thread may be compiling it
+    with _lock, runtime.allowed_in_capture():  # another thread may be compiling it
         return _load_kernel(source, dtype, mapping, capability)
 
 

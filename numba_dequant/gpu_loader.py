@@ -19,7 +19,7 @@ import numpy as np
 from cuda.core import Device, Stream
 from numpy.typing import NDArray
 
-from numba_dequant import gpu, pump, runtime
+from numba_dequant import gpu, pump, runtime, streams
 from numba_dequant.device import n_threads
 from numba_dequant.device_tensor import DeviceTensor
 from numba_dequant.dtypes import numpy_dtype
@@ -32,6 +32,7 @@ from numba_dequant.reading import check_unchanged, open_unchanged, read_error
 from numba_dequant.runtime import DeviceBytes
 from numba_dequant.selection import QuantizedTensor, Request
 from numba_dequant.staging import Staging
+from numba_dequant.streams import CallStream
 
 PIECE = 8 << 20
 """Bytes that are sent at a time: each copy costs the bus 2 us."""
@@ -122,45 +123,46 @@ def load(
         OutputError, DtypeError: an `out` or an output type is not right. Nothing has been read then.
         ReadError, GgufError, DeviceError: reading or allocating failed halfway.
     """
-    handle = runtime.stream_handle(stream)
-    _check(requests, index, handle)
+    call = streams.stream_for(stream, index, [request.out for request in requests])
+    _check(requests, index, call)
     is_big = any(request.tensor.byte_order == "big" for request in requests)
     if is_big or not pump.IS_POSSIBLE or not runtime.can_signal(index):
         if index not in _staging:
             _staging[index] = Staging(index)
-        return _load_alone(requests, _staging[index], stream, watch)
-    return _Load(requests, index, handle, threads or min(n_threads(), USUAL_CREW), prefetch, watch).run()
+        return _load_alone(requests, _staging[index], call, watch)
+    return _Load(requests, index, call, threads or min(n_threads(), USUAL_CREW), prefetch, watch).run()
 
 
 def _load_alone(
-    requests: Sequence[Request], staging: Staging, stream: Any, watch: Callable[[int], None]
+    requests: Sequence[Request], staging: Staging, call: CallStream, watch: Callable[[int], None]
 ) -> Generator[Any, None, None]:
     """What `load` does, in this thread, on any system: each tensor is read when it is asked for."""
     done = 0
     for request in requests:
-        result = _staged(request, staging, stream)
+        result = _staged(request, staging, call)
         done += request.tensor.n_bytes
         watch(done)
         yield result
         del result
 
 
-def _staged(request: Request, staging: Staging, stream: Any) -> Any:
+def _staged(request: Request, staging: Staging, call: CallStream) -> Any:
     tensor = request.tensor
     send = partial(staging.send, tensor)
     try:
         if request.dtype is None:
-            data = gpu.keep(send, tensor.n_bytes, staging.index, stream)
+            data = gpu.keep(send, tensor.n_bytes, staging.index, call)
             return QuantizedTensor(data, tensor.format, tensor.shape)
-        where = tensor.shape, staging.index, request.out, stream
+        where = tensor.shape, staging.index, request.out, call
         return gpu.load(send, tensor.n_bytes, tensor.format, request.dtype, *where)
     except DeviceError as error:
         raise DeviceError(f"{tensor.path}: tensor {tensor.name!r}: {error}") from error
 
 
-def _check(requests: Sequence[Request], index: int, stream: int) -> None:
+def _check(requests: Sequence[Request], index: int, call: CallStream) -> None:
     """Check everything about the results that can be checked before they are made."""
     with runtime.current(index) as device:
+        runtime.refuse_capture(call.handle, "a file cannot be loaded as part of it; load before the capture")
         for request in requests:
             source = request.tensor.format
             try:
@@ -169,7 +171,7 @@ def _check(requests: Sequence[Request], index: int, stream: int) -> None:
                 if request.out is not None:
                     shape, n_elements = request.tensor.shape, request.tensor.n_elements
                     kind = source.stored_dtype or numpy_dtype(request.dtype or "")
-                    gpu.checked_output(request.out, None, kind, shape, n_elements, device, stream)
+                    gpu.checked_output(request.out, None, kind, shape, n_elements, device, call)
             except NumbaDequantError as error:
                 raise type(error)(f"tensor {request.tensor.name!r}: {error}") from error
 
@@ -181,13 +183,13 @@ class _Load:
         self,
         requests: Sequence[Request],
         index: int,
-        stream: int,
+        call: CallStream,
         n_threads: int,
         prefetch: int | None,
         watch: Callable[[int], None],
     ) -> None:
         self.requests, self.tensors = requests, [request.tensor for request in requests]
-        self.index, self.stream = index, stream
+        self.index, self.call, self.stream = index, call, call.handle
         self._prefetch, self._watch = prefetch, watch
         # An order other than that of handing out would have the first tensor wait for one that is not due.
         order = range(len(requests)) if prefetch is not None else interleaved(self.tensors)
@@ -296,12 +298,12 @@ class _Load:
         tensor = request.tensor
         try:
             if request.dtype is None:
-                target = runtime.allocate(tensor.n_bytes, device, self.stream)
-                data = DeviceTensor(target, (tensor.n_bytes,), runtime.BYTES, self.stream)
+                target = gpu.new_memory(tensor.n_bytes, device, self.call)
+                data = DeviceTensor(target, (tensor.n_bytes,), runtime.BYTES, self.stream, self.call.library)
                 self._results[index] = _Result(QuantizedTensor(data, tensor.format, tensor.shape), target, target)
                 return
             what = tensor.format, request.dtype, tensor.n_elements, tensor.shape
-            given, out = gpu.target_for(*what, device, request.out, self.stream)
+            given, out = gpu.target_for(*what, device, request.out, self.call)
             # The kernel stores 16 bytes at a time: an odd address gets its values by way of memory of ours.
             target = runtime.allocate(out.n_bytes, device, self.stream) if out.pointer % 16 else out
             self._results[index] = _Result(given, target, out)
@@ -372,6 +374,7 @@ class _Load:
         result = self._results.pop(index)
         if result.target is not result.out:
             runtime.copy_on_device(result.out.pointer, result.target.pointer, result.out.n_bytes, self.stream)
+        streams.release(self.call, self.index, None, self.requests[index].out)
         return result.given
 
     def _finish(self) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
@@ -14,10 +17,10 @@ from cuda.core.utils import StridedMemoryView
 from numpy.typing import NDArray
 
 from numba_dequant.errors import DataError, DeviceError
+from numba_dequant.interop import TORCH, libraries_with_streams
 
-LEGACY_STREAM = 1
-"""The name of the default stream in `__cuda_array_interface__` and DLPack."""
-
+LEGACY_STREAM, PER_THREAD_STREAM = 1, 2
+"""The names of the default streams in `__cuda_array_interface__` and DLPack."""
 
 BYTES = np.dtype(np.uint8)
 
@@ -33,7 +36,7 @@ class DeviceBytes:
         pointer: its address.
         n_bytes: its length.
         device: ordinal of its GPU.
-        owner: what keeps it alive; a `cuda.core.Buffer` if it is ours.
+        owner: what keeps it alive; a `PoolMemory` or `TorchMemory` if this package allocated it.
         dtype: its element type, where it was given as an array.
         shape: shape of that array.
         is_readonly: whether it may only be read.
@@ -94,15 +97,15 @@ class current:
 
 
 def stream_handle(stream: Any) -> int:
-    """The handle of a stream; None and 0 are the default stream, which PyTorch, CuPy and Numba use by default too.
+    """The handle of a stream; None, 0 and 1 are the legacy default stream.
 
     Raises:
-        DeviceError: it is no stream.
+        DeviceError: it is not a stream.
     """
     if stream is None:
         return 0
     if isinstance(stream, int) and not isinstance(stream, bool) and stream >= 0:
-        return stream
+        return 0 if stream == LEGACY_STREAM else stream
     protocol = getattr(stream, "__cuda_stream__", None)
     if protocol is not None:
         return int((protocol() if callable(protocol) else protocol)[1])
@@ -111,7 +114,7 @@ def stream_handle(stream: Any) -> int:
         if handle is not None:
             return int(getattr(handle, "value", handle) or 0)
     raise DeviceError(
-        f"{stream!r} is no stream; pass None, an int, a stream of PyTorch, CuPy or Numba, or an object with "
+        f"expected a stream, got {stream!r}; pass None, an int, a stream of PyTorch, CuPy or Numba, or an object with "
         "__cuda_stream__"
     )
 
@@ -208,23 +211,172 @@ def _device_at(pointer: int, claimed: int) -> int:
     return max(claimed, 0)
 
 
-def allocate(n_bytes: int, device: Device, stream: int) -> DeviceBytes:
-    """Device memory from the GPU's pool, in the order of a stream; it goes back in that order too.
+class PoolMemory:
+    """Memory of the GPU's pool. It goes back in the order of its stream, once every stream that has used it is done.
+
+    Args:
+        buffer: the memory.
+        device: ordinal of its GPU.
+        stream: handle of the stream in whose order it was allocated.
+        keeper: what keeps that stream from being destroyed.
+    """
+
+    __slots__ = ("__weakref__", "_borrowers", "_keeper", "_uses", "buffer", "device", "stream")
+
+    def __init__(self, buffer: Buffer, device: int, stream: int, keeper: Any) -> None:
+        self.buffer, self.device, self.stream = buffer, device, stream
+        self._keeper = keeper
+        self._uses: dict[int, Event] = {}
+        self._borrowers: dict[int, Any] = {}
+
+    def used_on(self, stream: int) -> None:
+        """Note that what another stream has been asked so far uses this memory."""
+        # A CUDA graph that is being captured will use it whenever it is launched: its owner keeps the memory.
+        if stream != self.stream and not is_capturing(stream):
+            self._uses[stream] = record(self.device, stream)
+
+    def lend(self, stream: int, keeper: Any) -> None:
+        """Note that somebody may use this memory on another stream until it is dropped."""
+        if stream != self.stream:
+            self._borrowers[stream] = keeper
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # the interpreter may be ending
+            if capture_state(self.stream) != NOT_CAPTURING:
+                # Freeing it now would become part of the graph, or break its capture.
+                later = PoolMemory(self.buffer, self.device, self.stream, self._keeper)
+                later._uses, later._borrowers = self._uses, self._borrowers
+                _freed_in_capture.append(later)
+            elif self._uses or self._borrowers:
+                with current(self.device):
+                    for event in self._uses.values():
+                        wait_for(self.stream, event)
+                    for stream in self._borrowers:
+                        if not is_capturing(stream):
+                            wait(self.stream, stream)
+
+
+_freed_in_capture: list[PoolMemory] = []
+
+
+class TorchMemory:
+    """Memory of PyTorch's caching allocator, which orders its reuse."""
+
+    __slots__ = ("__weakref__", "device", "stream", "tensor")
+
+    def __init__(self, tensor: Any, device: int, stream: int) -> None:
+        self.tensor, self.device, self.stream = tensor, device, stream
+
+    def used_on(self, stream: int) -> None:
+        """Note that what another stream has been asked so far uses this memory."""
+        if stream != self.stream:
+            TORCH.record_stream(self.tensor, self.device, stream)
+
+    def lend(self, stream: int, keeper: Any) -> None:
+        """Note that somebody may use this memory on another stream until it is dropped."""
+        self.used_on(stream)
+
+
+def allocate(n_bytes: int, device: Device, stream: int, keeper: Any = None) -> DeviceBytes:
+    """Device memory from the GPU's pool, in the order of a stream.
 
     Raises:
         DeviceError: there is not enough.
     """
+    if _freed_in_capture:
+        _freed_in_capture[:] = []  # those that cannot be freed yet put themselves back
     try:
         buffer = device.memory_resource.allocate(max(n_bytes, 1), stream=stream_on(device.device_id, stream))
     except Exception as error:
         if "OUT_OF_MEMORY" not in str(error):
             raise
-        _, free, total = driver.cuMemGetInfo()
-        raise DeviceError(
-            f"cuda:{device.device_id} is out of memory: {n_bytes:,} bytes were asked for, "
-            f"{int(free):,} of {int(total):,} are free"
-        ) from error
-    return DeviceBytes(int(buffer.handle), n_bytes, device.device_id, buffer)
+        raise _out_of_memory(n_bytes, device) from error
+    owner = PoolMemory(buffer, device.device_id, stream, keeper)
+    return DeviceBytes(int(buffer.handle), n_bytes, device.device_id, owner)
+
+
+def allocate_by_torch(n_bytes: int, device: Device, stream: int) -> DeviceBytes:
+    """Device memory from PyTorch's caching allocator, in the order of PyTorch's current stream.
+
+    Raises:
+        DeviceError: there is not enough.
+    """
+    try:
+        tensor = TORCH.empty(max(n_bytes, 1), device.device_id)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        raise _out_of_memory(n_bytes, device) from error
+    owner = TorchMemory(tensor, device.device_id, stream)
+    return DeviceBytes(int(tensor.data_ptr()), n_bytes, device.device_id, owner)
+
+
+def _out_of_memory(n_bytes: int, device: Device) -> DeviceError:
+    _, free, total = driver.cuMemGetInfo()
+    return DeviceError(
+        f"cuda:{device.device_id} is out of memory: {n_bytes:,} bytes were asked for, "
+        f"{int(free):,} of {int(total):,} are free"
+    )
+
+
+_kept: deque[tuple[Event, Any]] = deque()
+"""Objects whose memory streams still use, and the point after which they do not, oldest first."""
+
+
+def keep_until_done(device: int, stream: int, thing: Any) -> None:
+    """Keep an object alive until a stream has done what it was asked so far; a later call lets go of it."""
+    if is_capturing(stream):
+        return
+    while _kept and _kept[0][0].is_done:
+        _kept.popleft()
+    _kept.append((record(device, stream), thing))
+
+
+def keeper_of(stream: int, device: int) -> tuple[bool, Any]:
+    """Whether a stream is known to live on, and what keeps it alive: a legacy stream, or a library's current one."""
+    if stream <= PER_THREAD_STREAM:
+        return True, None
+    for library in libraries_with_streams():
+        if library.current_stream(device) == stream:
+            return True, library.keeper(device)
+    return False, None
+
+
+NOT_CAPTURING = driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+
+
+def capture_state(stream: int) -> Any:
+    """`NOT_CAPTURING`, or why not: the driver's status of a stream, or its code for the legacy stream.
+
+    That code means that a stream which the legacy stream waits for is capturing: neither may be used for anything else.
+    """
+    code, status, *_ = driver.cuStreamIsCapturing(stream)
+    return status if code == driver.CUresult.CUDA_SUCCESS else code
+
+
+def is_capturing(stream: int) -> bool:
+    """Whether a stream is capturing a CUDA graph, or, for the legacy stream, must not be used during a capture."""
+    return bool(capture_state(stream) != NOT_CAPTURING)
+
+
+@contextmanager
+def allowed_in_capture() -> Iterator[None]:
+    """Let this thread load code and wait for other streams although a CUDA graph is being captured."""
+    _, before = driver.cuThreadExchangeStreamCaptureMode(driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+    try:
+        yield
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(before)
+
+
+def refuse_capture(stream: int, what: str) -> None:
+    """Check that a stream is not capturing a CUDA graph, before something that no graph can hold.
+
+    Raises:
+        DeviceError: it is. The capture goes on.
+    """
+    if is_capturing(stream):
+        raise DeviceError(f"a CUDA graph is being captured on this stream, and {what}")
 
 
 def is_pinned(host: NDArray[Any]) -> bool:
@@ -268,9 +420,27 @@ def synchronize(stream: int) -> None:
 
 
 def wait(waiting: int, awaited: int) -> None:
-    """Let one stream wait for what has been asked of another so far, without stopping the host."""
-    if waiting != awaited:
-        Stream.from_handle(waiting).wait(Stream.from_handle(awaited))
+    """Let one stream wait for what has been asked of another so far, without stopping the host.
+
+    Raises:
+        DeviceError: the other is capturing a CUDA graph that this one is not part of.
+    """
+    if waiting == awaited:
+        return
+    states = capture_state(waiting), capture_state(awaited)
+    if driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT in states:
+        raise DeviceError(
+            "the legacy default stream cannot be used while a CUDA graph is captured on a stream that waits for it; "
+            "capture on a non-blocking stream, or compute the data on the capturing stream before"
+        )
+    if states[0] == NOT_CAPTURING and states[1] != NOT_CAPTURING:
+        raise DeviceError("the values are part of a CUDA graph that is being captured; use the capturing stream")
+    if states[0] != NOT_CAPTURING and states[1] == NOT_CAPTURING:
+        # A graph cannot wait for what is outside of it, so that must be done before.
+        with allowed_in_capture():
+            synchronize(awaited)
+        return
+    Stream.from_handle(waiting).wait(Stream.from_handle(awaited))
 
 
 def export(

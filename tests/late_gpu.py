@@ -31,6 +31,10 @@ class Owner:
     def __init__(self, late, pointer, n_bytes, stream):
         self.late, self.range, self.stream = late, (pointer, pointer + n_bytes), stream
 
+    def used_on(self, stream):
+        """Nothing: no test of this GPU uses memory on a stream other than its own."""
+        assert int(stream) == int(self.stream)
+
     def __del__(self):
         self.late.free(self)
 
@@ -159,7 +163,7 @@ class LateGpu:
                 operation.work()
                 operation.work = None
 
-    def allocate(self, n_bytes, owner_device, stream):
+    def allocate(self, n_bytes, owner_device, stream, keeper=None):
         with self.lock:
             pointer, self.end = self.end, self.end + -(-max(n_bytes, 1) // 256) * 256
             assert self.end <= self.memory.size
@@ -248,6 +252,7 @@ def installed(kind, monkeypatch):
     monkeypatch.setattr(runtime, "context_of", lambda device: 1)
     monkeypatch.setattr(runtime, "can_signal", lambda index: kind != "no signals")
     monkeypatch.setattr(runtime, "check", lambda stream: None)
+    monkeypatch.setattr(runtime, "refuse_capture", lambda stream, what: None)
     monkeypatch.setattr(gpu, "launcher", found.launcher)
     monkeypatch.setattr(pump, "calls", lambda: found.calls)
     monkeypatch.setattr(pump, "IS_POSSIBLE", kind != "alone")

@@ -222,11 +222,6 @@ class TestSharing:
         with pytest.raises(nd.DeviceError, match="lies on a GPU"):
             nd.dequantize(torch.from_numpy(self.data).cuda(), "Q4_0", device="cpu")
 
-    def test_not_contiguous(self):
-        torch = pytest.importorskip("torch")
-        with pytest.raises(nd.DataError, match="contiguous"):
-            nd.dequantize(torch.zeros(360, dtype=torch.uint8, device="cuda")[::2], "Q4_0")
-
 
 class TestStreams:
     data = random_blocks("Q8_0", 4096)
@@ -262,7 +257,7 @@ class TestStreams:
 
     def test_no_stream(self):
         for wrong in ("s", -1, 1.5, True, object()):
-            with pytest.raises(nd.DeviceError, match="is no stream"):
+            with pytest.raises(nd.DeviceError, match="expected a stream"):
                 nd.dequantize(self.data, "Q8_0", device="cuda", stream=wrong)
 
 

@@ -1,0 +1,210 @@
+"""PyTorch and CuPy, where a program uses them: their arrays, their current streams, their memory.
+
+Neither is imported here. An array of theirs exists only in a program that has imported its library.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from numba_dequant.dtypes import numpy_dtype
+
+
+class ArrayView(NamedTuple):
+    """Where an array lies on a GPU.
+
+    Attributes:
+        pointer: its address.
+        n_bytes: its length.
+        device: ordinal of its GPU.
+        dtype: of its elements; raw bytes where NumPy has no such type.
+        shape: rows first.
+        array: the array that owns the memory, a contiguous copy if the given one was strided.
+        is_copy: whether it is a copy.
+    """
+
+    pointer: int
+    n_bytes: int
+    device: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    array: Any
+    is_copy: bool
+
+
+class Library(Protocol):
+    """What this package asks of PyTorch and CuPy."""
+
+    name: str
+
+    def is_on_gpu(self, array: Any) -> bool:
+        """Whether an array of this library lies in the memory of a CUDA GPU."""
+
+    def device_of(self, array: Any) -> int:
+        """Ordinal of the GPU on which an array lies."""
+
+    def current_stream(self, index: int) -> int:
+        """Handle of the stream on which the library works now, on that GPU and in this thread."""
+
+    def keeper(self, index: int) -> Any:
+        """What keeps the current stream from being destroyed."""
+
+    def is_contiguous(self, array: Any) -> bool:
+        """Whether an array is one contiguous piece of memory, rows first."""
+
+    def view(self, array: Any) -> ArrayView:
+        """Where an array on a GPU lies. One that is not contiguous is copied first, on the current stream."""
+
+
+class Torch:
+    """PyTorch."""
+
+    name = "torch"
+
+    @property
+    def _torch(self) -> Any:
+        return sys.modules["torch"]
+
+    def is_on_gpu(self, array: Any) -> bool:
+        """Whether a tensor lies in the memory of a CUDA GPU."""
+        return bool(array.is_cuda)
+
+    def is_pinned(self, array: Any) -> bool:
+        """Whether a tensor lies in pinned host memory."""
+        return self.has_gpu and array.device.type == "cpu" and bool(array.is_pinned())
+
+    def device_of(self, array: Any) -> int:
+        """Ordinal of the GPU on which a tensor lies."""
+        return int(array.get_device())
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether the program has used a GPU through PyTorch: before that, it has no stream of its own."""
+        return bool(self._torch.cuda.is_initialized())
+
+    def current_stream(self, index: int) -> int:
+        """Handle of PyTorch's current stream."""
+        if not self.has_gpu:
+            return 0
+        # The public way makes an object of Python's, which takes ten times as long.
+        raw = getattr(self._torch._C, "_cuda_getCurrentRawStream", None)
+        return int(raw(index) if raw is not None else self._torch.cuda.current_stream(index).cuda_stream)
+
+    def keeper(self, index: int) -> Any:
+        """Nothing: PyTorch never destroys a stream of its pool."""
+        return None
+
+    def is_contiguous(self, array: Any) -> bool:
+        """Whether a tensor is one contiguous piece of memory, rows first."""
+        return bool(array.is_contiguous())
+
+    def view(self, array: Any) -> ArrayView:
+        """Where a tensor on a GPU lies; it may be one that requires gradients."""
+        is_copy = not array.is_contiguous()
+        if is_copy:
+            array = array.detach().contiguous()
+        dtype = _dtype_of_torch(array.dtype)
+        shape = tuple(array.shape)
+        n_bytes = array.numel() * array.element_size()
+        return ArrayView(array.data_ptr(), n_bytes, array.get_device(), dtype, shape, array, is_copy)
+
+    def empty(self, n_bytes: int, index: int) -> Any:
+        """Memory from PyTorch's caching allocator, in the order of the current stream.
+
+        Raises:
+            torch.OutOfMemoryError: there is not enough.
+        """
+        return self._torch.empty(n_bytes, dtype=self._torch.uint8, device=_torch_device(index))
+
+    def to_gpu(self, array: Any, index: int, stream: int) -> Any:
+        """A copy on a GPU of a host tensor, as bytes; PyTorch keeps pinned memory until the copy has run."""
+        torch = self._torch
+        blocks = array.detach().reshape(-1).view(torch.uint8)
+        with torch.cuda.stream(self._external(stream, index)):
+            return blocks.to(_torch_device(index), non_blocking=True)
+
+    def record_stream(self, array: Any, index: int, stream: int) -> None:
+        """Let PyTorch hand out the memory of a dropped tensor only after what `stream` has been asked so far."""
+        array.record_stream(self._external(stream, index))
+
+    def _external(self, stream: int, index: int) -> Any:
+        return self._torch.cuda.ExternalStream(stream, device=index)
+
+
+class CuPy:
+    """CuPy."""
+
+    name = "cupy"
+
+    def _cuda(self) -> Any:
+        return sys.modules["cupy"].cuda
+
+    def is_on_gpu(self, array: Any) -> bool:
+        """Always: CuPy has no other arrays."""
+        return True
+
+    def device_of(self, array: Any) -> int:
+        """Ordinal of the GPU on which an array lies."""
+        return int(array.device.id)
+
+    def current_stream(self, index: int) -> int:
+        """Handle of CuPy's current stream."""
+        return int(self.keeper(index).ptr)
+
+    def keeper(self, index: int) -> Any:
+        """The current stream as CuPy's object, which destroys the stream when it is dropped."""
+        return self._cuda().get_current_stream(index)
+
+    def is_contiguous(self, array: Any) -> bool:
+        """Whether an array is one contiguous piece of memory, rows first."""
+        return bool(array.flags.c_contiguous)
+
+    def view(self, array: Any) -> ArrayView:
+        """Where an array lies."""
+        is_copy = not array.flags.c_contiguous
+        if is_copy:
+            array = sys.modules["cupy"].ascontiguousarray(array)
+        found = int(array.data.ptr), int(array.nbytes), int(array.device.id)
+        return ArrayView(*found, array.dtype, tuple(array.shape), array, is_copy)
+
+
+TORCH, CUPY = Torch(), CuPy()
+
+
+def library_of(thing: object) -> Library | None:
+    """The library whose array this is: PyTorch, CuPy, or None for anything else."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(thing, getattr(torch, "Tensor", ())):
+        return TORCH
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(thing, getattr(cupy, "ndarray", ())):
+        return CUPY
+    return None
+
+
+def libraries_with_streams() -> list[Library]:
+    """The libraries of this program that may be at work on a stream of their own."""
+    found: list[Library] = []
+    if getattr(sys.modules.get("torch"), "cuda", None) is not None and TORCH.has_gpu:
+        found.append(TORCH)
+    if getattr(sys.modules.get("cupy"), "cuda", None) is not None:
+        found.append(CUPY)
+    return found
+
+
+@lru_cache
+def _dtype_of_torch(dtype: Any) -> np.dtype[Any]:
+    name = str(dtype).removeprefix("torch.")
+    try:
+        return numpy_dtype(name)
+    except TypeError:  # float8 and the like: only their bytes matter here
+        return np.dtype(f"V{dtype.itemsize}")
+
+
+@lru_cache
+def _torch_device(index: int) -> Any:
+    return sys.modules["torch"].device("cuda", index)
