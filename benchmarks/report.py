@@ -209,7 +209,8 @@ def launches(results):
         "kernel": "the launch alone: `gpu.dequantize_into`",
         "dequantize out": "`nd.dequantize(tensor, 'Q4_K', out=out)`",
         "dequantize": "`nd.dequantize(tensor, 'Q4_K')`, with memory for the result",
-        "dequantize pytorch": "the same, of a PyTorch tensor",
+        "pytorch out": "the same, of PyTorch tensors to one of PyTorch's",
+        "pytorch": "the same, of a PyTorch tensor",
         "numba": "the plain Numba way: `kernels.jit('Q4_K')[...](...)`",
     }
     rows = [

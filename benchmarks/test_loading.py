@@ -231,7 +231,7 @@ def test_memory(benchmark, gpu, tmp_path, n_layers):
     path = models.write(tmp_path / "model.gguf", models.tensors("Llama-3.1-8B", "Q4_K_M", **size))
     n_bytes, n_values = sizes(path)
     nd.load(path, "blk.0.*", device="cuda", progress=False)
-    gpu_loader.release()
+    nd.release_buffers()
     gpu.synchronize()
     _, pool = driver.cuDeviceGetDefaultMemPool(0)
     high = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_USED_MEM_HIGH
@@ -243,7 +243,8 @@ def test_memory(benchmark, gpu, tmp_path, n_layers):
     kept = benchmark.pedantic(nd.load, (path,), {"device": "cuda", "progress": False}, rounds=1)
     gpu.synchronize()
     host = host_memory("VmHWM") - before
-    assert host >= sum(len(kept) * gpu_loader.PIECE for kept in gpu_loader._idle[0])  # pinned memory counts as well
+    pinned = sum(len(kept) * gpu_loader.PIECE for kept in gpu_loader.POOL.idle[0])
+    assert host >= pinned  # it counts as well
     on_gpu = int(driver.cuMemPoolGetAttribute(pool, high)[1]) - in_use - sum(tensor.nbytes for tensor in kept.values())
     assert host < 256 << 20
     assert on_gpu < 256 << 20

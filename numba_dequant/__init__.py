@@ -19,7 +19,7 @@ from numba_dequant.errors import (
 from numba_dequant.explanation import Explanation, explain
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, register
-from numba_dequant.loader import Model, load, open
+from numba_dequant.loader import Model, load, open, release_buffers
 from numba_dequant.progress import Progress
 from numba_dequant.selection import QuantizedTensor
 from numba_dequant.version import VERSION
@@ -52,6 +52,7 @@ __all__ = [
     "open",
     "prepare_many",
     "register",
+    "release_buffers",
 ]
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from numba_dequant.errors import DataError, NumbaDequantError, OutputError, ShapeError
 from numba_dequant.format import Format
 from numba_dequant.formats import format_named
+from numba_dequant.interop import library_of
 
 
 @dataclass(slots=True)
@@ -58,6 +59,9 @@ def is_on_gpu(thing: Any) -> bool:
     """Whether an object lies in GPU memory, by its DLPack device or its `__cuda_array_interface__`."""
     if isinstance(thing, (bytes, bytearray, memoryview, np.ndarray)):
         return False
+    library = library_of(thing)
+    if library is not None:
+        return library.is_on_gpu(thing)
     if hasattr(thing, "__dlpack_device__"):
         return int(thing.__dlpack_device__()[0]) in (2, 13)
     return hasattr(thing, "__cuda_array_interface__")

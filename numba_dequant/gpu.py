@@ -129,7 +129,8 @@ def new_memory(n_bytes: int, device: Device, call: CallStream) -> DeviceBytes:
     """
     if call.library is TORCH:
         return runtime.allocate_by_torch(n_bytes, device, call.handle)
-    runtime.refuse_capture(call.handle, "only PyTorch can allocate memory for it; pass out=")
+    if call.handle:
+        runtime.refuse_capture(call.handle, "only PyTorch can allocate memory for it; pass out=")
     return runtime.allocate(n_bytes, device, call.handle, call.keeper)
 
 

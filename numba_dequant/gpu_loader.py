@@ -8,6 +8,7 @@ count that the GPU writes tells when a buffer may be filled again. What the thre
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -86,18 +87,56 @@ class Buffers:
             stream.sync()
 
 
-_idle: dict[int, list[Buffers]] = {}
-"""By GPU, what no load has in use."""
+class BufferPool:
+    """The buffers that no load has in use, by GPU. Loads take turns with them, in whatever thread."""
 
-_staging: dict[int, Staging] = {}
+    def __init__(self) -> None:
+        self.idle: dict[int, list[Buffers]] = {}
+        self.staging: dict[int, Staging] = {}
+        self._lock = threading.Lock()
+
+    def take(self, index: int, device: Device) -> Buffers:
+        """Buffers for one load, new ones if none are idle."""
+        with self._lock:
+            kept = self.idle.get(index)
+            if kept:
+                return kept.pop()
+        return Buffers(device)
+
+    def give_back(self, index: int, buffers: Buffers) -> None:
+        """Keep buffers for the next load; those that are kept already are not kept twice."""
+        with self._lock:
+            kept = self.idle.setdefault(index, [])
+            if all(each is not buffers for each in kept):
+                kept.append(buffers)
+
+    def staging_of(self, index: int) -> Staging:
+        """The buffers of loads without threads."""
+        with self._lock:
+            if index not in self.staging:
+                self.staging[index] = Staging(index)
+            return self.staging[index]
+
+    def release(self, index: int | None = None) -> None:
+        """Free the idle buffers of one GPU, or of all."""
+        with self._lock:
+            chosen = [*self.idle, *self.staging] if index is None else [index]
+            dropped = [self.idle.pop(each, []) for each in chosen]
+            for each in chosen:
+                self.staging.pop(each, None)
+        for kept in dropped:
+            while kept:
+                kept.pop().sync()
+
+    def forget_lock(self) -> None:
+        """Make the lock anew in a forked process, where whoever held it does not exist."""
+        self._lock = threading.Lock()
 
 
-def release() -> None:
-    """Free what is kept for the next load, of whatever model."""
-    for kept in list(_idle.values()):
-        while kept:
-            kept.pop().sync()
-    _staging.clear()
+POOL = BufferPool()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=POOL.forget_lock)
 
 
 @dataclass(slots=True)
@@ -127,9 +166,7 @@ def load(
     _check(requests, index, call)
     is_big = any(request.tensor.byte_order == "big" for request in requests)
     if is_big or not pump.IS_POSSIBLE or not runtime.can_signal(index):
-        if index not in _staging:
-            _staging[index] = Staging(index)
-        return _load_alone(requests, _staging[index], call, watch)
+        return _load_alone(requests, POOL.staging_of(index), call, watch)
     return _Load(requests, index, call, threads or min(n_threads(), USUAL_CREW), prefetch, watch).run()
 
 
@@ -232,17 +269,16 @@ class _Load:
 
     def _start(self, most: int) -> None:
         pump.stop_interrupted()
-        idle = _idle.setdefault(self.index, [])
         with runtime.current(self.index) as device:
             context = runtime.context_of(device)
-            self._buffers = idle.pop() if idle else Buffers(device)
+            self._buffers = POOL.take(self.index, device)
         # What a load before may have left.
         self._buffers.records["waited"] = self._buffers.records["is_taken"] = 0
         sizes = [tensor.n_bytes for tensor in self.tensors]
         try:
             self._pump = pump.Pump(sizes, most, self._buffers.records, SHARE, context, self._finish)
         except BaseException:
-            idle.append(self._buffers)
+            POOL.give_back(self.index, self._buffers)
             raise
 
     def _plan(self, last: int) -> None:
@@ -387,7 +423,6 @@ class _Load:
             # The GPU has failed, and whoever asked it first has said so: this error must not take the place of that.
             self._is_sound = False
         self._results.clear()
-        idle = _idle.setdefault(self.index, [])
         # A buffer that the GPU has not given back would be waited for in vain.
-        if self._is_sound and all(each is not self._buffers for each in idle):
-            idle.append(self._buffers)
+        if self._is_sound:
+            POOL.give_back(self.index, self._buffers)

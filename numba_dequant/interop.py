@@ -91,7 +91,7 @@ class Torch:
         if not self.has_gpu:
             return 0
         # The public way makes an object of Python's, which takes ten times as long.
-        raw = getattr(self._torch._C, "_cuda_getCurrentRawStream", None)
+        raw = _raw_stream_of_torch()
         return int(raw(index) if raw is not None else self._torch.cuda.current_stream(index).cuda_stream)
 
     def keeper(self, index: int) -> Any:
@@ -203,6 +203,11 @@ def _dtype_of_torch(dtype: Any) -> np.dtype[Any]:
         return numpy_dtype(name)
     except TypeError:  # float8 and the like: only their bytes matter here
         return np.dtype(f"V{dtype.itemsize}")
+
+
+@lru_cache(maxsize=1)
+def _raw_stream_of_torch() -> Any:
+    return getattr(sys.modules["torch"]._C, "_cuda_getCurrentRawStream", None)
 
 
 @lru_cache

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import sys
+import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
@@ -17,7 +17,7 @@ from cuda.core.utils import StridedMemoryView
 from numpy.typing import NDArray
 
 from numba_dequant.errors import DataError, DeviceError
-from numba_dequant.interop import TORCH, libraries_with_streams
+from numba_dequant.interop import TORCH, libraries_with_streams, library_of
 
 LEGACY_STREAM, PER_THREAD_STREAM = 1, 2
 """The names of the default streams in `__cuda_array_interface__` and DLPack."""
@@ -69,6 +69,54 @@ def n_devices() -> int:
     raise DeviceError(f"no GPU can be used ({code.name})")
 
 
+def check_index(index: int) -> None:
+    """Check that there is a GPU of that ordinal.
+
+    Raises:
+        DeviceError: there is none.
+    """
+    count = n_devices()
+    if not 0 <= index < count:
+        raise DeviceError(f"there is no device cuda:{index}; this process sees {count}, from cuda:0 on")
+
+
+class _Calls:
+    """Functions of the driver that every call needs.
+
+    `cuda.bindings` takes a microsecond for each, which is longer than the driver takes. They keep the interpreter lock.
+    """
+
+    def __init__(self) -> None:
+        library = ctypes.PyDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        self.get_context = library.cuCtxGetCurrent
+        self.get_context.argtypes = [ctypes.c_void_p]
+        self.is_capturing = library.cuStreamIsCapturing
+        self.is_capturing.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        self.exchange_capture_mode = library.cuThreadExchangeStreamCaptureMode
+        self.exchange_capture_mode.argtypes = [ctypes.c_void_p]
+
+
+@cache
+def _calls() -> _Calls:
+    return _Calls()
+
+
+def _current_context() -> int | None:
+    found = ctypes.c_void_p()
+    _calls().get_context(ctypes.byref(found))
+    return found.value
+
+
+class _ContextsOfThread(threading.local):
+    """By GPU, the context that this thread makes current for it."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, int] = {}
+
+
+_contexts = _ContextsOfThread()
+
+
 class current:
     """Make a GPU the current one, and put back what was.
 
@@ -81,19 +129,22 @@ class current:
     __slots__ = ("_before", "_device")
 
     def __init__(self, index: int) -> None:
-        count = n_devices()
-        if not 0 <= index < count:
-            raise DeviceError(f"there is no device cuda:{index}; this process sees {count}, from cuda:0 on")
+        check_index(index)
         self._device = Device(index)
 
     def __enter__(self) -> Device:
-        self._before = driver.cuCtxGetCurrent()[1]
-        self._device.set_current()
+        before = _current_context()
+        index = self._device.device_id
+        self._before = None
+        if before is None or before != _contexts.known.get(index):
+            self._before = before
+            self._device.set_current()
+            _contexts.known[index] = _current_context() or 0
         return self._device
 
     def __exit__(self, *error: object) -> None:
-        if int(self._before):
-            driver.cuCtxSetCurrent(self._before)
+        if self._before is not None:
+            driver.cuCtxSetCurrent(driver.CUcontext(self._before))
 
 
 def stream_handle(stream: Any) -> int:
@@ -196,6 +247,9 @@ def view(thing: Any, stream: int) -> DeviceBytes:
 def device_of(thing: Any) -> int:
     """Ordinal of the GPU on which an array lies."""
     n_devices()
+    library = library_of(thing)
+    if library is not None:
+        return library.device_of(thing)
     if hasattr(thing, "__dlpack_device__"):
         return int(thing.__dlpack_device__()[1])
     return _device_at(int(thing.__cuda_array_interface__["data"][0]), 0)
@@ -241,19 +295,28 @@ class PoolMemory:
             self._borrowers[stream] = keeper
 
     def __del__(self) -> None:
-        with suppress(Exception):  # the interpreter may be ending
-            if capture_state(self.stream) != NOT_CAPTURING:
-                # Freeing it now would become part of the graph, or break its capture.
-                later = PoolMemory(self.buffer, self.device, self.stream, self._keeper)
-                later._uses, later._borrowers = self._uses, self._borrowers
-                _freed_in_capture.append(later)
-            elif self._uses or self._borrowers:
-                with current(self.device):
-                    for event in self._uses.values():
-                        wait_for(self.stream, event)
-                    for stream in self._borrowers:
-                        if not is_capturing(stream):
-                            wait(self.stream, stream)
+        try:
+            # The memory may be dropped while somebody captures a CUDA graph on another stream.
+            with allowed_in_capture():
+                if capture_state(self.stream) == NOT_CAPTURING:
+                    if self._uses or self._borrowers:
+                        self._wait_for_others()
+                    self.buffer.close()
+                    return
+            # Freeing it now would become part of the graph.
+            later = PoolMemory(self.buffer, self.device, self.stream, self._keeper)
+            later._uses, later._borrowers = self._uses, self._borrowers
+            _freed_in_capture.append(later)
+        except Exception:  # noqa: S110 the interpreter is ending, and the memory goes with it
+            pass
+
+    def _wait_for_others(self) -> None:
+        with current(self.device):
+            for event in self._uses.values():
+                wait_for(self.stream, event)
+            for stream in self._borrowers:
+                if not is_capturing(stream):
+                    wait(self.stream, stream)
 
 
 _freed_in_capture: list[PoolMemory] = []
@@ -286,7 +349,8 @@ def allocate(n_bytes: int, device: Device, stream: int, keeper: Any = None) -> D
     if _freed_in_capture:
         _freed_in_capture[:] = []  # those that cannot be freed yet put themselves back
     try:
-        buffer = device.memory_resource.allocate(max(n_bytes, 1), stream=stream_on(device.device_id, stream))
+        with allowed_in_capture():
+            buffer = device.memory_resource.allocate(max(n_bytes, 1), stream=stream_on(device.device_id, stream))
     except Exception as error:
         if "OUT_OF_MEMORY" not in str(error):
             raise
@@ -342,31 +406,37 @@ def keeper_of(stream: int, device: int) -> tuple[bool, Any]:
     return False, None
 
 
-NOT_CAPTURING = driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+NOT_CAPTURING, RELAXED_CAPTURE, IMPLICIT_CAPTURE = 0, 2, 906
+"""A status, a mode and an error code of the driver's."""
 
 
-def capture_state(stream: int) -> Any:
-    """`NOT_CAPTURING`, or why not: the driver's status of a stream, or its code for the legacy stream.
+def capture_state(stream: int) -> int:
+    """`NOT_CAPTURING`, or the driver's status of a stream that is capturing a CUDA graph.
 
-    That code means that a stream which the legacy stream waits for is capturing: neither may be used for anything else.
+    `IMPLICIT_CAPTURE` says of the legacy stream that one which waits for it is capturing: it must not be used then.
     """
-    code, status, *_ = driver.cuStreamIsCapturing(stream)
-    return status if code == driver.CUresult.CUDA_SUCCESS else code
+    status = ctypes.c_int()
+    code: int = _calls().is_capturing(stream, ctypes.byref(status))
+    return code or status.value
 
 
 def is_capturing(stream: int) -> bool:
     """Whether a stream is capturing a CUDA graph, or, for the legacy stream, must not be used during a capture."""
-    return bool(capture_state(stream) != NOT_CAPTURING)
+    return capture_state(stream) != NOT_CAPTURING
 
 
-@contextmanager
-def allowed_in_capture() -> Iterator[None]:
-    """Let this thread load code and wait for other streams although a CUDA graph is being captured."""
-    _, before = driver.cuThreadExchangeStreamCaptureMode(driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
-    try:
-        yield
-    finally:
-        driver.cuThreadExchangeStreamCaptureMode(before)
+class allowed_in_capture:
+    """Let this thread allocate, free, load code and wait although a CUDA graph is being captured on another stream."""
+
+    __slots__ = ("_exchange", "_mode")
+
+    def __enter__(self) -> None:
+        mode = ctypes.c_int(RELAXED_CAPTURE)
+        self._exchange, self._mode = _calls().exchange_capture_mode, ctypes.byref(mode)
+        self._exchange(self._mode)
+
+    def __exit__(self, *error: object) -> None:
+        self._exchange(self._mode)  # the driver has put the earlier mode there
 
 
 def refuse_capture(stream: int, what: str) -> None:
@@ -428,7 +498,7 @@ def wait(waiting: int, awaited: int) -> None:
     if waiting == awaited:
         return
     states = capture_state(waiting), capture_state(awaited)
-    if driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT in states:
+    if IMPLICIT_CAPTURE in states:
         raise DeviceError(
             "the legacy default stream cannot be used while a CUDA graph is captured on a stream that waits for it; "
             "capture on a non-blocking stream, or compute the data on the capturing stream before"

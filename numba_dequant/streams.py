@@ -47,7 +47,9 @@ def stream_for(stream: Any, index: int, things: Iterable[Any]) -> CallStream:
         if library is not None:
             return CallStream(library.current_stream(index), library, library.keeper(index))
     for library in libraries_with_streams():
-        if runtime.is_capturing(library.current_stream(index)):
+        runtime.check_index(index)
+        current = library.current_stream(index)
+        if current and runtime.is_capturing(current):
             raise DeviceError(
                 f"{library.name} is capturing a CUDA graph, but no array of this call is an array of {library.name}, "
                 "so the graph would not contain it; pass stream= with the capturing stream"

@@ -256,8 +256,7 @@ def installed(kind, monkeypatch):
     monkeypatch.setattr(gpu, "launcher", found.launcher)
     monkeypatch.setattr(pump, "calls", lambda: found.calls)
     monkeypatch.setattr(pump, "IS_POSSIBLE", kind != "alone")
-    monkeypatch.setattr(gpu_loader, "_idle", {})
-    monkeypatch.setattr(gpu_loader, "_staging", {})
+    monkeypatch.setattr(gpu_loader, "POOL", gpu_loader.BufferPool())
     monkeypatch.setattr(runtime, "current", found)
     monkeypatch.setattr(runtime, "pinned", lambda n_bytes: np.zeros(n_bytes, np.uint8))
     monkeypatch.setattr(runtime, "copy_on_device", found.copy_on_device)
@@ -272,4 +271,4 @@ def installed(kind, monkeypatch):
     gc.collect()
     assert n_threads_of_this_process(threads) == threads
     assert not found.problems
-    assert not gpu_loader._idle or isinstance(kind, int)
+    assert not gpu_loader.POOL.idle or isinstance(kind, int)

@@ -26,7 +26,7 @@ def has_threads():
 
 def kept_bytes():
     """GPU memory that is kept for the next load."""
-    return sum(len(buffers) for kept in gpu_loader._idle.values() for buffers in kept) * 4096
+    return sum(len(buffers) for kept in gpu_loader.POOL.idle.values() for buffers in kept) * 4096
 
 
 MOST_BYTES = gpu_loader.BUFFERS * 4096

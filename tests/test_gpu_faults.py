@@ -68,7 +68,7 @@ def nothing_is_left(monkeypatch):
     native.load("pump")
     before = state()
     yield
-    gpu_loader.release()
+    nd.release_buffers()
     after = state(before[1])
     assert after[1:] == before[1:]
     assert after[0] <= before[0]
@@ -129,10 +129,10 @@ class TestHalfway:
     def test_out_of_memory(self, path, monkeypatch, threads, layer):
         real, calls = runtime.allocate, []
 
-        def allocate(n_bytes, device, stream):
+        def allocate(n_bytes, device, stream, keeper=None):
             calls.append(n_bytes)
             is_output = n_bytes == faults.N_ROWS * 640
-            return real(1 << 45 if is_output and calls.count(n_bytes) > layer else n_bytes, device, stream)
+            return real(1 << 45 if is_output and calls.count(n_bytes) > layer else n_bytes, device, stream, keeper)
 
         with monkeypatch.context() as patch:
             patch.setattr(runtime, "allocate", allocate)
@@ -224,11 +224,11 @@ def test_two_hundred_loads_with_faults(path, monkeypatch):
         disk = broken(rng.randrange(2000, size), fault if callable(fault) else lambda: None)
         real, n_allocated = runtime.allocate, []
 
-        def allocate(n_bytes, device, stream):
+        def allocate(n_bytes, device, stream, keeper=None):
             n_allocated.append(n_bytes)
             if fault == "memory" and len(n_allocated) == 3:
                 raise nd.DeviceError("cuda:0 is out of memory")
-            return real(n_bytes, device, stream)
+            return real(n_bytes, device, stream, keeper)
 
         def callback(progress):
             if fault == "callback" and progress.bytes_done > size // 2:
@@ -264,8 +264,8 @@ def test_two_hundred_loads_with_faults(path, monkeypatch):
 def test_the_next_load_reuses_what_it_keeps(path):
     with runtime.current(0):
         nd.load(path, device="cuda", threads=2)
-        (kept,) = gpu_loader._idle[0]
+        (kept,) = gpu_loader.POOL.idle[0]
         count = len(kept)
         nd.load(path, device="cuda", threads=2)
-        assert gpu_loader._idle[0] == [kept]
+        assert gpu_loader.POOL.idle[0] == [kept]
     assert 0 < len(kept) == count <= gpu_loader.BUFFERS

@@ -145,3 +145,35 @@ def test_what_is_reported_is_what_was_asked_for(model, late, select, prefetch):
         pass
     assert reports == sorted(reports)
     assert reports[-1] == sum(request.tensor.n_bytes for request in chosen)
+
+
+def test_closing_a_model_keeps_the_buffers_of_the_others(model, late):
+    model.load_all(device="cuda")
+    before = kept_bytes()
+    model.close()
+    with nd.open(model.path):
+        pass
+    assert kept_bytes() == before
+    nd.release_buffers("cuda:0")
+    assert kept_bytes() == 0
+
+
+def test_loads_in_many_threads_at_once(model, late):
+    """Each has buffers of its own; none are lost, and none are used twice."""
+    if not has_threads():
+        pytest.skip("no threads read here")
+    barrier, found = threading.Barrier(4), []
+
+    def load():
+        barrier.wait()
+        found.extend(model.load_all(device="cuda", threads=2) for _ in range(5))
+
+    workers = [threading.Thread(target=load) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(found) == 20
+    kept = gpu_loader.POOL.idle[0]
+    assert 1 <= len(kept) <= 4
+    assert len({id(each) for each in kept}) == len(kept)

@@ -57,10 +57,10 @@ def test_a_read_error_names_the_tensor_that_it_lies_in(tmp_path, late, threads):
 def test_out_of_memory_halfway(model, late, monkeypatch, threads):
     real = runtime.allocate
 
-    def allocate(n_bytes, owner_device, stream):
+    def allocate(n_bytes, owner_device, stream, keeper=None):
         if n_bytes == 90 * 64 * 2:
             raise nd.DeviceError("cuda:0 is out of memory")
-        return real(n_bytes, owner_device, stream)
+        return real(n_bytes, owner_device, stream, keeper)
 
     with monkeypatch.context() as patch:
         patch.setattr(runtime, "allocate", allocate)
@@ -139,7 +139,7 @@ def test_ctrl_c_while_a_load_is_being_stopped(model, late, monkeypatch, step):
     assert bool(interrupted.n_threads) == (step == "_join")
     assert_loads(model, 3)
     assert not pump._running
-    assert [len(kept) for kept in gpu_loader._idle.values()] == [1]
+    assert [len(kept) for kept in gpu_loader.POOL.idle.values()] == [1]
 
 
 def with_call(late, name, function):
@@ -182,7 +182,7 @@ def test_a_signal_is_refused(model, late, monkeypatch):
 @pytest.mark.parametrize("n_given", [0, 1])
 def test_the_system_has_few_files_left(model, late, monkeypatch, n_given):
     model.load_all("a.norm", device="cuda")
-    (kept,) = gpu_loader._idle[0]
+    (kept,) = gpu_loader.POOL.idle[0]
     n_files, left, real = len(os.listdir("/proc/self/fd")), [n_given], os.eventfd
 
     def eventfd(*arguments):
@@ -195,7 +195,7 @@ def test_the_system_has_few_files_left(model, late, monkeypatch, n_given):
         patch.setattr(os, "eventfd", eventfd)
         with pytest.raises(nd.DeviceError, match="Too many open files; close some files"):
             model.load_all("a.norm", device="cuda")
-    assert gpu_loader._idle[0] == [kept]
+    assert gpu_loader.POOL.idle[0] == [kept]
     assert len(os.listdir("/proc/self/fd")) == n_files
 
 
