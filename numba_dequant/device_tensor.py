@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant import runtime
 from numba_dequant.dtypes import numpy_dtype
+from numba_dequant.errors import DeviceError
 from numba_dequant.interop import Library, libraries_with_streams
 
 
@@ -122,6 +124,19 @@ class DeviceTensor:
             lives_on, keeper = runtime.keeper_of(stream, self.device)
             if lives_on:
                 self.memory.owner.lend(stream, keeper)
+
+    def __reduce__(self) -> NoReturn:
+        raise DeviceError("a tensor on a GPU cannot be pickled; pickle what its copy_to_host() returns")
+
+    def __copy__(self) -> DeviceTensor:
+        return DeviceTensor(replace(self.memory), self.shape, self.dtype, self.stream, self.library)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeviceTensor:
+        with runtime.current(self.device) as device:
+            memory = runtime.allocate(self.nbytes, device, self.stream)
+            if self.size:
+                runtime.copy_on_device(memory.pointer, self.ptr, self.nbytes, self.stream)
+        return DeviceTensor(memory, self.shape, self.dtype, self.stream, self.library)
 
     def __len__(self) -> int:
         if not self.shape:

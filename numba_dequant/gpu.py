@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from cuda.core import Device, EventOptions, Kernel, LaunchConfig, ObjectCode, Stream, launch
+from cuda.core import Device, EventOptions, Kernel, LaunchConfig, ObjectCode, Stream
 from numpy.typing import NDArray
 
 from numba_dequant import compiler, runtime, streams
@@ -210,7 +210,9 @@ def dequantize_into(
         count = min(step, n_elements - first)
         start = data.pointer + first // source.block_size * source.type_size
         place = target.pointer + first * (out.n_bytes // n_elements)
-        launch(queue, launch_config(shape.thread_blocks(count), shape.threads), kernel, start, count, place)
+        runtime.launch_kernel(
+            queue, launch_config(shape.thread_blocks(count), shape.threads), kernel, start, count, place
+        )
     if target is not out:
         runtime.copy_on_device(out.pointer, target.pointer, out.n_bytes, stream)
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from cuda.core import Device, Event, Kernel, LaunchConfig, launch
+from cuda.core import Device, Event, Kernel, LaunchConfig
 from numpy.typing import NDArray
 
 from numba_dequant import gpu, runtime, streams
@@ -204,7 +204,7 @@ def _steps(jobs: list[_Job], dtype: str, device: Device, call: CallStream) -> tu
 
 def _launch(index: int, config: LaunchConfig, kernel: Kernel, table: int, n_tensors: int, stream: int) -> None:
     # The table holds addresses, which count from 0.
-    launch(runtime.stream_on(index, stream), config, kernel, 0, table, n_tensors, 0)
+    runtime.launch_kernel(runtime.stream_on(index, stream), config, kernel, 0, table, n_tensors, 0)
 
 
 def _table(jobs: list[_Job], itemsize: int) -> tuple[NDArray[np.int64], int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import threading
 from collections import deque
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from cuda.bindings import driver
-from cuda.core import Buffer, Device, Event, LegacyPinnedMemoryResource, Stream
+from cuda.core import Buffer, Device, Event, Kernel, LaunchConfig, LegacyPinnedMemoryResource, Stream, launch
 from cuda.core.utils import StridedMemoryView
 from numpy.typing import NDArray
 
@@ -287,7 +288,8 @@ class PoolMemory:
         """Note that what another stream has been asked so far uses this memory."""
         # A CUDA graph that is being captured will use it whenever it is launched: its owner keeps the memory.
         if stream != self.stream and not is_capturing(stream):
-            self._uses[stream] = record(self.device, stream)
+            with allowed_in_capture():
+                self._uses[stream] = record(self.device, stream)
 
     def lend(self, stream: int, keeper: Any) -> None:
         """Note that somebody may use this memory on another stream until it is dropped."""
@@ -353,7 +355,7 @@ def allocate(n_bytes: int, device: Device, stream: int, keeper: Any = None) -> D
             buffer = device.memory_resource.allocate(max(n_bytes, 1), stream=stream_on(device.device_id, stream))
     except Exception as error:
         if "OUT_OF_MEMORY" not in str(error):
-            raise
+            raise _driver_error(error) from error
         raise _out_of_memory(n_bytes, device) from error
     owner = PoolMemory(buffer, device.device_id, stream, keeper)
     return DeviceBytes(int(buffer.handle), n_bytes, device.device_id, owner)
@@ -375,6 +377,22 @@ def allocate_by_torch(n_bytes: int, device: Device, stream: int) -> DeviceBytes:
     return DeviceBytes(int(tensor.data_ptr()), n_bytes, device.device_id, owner)
 
 
+def launch_kernel(stream: Stream, config: LaunchConfig, kernel: Kernel, *arguments: int) -> None:
+    """Queue a kernel.
+
+    Raises:
+        DeviceError: the driver refuses it.
+    """
+    try:
+        launch(stream, config, kernel, *arguments)
+    except Exception as error:
+        raise _driver_error(error) from error
+
+
+def _driver_error(error: Exception) -> DeviceError:
+    return DeviceError(f"the CUDA driver says {str(error).partition(':')[0] or type(error).__name__}")
+
+
 def _out_of_memory(n_bytes: int, device: Device) -> DeviceError:
     _, free, total = driver.cuMemGetInfo()
     return DeviceError(
@@ -387,13 +405,28 @@ _kept: deque[tuple[Event, Any]] = deque()
 """Objects whose memory streams still use, and the point after which they do not, oldest first."""
 
 
+_kept_lock = threading.Lock()
+
+
+def _make_lock_anew() -> None:
+    global _kept_lock  # noqa: PLW0603 whoever held it at a fork does not exist in the child
+    _kept_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_make_lock_anew)
+
+
 def keep_until_done(device: int, stream: int, thing: Any) -> None:
     """Keep an object alive until a stream has done what it was asked so far; a later call lets go of it."""
     if is_capturing(stream):
         return
-    while _kept and _kept[0][0].is_done:
-        _kept.popleft()
-    _kept.append((record(device, stream), thing))
+    done = []
+    with _kept_lock, allowed_in_capture():
+        while _kept and _kept[0][0].is_done:
+            done.append(_kept.popleft())
+        _kept.append((record(device, stream), thing))
+    done.clear()  # without the lock: what is dropped may call us
 
 
 def keeper_of(stream: int, device: int) -> tuple[bool, Any]:

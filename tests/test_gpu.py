@@ -277,6 +277,33 @@ def runtime_pinned(n_bytes):
         return runtime.pinned(n_bytes)
 
 
+def test_copies_and_pickles():
+    import copy
+    import pickle
+
+    tensor = nd.dequantize(random_blocks("Q8_0", 10), "Q8_0", device="cuda")
+    expected = tensor.copy_to_host()
+    shallow, deep = copy.copy(tensor), copy.deepcopy(tensor)
+    assert shallow.ptr == tensor.ptr != deep.ptr
+    kept = copy.deepcopy(nd.QuantizedTensor(tensor, nd.FORMATS["F16"], tensor.shape))
+    del tensor
+    for each in (shallow, deep, kept.data):
+        assert_same_bits(each.copy_to_host(), expected)
+    assert kept.format is nd.FORMATS["F16"]
+    with pytest.raises(nd.DeviceError, match="cannot be pickled"):
+        pickle.dumps(deep)
+
+
+def test_what_the_driver_refuses_is_a_device_error(monkeypatch):
+    from cuda.core import LaunchConfig
+
+    from numba_dequant import gpu
+
+    monkeypatch.setattr(gpu, "launch_config", lambda grid, threads: LaunchConfig(grid=1, block=4096))
+    with pytest.raises(nd.DeviceError, match="the CUDA driver says CUDA_ERROR"):
+        nd.dequantize(bytes(34), "Q8_0", device="cuda")
+
+
 def test_no_such_device():
     with pytest.raises(nd.DeviceError, match="no device cuda:99"):
         nd.dequantize(bytes(34), "Q8_0", device="cuda:99")
