@@ -49,8 +49,9 @@ def dequantize(
             GPU, else the CPU, which is then said once in a warning.
         out: array to write to, contiguous and of the right shape and type: NumPy's for the CPU, anything on the GPU
             for CUDA. It is returned.
-        stream: on which to compute (CUDA): None for the default stream, an int, a stream of PyTorch, CuPy or Numba,
-            or an object with `__cuda_stream__`. Nothing waits for it.
+        stream: on which to compute (CUDA): an int, a stream of PyTorch, CuPy or Numba, or an object with
+            `__cuda_stream__`. None is the current stream of PyTorch or CuPy where data or `out` is theirs, and
+            otherwise the legacy default stream. The host does not wait for it.
         mapping: how the kernel is cut (CUDA): "tile", or "block" for one thread block per quant block.
 
     Returns:
@@ -132,7 +133,7 @@ def prepare_many(
         dtype: as for `dequantize`.
         device: as for `dequantize_many`.
         out: as for `dequantize_many`.
-        stream: on which each run computes, as for `dequantize`.
+        stream: on which each run computes, as for `dequantize`; None is the stream that is current at each run.
 
     Raises:
         UnknownFormatError, DtypeError, DataError, ShapeError, OutputError, DeviceError: as `dequantize_many` does.
