@@ -172,11 +172,12 @@ def checked_output(
         OutputError: it is not.
     """
     index = device.device_id
-    if not isinstance(out, DeviceTensor) and not is_on_gpu(out):
-        raise OutputError(f"out is a {type(out).__name__} on the host, the device is cuda:{index}")
-    library = library_of(out)
-    if library is not None and not library.is_contiguous(out):
-        raise OutputError("out is not contiguous; pass a contiguous array")
+    if not isinstance(out, DeviceTensor):
+        library = library_of(out)
+        if not (is_on_gpu(out) if library is None else library.is_on_gpu(out)):
+            raise OutputError(f"out is a {type(out).__name__} on the host, the device is cuda:{index}")
+        if library is not None and not library.is_contiguous(out):
+            raise OutputError("out is not contiguous; pass a contiguous array")
     target = streams.memory_of(out, call)
     if target.device != index:
         raise OutputError(f"out lies on cuda:{target.device}, the device is cuda:{index}")

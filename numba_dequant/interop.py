@@ -87,9 +87,7 @@ class Torch:
         return bool(self._torch.cuda.is_initialized())
 
     def current_stream(self, index: int) -> int:
-        """Handle of PyTorch's current stream."""
-        if not self.has_gpu:
-            return 0
+        """Handle of PyTorch's current stream; the program has used a GPU through PyTorch."""
         # The public way makes an object of Python's, which takes ten times as long.
         raw = _raw_stream_of_torch()
         return int(raw(index) if raw is not None else self._torch.cuda.current_stream(index).cuda_stream)

@@ -105,17 +105,17 @@ def _calls() -> _Calls:
 def _current_context() -> int | None:
     found = ctypes.c_void_p()
     _calls().get_context(ctypes.byref(found))
-    return found.value
+    return found.value  # None for no context
 
 
-class _ContextsOfThread(threading.local):
-    """By GPU, the context that this thread makes current for it."""
+class _GpusOfThread(threading.local):
+    """By ordinal, a GPU that this thread has used, and the context that is current while it does."""
 
     def __init__(self) -> None:
-        self.known: dict[int, int] = {}
+        self.known: dict[int, tuple[int | None, Device]] = {}
 
 
-_contexts = _ContextsOfThread()
+_gpus = _GpusOfThread()
 
 
 class current:
@@ -127,21 +127,23 @@ class current:
         DeviceError: there is no such GPU.
     """
 
-    __slots__ = ("_before", "_device")
+    __slots__ = ("_before", "_index")
 
     def __init__(self, index: int) -> None:
-        check_index(index)
-        self._device = Device(index)
+        self._index = index
 
     def __enter__(self) -> Device:
         before = _current_context()
-        index = self._device.device_id
-        self._before = None
-        if before is None or before != _contexts.known.get(index):
-            self._before = before
-            self._device.set_current()
-            _contexts.known[index] = _current_context() or 0
-        return self._device
+        known = _gpus.known.get(self._index)
+        if known is not None and before is not None and before == known[0]:
+            self._before = None
+            return known[1]
+        check_index(self._index)
+        self._before = before
+        device = Device(self._index)
+        device.set_current()
+        _gpus.known[self._index] = _current_context(), device
+        return device
 
     def __exit__(self, *error: object) -> None:
         if self._before is not None:
@@ -276,48 +278,56 @@ class PoolMemory:
         keeper: what keeps that stream from being destroyed.
     """
 
-    __slots__ = ("__weakref__", "_borrowers", "_keeper", "_uses", "buffer", "device", "stream")
+    __slots__ = ("__weakref__", "_keeper", "_others", "buffer", "device", "stream")
 
     def __init__(self, buffer: Buffer, device: int, stream: int, keeper: Any) -> None:
         self.buffer, self.device, self.stream = buffer, device, stream
         self._keeper = keeper
-        self._uses: dict[int, Event] = {}
-        self._borrowers: dict[int, Any] = {}
+        self._others: dict[int, tuple[Event | None, Any]] | None = None
 
     def used_on(self, stream: int) -> None:
         """Note that what another stream has been asked so far uses this memory."""
         # A CUDA graph that is being captured will use it whenever it is launched: its owner keeps the memory.
         if stream != self.stream and not is_capturing(stream):
             with allowed_in_capture():
-                self._uses[stream] = record(self.device, stream)
+                self._note(stream, record(self.device, stream), None)
 
     def lend(self, stream: int, keeper: Any) -> None:
         """Note that somebody may use this memory on another stream until it is dropped."""
         if stream != self.stream:
-            self._borrowers[stream] = keeper
+            self._note(stream, None, keeper)
+
+    def _note(self, stream: int, event: Event | None, keeper: Any) -> None:
+        if self._others is None:
+            self._others = {}
+        # Who may use it until it is dropped does so beyond any event.
+        before = self._others.get(stream)
+        if before is None or before[0] is not None:
+            self._others[stream] = event, keeper
 
     def __del__(self) -> None:
         try:
             # The memory may be dropped while somebody captures a CUDA graph on another stream.
             with allowed_in_capture():
                 if capture_state(self.stream) == NOT_CAPTURING:
-                    if self._uses or self._borrowers:
+                    if self._others is not None:
                         self._wait_for_others()
                     self.buffer.close()
                     return
             # Freeing it now would become part of the graph.
             later = PoolMemory(self.buffer, self.device, self.stream, self._keeper)
-            later._uses, later._borrowers = self._uses, self._borrowers
+            later._others = self._others
             _freed_in_capture.append(later)
         except Exception:  # noqa: S110 the interpreter is ending, and the memory goes with it
             pass
 
     def _wait_for_others(self) -> None:
+        assert self._others is not None
         with current(self.device):
-            for event in self._uses.values():
-                wait_for(self.stream, event)
-            for stream in self._borrowers:
-                if not is_capturing(stream):
+            for stream, (event, _) in self._others.items():
+                if event is not None:
+                    wait_for(self.stream, event)
+                elif not is_capturing(stream):
                     wait(self.stream, stream)
 
 
@@ -352,7 +362,7 @@ def allocate(n_bytes: int, device: Device, stream: int, keeper: Any = None) -> D
         _freed_in_capture[:] = []  # those that cannot be freed yet put themselves back
     try:
         with allowed_in_capture():
-            buffer = device.memory_resource.allocate(max(n_bytes, 1), stream=stream_on(device.device_id, stream))
+            buffer = device.memory_resource.allocate(n_bytes or 1, stream=stream_on(device.device_id, stream))
     except Exception as error:
         if "OUT_OF_MEMORY" not in str(error):
             raise _driver_error(error) from error
@@ -464,8 +474,7 @@ class allowed_in_capture:
     __slots__ = ("_exchange", "_mode")
 
     def __enter__(self) -> None:
-        mode = ctypes.c_int(RELAXED_CAPTURE)
-        self._exchange, self._mode = _calls().exchange_capture_mode, ctypes.byref(mode)
+        self._exchange, self._mode = _calls().exchange_capture_mode, ctypes.byref(ctypes.c_int(RELAXED_CAPTURE))
         self._exchange(self._mode)
 
     def __exit__(self, *error: object) -> None:

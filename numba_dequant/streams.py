@@ -63,7 +63,7 @@ def owner_of(thing: Any) -> Library | None:
         return thing.library
     library = library_of(thing)
     # A tensor on the host says nothing about streams until the program uses a GPU through PyTorch.
-    return None if library is TORCH and not TORCH.has_gpu else library
+    return None if library is TORCH and not (TORCH.is_on_gpu(thing) or TORCH.has_gpu) else library
 
 
 def memory_of(thing: Any, call: CallStream) -> runtime.DeviceBytes:
