@@ -107,7 +107,7 @@ def load_pageable(path):
     with nd.open(path) as model:
         found = {}
         for name, tensor in model.tensors.items():
-            found[name] = nd.dequantize(model.read(name), tensor.format, shape=tensor.shape, device="cuda")
+            found[name] = nd.dequantize(model.read(name, mmap=True), tensor.format, shape=tensor.shape, device="cuda")
         return found
 
 

@@ -157,9 +157,14 @@ def _place(name: str | None) -> tuple[device.Place, str | None]:
 
 
 def _info(options: argparse.Namespace) -> int:
-    with nd.open(options.file) as model:
-        print(f"{model.path}: {len(model.metadata)} metadata entries, {len(model.tensors)} tensors")
-        entries = tables.metadata_rows(model.metadata)
+    with nd.open(options.file, allow_truncated=True) as model:
+        path, (here, needed) = tables.plain(model.path), model.n_bytes
+        print(f"{path}: {len(model.metadata)} metadata entries, {len(model.tensors)} tensors")
+        if here < needed:
+            print(f"{here:,} of {needed:,} bytes are here; the file looks incomplete")
+        if model.missing_shards:
+            print(f"not here: {', '.join(map(tables.plain, model.missing_shards))}; the tensors of the others follow")
+        entries = tables.metadata_rows(model.metadata.shown())
         width = max((len(key) for key, _ in entries), default=0)
         for key, value in entries:
             print(f"  {key.ljust(width)}  {value}")
@@ -180,7 +185,7 @@ def _show(options: argparse.Namespace) -> int:
         if name is None:
             return _fail(f"{options.what} holds no tensor")
         tensor = model.tensors[name]
-        print(f"{tables.plain(tensor.name)}: {tensor.format.summary}")
+        print(f"{tables.cell(tensor.name)}: {tensor.format.summary}")
         print(nd.explain(model.read(name), tensor.format, options.block or 0, options.element or 0))
     return 0
 

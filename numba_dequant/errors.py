@@ -31,6 +31,10 @@ class DeviceError(NumbaDequantError, RuntimeError):
     """A device that does not exist, cannot be used, ran out of memory or computes wrongly, or a stream that is none."""
 
 
+class OptionError(NumbaDequantError, ValueError, TypeError):
+    """An argument of a wrong kind or value that has no error class of its own."""
+
+
 class TensorNotFoundError(NumbaDequantError, KeyError):
     """A tensor name that the file does not hold, or a pattern that no name matches."""
 
@@ -38,24 +42,38 @@ class TensorNotFoundError(NumbaDequantError, KeyError):
 
 
 class ReadError(NumbaDequantError, OSError):
-    """A file that cannot be read, or that has changed since it was opened.
+    """A file that cannot be opened or read, or that has changed since it was opened.
 
     Attributes:
-        path: the file.
-        tensor: the tensor that was being read.
-        offset: byte position in the file.
+        path: the file; `filename` is the same.
+        tensor: the tensor that was being read, None where the file was being opened.
+        offset: byte position in the file, None where there is none.
         reason: what happened, and what to do.
+        errno: the system's number of the error, None where the system reported none.
     """
 
-    def __init__(self, path: str, tensor: str, offset: int, reason: str) -> None:
+    def __init__(
+        self, path: str, tensor: str | None, offset: int | None, reason: str, number: int | None = None
+    ) -> None:
         self.path = path
         self.tensor = tensor
         self.offset = offset
         self.reason = reason
-        super().__init__(f"{path}: tensor {tensor!r} at byte {offset}: {reason}")
+        what = f"tensor {tensor!r}" if tensor is not None else ""
+        place = " ".join(filter(None, (what, f"at byte {offset}" if offset is not None else "")))
+        self._message = f"{path}: {place}: {reason}" if place else f"{path}: {reason}"
+        super().__init__(self._message)
+        self.errno, self.filename, self.strerror = number, path, reason
 
-    def __reduce__(self) -> tuple[type[ReadError], tuple[str, str, int, str]]:
-        return type(self), (self.path, self.tensor, self.offset, self.reason)
+    def __str__(self) -> str:
+        return self._message  # that of OSError shows the number and the path again
+
+    def __reduce__(self) -> tuple[type[ReadError], tuple[str, str | None, int | None, str, int | None]]:
+        return type(self), (self.path, self.tensor, self.offset, self.reason, self.errno)
+
+
+class MissingFileError(ReadError, FileNotFoundError):
+    """A file that does not exist."""
 
 
 class GgufError(NumbaDequantError, ValueError):

@@ -29,7 +29,7 @@ from numba_dequant.gguf_file import truncated
 from numba_dequant.native.records import BUFFER, ENDED, IN_GPU
 from numba_dequant.pieces import Part, Piece, cut, interleaved
 from numba_dequant.pipeline import PATIENCE
-from numba_dequant.reading import check_unchanged, open_unchanged, read_error
+from numba_dequant.reading import changed, check_unchanged, open_unchanged, read_error
 from numba_dequant.runtime import DeviceBytes
 from numba_dequant.selection import QuantizedTensor, Request
 from numba_dequant.staging import Staging
@@ -164,8 +164,9 @@ def load(
     """
     call = streams.stream_for(stream, index, [request.out for request in requests])
     _check(requests, index, call)
-    is_big = any(request.tensor.byte_order == "big" for request in requests)
-    if is_big or not pump.IS_POSSIBLE or not runtime.can_signal(index):
+    # Native threads read from files, and know no other byte order.
+    is_odd = any(tensor.byte_order == "big" or tensor.source.data is not None for tensor, *_ in requests)
+    if is_odd or not pump.IS_POSSIBLE or not runtime.can_signal(index):
         return _load_alone(requests, POOL.staging_of(index), call, watch)
     return _Load(requests, index, call, threads or min(n_threads(), USUAL_CREW), prefetch, watch).run()
 
@@ -395,7 +396,8 @@ class _Load:
         if fault.code == ENDED:
             size = self._files[piece.path].seek(0, 2)
             cut_short = (self.tensors[part.index] for part in piece.parts)
-            return truncated(next((each for each in cut_short if each.offset + each.n_bytes > size), first))
+            gone = next((each for each in cut_short if each.offset + each.n_bytes > size), None)
+            return truncated(gone, size) if gone is not None else changed(first)
         error = OSError(fault.code, os.strerror(fault.code))
         return read_error(self.tensors[piece.index_at(fault.offset)], fault.offset, error)
 

@@ -15,6 +15,7 @@ from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DeviceError, OutputError
 from numba_dequant.pieces import Part, Piece
 from numba_dequant.pipeline import Pipeline
+from numba_dequant.reading import allocate
 from numba_dequant.selection import QuantizedTensor, Request
 
 PIECE = 1 << 20
@@ -80,10 +81,7 @@ class _Results:
             return
         tensor = request.tensor
         shape = (tensor.n_bytes,) if request.dtype is None else tensor.shape
-        try:
-            self.arrays[index] = np.empty(shape, _kind(request))
-        except MemoryError as error:
-            raise DeviceError(f"{tensor.path}: tensor {tensor.name!r}: out of memory: {error}") from error
+        self.arrays[index] = allocate(tensor, shape, _kind(request))
 
     def worker(self) -> _Worker:
         return _Worker(self)
@@ -111,7 +109,11 @@ class _Worker:
 
     def take(self, piece: Piece, data: NDArray[np.uint8]) -> None:
         for part in piece.parts:
-            self._write(part, data[part.at : part.at + part.n_bytes])
+            try:
+                self._write(part, data[part.at : part.at + part.n_bytes])
+            except MemoryError as error:
+                tensor = self._results.requests[part.index].tensor
+                raise DeviceError(f"{tensor.path}: tensor {tensor.name!r}: out of memory: {error}") from error
 
     def _write(self, part: Part, data: NDArray[np.uint8]) -> None:
         request = self._results.requests[part.index]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import html
-import os
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +15,10 @@ from numba_dequant import tables
 from numba_dequant.device import Place, place_named
 from numba_dequant.dtypes import dtype_name
 from numba_dequant.errors import DeviceError, OutputError
-from numba_dequant.gguf_file import GgufFile, TensorInfo, open_gguf, truncated
+from numba_dequant.gguf_file import GgufFile, TensorTable, open_gguf
+from numba_dequant.gguf_metadata import Metadata
 from numba_dequant.progress import Progress, Reporter
-from numba_dequant.reading import swap_bytes
+from numba_dequant.reading import check_complete, map_tensor, read_tensor
 from numba_dequant.selection import Request, Select, requests, rows_of
 
 Callback = Callable[[Progress], object] | None
@@ -27,22 +27,37 @@ Callback = Callable[[Progress], object] | None
 class Model:
     """An open GGUF model, one file or all shards of a split; nothing but the header has been read.
 
-    A file that is written to or replaced afterwards is refused when a tensor is loaded.
+    A file that is replaced or changes its size afterwards is refused when a tensor is loaded. Where only its time
+    stamp changes, its header is compared: if that is the same, the file is taken, with one warning.
 
     Attributes:
-        metadata: the file's key-value pairs; arrays are read when they are looked at.
+        metadata: the file's key-value pairs; arrays and long strings are read when they are looked at.
+            ``json.dumps(dict(model.metadata))`` reads all of them.
         tensors: name -> `TensorInfo` (format, shape, place in the file), in file order.
     """
 
     def __init__(self, file: GgufFile) -> None:
         self._file = file
-        self.metadata: Mapping[str, Any] = file.metadata
-        self.tensors: Mapping[str, TensorInfo] = file.tensors
+        self.metadata: Metadata = file.metadata
+        self.tensors: TensorTable = file.tensors
 
     @property
     def path(self) -> str:
-        """The file, or the first shard."""
-        return str(self._file.path)
+        """The file, or the first shard, as it was given; ``<memory>`` for bytes in memory.
+
+        A relative path is kept for display only: files are found again after a change of the working directory.
+        """
+        return self._file.path
+
+    @property
+    def n_bytes(self) -> tuple[int, int]:
+        """Bytes that the files had when they were opened, and that they have when they are complete."""
+        return self._file.n_bytes_here, self._file.n_bytes
+
+    @property
+    def missing_shards(self) -> tuple[str, ...]:
+        """Shards that were not there, where `allow_truncated` let them be missing."""
+        return self._file.missing_shards
 
     def load(
         self,
@@ -72,8 +87,9 @@ class Model:
         Raises:
             TensorNotFoundError: the file holds no tensor of that name.
             ShapeError: `rows` are no slice, or not whole blocks.
-            GgufError: the file is shorter than it was when it was opened.
+            GgufError: the file ends before the tensor does.
             ReadError: the file cannot be read, or has changed since.
+            DeviceError: there is no such device, or not enough memory.
         """
         kept_type = dtype_name(dtype)
         if keep_quantized and out is not None:
@@ -156,18 +172,25 @@ class Model:
         chosen = requests(self.tensors, select, dtype, None, keep_quantized=keep_quantized)
         return self._named(chosen, place_named(device), stream, threads, max(prefetch, 0), progress, callback)
 
-    def read(self, name: str) -> NDArray[np.uint8]:
-        """The compressed bytes of one tensor: a read-only map of the file where its byte order is this machine's."""
+    def read(self, name: str, *, mmap: bool = False) -> NDArray[np.uint8]:
+        """The compressed bytes of one tensor, in this machine's byte order: read, and yours to keep.
+
+        Of a model in memory it is a read-only view.
+
+        Args:
+            name: of the tensor.
+            mmap: give a read-only map of the file instead, which reads nothing until it is looked at. What the file
+                holds at that time is what it shows; if the file has become shorter, **the process ends by SIGBUS**.
+                Only for files that nobody changes. Bytes of the other byte order are read all the same.
+
+        Raises:
+            TensorNotFoundError: the file holds no tensor of that name.
+            GgufError: the file ends before the tensor does.
+            ReadError: the file cannot be read, or has changed since it was opened.
+            DeviceError: there is not enough memory.
+        """
         tensor = self.tensors[name]
-        if not tensor.n_bytes:
-            return np.empty(0, np.uint8)
-        if os.path.getsize(tensor.path) < tensor.offset + tensor.n_bytes:
-            raise truncated(tensor)
-        data: NDArray[Any] = np.memmap(tensor.path, np.uint8, "r", tensor.offset, (tensor.n_bytes,)).view(np.ndarray)
-        if tensor.byte_order == "big":
-            data = data.copy()
-            swap_bytes(data, tensor)
-        return data
+        return map_tensor(tensor) if mmap else read_tensor(tensor)
 
     def close(self) -> None:
         """Do nothing: a model keeps no file open, and can still be used. It makes `with` work, as for files."""
@@ -205,6 +228,8 @@ class Model:
         prefetch: int | None,
         watch: Callable[[int], None],
     ) -> Generator[Any, None, None]:
+        for request in chosen:
+            check_complete(request.tensor)
         if place.kind == "cuda":
             from numba_dequant import gpu_loader
 
@@ -215,7 +240,7 @@ class Model:
 
         return host_loader.load(chosen, place, threads, prefetch, watch)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Model:
         return self
 
     def __exit__(
@@ -224,7 +249,7 @@ class Model:
         self.close()
 
     def _repr_html_(self) -> str:
-        metadata = tables.html(("metadata", "value"), tables.metadata_rows(self.metadata))
+        metadata = tables.html(("metadata", "value"), tables.metadata_rows(self.metadata.shown()))
         tensors = tables.html(tables.TENSOR_HEAD, tables.tensor_rows(self.tensors.values()))
         return f"<p>{html.escape(repr(self))}</p>{metadata}{tensors}"
 
@@ -232,27 +257,45 @@ class Model:
         return f"Model({self.path!r}, {len(self.tensors)} tensors)"
 
 
-def open(path: str | os.PathLike[str]) -> Model:
+def open(source: Any, *, offset: int = 0, allow_truncated: bool = False, orig_shapes: bool = False) -> Model:
     """Open a GGUF model: one file, or the first shard of a split. Reads the header and nothing else.
+
+    Args:
+        source: a path (``~`` is not expanded); the contents of a file, as `bytes` or anything else that holds bytes in
+            memory, which is not copied; or all shards of a split as a list of either, in any order and of any name.
+            Of `bytes`, those with a NUL byte are contents, as those of a GGUF file are, and others are a path.
+        offset: byte at which the GGUF file begins, within the file or the memory.
+        allow_truncated: take a file whose download is not complete, if its header is, and a split that lacks later
+            shards. Tensors that are not all there are listed, and refused when they are loaded.
+        orig_shapes: give tensors the shapes that ``comfy.gguf.orig_shape.NAME`` in the metadata says they had before
+            ComfyUI-GGUF reshaped them.
 
     Raises:
         GgufError: the file is not a sound GGUF file.
-        OSError: it cannot be read.
+        MissingFileError: there is no such file.
+        ReadError: the file cannot be read.
+        OptionError: an argument is of a wrong kind.
+        DataError: the contents are not contiguous bytes.
     """
-    return Model(open_gguf(path))
+    return Model(open_gguf(source, offset=offset, allow_truncated=allow_truncated, orig_shapes=orig_shapes))
 
 
 def load(
-    path: str | os.PathLike[str],
+    source: Any,
     select: Select = None,
     dtype: Any = "float16",
     device: str | None = None,
     stream: Any = None,
     progress: bool | None = None,
+    *,
+    offset: int = 0,
+    allow_truncated: bool = False,
+    orig_shapes: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """`open` and `Model.load_all` in one call."""
-    return open(path).load_all(select, dtype, device, stream, progress, **options)
+    model = open(source, offset=offset, allow_truncated=allow_truncated, orig_shapes=orig_shapes)
+    return model.load_all(select, dtype, device, stream, progress, **options)
 
 
 def release_buffers(device: Any = None) -> None:

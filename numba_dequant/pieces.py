@@ -113,7 +113,7 @@ def interleaved(tensors: Sequence[TensorInfo]) -> list[int]:
     """An order in which the tensors of several disks are read in turn: each is kept busy."""
     queues: dict[int, list[int]] = {}
     for index, tensor in enumerate(tensors):
-        queues.setdefault(tensor.stamp.disk, []).append(index)
+        queues.setdefault(tensor.source.stamp.disk, []).append(index)
     if len(queues) == 1:
         return list(range(len(tensors)))
     # Where a queue has got to, as a share of its bytes, is when each of its tensors is due.

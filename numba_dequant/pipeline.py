@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_dequant.errors import DeviceError
 from numba_dequant.gguf_file import TensorInfo
 from numba_dequant.pieces import Piece, cut, interleaved
 from numba_dequant.reading import Files
@@ -91,7 +92,13 @@ class Pipeline:
         threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
         try:
             for thread in threads:
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    # The system has no more threads: those that have started do the work.
+                    if thread is threads[0]:
+                        raise DeviceError(f"no thread can be started: {error}; end some other work") from error
+                    break
             for index in range(len(self._tensors)):
                 self._wait_for(index)
                 self._watch(self._taken)

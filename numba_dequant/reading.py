@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from io import RawIOBase
-from typing import Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.errors import ReadError
-from numba_dequant.gguf_file import TensorInfo, truncated
-from numba_dequant.gguf_header import stamp_of
-from numba_dequant.pieces import Piece
+from numba_dequant.errors import DeviceError, ReadError
+from numba_dequant.gguf_model import TensorInfo, truncated
+from numba_dequant.gguf_source import CHANGED, read_into
+from numba_dequant.gguf_source import read_error as error_of_system
+from numba_dequant.pieces import Part, Piece
 
 
 class Files:
@@ -26,7 +27,7 @@ class Files:
         self._open: dict[str, RawIOBase] = {}
         self._stack = ExitStack()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Files:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -50,7 +51,9 @@ class Files:
             offset = max(file.tell(), piece.offset)
             raise read_error(tensors[piece.index_at(offset)], offset, error) from error
         if count < piece.n_bytes:
-            raise truncated(next(tensors[p.index] for p in piece.parts if p.at + p.n_bytes > count))
+            cut_short = next(tensors[part.index] for part in piece.parts if part.at + part.n_bytes > count)
+            check_unchanged(cut_short, file)
+            raise truncated(cut_short, piece.offset + count)
         check_unchanged(first, file)
         for part in piece.parts:
             if tensors[part.index].byte_order == "big":
@@ -67,7 +70,7 @@ def open_unchanged(tensor: TensorInfo) -> RawIOBase:
     """
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(open(tensor.path, "rb", buffering=0))
+            file = stack.enter_context(tensor.source.open())
         except OSError as error:
             raise read_error(tensor, tensor.offset, error) from error
         check_unchanged(tensor, file)
@@ -76,35 +79,103 @@ def open_unchanged(tensor: TensorInfo) -> RawIOBase:
 
 
 def check_unchanged(tensor: TensorInfo, file: RawIOBase) -> None:
-    """Check that a file is the one whose header was read, and has not been written to.
+    """Check that a file is the one whose header was read; see `Source.is_unchanged`.
 
     Raises:
-        GgufError: it is shorter than it was, and ends before the tensor does.
+        GgufError: it ends before the tensor does.
         ReadError: it is another, or has changed.
     """
-    stamp = stamp_of(file.fileno())
-    if not stamp.is_unchanged(tensor.stamp):
-        if stamp.is_same_file(tensor.stamp) and stamp.size < tensor.offset + tensor.n_bytes:
-            raise truncated(tensor)
-        raise ReadError(tensor.path, tensor.name, tensor.offset, "it has changed since it was opened; open it anew")
+    source = tensor.source
+    try:
+        if source.is_unchanged(file):
+            return
+        size = source.size(file)
+        is_without_it = source.is_cut_short(file) and size < tensor.offset + tensor.n_bytes
+    except OSError as error:
+        raise read_error(tensor, tensor.offset, error) from error
+    raise truncated(tensor, size) if is_without_it else changed(tensor)
 
 
-def read_into(file: RawIOBase, data: NDArray[np.uint8], offset: int) -> int:
-    """Fill `data` with the bytes from `offset` on; the result is how many there were."""
-    file.seek(offset)
-    done = 0
-    while done < len(data):
-        count = file.readinto(data[done:].data)
-        if not count:
-            break
-        done += count
-    return done
+def changed(tensor: TensorInfo) -> ReadError:
+    """The error for a file that is not the one whose header was read."""
+    return ReadError(tensor.path, tensor.name, tensor.offset, CHANGED)
 
 
 def read_error(tensor: TensorInfo, offset: int, error: OSError) -> ReadError:
     """The error for a file that cannot be read."""
-    reason = f"{error.strerror or error}; check the disk, or copy the file anew"
-    return ReadError(tensor.path, tensor.name, offset, reason)
+    return error_of_system(tensor.path, error, tensor.name, offset)
+
+
+def check_complete(tensor: TensorInfo) -> None:
+    """Check that a file that was taken although it was incomplete has the whole tensor by now.
+
+    Raises:
+        GgufError: it has not.
+        ReadError: it cannot be opened.
+    """
+    end = tensor.offset + tensor.n_bytes
+    if end > tensor.source.stamp.size:
+        with open_unchanged(tensor) as file:
+            size = tensor.source.size(file)
+        if end > size:
+            raise truncated(tensor, size)
+
+
+def read_tensor(tensor: TensorInfo) -> NDArray[np.uint8]:
+    """The compressed bytes of a tensor, in this machine's byte order: a copy, or a read-only view of bytes in memory.
+
+    Raises:
+        GgufError: the file ends before the tensor does.
+        ReadError: the file cannot be read, or has changed since it was opened.
+        DeviceError: there is not enough memory.
+    """
+    check_complete(tensor)
+    if tensor.source.data is not None and tensor.byte_order == "little":
+        return _read_only(tensor.source.data[tensor.offset : tensor.offset + tensor.n_bytes])
+    room = allocate(tensor, (tensor.n_bytes,), np.dtype(np.uint8))
+    if not tensor.n_bytes:
+        return room
+    piece = Piece(tensor.path, tensor.offset, tensor.n_bytes, [Part(0, 0, 0, tensor.n_bytes)])
+    with Files() as files:
+        return files.read(piece, [tensor], room)
+
+
+def map_tensor(tensor: TensorInfo) -> NDArray[np.uint8]:
+    """The compressed bytes of a tensor as a read-only map of its file; a copy where the byte order is another.
+
+    Raises:
+        GgufError: the file ends before the tensor does.
+        ReadError: the file cannot be mapped, or has changed since it was opened.
+    """
+    if tensor.source.data is not None or tensor.byte_order == "big" or not tensor.n_bytes:
+        return read_tensor(tensor)
+    check_complete(tensor)
+    with open_unchanged(tensor) as file:
+        try:
+            found = np.memmap(file, np.uint8, "r", tensor.offset, (tensor.n_bytes,))
+        except OSError as error:
+            raise read_error(tensor, tensor.offset, error) from error
+        except ValueError:  # it has just been cut short
+            raise truncated(tensor, tensor.source.size(file)) from None
+    return found.view(np.ndarray)
+
+
+def allocate(tensor: TensorInfo, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An array for what a tensor holds.
+
+    Raises:
+        DeviceError: there is not enough memory.
+    """
+    try:
+        return np.empty(shape, dtype)
+    except (MemoryError, ValueError) as error:  # NumPy has a ValueError for more bytes than an address can count
+        raise DeviceError(f"{tensor.path}: tensor {tensor.name!r}: out of memory: {error}") from error
+
+
+def _read_only(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    view = data.view()
+    view.flags.writeable = False
+    return view
 
 
 def swap_bytes(data: NDArray[np.uint8], tensor: TensorInfo) -> None:

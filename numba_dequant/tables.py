@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
@@ -13,25 +13,24 @@ MOST_LINES = 60
 """Rows of a table that is printed unasked."""
 
 
+WIDEST_NAME = 100
+"""Characters of a name in a table."""
+
+
 def plain(name: str) -> str:
     """A name from a file, which must not steer the terminal."""
     return name if name.isprintable() else repr(name)
 
 
-def short(value: Any) -> str:
-    """A metadata value in a few words."""
-    if not isinstance(value, (str, int, float, bool)):
-        shown = [short(item) for item in value[:3]]
-        more = ", ..." if len(value) > len(shown) else ""
-        return f"[{', '.join(shown)}{more}] ({len(value):,} items)"
-    if isinstance(value, str):
-        return repr(value if len(value) <= 60 else value[:57] + "...")
-    return str(value)
+def cell(name: str) -> str:
+    """A name for a table; of one of thousands of characters, which would widen every row, the start and the end."""
+    shown = plain(name)
+    return shown if len(shown) <= WIDEST_NAME else f"{shown[:60]}...{shown[-30:]}"
 
 
-def metadata_rows(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Keys and values."""
-    return [(plain(key), short(value)) for key, value in metadata.items()]
+def metadata_rows(entries: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Keys, and values in a few words."""
+    return [(cell(key), plain(value)) for key, value in entries]
 
 
 def text(head: Sequence[str], rows: Sequence[Sequence[str]], sides: str, most: int | None = None) -> str:
@@ -53,7 +52,7 @@ TENSOR_HEAD, TENSOR_SIDES = ("tensor", "format", "shape", "bytes"), "<<>>"
 def tensor_rows(tensors: Iterable[Any]) -> list[tuple[str, str, str, str]]:
     """Name, format, shape and size of each `TensorInfo`."""
     return [
-        (plain(each.name), each.format.name, " x ".join(map(str, each.shape)) or "scalar", f"{each.n_bytes:,}")
+        (cell(each.name), each.format.name, " x ".join(map(str, each.shape)) or "scalar", f"{each.n_bytes:,}")
         for each in tensors
     ]
 

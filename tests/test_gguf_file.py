@@ -8,11 +8,10 @@ import gguf
 import numpy as np
 import pytest
 from conftest import DATA, write_model
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import numba_dequant as nd
-from numba_dequant import native
 from numba_dequant.gguf_file import open_gguf
 from numba_dequant.gguf_header import WINDOW
 
@@ -26,15 +25,15 @@ DECISIONS = {
     "array_item_type_bad": ("item type", 37),
     "array_len_huge": ("'k' length", 41),
     "array_of_strings_huge": ("'k' length", 41),
-    "dims_5": ("number of dimensions", 77),
-    "dims_bytes_overflow": ("tensor 't' data", 128),
+    "dims_5": None,
+    "dims_bytes_overflow": ("dimensions", 81),
     "dims_not_block_multiple": ("dimensions", 81),
     "dims_product_overflow": ("dimensions", 81),
     "dims_rows_not_block_multiple": ("dimensions", 81),
     "duplicate_tensor_name": ("name of tensor 1", 101),
     "key_invalid_utf8": ("metadata key 1", 76),
     "key_len_huge": ("metadata key 0 length", 24),
-    "kv_bool_2": ("metadata 'k'", 81),
+    "kv_bool_2": None,
     "kv_duplicate_key": ("metadata key 1", 68),
     "kv_type_unknown": ("'k' type", 33),
     "magic_only": ("version", 4),
@@ -42,7 +41,7 @@ DECISIONS = {
     "n_dims_huge": ("number of dimensions", 77),
     "n_kv_huge": ("metadata count", 16),
     "n_tensors_1e9": ("tensor count", 8),
-    "name_64": ("name of tensor 0 length", 68),
+    "name_64": None,
     "name_empty": None,
     "name_len_huge": ("name of tensor 0 length", 68),
     "name_with_nul": ("name of tensor 0", 68),
@@ -234,17 +233,9 @@ STRINGS = {
 }
 
 
-@pytest.fixture(params=["NumPy", "native"])
-def walk(request, monkeypatch):
-    """Native code passes over strings once a process has loaded it for something else, and NumPy before."""
-    if request.param == "native":
-        native.load("walk_strings")
-    monkeypatch.setattr(native, "is_loaded", lambda: request.param == "native")
-
-
 @pytest.mark.parametrize("order", "<>", ids=["little", "big"])
 @pytest.mark.parametrize("kind", STRINGS)
-def test_arrays_of_strings_are_passed_over_and_read(tmp_path, walk, kind, order):
+def test_arrays_of_strings_are_passed_over_and_read(tmp_path, kind, order):
     strings = STRINGS[kind]
     model = open_gguf(write_strings(tmp_path / "s.gguf", strings, order))
     assert model.metadata["b"] == 12345
@@ -254,14 +245,15 @@ def test_arrays_of_strings_are_passed_over_and_read(tmp_path, walk, kind, order)
 
 
 @given(st.lists(st.binary(max_size=300), max_size=60), st.sampled_from("<>"))
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_strings_are_passed_over(tmp_path_factory, walk, strings, order):
+@settings(max_examples=200, deadline=None)
+def test_any_strings_are_passed_over(tmp_path_factory, strings, order):
     path = write_strings(tmp_path_factory.getbasetemp() / "any.gguf", strings, order)
     assert open_gguf(path).metadata["b"] == 12345
 
 
-def test_a_vocabulary_opens_quickly(tmp_path, walk):
-    path = write_strings(tmp_path / "s.gguf", [f"▁token{index}" for index in range(262_144)])
+@pytest.mark.parametrize("order", "<>", ids=["little", "big"])
+def test_a_vocabulary_opens_quickly(tmp_path, order):
+    path = write_strings(tmp_path / "s.gguf", [f"▁token{index}" for index in range(262_144)], order)
     best = min(_seconds(path) for _ in range(5))
     assert best < 0.05
 
@@ -273,22 +265,24 @@ def _seconds(path):
     return time.process_time() - start
 
 
-def test_strings_that_defeat_the_shortcut_cost_linear_time(tmp_path, walk):
-    few, many = (write_strings(tmp_path / f"{count}.gguf", [""] * count) for count in (20_000, 160_000))
+@pytest.mark.parametrize("order", "<>", ids=["little", "big"])
+@pytest.mark.parametrize("strings", [[""], ["", "a"], ["a" * 300], ["a", "b", ""]], ids=["empty", "mixed", "long", "2 and 1"])
+def test_strings_that_defeat_a_shortcut_cost_linear_time(tmp_path, strings, order):
+    few, many = (write_strings(tmp_path / f"{n}.gguf", strings * (n // len(strings)), order) for n in (20_000, 160_000))
     assert min(_seconds(many) for _ in range(3)) < 30 * min(_seconds(few) for _ in range(3))
 
 
-def test_a_string_of_an_array_that_is_not_utf8_fails_when_it_is_read(tmp_path):
-    array = open_gguf(write_strings(tmp_path / "s.gguf", [b"fine", b"\xff"])).metadata["a"]
-    with pytest.raises(nd.GgufError, match="0xff, allowed: UTF-8"):
-        array[0]
+def test_what_is_not_utf8_in_an_item_is_replaced_and_hides_no_other_item(tmp_path):
+    array = open_gguf(write_strings(tmp_path / "s.gguf", [b"fine", b"a\xffb", b"\0", b"x\0"])).metadata["a"]
+    assert array[0] == "fine"
+    assert array.to_list() == ["fine", "a\N{REPLACEMENT CHARACTER}b", "\0", "x\0"]
 
 
 def test_an_array_of_a_file_that_has_changed_is_not_read(tmp_path):
     path = write_strings(tmp_path / "s.gguf", ["one", "two"])
     array = open_gguf(path).metadata["a"]
     path.write_bytes(path.read_bytes().replace(b"two", b"three"))
-    with pytest.raises(nd.GgufError, match=r"metadata 'a' at byte .*: found a file that has changed, .*open it anew"):
+    with pytest.raises(nd.GgufError, match=r"metadata 'a' at byte .*: found a file that has changed, .*reopen it"):
         list(array)
 
 

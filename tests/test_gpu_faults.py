@@ -114,14 +114,14 @@ class TestHalfway:
         path.write_bytes(content)
         faults.assert_loads(path, "cuda")
 
-    def test_the_file_is_written_to(self, path, monkeypatch, threads, layer):
+    def test_the_header_is_written_to(self, path, monkeypatch, threads, layer):
         _, at = faults.place(path, layer)
         content = path.read_bytes()
 
-        disk = broken(at, lambda: faults.overwrite(path, at))
+        disk = broken(at, lambda: faults.overwrite(path, 30))
         with monkeypatch.context() as patch:
             patch.setattr(pump, "calls", lambda: disk.calls)
-            with pytest.raises(nd.ReadError, match="it has changed since it was opened; open it anew"):
+            with pytest.raises(nd.ReadError, match="it has changed since it was opened; reopen it"):
                 nd.load(path, device="cuda", threads=threads)
         path.write_bytes(content)
         faults.assert_loads(path, "cuda")

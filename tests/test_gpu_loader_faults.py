@@ -200,10 +200,18 @@ def test_the_system_has_few_files_left(model, late, monkeypatch, n_given):
 
 
 def test_a_changed_file_is_said_to_be_once(model, late, threads):
-    os.utime(model.path, (1, 1))
+    os.truncate(model.path, os.path.getsize(model.path) + 1)
     with pytest.raises(nd.ReadError) as caught:
         model.load_all(device="cuda", threads=threads)
     assert str(caught.value).count("it has changed") == 1
+
+
+def test_a_time_stamp_alone_is_warned_of_once(model, late, threads):
+    os.utime(model.path, (1, 1))
+    with pytest.warns(RuntimeWarning, match="time stamp has changed") as warned:
+        assert_loads(model, threads)
+    assert len(warned) == 1
+    assert_loads(model, threads)
 
 
 @pytest.mark.usefixtures("with_threads")

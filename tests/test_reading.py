@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import numba_dequant as nd
 from numba_dequant import reading
+from numba_dequant.gguf_source import Source
 from numba_dequant.pieces import cut, interleaved
 from numba_dequant.pipeline import Pipeline
 
@@ -202,7 +203,10 @@ def test_tensors_without_bytes(tmp_path):
 def test_disks_are_read_in_turn(model):
     def on_disks(*disks):
         tensor = model.tensors["t0"]
-        return [tensor._replace(stamp=tensor.stamp._replace(disk=disk)) for disk in disks]
+        sources = {disk: Source(f"disk{disk}") for disk in disks}
+        for disk, source in sources.items():
+            source.stamp = tensor.source.stamp._replace(disk=disk)
+        return [tensor._replace(source=sources[disk]) for disk in disks]
 
     assert interleaved(on_disks(1, 1, 1, 1, 2, 2)) == [0, 4, 1, 2, 5, 3]
     assert interleaved(on_disks(1, 1, 1, 1, 1, 1)) == list(range(6))

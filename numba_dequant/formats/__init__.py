@@ -17,8 +17,41 @@ _with_id: dict[int, Format] = {}
 FORMATS: Mapping[str, Format] = MappingProxyType(_formats)
 """Every known format by name, ordered by ggml id."""
 
-REMOVED_IDS = frozenset({4, 5, 31, 32, 33, 36, 37, 38})
+REMOVED_IDS = {
+    4: "Q4_2",
+    5: "Q4_3",
+    31: "Q4_0_4_4",
+    32: "Q4_0_4_8",
+    33: "Q4_0_8_8",
+    36: "IQ4_NL_4_4",
+    37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8",
+}
 """Ids that GGML once gave to formats and has taken back."""
+
+# Source: enum ggml_type of 3rdparty/llama.cpp in microsoft/BitNet, also consumed by ik_llama.cpp (ggml.h).
+BITNET_IDS = {36: "I2_S", 37: "I8_S", 38: "TL1"}
+"""Ids that Microsoft's BitNet gives to formats of its own."""
+
+# Source: enum ggml_type of ggml/include/ggml.h in ikawrakow/ik_llama.cpp, commit 8337e4cd.
+IK_LLAMA_IDS = {
+    97: "Q8_0_X4 Q8_1_X4 Q8_2_X4",
+    133: "Q6_0 IQ1_BN IQ2_BN Q8_K64 IQ2_K IQ3_K IQ4_K IQ5_K IQ6_K IQ2_TN IQ1_TN IQ4_KS IQ2_KS IQ4_KSS Q8_K16 Q8_K32 "
+    "Q8_KR8 Q8_K128 Q8_KV IQ5_KS IQ2_KT IQ3_KT IQ4_KT IQ3_KS IQ2_KL IQ1_KT",
+    202: "Q4_0_R8",
+    206: "Q5_0_R4",
+    208: "Q8_0_R8",
+    210: "Q2_K_R4 Q3_K_R4 Q4_K_R4 Q5_K_R4 Q6_K_R4",
+    216: "IQ2_XXS_R4 IQ2_XS_R4 IQ3_XXS_R4 IQ1_S_R4 IQ4_NL_R4 IQ3_S_R4 IQ2_S_R4 IQ4_XS_R8",
+    229: "IQ1_M_R4 BF16_R16",
+    233: "Q6_0_R4",
+    335: "IQ2_BN_R4",
+    337: "IQ2_K_R4 IQ3_K_R4 IQ4_K_R4 IQ5_K_R4",
+    344: "IQ4_KS_R4",
+    352: "IQ5_KS_R4 MXFP4_R8",
+    397: "Q8_K_R16 Q8_KV_R8 Q8_K_R8",
+}
+"""Formats of ik_llama.cpp, a fork of llama.cpp: those whose ids follow one another, by the first id."""
 
 
 def register(new: Format) -> Format:
@@ -61,8 +94,25 @@ def format_with_id(ggml_id: int) -> Format:
     """
     if ggml_id in _with_id:
         return _with_id[ggml_id]
-    removed = " (a format that GGML has removed)" if ggml_id in REMOVED_IDS else ""
-    raise UnknownFormatError(f"unknown ggml type {ggml_id}{removed}")
+    raise UnknownFormatError(f"unknown ggml type {ggml_id}{_origin(ggml_id)}")
+
+
+def _origin(ggml_id: int) -> str:
+    """Who has used an id that is not known here, and what to do; empty if that is not known either."""
+    removed, bitnet = REMOVED_IDS.get(ggml_id), BITNET_IDS.get(ggml_id)
+    if bitnet:
+        return (
+            f" ({bitnet} of Microsoft's BitNet, which only its own programs read; in files of 2024 {removed}, which "
+            "GGML has removed: quantize the model again)"
+        )
+    if removed:
+        return f" ({removed}, a format that GGML has removed: quantize the model again)"
+    for first, names in IK_LLAMA_IDS.items():
+        listed = names.split()
+        if first <= ggml_id < first + len(listed):
+            name = listed[ggml_id - first]
+            return f" ({name} of ik_llama.cpp, a fork of llama.cpp; only programs made for that fork read it)"
+    return ""
 
 
 for _module in pkgutil.iter_modules(__path__):

@@ -9,9 +9,8 @@ import llvmlite.binding as llvm
 from numba import cfunc, types
 
 from numba_dequant.native.pump_loop import join_threads, pump
-from numba_dequant.native.string_walk import walk_strings
 
-FUNCTIONS = (pump, join_threads, walk_strings)
+FUNCTIONS = (pump, join_threads)
 
 ENTRY = """
 declare i32 @{name}_of(ptr, ptr, i64)
