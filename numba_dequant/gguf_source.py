@@ -297,14 +297,15 @@ def source_of(given: Any, number: int | None = None) -> Source:
     """The source that a user has named: a path, or the contents of a file; `number` is its place in a list.
 
     A `str`, an `os.PathLike` and `bytes` without a NUL byte are paths. `bytes` with one are contents, because every
-    GGUF file has NUL bytes and no path can; so is anything else that holds bytes in memory.
+    GGUF file has a NUL among its first six bytes, and no path can have any; so are the first few bytes of such a file,
+    and whatever else holds bytes in memory.
 
     Raises:
         OptionError: it is neither.
         DataError: it is memory that is not contiguous, or not bytes.
         ReadError: a relative path, and the working directory is gone.
     """
-    if isinstance(given, (str, os.PathLike)) or (isinstance(given, bytes) and b"\0" not in given):
+    if isinstance(given, (str, os.PathLike)) or (isinstance(given, bytes) and _is_path(given)):
         try:
             name = os.fsdecode(given)
         except TypeError as error:
@@ -315,6 +316,10 @@ def source_of(given: Any, number: int | None = None) -> Source:
             raise read_error(name, error) from error
     name = "<memory>" if number is None else f"<memory {number}>"
     return Source(name, data=_contents(given))
+
+
+def _is_path(given: bytes) -> bool:
+    return b"\0" not in given and not (given.startswith(b"GGUF") and len(given) < 6)
 
 
 def _contents(given: Any) -> NDArray[np.uint8]:

@@ -114,7 +114,7 @@ def check_complete(tensor: TensorInfo) -> None:
         ReadError: it cannot be opened.
     """
     end = tensor.offset + tensor.n_bytes
-    if end > tensor.source.stamp.size:
+    if tensor.n_bytes and end > tensor.source.stamp.size:
         with open_unchanged(tensor) as file:
             size = tensor.source.size(file)
         if end > size:

@@ -266,7 +266,9 @@ def _seconds(path):
 
 
 @pytest.mark.parametrize("order", "<>", ids=["little", "big"])
-@pytest.mark.parametrize("strings", [[""], ["", "a"], ["a" * 300], ["a", "b", ""]], ids=["empty", "mixed", "long", "2 and 1"])
+@pytest.mark.parametrize(
+    "strings", [[""], ["", "a"], ["a" * 300], ["a", "b", ""]], ids=["empty", "mixed", "long", "2 and 1"]
+)
 def test_strings_that_defeat_a_shortcut_cost_linear_time(tmp_path, strings, order):
     few, many = (write_strings(tmp_path / f"{n}.gguf", strings * (n // len(strings)), order) for n in (20_000, 160_000))
     assert min(_seconds(many) for _ in range(3)) < 30 * min(_seconds(few) for _ in range(3))

@@ -1,0 +1,294 @@
+"""Metadata: arrays and long strings that stay in the file until they are looked at, and what is made of them."""
+
+import copy
+import json
+import os
+import pickle
+import struct
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from gguf_bytes import BOOL, FLOAT32, FLOAT64, INT16, INT32, STRING, UINT8, UINT64, entry, gguf, text, value
+
+import numba_dequant as nd
+from numba_dequant import cli
+from numba_dequant.gguf_header import WINDOW
+from numba_dequant.gguf_metadata import LONG_STRING, MetadataArray
+
+ARRAYS = {
+    "bytes": (UINT8, [1, 2, 255]),
+    "shorts": (INT16, [-(1 << 15), 0, (1 << 15) - 1]),
+    "integers": (INT32, list(range(-50, 50))),
+    "large": (UINT64, [(1 << 64) - 1, 0]),
+    "floats": (FLOAT32, [0.5, -1.25, float("inf")]),
+    "doubles": (FLOAT64, [0.1]),
+    "bools": (BOOL, [True, False, True]),
+    "strings": (STRING, ["", "a", "ü☃", "x" * 300, "a\0", "\0"]),
+    "none": (INT32, []),
+    "no strings": (STRING, []),
+}
+
+
+@pytest.fixture(params=ARRAYS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(params="<>", ids=["little", "big"])
+def order(request):
+    return request.param
+
+
+@pytest.fixture(params=["disk", "memory"])
+def opened(request, tmp_path):
+    """Open contents, from disk or from memory."""
+
+    def open_content(content):
+        if request.param == "memory":
+            return nd.open(content)
+        (tmp_path / "m.gguf").write_bytes(content)
+        return nd.open(tmp_path / "m.gguf")
+
+    return open_content
+
+
+def all_arrays(order="<"):
+    return gguf(entries=[value(key, *content, order) for key, content in ARRAYS.items()], order=order)
+
+
+def test_an_array_is_what_the_list_of_its_items_is(opened, kind, order):
+    expected = ARRAYS[kind][1]
+    content = all_arrays(order)
+
+    def fresh():
+        return opened(content).metadata[kind]
+
+    assert isinstance(fresh(), list)
+    assert type(fresh().to_list()) is list
+    for make in (list, tuple, len, bool, sorted, lambda array: list(reversed(array)), lambda array: [*array]):
+        assert make(fresh()) == make(expected)
+    assert fresh() == expected
+    assert expected == fresh()
+    assert fresh() == fresh()
+    assert fresh() != [*expected, 1]
+    assert [*expected, 1] != fresh()
+    assert fresh() + [1] == expected + [1]
+    assert [1] + fresh() == [1] + expected
+    assert fresh() + fresh() == expected + expected
+    assert fresh() * 2 == 2 * fresh() == expected * 2
+    assert fresh().copy() == expected
+    assert "nothing" not in fresh()
+    grown = [1]
+    grown += fresh()
+    assert grown == [1, *expected]
+    for item in expected:
+        assert item in fresh()
+        assert fresh().index(item) == expected.index(item)
+        assert fresh().count(item) == expected.count(item)
+        assert type(fresh()[expected.index(item)]) is type(item)
+    np.testing.assert_array_equal(np.array(fresh()), np.array(expected))
+
+
+def test_items_and_slices_are_those_of_a_list(opened, kind, order):
+    expected = ARRAYS[kind][1]
+    content = all_arrays(order)
+    array = opened(content).metadata[kind]
+    for start in (None, 0, 1, -1, -2, 5, -500, 500):
+        for stop in (None, 0, 2, -1, 3, 500, -500):
+            for step in (None, 1, 2, -1, -3):
+                part = slice(start, stop, step)
+                assert opened(content).metadata[kind][part] == array[part] == expected[part], part
+    for index in range(-len(expected), len(expected)):
+        assert opened(content).metadata[kind][index] == array[index] == expected[index]
+    for index in (len(expected), -len(expected) - 1):
+        with pytest.raises(IndexError):
+            opened(content).metadata[kind][index]
+    with pytest.raises(TypeError):
+        array["0"]
+
+
+def test_metadata_goes_to_json_and_back(opened):
+    metadata = opened(all_arrays()).metadata
+    expected = {key: content for key, (_, content) in ARRAYS.items()}
+    assert json.loads(json.dumps(dict(metadata))) == expected
+    for options in ({"indent": 1}, {"sort_keys": True}, {"ensure_ascii": False}, {"default": repr}):
+        assert json.loads(json.dumps(dict(opened(all_arrays()).metadata), **options)) == expected
+    for key, content in expected.items():
+        assert json.loads(json.dumps(metadata[key].to_list())) == json.loads(json.dumps(metadata[key])) == content
+    odd = opened(gguf(entries=[value("f", FLOAT32, [float("nan")]), value("s", STRING, [b"\xff"])])).metadata
+    assert json.dumps(dict(odd)) == '{"f": [NaN], "s": ["\\ufffd"]}'
+
+
+def test_an_array_cannot_be_changed(opened):
+    array = opened(all_arrays()).metadata["integers"]
+    changes = [
+        lambda: array.append(1),
+        lambda: array.extend([1]),
+        lambda: array.insert(0, 1),
+        lambda: array.pop(),
+        lambda: array.remove(0),
+        array.clear,
+        array.reverse,
+        lambda: array.sort(key=abs),
+        lambda: array.__setitem__(0, 5),
+        lambda: array.__delitem__(0),
+        lambda: array.__iadd__([1]),
+        lambda: array.__imul__(2),
+    ]
+    for change in changes:
+        with pytest.raises(nd.OptionError, match="cannot be changed; change the list that its"):
+            change()
+    array.to_list().append(5)
+    assert array == ARRAYS["integers"][1]
+
+
+def test_no_method_of_list_looks_at_a_list_that_is_empty():
+    """What `MetadataArray` leaves to `list` would see no items."""
+    harmless = {"__new__", "__init__", "__getattribute__", "__hash__", "__doc__", "__class_getitem__", "__sizeof__"}
+    assert {name for name in vars(list) if name not in vars(MetadataArray)} <= harmless
+
+
+def test_arrays_are_pickled_and_copied_without_being_read(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(all_arrays())
+    array = nd.open(tmp_path / "m.gguf").metadata["strings"]
+    kept = [pickle.dumps(array, protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    (tmp_path / "m.gguf").rename(tmp_path / "away")
+    copies = [copy.copy(array), copy.deepcopy(array), *map(pickle.loads, kept)]
+    (tmp_path / "away").rename(tmp_path / "m.gguf")
+    for each in copies:
+        assert type(each) is MetadataArray
+        assert each == ARRAYS["strings"][1]
+
+
+def test_looking_at_items_reads_no_more_than_they_need(tmp_path):
+    n = 1 << 26
+    head = gguf(entries=[entry("a", 9, struct.pack("<IQ", FLOAT32, n))])[:49]
+    path = tmp_path / "m.gguf"
+    path.write_bytes(head)
+    with path.open("r+b") as file:
+        file.truncate(49 + 4 * n)
+        file.seek(49 + 4 * (n - 1))
+        file.write(np.float32(7).tobytes())
+    tracemalloc.start()
+    start = time.process_time()
+    model = nd.open(path)
+    array = model.metadata["a"]
+    assert (array[0], array[-1], array[n - 1], array[:3], array[-2:]) == (0, 7, 7, [0, 0, 0], [0, 7])
+    assert "(67,108,864 items)" in model._repr_html_()
+    assert cli.main(["info", str(path)]) == 0
+    assert sum(array[index] for index in range(100)) == 0
+    assert time.process_time() - start < 1
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+
+
+def test_looking_at_a_string_reads_up_to_it(tmp_path):
+    strings = ["short", "y" * (4 * WINDOW), "after", *["z"] * 100_000, "last"]
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf(entries=[value("a", STRING, strings)]))
+    tracemalloc.start()
+    model = nd.open(path)
+    assert model.metadata["a"][:1] == ["short"]
+    assert model.metadata["a"][0] == "short"
+    assert model.metadata["a"][2] == "after"
+    assert model.metadata["a"][-1] == "last"
+    assert f"['short', '{'y' * 57}...', 'after', ...] (100,004 items)" in dict(model.metadata.shown())["a"]
+    assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    tracemalloc.stop()
+    assert model.metadata["a"][1] == strings[1]
+
+
+def test_going_through_an_array_by_index_does_not_read_the_file_each_time(tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf(entries=[value("a", STRING, [f"token{n}" for n in range(50_000)])]))
+    array = nd.open(path).metadata["a"]
+    start = time.process_time()
+    assert [array[index] for index in range(50_000)] == array
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize("length", [LONG_STRING - 1, LONG_STRING, LONG_STRING + 1, 3 * LONG_STRING])
+def test_long_strings_are_strings(opened, length, order):
+    content = "ü" + "x" * (length - 3) + "y"
+    model = opened(gguf(entries=[value("k", STRING, content + "\0", order), value("n", UINT8, 5, order)], order=order))
+    assert len(content.encode()) == length
+    assert model.metadata["k"] == content
+    assert model.metadata.get("k") == content
+    assert dict(model.metadata) == {"k": content, "n": 5}
+    assert dict(model.metadata.shown()) == {"k": repr("ü" + "x" * 56 + "..."), "n": "5"}
+    assert pickle.loads(pickle.dumps(model)).metadata["k"] == content
+    assert json.loads(json.dumps(dict(model.metadata)))["k"] == content
+
+
+def test_opening_takes_no_memory_for_long_strings(tmp_path):
+    path = tmp_path / "m.gguf"
+    with path.open("wb") as file:
+        file.write(struct.pack("<4sIQQ", b"GGUF", 3, 0, 60))
+        for number in range(60):
+            file.write(text(f"k{number}") + struct.pack("<IQ", STRING, 1 << 26) + "\N{GRINNING FACE}".encode())
+            file.seek((1 << 26) - 4, os.SEEK_CUR)
+        file.truncate()
+    tracemalloc.start()
+    start = time.process_time()
+    model = nd.open(path)
+    model._repr_html_()
+    assert cli.main(["info", str(path)]) == 0
+    assert time.process_time() - start < 1
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["string", "item"])
+def test_a_string_that_is_longer_than_any_may_be_is_refused_when_opened(tmp_path, kind):
+    path = tmp_path / "m.gguf"
+    payload = struct.pack("<Q", (1 << 26) + 1)
+    if kind == "item":
+        payload = struct.pack("<IQ", STRING, 200) + text("x") * 150 + payload
+    with path.open("wb") as file:
+        file.write(gguf(entries=[entry("k", STRING if kind == "string" else 9, payload)])[: 37 + len(payload)])
+        file.truncate(1 << 28)
+    with pytest.raises(nd.GgufError, match=r"'k' (item )?length at byte .*: found 67108865, allowed: at most 67108864"):
+        nd.open(path)
+
+
+def test_strings_beyond_2_gib_of_a_header_are_passed_over_and_read(tmp_path):
+    path = tmp_path / "m.gguf"
+    tokens = [f"token{number}" for number in range(100_000)]
+    with path.open("wb") as file:
+        file.write(struct.pack("<4sIQQ", b"GGUF", 3, 0, 7))
+        for number in range(5):
+            file.write(text(f"u{number}") + struct.pack("<IIQ", 9, UINT64, 1 << 26))
+            file.seek(8 << 26, os.SEEK_CUR)
+        file.write(value("v", STRING, tokens) + value("n", UINT8, 7))
+    if path.stat().st_blocks * 512 > 1 << 28:
+        pytest.skip("this disk has no sparse files")
+    assert path.stat().st_size > 5 << 29
+    model = nd.open(path)
+    assert model.metadata["n"] == 7
+    assert model.metadata["v"] == tokens
+
+
+def test_info_shows_what_can_be_shown(tmp_path, capsys):
+    path = tmp_path / "m.gguf"
+    entries = [
+        value("k" * 65535, UINT8, 1),
+        value("esc\x1b", STRING, "\x1b[31m"),
+        value("bad", STRING, ["fine", b"\xff"]),
+        value("many", STRING, ["a"] * 5),
+        *(value(f"{number:x}", UINT8, 1) for number in range(300)),
+    ]
+    path.write_bytes(gguf([("t" * 65535, (1,), "F32", bytes(4))], entries))
+    assert cli.main(["info", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert len(shown) < 50_000
+    assert "\x1b" not in shown
+    for line in (
+        "['fine', '\N{REPLACEMENT CHARACTER}'] (2 items)",
+        "['a', 'a', 'a', ...] (5 items)",
+        "kkk...kkk",
+        "ttt...ttt",
+    ):
+        assert line in shown
+    assert len(nd.open(path)._repr_html_()) < 100_000
