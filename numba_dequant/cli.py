@@ -140,8 +140,7 @@ def _bench(options: argparse.Namespace) -> int:
     place = _place(options.device)[0]
     if place.kind not in ("cpu", "cuda"):
         return _fail("bench measures cpu or cuda")
-    names = options.formats.split(",") if options.formats else [n for n, f in nd.FORMATS.items() if f.block_size > 1]
-    sources = [format_named(name) for name in names]
+    sources = _formats(options.formats) or [source for source in nd.FORMATS.values() if source.block_size > 1]
     with tqdm(total=len(sources), unit="format", disable=None, leave=False) as progress:
         title, rows = bench.bench(place, sources, options.dtype, progress.update)
     print(title)
@@ -198,12 +197,15 @@ def _cache(options: argparse.Namespace) -> int:
     print(f"{store.directory()}: {len(entries)} entries, {sum(entries.values()):,} bytes")
     for name, size in sorted(entries.items()):
         print(f"  {size:>9,}  {name.rpartition('-')[0]}")
+    if problem := store.problem():
+        print(f"Nothing is kept from now on: {problem}")
     return 0
 
 
 def _warm(options: argparse.Namespace) -> int:
-    names = options.formats.split(",") if options.formats else [n for n, f in nd.FORMATS.items() if f.decode]
-    sources = [format_named(name) for name in names]
+    sources = _formats(options.formats) or [source for source in nd.FORMATS.values() if source.decode]
+    if problem := store.problem():
+        return _fail(f"compiling ahead is of no use: {problem}")
     dtypes = options.dtype or ["float16"]
     capabilities = [_capability(arch) for arch in options.arch]
     if not capabilities and not options.cpu:
@@ -220,6 +222,15 @@ def _warm(options: argparse.Namespace) -> int:
     places = ["the CPU"] * options.cpu + [f"sm_{major}{minor}" for major, minor in capabilities]
     print(f"{len(sources)} formats to {', '.join(dtypes)} compiled for {', '.join(places)}, in {store.directory()}")
     return 0
+
+
+def _formats(names: str | None) -> list[nd.Format]:
+    """The formats of a list of names, all of which are computed."""
+    sources = [format_named(name) for name in names.split(",")] if names else []
+    for source in sources:
+        if source.decode is None:
+            raise nd.UnknownFormatError(f"{source.name} is returned as it is stored: there is nothing to compile")
+    return sources
 
 
 def _capability(arch: str) -> tuple[int, int]:
