@@ -7,22 +7,20 @@ cubins. They are kept on disk.
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, distribution
 from types import SimpleNamespace
 from typing import Any
 
 from numba_dequant import store
 from numba_dequant.errors import DeviceError
 from numba_dequant.format import Format
+from numba_dequant.formats import is_built_in
+from numba_dequant.locks import compile_lock
 from numba_dequant.mapping import mapping_named
 
 TABLE = "table"
 """In place of a mapping: the kernel that takes many tensors."""
-
-_lock = threading.Lock()
 
 TOOLCHAIN = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink", "cuda-core")
 
@@ -33,9 +31,9 @@ def cubin(source: Format, dtype: str, mapping: str, capability: tuple[int, int])
     Raises:
         DeviceError: the CUDA toolkit is missing, or does not know such GPUs.
     """
-    is_ours = source.decode is not None and source.decode.__module__.startswith("numba_dequant.")
+    is_ours = is_built_in(source)
     label = f"sm{capability[0]}{capability[1]}-{source.name}-{dtype}-{mapping}"
-    entry = store.entry_name(label, *_versions())
+    entry = store.entry_name(label, store.versions(*TOOLCHAIN))
     kept = store.read(entry) if is_ours else None
     if kept is None:
         try:
@@ -73,7 +71,7 @@ def function_ptx(kernel: Callable[..., None], capability: tuple[int, int], *kind
 
     of_kind = {"data": types.CPointer(types.uint8), "table": types.CPointer(types.int64), "number": types.int64}
     signature = tuple(of_kind.get(kind, kind) for kind in kinds or ("data", "number", "data"))
-    with _lock:
+    with compile_lock:
         # numba-cuda asks the current device which GPU to compile the kernel's callees for; here we know better.
         real = dispatcher.get_current_device
         dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
@@ -106,7 +104,7 @@ def toolkit_problem() -> str | None:
 
     Loading the toolkit takes a while, so that it was found is kept on disk.
     """
-    entry = store.entry_name("toolkit", *_versions())
+    entry = store.entry_name("toolkit", store.versions(*TOOLCHAIN))
     if store.read(entry) is not None:
         return None
     from cuda.pathfinder import load_nvidia_dynamic_lib
@@ -119,17 +117,3 @@ def toolkit_problem() -> str | None:
         return f"the CUDA toolkit is incomplete ({reason}); install numba_dequant[cu13] or numba_dequant[cu12]"
     store.write(entry, b"")
     return None
-
-
-@lru_cache(maxsize=1)
-def _versions() -> tuple[str, ...]:
-    found = []
-    for package in TOOLCHAIN:
-        try:
-            # What `importlib.metadata.version` does takes three times as long.
-            metadata = distribution(package).read_text("METADATA") or ""
-            match = re.search(r"^Version: *(\S+)", metadata, re.MULTILINE)
-            found.append(f"{package}={match[1] if match else metadata}")
-        except PackageNotFoundError:
-            found.append(f"{package}=")
-    return tuple(found)

@@ -1,34 +1,32 @@
 """The CPU path: `Format.decode`, compiled by Numba for this processor, on every core that the process may use.
 
-The compiled code does not hold the interpreter lock, so plain threads share the work; it is kept on disk.
+The compiled code does not hold the interpreter lock, so plain threads share the work. It is kept on disk: Numba is not
+even imported where it has been compiled before.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
-import pickle
-import threading
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
-import llvmlite
-import numba
 import numpy as np
-from numba import njit, types
-from numba.core.caching import _Cache
-from numba.core.compiler import CompileResult
-from numba.core.serialize import dumps
 from numpy.typing import NDArray
 
-from numba_dequant import bits, lowering_cpu, store
+from numba_dequant import bits, native
 from numba_dequant.bits import RUN
 from numba_dequant.device import n_threads
 from numba_dequant.format import Format
-from numba_dequant.lowering import register_decode
+from numba_dequant.formats import is_built_in, is_passed_on
+from numba_dequant.locks import compile_lock, compiled_once
 
-Span = Callable[[Any, int, int, Any], None]
+Span = Callable[[int, int, int, int], None]
+"""A compiled function that takes the address of blocks, the first and last of the steps to compute, and an address to
+write to."""
 
 MINIMUM_SHARE = 1 << 17
 """Fewest elements worth handing to another thread, which takes 20 us."""
@@ -38,7 +36,7 @@ LARGE_SHARE = 1 << 21
 
 STORES = {"float16": bits.store_float16, "bfloat16": bits.store_bfloat16, "float32": bits.store_float32}
 
-_lock = threading.Lock()
+_lock = compile_lock
 
 
 def dequantize_into(
@@ -50,26 +48,45 @@ def dequantize_into(
     """
     if n_shares is None:
         n_shares = max(1, min(n_threads(), out.size // MINIMUM_SHARE), min(4 * n_threads(), out.size // LARGE_SHARE))
+    if is_passed_on(source, dtype):
+        _share(lambda first, last: pass_on(data, out, first, last), out.size, n_shares)
+        return
     span = compiled(source, dtype)
-    stored = out.view(f"u{out.itemsize}")
+    if span is None:
+        from numba_dequant import reference
+
+        reference.dequantize_into(data, source, out)
+        return
+    assert data.flags.c_contiguous
+    assert out.flags.c_contiguous
+    assert data.nbytes * source.block_size >= out.size * source.type_size
     step = max(source.block_size, RUN)
     n_steps, rest = divmod(out.size, step)
-    bounds = [n_steps * share // n_shares for share in range(n_shares + 1)]
-    if n_shares == 1:
-        span(data, 0, n_steps, stored)
-    else:
-        list(
-            _threads(os.getpid()).map(
-                lambda share: span(data, bounds[share], bounds[share + 1], stored), range(n_shares)
-            )
-        )
+    data_at, out_at = data.ctypes.data, out.ctypes.data
+    _share(lambda first, last: span(data_at, first, last, out_at), n_steps, n_shares)
     if rest:
         # A plain array need not end on a whole run: its last elements get one of their own.
         padded = np.zeros(RUN * source.type_size, np.uint8)
         padded[: rest * source.type_size] = data[-rest * source.type_size :]
-        last = np.empty(RUN, stored.dtype)
-        span(padded, 0, 1, last)
-        stored[-rest:] = last[:rest]
+        last = np.empty(RUN, out.dtype)
+        span(padded.ctypes.data, 0, 1, last.ctypes.data)
+        out[-rest:] = last[:rest]
+
+
+def pass_on(data: NDArray[np.uint8], out: NDArray[Any], first: int, last: int) -> None:
+    """Copy elements, bit for bit: a NaN keeps its payload."""
+    size = out.itemsize
+    out.view(f"u{size}")[first:last] = data[first * size : last * size].view(f"<u{size}")
+
+
+def _share(work: Callable[[int, int], object], n_steps: int, n_shares: int) -> None:
+    """Do `work` from each share's first step to its last, on as many threads as there are cores."""
+    if n_shares == 1:
+        work(0, n_steps)
+        return
+    bounds = [n_steps * share // n_shares for share in range(n_shares + 1)]
+    for _ in _threads(os.getpid()).map(work, bounds[:-1], bounds[1:]):
+        pass
 
 
 @lru_cache(maxsize=1)
@@ -78,82 +95,57 @@ def _threads(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n_threads(), "numba_dequant")
 
 
-def compiled(source: Format, dtype: str) -> Span:
-    """The compiled function that writes a span of blocks, from disk if it has been compiled before."""
-    with _lock:
-        return _compile(source, dtype)
+def compiled(source: Format, dtype: str) -> Span | None:
+    """The compiled function for a format, or None if nothing can be compiled; the reference has the same values.
+
+    That is so where the user has told Numba not to compile, and in a process that was forked out of a compilation.
+    """
+    if is_jit_disabled() or (compile_lock.is_lost and not _compile.has(source, dtype)):
+        return None
+    return _compile(source, dtype)
 
 
-@cache
+def is_jit_disabled() -> bool:
+    """Whether Numba is told not to compile: by `numba.config` once it is imported, before by NUMBA_DISABLE_JIT."""
+    config = getattr(sys.modules.get("numba"), "config", None)
+    if config is not None:
+        return bool(getattr(config, "DISABLE_JIT", False))
+    return os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+
+
+@compiled_once
 def _compile(source: Format, dtype: str) -> Span:
-    assert source.decode is not None
-    register_decode(lowering_cpu.target, source.decode)
-    stored = types.uint32 if dtype == "float32" else types.uint16
-    signature = types.void(types.Array(types.uint8, 1, "C", readonly=True), types.int64, types.int64, stored[::1])
-    dispatcher = njit(nogil=True)(_span_function(source, STORES[dtype]))
-    if source.decode.__module__.startswith("numba_dequant."):
-        dispatcher._cache = _DiskCache(source, dtype)
-    dispatcher.compile(signature)
-    dispatcher.disable_compile()
-    return dispatcher  # type: ignore[no-any-return]
+    store = STORES[dtype]
+    name = f"dequantize_{source.name}_by_{store.__name__}"
+    found = native.load_functions(
+        f"cpu-{source.name}-{dtype}", [name], lambda: [_span_function(source, store, name)], is_kept=is_built_in(source)
+    )
+    kinds = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+    return ctypes.CFUNCTYPE(None, *kinds)(found[name])
 
 
-def _span_function(source: Format, store_run: Callable[..., None]) -> Span:
+def _span_function(source: Format, store_run: Callable[..., None], name: str) -> Callable[[int, int, int, int], int]:
+    from numba_dequant import lowering_cpu
+    from numba_dequant.lowering import register_decode
+    from numba_dequant.native.intrinsics import bytes_at
+
     decode = source.decode
     assert decode is not None
+    register_decode(lowering_cpu.target, decode)
     step = max(source.block_size, RUN)
     step_bytes = source.type_size * step // source.block_size
     # Four runs at a time, so that the compiler works out only once what neighbouring runs share, above all scales.
     together = min(4, step // RUN)
     groups = step // RUN // together
 
-    def dequantize_span(data: Any, first: int, last: int, out: Any) -> None:
+    def dequantize_span(data_at: int, first: int, last: int, out_at: int) -> int:
+        data, out = bytes_at(data_at), bytes_at(out_at)
         for index in range(first, last):
             for group in range(groups):
                 for member in range(together):
                     run = group * together + member
                     store_run(out, index * step + run * RUN, decode(data, index * step_bytes, run), RUN)
+        return 0
 
-    # Code from disk is linked by name with code compiled here: no two functions may share one.
-    dequantize_span.__name__ = dequantize_span.__qualname__ = f"dequantize_{source.name}_by_{store_run.__name__}"
+    dequantize_span.__name__ = dequantize_span.__qualname__ = name
     return dequantize_span
-
-
-class _DiskCache(_Cache):  # type: ignore[misc]
-    """What Numba asks of a function's cache, over `store`.
-
-    Numba's own file cache watches the one source file that a function stands in; ours is made from several.
-    """
-
-    def __init__(self, source: Format, dtype: str) -> None:
-        self._label = f"cpu-{source.name}-{dtype}"
-
-    def _entry(self, context: Any, signature: Any) -> str:
-        versions = (numba.__version__, llvmlite.__version__, np.__version__)
-        return store.entry_name(self._label, *versions, context.codegen().magic_tuple(), signature)
-
-    @property
-    def cache_path(self) -> str:
-        return str(store.directory())
-
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
-        payload = store.read(self._entry(target_context, sig))
-        if payload is None:
-            return None
-        target_context.refresh()
-        try:
-            return CompileResult._rebuild(target_context, *pickle.loads(payload))  # noqa: S301 the user's own cache directory
-        except Exception:
-            return None  # Whatever is wrong with an entry, compiling anew mends it.
-
-    def save_overload(self, sig: Any, data: Any) -> None:
-        store.write(self._entry(data.target_context, data.signature), dumps(data._reduce()))
-
-    def enable(self) -> None:
-        pass
-
-    def disable(self) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass

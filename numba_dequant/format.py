@@ -94,7 +94,7 @@ class Format:
         if (self.dequantize is None) != (self.decode is None):
             raise ValueError(f"{self.name}: give both `dequantize` and `decode`, or neither")
 
-    @cached_property
+    @property
     def type_size(self) -> int:
         """Bytes per block."""
         return self.layout.itemsize
@@ -109,7 +109,7 @@ class Format:
         """Bytes to which every block of an aligned array is aligned: 1, 2, 4 or 8."""
         return math.gcd(self.type_size, 8)
 
-    @cached_property
+    @property
     def stored_dtype(self) -> np.dtype[Any] | None:
         """NumPy dtype of a type that is returned as it is stored (integers, F64); None for all others."""
         if self.decode is not None:

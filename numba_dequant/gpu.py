@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from statistics import median
@@ -19,6 +18,7 @@ from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DeviceError, DtypeError, OutputError
 from numba_dequant.format import Format
 from numba_dequant.interop import TORCH, library_of
+from numba_dequant.locks import compile_lock
 from numba_dequant.mapping import Mapping, mapping_named
 from numba_dequant.runtime import DeviceBytes
 from numba_dequant.streams import CallStream
@@ -26,8 +26,6 @@ from numba_dequant.streams import CallStream
 LARGEST_GRID = 2**31 - 1
 
 NO_HOST_DATA = "data on the host cannot be part of it; copy the data to the GPU before the capture"
-
-_lock = threading.Lock()
 
 
 def dequantize(
@@ -241,7 +239,7 @@ def launch_config(thread_blocks: int, threads: int) -> LaunchConfig:
 @cache
 def load_kernel(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -> Kernel:
     """A kernel ready to launch on GPUs of a compute capability, compiled if it must be."""
-    with _lock, runtime.allowed_in_capture():  # another thread may be compiling it
+    with compile_lock, runtime.allowed_in_capture():  # another thread may be compiling it
         return _load_kernel(source, dtype, mapping, capability)
 
 

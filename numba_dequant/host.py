@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from numba_dequant.device import Place
 from numba_dequant.format import Format
+from numba_dequant.formats import is_passed_on
 
 
 def dequantize_into(
@@ -24,6 +25,10 @@ def dequantize_into(
     """Write the values of `data` (whole blocks) to the flat array `out`, rounded once to `dtype`."""
     if source.stored_dtype is not None:
         out[:] = data.view(source.stored_dtype)
+    elif place.kind == "reference" and is_passed_on(source, dtype):
+        from numba_dequant import cpu
+
+        cpu.pass_on(data, out, 0, out.size)
     elif place.kind == "reference":
         from numba_dequant import reference
 

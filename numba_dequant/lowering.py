@@ -69,6 +69,8 @@ class Target:
     table_address_space: int
     loads_are_invariant: bool
     """Whether nothing changes a block while it is decoded, so that loads may be moved across stores."""
+    widens_eight_at_once: bool
+    """Whether eight floats are loaded as one vector, which `half_to_float` then takes, or one after the other."""
     store_alignment: int
     """Bytes to which the target vouches that a run of outputs is aligned."""
     load_8_unaligned: Callable[[ir.IRBuilder, Any, Any], Any] | None = None
@@ -153,13 +155,16 @@ def lookup_nibbles_by_loads(builder: ir.IRBuilder, table: bits.Table, eight: Any
     return builder.bitcast(result, LONG)
 
 
-def eight_loads_codegen(kind: ir.Type, widen: Emit) -> Codegen:
-    """A load of eight floats of type `kind`, one after the other, widened to float32."""
+def eight_loads_codegen(target: Target, kind: ir.Type, widen: Emit) -> Codegen:
+    """A load of eight floats of type `kind`, widened to float32."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         block, at = arguments
         base = data_pointer(context, builder, signature.args[0], block)
         alignment = min(kind.width // 8, signature.args[0].dtype.bitwidth // 8)
+        if target.widens_eight_at_once:
+            vector = pointer_at(builder, base, at, ir.VectorType(kind, 8))
+            return widen(builder, builder.load(vector, align=alignment))
         result = ir.Constant(EIGHT_FLOATS, ir.Undefined)
         for index in range(8):
             place = builder.add(at, LONG(index * kind.width // 8))
@@ -224,13 +229,15 @@ def emit(function: Emit) -> Codegen:
 
 
 def brain(builder: ir.IRBuilder, number: Any) -> Any:
-    """i16 -> float, of which it is the upper half."""
+    """i16 -> float, of which it is the upper half; or eight of them."""
+    if isinstance(number.type, ir.VectorType):
+        return builder.bitcast(builder.shl(builder.zext(number, EIGHT_WORDS), splat(16)), EIGHT_FLOATS)
     return builder.bitcast(builder.shl(builder.zext(number, WORD), WORD(16)), FLOAT)
 
 
 def single(builder: ir.IRBuilder, number: Any) -> Any:
-    """i32 -> the float with these bits."""
-    return builder.bitcast(number, FLOAT)
+    """i32 -> the float with these bits; or eight of them."""
+    return builder.bitcast(number, EIGHT_FLOATS if isinstance(number.type, ir.VectorType) else FLOAT)
 
 
 def to_float(builder: ir.IRBuilder, number: Any) -> Any:
@@ -276,7 +283,7 @@ def install(target: Target) -> None:
         (bits.load_8_halves, SHORT, target.half_to_float),
         (bits.load_8_brains, SHORT, brain),
     ):
-        implement(target, load_eight, EIGHT, (None, types.int64), eight_loads_codegen(item, widen))
+        implement(target, load_eight, EIGHT, (None, types.int64), eight_loads_codegen(target, item, widen))
     for store, words in (
         (bits.store_float16, target.round_to_half),
         (bits.store_bfloat16, target.round_to_brain),

@@ -33,19 +33,22 @@ def centred_bytes(builder: ir.IRBuilder, eight: Any, centre: Any) -> Any:
 
 
 def half_to_float(builder: ir.IRBuilder, number: Any) -> Any:
-    """i16 -> float: move exponent and mantissa to their places, correct the exponent."""
-    wide = builder.zext(number, WORD)
-    sign = builder.shl(builder.and_(wide, WORD(0x8000)), WORD(16))
-    body = builder.shl(builder.and_(wide, WORD(0x7FFF)), WORD(13))
-    exponent = builder.and_(body, WORD(0x1F << 23))
-    normal = builder.add(body, WORD((127 - 15) << 23))
-    special = builder.add(body, WORD(2 * (127 - 15) << 23))
+    """i16 -> float, or eight of them: move exponent and mantissa to their places, correct the exponent."""
+    is_vector = isinstance(number.type, ir.VectorType)
+    words, floats, item = (EIGHT_WORDS, EIGHT_FLOATS, splat) if is_vector else (WORD, FLOAT, WORD)
+    wide = builder.zext(number, words)
+    sign = builder.shl(builder.and_(wide, item(0x8000)), item(16))
+    body = builder.shl(builder.and_(wide, item(0x7FFF)), item(13))
+    exponent = builder.and_(body, item(0x1F << 23))
+    normal = builder.add(body, item((127 - 15) << 23))
+    special = builder.add(body, item(2 * (127 - 15) << 23))
     # A subnormal is its mantissa times 2**-24: put it below a leading one of 2**-14, then take that one away.
-    raised = builder.bitcast(builder.or_(body, WORD((127 - 14) << 23)), FLOAT)
-    subnormal = builder.bitcast(builder.fsub(raised, ir.Constant(FLOAT, 2.0**-14)), WORD)
-    value = builder.select(builder.icmp_unsigned("==", exponent, WORD(0)), subnormal, normal)
-    value = builder.select(builder.icmp_unsigned("==", exponent, WORD(0x1F << 23)), special, value)
-    return builder.bitcast(builder.or_(value, sign), FLOAT)
+    leading = item((127 - 14) << 23)
+    raised = builder.bitcast(builder.or_(body, leading), floats)
+    subnormal = builder.bitcast(builder.fsub(raised, builder.bitcast(leading, floats)), words)
+    value = builder.select(builder.icmp_unsigned("==", exponent, item(0)), subnormal, normal)
+    value = builder.select(builder.icmp_unsigned("==", exponent, item(0x1F << 23)), special, value)
+    return builder.bitcast(builder.or_(value, sign), floats)
 
 
 def round_to_half(builder: ir.IRBuilder, values: Any) -> Any:
@@ -96,6 +99,7 @@ target = lowering.Target(
     lookup_nibbles=lowering.lookup_nibbles_by_loads,
     table_address_space=0,
     loads_are_invariant=True,
+    widens_eight_at_once=True,
     store_alignment=1,
 )
 lowering.install(target)

@@ -126,6 +126,7 @@ target = lowering.Target(
     lookup_nibbles=lookup_nibbles,
     table_address_space=GLOBAL_MEMORY,
     loads_are_invariant=False,
+    widens_eight_at_once=False,
     store_alignment=16,
     load_8_unaligned=load_8_unaligned,
 )

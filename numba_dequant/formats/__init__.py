@@ -119,3 +119,18 @@ for _module in pkgutil.iter_modules(__path__):
     for _value in vars(import_module(f"{__name__}.{_module.name}")).values():
         if isinstance(_value, Format) and _value.name not in _formats:
             register(_value)
+
+_BUILT_IN = frozenset(_formats.values())
+
+PASSED_ON = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+"""Formats whose elements are values of an output type."""
+
+
+def is_built_in(source: Format) -> bool:
+    """Whether a format is this package's own, so that code compiled for it depends on nothing but this package."""
+    return source in _BUILT_IN and getattr(source.decode, "__module__", "").startswith(f"{__name__}.")
+
+
+def is_passed_on(source: Format, dtype: str) -> bool:
+    """Whether the elements of a format are of type `dtype` as they are stored."""
+    return PASSED_ON.get(source.name) == dtype and is_built_in(source)

@@ -22,6 +22,16 @@ def pointer(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def bytes_at(typingctx: Any, address: Any) -> Any:
+    """The bytes at an address, as the primitives of `bits` take them; they need not be aligned."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], BYTE.as_pointer())
+
+    return types.CPointer(types.uint8)(types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def load_int(typingctx: Any, address: Any) -> Any:
     """The 32-bit number at an address."""
 
