@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant import bits, native
+from numba_dequant import bits, native, reference
 from numba_dequant.bits import RUN
 from numba_dequant.device import n_threads
 from numba_dequant.format import Format
@@ -53,8 +53,6 @@ def dequantize_into(
         return
     span = compiled(source, dtype)
     if span is None:
-        from numba_dequant import reference
-
         reference.dequantize_into(data, source, out)
         return
     assert data.flags.c_contiguous

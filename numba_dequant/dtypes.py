@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from numba_dequant.errors import DtypeError
+from numba_dequant.locks import compile_lock
 
 NAMES = ("float16", "bfloat16", "float32")
 
@@ -36,7 +37,8 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     """The NumPy dtype of an output type; bfloat16 is that of ml_dtypes."""
     kind: Any = name
     if name == "bfloat16":
-        import ml_dtypes
+        with compile_lock:  # a fork waits for the import
+            import ml_dtypes
 
         kind = ml_dtypes.bfloat16
     found: np.dtype[Any] = np.dtype(kind)

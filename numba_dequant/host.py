@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_dequant import cpu, reference
 from numba_dequant.device import Place
 from numba_dequant.format import Format
 from numba_dequant.formats import is_passed_on
@@ -26,16 +27,10 @@ def dequantize_into(
     if source.stored_dtype is not None:
         out[:] = data.view(source.stored_dtype)
     elif place.kind == "reference" and is_passed_on(source, dtype):
-        from numba_dequant import cpu
-
         cpu.pass_on(data, out, 0, out.size)
     elif place.kind == "reference":
-        from numba_dequant import reference
-
         reference.dequantize_into(data, source, out)
     elif place.kind == "cpu":
-        from numba_dequant import cpu
-
         cpu.dequantize_into(data, source, dtype, out, 1 if on_one_core else None)
     else:
         from numba_dequant import simulator

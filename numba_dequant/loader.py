@@ -17,6 +17,7 @@ from numba_dequant.dtypes import dtype_name
 from numba_dequant.errors import DeviceError, OutputError
 from numba_dequant.gguf_file import GgufFile, TensorTable, open_gguf
 from numba_dequant.gguf_metadata import Metadata
+from numba_dequant.locks import compile_lock
 from numba_dequant.progress import Progress, Reporter
 from numba_dequant.reading import check_complete, map_tensor, read_tensor
 from numba_dequant.selection import Request, Select, requests, rows_of
@@ -236,7 +237,8 @@ class Model:
             return gpu_loader.load(chosen, place.index, stream, threads, prefetch, watch)
         if stream is not None and place.kind != "simulator":
             raise DeviceError(f"stream is for CUDA, but the device is {place}")
-        from numba_dequant import host_loader
+        with compile_lock:  # a fork waits for the import
+            from numba_dequant import host_loader
 
         return host_loader.load(chosen, place, threads, prefetch, watch)
 

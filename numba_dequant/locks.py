@@ -1,4 +1,4 @@
-"""One lock for everything that is compiled, made for processes that fork."""
+"""One lock for what happens once in a process, made for processes that fork: compiling, and importing what is slow."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Result = TypeVar("Result")
 class CompileLock:
     """A lock that the same thread may take again. A child that is forked finds it free.
 
-    Numba and LLVM have locks and half-built state of their own, so a fork waits until nobody compiles: what the child
-    inherits is then whole. If that takes more than `PATIENCE`, `is_lost` is true in the child, and nothing can be
-    compiled there any more.
+    Numba, LLVM and Python's import have locks and half-built state of their own, so a fork waits until nobody compiles
+    or imports under this lock: what the child inherits is then whole. If that takes more than `PATIENCE`, `is_lost` is
+    true in the child, and nothing can be compiled there any more.
     """
 
     PATIENCE = 5.0

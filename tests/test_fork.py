@@ -1,0 +1,165 @@
+"""A process that forks while other threads are at work: the child computes, and never waits for a thread it has not."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+
+COMMON = """
+import os, signal, sys, threading, time
+import numpy as np
+import numba_dequant as nd
+from numba_dequant import cpu, native
+from numba_dequant.locks import compile_lock
+
+def values(name, dtype="float16", device="cpu"):
+    data = np.arange(nd.FORMATS[name].type_size * 8, dtype=np.uint8)
+    return nd.dequantize(data, name, dtype, device=device)
+
+def child_computes(*names):
+    expected = {name: values(name, device="reference") for name in names}
+    start = time.perf_counter()
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        for name in names:
+            np.testing.assert_array_equal(values(name), expected[name])
+        os._exit(0)
+    print("forked after", round(time.perf_counter() - start, 2), "s; status", os.waitpid(child, 0)[1])
+    return time.perf_counter() - start
+
+def in_thread(work):
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+"""
+
+
+def run(code, tmp_path):
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", COMMON + code],
+        env=os.environ | {"NUMBA_DEQUANT_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "status 0" in found.stdout, found.stdout + found.stderr
+    return found.stdout
+
+
+def test_a_fork_while_another_thread_compiles(tmp_path):
+    """The thread is in the middle of importing Numba or of compiling; the child compiles another format."""
+    run(
+        """
+real, inside = native.load_functions, threading.Event()
+
+def load_functions(*arguments, **options):
+    inside.set()
+    return real(*arguments, **options)
+
+native.load_functions = load_functions
+thread = in_thread(lambda: values("IQ3_S"))
+inside.wait()
+child_computes("Q8_0", "IQ3_S")
+thread.join()
+assert values("IQ3_S").shape
+""",
+        tmp_path,
+    )
+
+
+def test_a_fork_while_another_thread_compiles_for_too_long(tmp_path):
+    """The child finds the lock free; what it cannot compile it computes by the reference."""
+    run(
+        """
+values("Q8_0")
+compile_lock.PATIENCE = 0.2
+inside, over = threading.Event(), threading.Event()
+
+def hold():
+    with compile_lock:
+        inside.set()
+        over.wait()
+
+thread = in_thread(hold)
+inside.wait()
+assert compile_lock.locked()
+child_computes("Q8_0", "Q4_K", "F16")
+assert compile_lock.locked()
+over.set()
+thread.join()
+assert not compile_lock.locked() and not compile_lock.is_lost
+values("Q4_K")
+""",
+        tmp_path,
+    )
+
+
+def test_what_is_compiled_is_found_without_a_lock(tmp_path):
+    run(
+        """
+values("Q8_0")
+thread_has_it, over = threading.Event(), threading.Event()
+
+def hold():
+    with compile_lock:
+        thread_has_it.set()
+        over.wait(60)
+
+thread = in_thread(hold)
+thread_has_it.wait()
+start = time.perf_counter()
+values("Q8_0")
+assert time.perf_counter() - start < 30 and thread.is_alive()
+over.set()
+thread.join()
+child_computes("Q8_0")
+""",
+        tmp_path,
+    )
+
+
+def test_forks_while_threads_dequantize_and_stream(tmp_path):
+    run(
+        """
+from importlib.resources import files
+sys.setswitchinterval(1e-6)
+model = nd.open(str(files(nd) / "sample" / "sample.gguf"))
+values("Q8_0")
+over = threading.Event()
+
+def dequantize():
+    while not over.is_set():
+        values("Q8_0")
+
+def stream():
+    while not over.is_set():
+        for _ in model.stream(device="cpu", threads=3):
+            pass
+
+threads = [in_thread(work) for work in (dequantize, dequantize, stream)]
+for _ in range(20):
+    child_computes("Q8_0")
+over.set()
+for thread in threads:
+    thread.join()
+""",
+        tmp_path,
+    )
+
+
+def test_a_fork_in_the_middle_of_a_compilation_by_the_same_thread(tmp_path):
+    run(
+        """
+with compile_lock:
+    child_computes("Q8_0")
+assert not compile_lock.locked()
+values("Q4_K")
+""",
+        tmp_path,
+    )
