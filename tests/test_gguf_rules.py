@@ -57,9 +57,9 @@ def test_split_keys_and_the_alignment_may_end_in_a_nul():
 
 
 def test_names_that_are_equal_once_nuls_are_cut_off_are_refused():
-    with pytest.raises(nd.GgufError, match="name of tensor 1 .*'t' again"):
+    with pytest.raises(nd.GgufError, match=r"name of tensor 1 .*'t' again"):
         nd.open(gguf_file([("t", *floats(1)), ("t\0", *floats(1))]))
-    with pytest.raises(nd.GgufError, match="metadata key 1 .*'k' again"):
+    with pytest.raises(nd.GgufError, match=r"metadata key 1 .*'k' again"):
         nd.open(gguf_file(entries=[value("k\0", UINT8, 1), value("k", UINT8, 2)]))
 
 
@@ -71,7 +71,7 @@ def test_a_nul_within_a_key_or_a_string_stays_and_within_a_name_is_refused():
 
 @pytest.mark.parametrize("key", ["", "\0", "\0\0"])
 def test_an_empty_key_is_refused(key):
-    with pytest.raises(nd.GgufError, match="metadata key 1 at byte .*: found an empty key"):
+    with pytest.raises(nd.GgufError, match=r"metadata key 1 at byte .*: found an empty key"):
         nd.open(gguf_file(entries=[value("k", UINT8, 1), value(key, UINT8, 1)]))
 
 

@@ -58,7 +58,7 @@ FILES = {
     "GGML": (struct.pack("<I", 0x67676D6C) + bytes(60), "a GGML file"),
     "GGMF": (struct.pack("<II", 0x67676D66, 1) + bytes(60), "a GGMF file"),
     "GGJT": (struct.pack("<II", 0x67676A74, 3) + bytes(60), "a GGJT file"),
-    "GGLA": (struct.pack("<II", 0x67676C61, 1) + bytes(60), "a LoRA adapter"),
+    "GGLA": (struct.pack("<II", 0x67676C61, 1) + bytes(60), "a GGLA file, a LoRA adapter"),
     "gzip": (gzip.compress(GOOD), "compressed by gzip"),
     "xz": (lzma.compress(GOOD), "compressed by xz"),
     "bzip2": (bz2.compress(GOOD), "compressed by bzip2"),
@@ -70,7 +70,7 @@ FILES = {
     "text": (b"Invalid username or password.", "text: 'Invalid username or password.'"),
     "a program": (b"\x7fELF\2\1\1" + bytes(60), "a program; a llamafile"),
     "a llamafile": (b"MZqFpD='\n", "a program; a llamafile"),
-    "swapped": (b"FUGG" + bytes(60), "swapped in groups of four"),
+    "swapped": (b"FUGG" + bytes(60), "a GGUF file whose bytes have been swapped"),
 }
 
 
