@@ -11,7 +11,7 @@ from importlib.resources import as_file, files
 from tqdm import tqdm
 
 import numba_dequant as nd
-from numba_dequant import device, store, tables, verify, warm
+from numba_dequant import cpu, device, store, tables, verify, warm
 from numba_dequant.dtypes import NAMES
 from numba_dequant.formats import format_named
 
@@ -204,6 +204,8 @@ def _cache(options: argparse.Namespace) -> int:
 
 def _warm(options: argparse.Namespace) -> int:
     sources = _formats(options.formats) or [source for source in nd.FORMATS.values() if source.decode]
+    if options.cpu and cpu.is_jit_disabled():
+        return _fail("nothing is compiled for the CPU where NUMBA_DISABLE_JIT is set; unset it")
     if problem := store.problem():
         return _fail(f"compiling ahead is of no use: {problem}")
     dtypes = options.dtype or ["float16"]

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from numba_dequant import store
+from numba_dequant.device import install_command
 from numba_dequant.errors import DeviceError
 from numba_dequant.format import Format
 from numba_dequant.formats import is_built_in
@@ -66,13 +67,16 @@ def function_ptx(kernel: Callable[..., None], capability: tuple[int, int], *kind
         capability: the GPU's compute capability.
         kinds: of its arguments, "data", "table", "number" or types of Numba; by default those that a kernel takes.
     """
-    from numba import cuda, types
-    from numba.cuda import dispatcher
+    with compile_lock:  # a fork waits for the import
+        from numba import types
+
+        from numba_dequant.cuda_python import cuda
 
     of_kind = {"data": types.CPointer(types.uint8), "table": types.CPointer(types.int64), "number": types.int64}
     signature = tuple(of_kind.get(kind, kind) for kind in kinds or ("data", "number", "data"))
     with compile_lock:
         # numba-cuda asks the current device which GPU to compile the kernel's callees for; here we know better.
+        dispatcher = cuda.dispatcher
         real = dispatcher.get_current_device
         dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
         try:
@@ -107,13 +111,13 @@ def toolkit_problem() -> str | None:
     entry = store.entry_name("toolkit", store.versions(*TOOLCHAIN))
     if store.read(entry) is not None:
         return None
-    from cuda.pathfinder import load_nvidia_dynamic_lib
-
     try:
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+
         for library in ("nvvm", "nvJitLink"):
             load_nvidia_dynamic_lib(library)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return f"the CUDA toolkit is incomplete ({reason}); install numba_dequant[cu13] or numba_dequant[cu12]"
+        return f"the CUDA toolkit is incomplete ({reason}); run: {install_command()}"
     store.write(entry, b"")
     return None

@@ -22,7 +22,8 @@ from numba_dequant.bits import RUN
 from numba_dequant.device import n_threads
 from numba_dequant.format import Format
 from numba_dequant.formats import is_built_in, is_passed_on
-from numba_dequant.locks import compile_lock, compiled_once
+from numba_dequant.locks import compile_lock as _lock
+from numba_dequant.locks import compiled_once
 
 Span = Callable[[int, int, int, int], None]
 """A compiled function that takes the address of blocks, the first and last of the steps to compute, and an address to
@@ -35,8 +36,6 @@ LARGE_SHARE = 1 << 21
 """Elements beyond which a thread gets several shares, up to four, so that one that is held up does not delay all."""
 
 STORES = {"float16": bits.store_float16, "bfloat16": bits.store_bfloat16, "float32": bits.store_float32}
-
-_lock = compile_lock
 
 
 def dequantize_into(
@@ -98,7 +97,7 @@ def compiled(source: Format, dtype: str) -> Span | None:
 
     That is so where the user has told Numba not to compile, and in a process that was forked out of a compilation.
     """
-    if is_jit_disabled() or (compile_lock.is_lost and not _compile.has(source, dtype)):
+    if is_jit_disabled() or (_lock.is_lost and not _compile.has(source, dtype)):
         return None
     return _compile(source, dtype)
 

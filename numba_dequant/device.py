@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Literal
 
 from numba_dequant.errors import DeviceError
+from numba_dequant.locks import compile_lock
+from numba_dequant.warn import warn_once
+
+GPU_PACKAGES = {"numba-cuda": "numba_cuda", "cuda-core": "cuda.core"}
+"""What only a GPU needs, and the modules by which it is found."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +70,48 @@ def cuda_problem() -> str | None:
     """Why no GPU can be used here, or None if one can."""
     if is_simulated():
         return None
+    if sys.platform == "darwin":
+        return "there is no CUDA on macOS"
+    missing = [package for package, module in GPU_PACKAGES.items() if not is_there(module)]
+    if missing:
+        no_driver = "" if _driver_version() else "no NVIDIA driver was found, and "
+        return f"{no_driver}{' and '.join(missing)} cannot be imported; run: {install_command()}"
     try:
-        from numba_dequant import runtime
+        with compile_lock:  # a fork waits for the import
+            from numba_dequant import runtime
 
         runtime.n_devices()
-    except (ImportError, DeviceError) as error:
+    except ImportError as error:
+        return f"{error}; run: {install_command()}"
+    except DeviceError as error:
         return str(error)
     from numba_dequant import compiler
 
     return compiler.toolkit_problem()
+
+
+def install_command() -> str:
+    """The command that installs what a GPU needs, for the driver that is here."""
+    return f'pip install "numba_dequant[{"cu12" if 0 < _driver_version() < 13000 else "cu13"}]"'
+
+
+def is_there(module: str) -> bool:
+    """Whether a module can be found; it is not imported."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # what it is in
+        return False
+
+
+@lru_cache(maxsize=1)
+def _driver_version() -> int:
+    """The newest CUDA that the driver knows, as 13010 for 13.1; 0 without a driver."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        version = ctypes.c_int()
+        return 0 if driver.cuDriverGetVersion(ctypes.byref(version)) else version.value
+    except (OSError, AttributeError):
+        return 0
 
 
 def n_threads() -> int:
@@ -82,10 +121,5 @@ def n_threads() -> int:
     return os.cpu_count() or 1
 
 
-@lru_cache(maxsize=1)
 def _say_once(problem: str) -> None:
-    # The warning points at the line of the user's that called us.
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(f"numba_dequant computes on the CPU: {problem}", RuntimeWarning, stacklevel=level)
+    warn_once(f"numba_dequant computes on the CPU: {problem}")

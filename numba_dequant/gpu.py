@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from cuda.core import Device, EventOptions, Kernel, LaunchConfig, ObjectCode, Stream
+from cuda.core import Device, Kernel, LaunchConfig, ObjectCode, Stream
 from numpy.typing import NDArray
 
 from numba_dequant import compiler, runtime, streams
@@ -263,9 +263,9 @@ def timed(
         stream = runtime.stream_on(index, 0)
         seconds = []
         for _ in range(6):  # the first one compiles
-            start = stream.record(options=EventOptions(timing_enabled=True))
+            start = stream.record(options=runtime.timed_event())
             dequantize_into(memory, source, dtype, n_elements, target, 0)
-            end = stream.record(options=EventOptions(timing_enabled=True))
+            end = stream.record(options=runtime.timed_event())
             end.sync()
             seconds.append((end - start) / 1e3)
         return DeviceTensor(target, shape, kind, 0).copy_to_host(), median(seconds[1:])

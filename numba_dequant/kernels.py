@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import cuda
 from numba.core import config
 
 from numba_dequant import bits
 from numba_dequant.bits import RUN, copy_16_bytes, copy_byte, is_aligned
+from numba_dequant.cuda_python import cuda
 from numba_dequant.dtypes import dtype_name
 from numba_dequant.format import Format
 from numba_dequant.formats import format_named

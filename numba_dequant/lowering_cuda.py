@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.cuda.extending import core_models, intrinsic, overload, register_model, typeof_impl
 
-from numba_dequant import bits, lowering
+from numba_dequant import bits, cuda_python, lowering  # noqa: F401 `cuda_python` makes numba-cuda import
 from numba_dequant.lowering import BYTE, EIGHT_FLOATS, EIGHT_WORDS, FLOAT, LONG, WORD
 
 FOUR_WORDS = ir.VectorType(WORD, 4)

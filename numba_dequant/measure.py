@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from cuda.bindings import driver
-from cuda.core import Device, Event, EventOptions, Kernel, LaunchConfig, ObjectCode, launch
+from cuda.core import Device, Event, Kernel, LaunchConfig, ObjectCode, launch
 
 from numba_dequant import compiler, gpu, runtime
 from numba_dequant.api import dequantize
@@ -74,7 +74,7 @@ class GpuClock:
         return milliseconds / 1e3
 
     def _event(self) -> Event:
-        return self._stream.record(options=EventOptions(timing_enabled=True))
+        return self._stream.record(options=runtime.timed_event())
 
     def seconds(self, work: Callable[[], object]) -> float:
         """What one call of `work` takes, the median of several readings."""

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import cuda
 
 from numba_dequant import lowering_cuda  # noqa: F401 teaches Numba copy_16_bytes
 from numba_dequant.bits import copy_16_bytes
+from numba_dequant.cuda_python import cuda
 
 int32: Any = np.int32
 int64: Any = np.int64

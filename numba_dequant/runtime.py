@@ -13,7 +13,17 @@ from typing import Any
 
 import numpy as np
 from cuda.bindings import driver
-from cuda.core import Buffer, Device, Event, Kernel, LaunchConfig, LegacyPinnedMemoryResource, Stream, launch
+from cuda.core import (
+    Buffer,
+    Device,
+    Event,
+    EventOptions,
+    Kernel,
+    LaunchConfig,
+    LegacyPinnedMemoryResource,
+    Stream,
+    launch,
+)
 from cuda.core.utils import StridedMemoryView
 from numpy.typing import NDArray
 
@@ -187,6 +197,14 @@ def create_stream(device: Device) -> Stream:
 def record(device: int, handle: int) -> Event:
     """The point that a stream has been asked to get to so far."""
     return stream_on(device, handle).record()
+
+
+def timed_event() -> EventOptions:
+    """How to record an event that keeps time, which has another name before cuda-core 1."""
+    try:
+        return EventOptions(timing_enabled=True)
+    except TypeError:
+        return EventOptions(enable_timing=True)
 
 
 def wait_for(stream: int, event: Event) -> None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import cuda
 from numpy.typing import NDArray
 
+from numba_dequant.cuda_python import cuda
 from numba_dequant.format import Format
 from numba_dequant.kernels import make_kernel
 from numba_dequant.mapping import mapping_named

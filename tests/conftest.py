@@ -4,9 +4,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from numba_dequant import FORMATS
-from numba_dequant.device import cuda_problem, is_simulated
+from numba_dequant import FORMATS, compiler
+from numba_dequant.device import cuda_problem, is_simulated, is_there
 from numba_dequant.dtypes import numpy_dtype
+
+# These put something in place of a GPU under the packages that a GPU needs, or look at what they compile.
+collect_ignore = (
+    []
+    if is_there("cuda.core") and is_there("numba_cuda")
+    else ["test_gpu_faults.py", "test_gpu_loader.py", "test_gpu_loader_faults.py", "test_ptx.py"]
+)
 
 DATA = Path(__file__).parent / "data"
 
@@ -22,7 +29,12 @@ def pytest_collection_modifyitems(config, items):
     if problem and "gpu" in asked and "not gpu" not in asked:
         # Who asks for these tests and no others must not take "all skipped" for a success.
         raise pytest.UsageError(f"-m {asked!r}, but there is no GPU that can be used: {problem}")
+    no_toolkit = (
+        next((item for item in items if item.get_closest_marker("toolkit")), None) and compiler.toolkit_problem()
+    )
     for item in items:
+        if no_toolkit and item.get_closest_marker("toolkit"):
+            item.add_marker(pytest.mark.skip(reason=no_toolkit))
         if problem and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {problem}"))
 

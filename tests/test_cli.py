@@ -169,6 +169,7 @@ def empty_store(tmp_path, monkeypatch):
     cpu._compile.cache_clear()
 
 
+@pytest.mark.toolkit
 def test_warm_and_cache(empty_store, capsys):
     assert cli.main(["cache"]) == 0
     assert "0 entries, 0 bytes" in capsys.readouterr().out
@@ -240,6 +241,7 @@ def test_warm_for_nothing(arguments, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.toolkit
 def test_a_kernel_entry_that_is_damaged_is_rebuilt(empty_store):
     from numba_dequant import compiler
 

@@ -99,7 +99,11 @@ def test_a_directory_that_cannot_be_made(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("function", "n_entries"),
-    [(compute, 1), (compile_kernel, 1), pytest.param(compute_on_gpu, 2, marks=pytest.mark.gpu)],
+    [
+        (compute, 1),
+        pytest.param(compile_kernel, 1, marks=pytest.mark.toolkit),
+        pytest.param(compute_on_gpu, 2, marks=pytest.mark.gpu),
+    ],
 )
 def test_twenty_processes_at_once(empty_store, function, n_entries):
     """They meet at an empty cache. The first use of a GPU also keeps that a toolkit is there."""

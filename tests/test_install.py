@@ -1,0 +1,160 @@
+"""What happens where something is not installed, or Numba is told not to compile."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import QUANTIZED, assert_same_bits, random_blocks
+
+import numba_dequant as nd
+from numba_dequant import cpu, device
+
+
+@pytest.fixture
+def no_gpu_packages(monkeypatch):
+    """A machine without a driver and without the packages of an extra."""
+    monkeypatch.setattr(device, "is_there", lambda module: False)
+    monkeypatch.setattr(device, "_driver_version", lambda: 0)
+    monkeypatch.setattr(device.sys, "platform", "linux")
+    device.cuda_problem.cache_clear()
+    yield
+    device.cuda_problem.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("version", "extra"), [(0, "cu13"), (11080, "cu12"), (12090, "cu12"), (13000, "cu13"), (14000, "cu13")]
+)
+def test_a_gpu_call_without_the_extra_says_the_one_command(no_gpu_packages, monkeypatch, version, extra):
+    monkeypatch.setattr(device, "_driver_version", lambda: version)
+    with pytest.raises(nd.DeviceError) as caught:
+        nd.dequantize(bytes(34), "Q8_0", device="cuda")
+    assert f'pip install "numba_dequant[{extra}]"' in str(caught.value)
+    assert str(caught.value).count("pip install") == 1
+    assert ("no NVIDIA driver" in str(caught.value)) == (version == 0)
+
+
+def test_a_call_without_a_device_computes_on_the_cpu_and_says_why(no_gpu_packages):
+    from numba_dequant.warn import warn_once
+
+    warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="computes on the CPU: no NVIDIA driver was found") as caught:
+        assert nd.dequantize(bytes(34), "Q8_0").shape == (32,)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_there_is_no_cuda_on_macos(no_gpu_packages, monkeypatch):
+    monkeypatch.setattr(device.sys, "platform", "darwin")
+    with pytest.raises(nd.DeviceError, match="there is no CUDA on macOS"):
+        nd.dequantize(bytes(34), "Q8_0", device="cuda")
+
+
+WITHOUT_GPU_PACKAGES = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("cuda", "numba_cuda"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=os.environ | environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_everything_but_a_gpu_works_without_the_packages_of_a_gpu(tmp_path):
+    code = """
+import numpy as np, numba_dequant as nd
+from numba_dequant import cli
+for device in ("reference", "cpu"):
+    assert nd.dequantize(bytes(34), "Q8_0", device=device).shape == (32,)
+assert cli.main(["verify", "--device", "cpu"]) == 0
+assert cli.main(["show", "Q4_K"]) == 0
+assert cli.main(["warm", "--arch", "sm_90", "--formats", "Q8_0"]) == 2
+"""
+    found = run(WITHOUT_GPU_PACKAGES + code, NUMBA_DEQUANT_CACHE_DIR=str(tmp_path))
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "numba-cuda is not installed; run: pip install" in found.stderr
+
+
+def test_all_of_the_package_but_what_is_for_a_gpu_imports_without_its_packages():
+    """A module that starts to need them is found here."""
+    code = """
+import pkgutil, importlib, numba_dequant
+needed = []
+for module in pkgutil.walk_packages(numba_dequant.__path__, "numba_dequant."):
+    if module.name.endswith("__main__"):
+        continue
+    try:
+        importlib.import_module(module.name)
+    except (ImportError, numba_dequant.DeviceError):
+        needed.append(module.name.rpartition(".")[2])
+print(*sorted(needed))
+"""
+    found = run(WITHOUT_GPU_PACKAGES + code)
+    assert found.returncode == 0, found.stderr
+    assert set(found.stdout.split()) <= {
+        *("cuda_python", "device_tensor", "gpu", "gpu_loader", "kernels", "lowering_cuda", "many", "measure"),
+        *("roof", "runtime", "simulator", "staging"),
+    }
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_the_cpu_computes_where_numba_is_told_not_to_compile(name, monkeypatch):
+    import numba
+
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    monkeypatch.setattr(cpu, "_compile", None)
+    data = random_blocks(name, 9)
+    found = nd.dequantize(data, name, device="cpu")
+    monkeypatch.undo()
+    assert_same_bits(found, nd.dequantize(data, name, device="cpu"))
+
+
+@pytest.mark.parametrize("is_on_disk", [False, True])
+def test_numba_disable_jit_in_the_environment(is_on_disk, tmp_path):
+    code = """
+import numpy as np, numba_dequant as nd
+from numba_dequant import native
+data = np.arange(340, dtype=np.uint8)
+found = nd.dequantize(data, "Q8_0", device="cpu")
+assert np.array_equal(found, nd.dequantize(data, "Q8_0", device="reference"), equal_nan=True)
+native.load("walk_strings")
+"""
+    if is_on_disk:
+        assert run(code, NUMBA_DEQUANT_CACHE_DIR=str(tmp_path)).returncode == 0
+    found = run(code, NUMBA_DISABLE_JIT="1", NUMBA_DEQUANT_CACHE_DIR=str(tmp_path))
+    assert found.returncode == 0, found.stderr
+
+
+def test_warm_says_that_numba_is_told_not_to_compile(monkeypatch, capsys):
+    import numba
+
+    from numba_dequant import cli
+
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    assert cli.main(["warm", "--cpu", "--formats", "Q8_0"]) == 2
+    assert "NUMBA_DISABLE_JIT" in capsys.readouterr().err
+
+
+def test_names_that_numpy_has_taken_back_are_there_while_numba_cuda_is_imported(monkeypatch):
+    pytest.importorskip("numba_cuda")
+    from numba_dequant.cuda_python import REMOVED_NAMES, _names_of_earlier_numpy
+
+    before = {name: hasattr(np, name) for name in REMOVED_NAMES}
+    for name in ("row_stack", "in1d"):
+        monkeypatch.delattr(np, name, raising=False)
+    with _names_of_earlier_numpy():
+        assert vars(np)["row_stack"] is np.vstack
+        assert vars(np)["in1d"] is np.isin
+    assert not hasattr(np, "row_stack")
+    monkeypatch.undo()
+    assert before == {name: hasattr(np, name) for name in REMOVED_NAMES}
