@@ -10,8 +10,6 @@ import errno
 import io
 import os
 import stat
-import sys
-import warnings
 import zlib
 from typing import Any, NamedTuple
 
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 
 from numba_dequant.arguments import host_bytes
 from numba_dequant.errors import DataError, MissingFileError, OptionError, ReadError
+from numba_dequant.warn import warn
 
 CHANGED = "it has changed since it was opened; reopen it"
 """What errors say of a file that is not the one whose header was read."""
@@ -258,7 +257,7 @@ class Source:
             return False
         if has_new_time and not has_grown and not self._has_warned:
             self._has_warned = True
-            _warn(
+            warn(
                 f"{self.name}: its time stamp has changed since it was opened, its size and its header have not; it is "
                 "taken for the same file. Reopen it if its tensors may have been written to"
             )
@@ -283,14 +282,6 @@ def read_into(file: io.RawIOBase, data: NDArray[np.uint8], offset: int) -> int:
             break
         done += count
     return done
-
-
-def _warn(message: str) -> None:
-    # The warning points at the line of the user's that called us; in a thread of ours there is none.
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
 def source_of(given: Any, number: int | None = None) -> Source:

@@ -127,7 +127,7 @@ from numba_dequant import native
 data = np.arange(340, dtype=np.uint8)
 found = nd.dequantize(data, "Q8_0", device="cpu")
 assert np.array_equal(found, nd.dequantize(data, "Q8_0", device="reference"), equal_nan=True)
-native.load("walk_strings")
+native.load("join_threads")
 """
     if is_on_disk:
         assert run(code, NUMBA_DEQUANT_CACHE_DIR=str(tmp_path)).returncode == 0
