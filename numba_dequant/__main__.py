@@ -1,7 +1,21 @@
-"""`python -m numba_dequant` is the command `numba-dequant`."""
+"""The process of the command `numba-dequant`, which `python -m numba_dequant` is too."""
 
 import sys
 
-from numba_dequant.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Run the command with the arguments of the process; the result is its exit status."""
+    try:
+        # The import takes long enough to be interrupted.
+        from numba_dequant import cli, console
+
+        try:
+            return cli.main()
+        finally:
+            console.discard_unwritten()
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,48 +6,92 @@ import argparse
 import os
 import re
 import sys
+import traceback
 from importlib.resources import as_file, files
+from typing import NoReturn
 
 from tqdm import tqdm
 
 import numba_dequant as nd
-from numba_dequant import cpu, device, store, tables, verify, warm
+from numba_dequant import console, cpu, device, store, tables, verify, warm
 from numba_dequant.dtypes import NAMES
 from numba_dequant.formats import format_named
 
 SAMPLE = files("numba_dequant") / "sample" / "sample.gguf"
 
 
+EXIT_STATUS = """\
+exit status:
+  0    done
+  1    verify has found values that differ
+  2    a file, an argument or a device cannot be used; the message says why
+  70   a fault of numba-dequant itself, with a traceback that helps to mend it
+  130  Ctrl-C
+  141  whoever read the output has closed the pipe
+"""
+CRASHED, INTERRUPTED, PIPE_CLOSED = 70, 130, 141
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the result is its exit status."""
-    options = _parser().parse_args(arguments)
+    with console.safe_streams(), console.noticed_interrupts() as interrupts:
+        try:
+            status = _run(arguments)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+        except BrokenPipeError:
+            status = PIPE_CLOSED
+        except (nd.NumbaDequantError, OSError, MemoryError) as error:
+            status = _fail(_message(error))
+        except Exception:
+            status = INTERRUPTED if interrupts.pressed else _crash(traceback.format_exc())
+        return INTERRUPTED if interrupts.pressed else status
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and not isinstance(error, nd.NumbaDequantError):
+        name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+        return f"{name}: {error.strerror}" if name else str(error.strerror or error)
+    if isinstance(error, MemoryError):
+        return f"out of memory: {error}" if str(error) else "out of memory"
+    return str(error)
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
-        status: int = options.run(options)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        # Whoever read our output has seen enough. Python would complain once more when it closes the pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except nd.NumbaDequantError as error:
-        return _fail(str(error))
-    except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
-    except KeyboardInterrupt:
-        return 130
+        options = _parser().parse_args(arguments)
+    except SystemExit as end:  # --help, --version, or wrong arguments
+        return int(end.code or 0)
+    return int(options.run(options))
 
 
 def _fail(message: str) -> int:
-    try:
-        print(f"numba-dequant: {message}", file=sys.stderr)
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    console.complain(message)
     return 2
 
 
+def _crash(lines: str) -> int:
+    for line in lines.splitlines():
+        console.complain(line)
+    console.complain("this is a fault of numba-dequant; please report it with the lines above")
+    return CRASHED
+
+
+class _Parser(argparse.ArgumentParser):
+    """Arguments may be file names, which must not steer the terminal when they are reported."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(tables.plain(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("numba-dequant", description="Dequantize GGUF files on an NVIDIA GPU or the CPU.")
+    parser = _Parser(
+        "numba-dequant",
+        description="Dequantize GGUF files on an NVIDIA GPU or the CPU.",
+        epilog=EXIT_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"numba-dequant {nd.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -117,7 +161,7 @@ def _verify(options: argparse.Namespace) -> int:
     if options.file is None:
         with as_file(SAMPLE) as path:
             return _verify_file(str(path), "the shipped sample", options)
-    return _verify_file(options.file, options.file, options)
+    return _verify_file(options.file, tables.plain(options.file), options)
 
 
 def _verify_file(path: str, title: str, options: argparse.Namespace) -> int:
@@ -140,7 +184,7 @@ def _bench(options: argparse.Namespace) -> int:
     place = _place(options.device)[0]
     if place.kind not in ("cpu", "cuda"):
         return _fail("bench measures cpu or cuda")
-    sources = _formats(options.formats) or [source for source in nd.FORMATS.values() if source.block_size > 1]
+    sources = _formats(options.formats, [source for source in nd.FORMATS.values() if source.block_size > 1])
     with tqdm(total=len(sources), unit="format", disable=None, leave=False) as progress:
         title, rows = bench.bench(place, sources, options.dtype, progress.update)
     print(title)
@@ -149,10 +193,20 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _formats(names: str | None, otherwise: list[nd.Format]) -> list[nd.Format]:
+    if names is None:
+        return otherwise
+    found = [format_named(name) for name in names.split(",")]
+    for source in found:
+        if source.decode is None:
+            raise nd.UnknownFormatError(f"{source.name} is stored as it is, so there is no code that dequantizes it")
+    return found
+
+
 def _place(name: str | None) -> tuple[device.Place, str | None]:
     """The device of that name, or the best one and why it is not a GPU."""
     problem = device.cuda_problem() if name is None else None
-    return device.place_named(name or ("cpu" if problem else "cuda:0")), problem
+    return device.place_named(("cpu" if problem else "cuda:0") if name is None else name), problem
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -164,7 +218,7 @@ def _info(options: argparse.Namespace) -> int:
         if model.missing_shards:
             print(f"not here: {', '.join(map(tables.plain, model.missing_shards))}; the tensors of the others follow")
         entries = tables.metadata_rows(model.metadata.shown())
-        width = max((len(key) for key, _ in entries), default=0)
+        width = min(max((len(key) for key, _ in entries), default=0), tables.MAX_PADDING)
         for key, value in entries:
             print(f"  {key.ljust(width)}  {value}")
         rows = tables.tensor_rows(model.tensors.values())
@@ -173,14 +227,15 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    if not os.path.exists(options.what) and not options.what.endswith(".gguf"):
+    is_format = options.what in nd.FORMATS and not os.path.isfile(options.what)
+    if is_format or not (os.path.exists(options.what) or options.what.endswith(".gguf")):
         source = format_named(options.what)
         if options.tensor is not None or options.block is not None:
             return _fail(f"a tensor and --block are for files, and {options.what} is a format")
         print(source if options.element is None else source.picture(options.element))
         return 0
     with nd.open(options.what) as model:
-        name = options.tensor or next(iter(model.tensors), None)
+        name = next(iter(model.tensors), None) if options.tensor is None else options.tensor
         if name is None:
             return _fail(f"{options.what} holds no tensor")
         tensor = model.tensors[name]
@@ -203,7 +258,7 @@ def _cache(options: argparse.Namespace) -> int:
 
 
 def _warm(options: argparse.Namespace) -> int:
-    sources = _formats(options.formats) or [source for source in nd.FORMATS.values() if source.decode]
+    sources = _formats(options.formats, [source for source in nd.FORMATS.values() if source.decode])
     if options.cpu and cpu.is_jit_disabled():
         return _fail("nothing is compiled for the CPU where NUMBA_DISABLE_JIT is set; unset it")
     if problem := store.problem():
@@ -226,21 +281,8 @@ def _warm(options: argparse.Namespace) -> int:
     return 0
 
 
-def _formats(names: str | None) -> list[nd.Format]:
-    """The formats of a list of names, all of which are computed."""
-    sources = [format_named(name) for name in names.split(",")] if names else []
-    for source in sources:
-        if source.decode is None:
-            raise nd.UnknownFormatError(f"{source.name} is returned as it is stored: there is nothing to compile")
-    return sources
-
-
 def _capability(arch: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(?:sm_)?(\d+)(\d)", arch)
+    match = re.fullmatch(r"(?:sm_)?([0-9]{1,3})([0-9])", arch)
     if match is None:
-        raise nd.DeviceError(f"{arch!r} is no kind of GPU; it looks like sm_90")
+        raise nd.DeviceError(f"unknown kind of GPU {arch!r}; expected something like sm_90")
     return int(match[1]), int(match[2])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,10 +16,21 @@ MOST_LINES = 60
 WIDEST_NAME = 100
 """Characters of a name in a table."""
 
+MAX_PADDING = 80
+"""Width to which the cells of a column are padded at most: one long name must not pad every line."""
 
-def plain(name: str) -> str:
-    """A name from a file, which must not steer the terminal."""
-    return name if name.isprintable() else repr(name)
+
+def plain(text: str) -> str:
+    """Text that cannot steer the terminal: control characters, marks of direction and broken bytes are escaped."""
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable():
+        return character
+    if "\udc80" <= character <= "\udcff":  # how Python keeps a byte of a file name that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
 
 
 def cell(name: str) -> str:
@@ -36,7 +47,7 @@ def metadata_rows(entries: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 def text(head: Sequence[str], rows: Sequence[Sequence[str]], sides: str, most: int | None = None) -> str:
     """A table for a terminal; `sides` has < or > for each column. Of a long one, the beginning."""
     shown = [head, *rows[:most]]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    widths = [min(max(map(len, column)), MAX_PADDING) for column in zip(*shown, strict=True)]
     lines = []
     for row in shown:
         cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)]

@@ -229,7 +229,7 @@ def test_bar(share, text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arch", "hopper"], "'hopper' is no kind of GPU; it looks like sm_90"),
+        (["--arch", "hopper"], "unknown kind of GPU 'hopper'; expected something like sm_90"),
         (["--cpu", "--formats", "Q4_J"], "unknown format 'Q4_J'"),
         ([], "no GPU, says the test; name a GPU with --arch, or take --cpu"),
     ],
