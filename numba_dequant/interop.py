@@ -59,6 +59,9 @@ class Library(Protocol):
     def view(self, array: Any) -> ArrayView:
         """Where an array on a GPU lies. One that is not contiguous is copied first, on the current stream."""
 
+    def copy(self, target: Any, array: Any, index: int, stream: int) -> None:
+        """Queue a copy of an array to another of its shape, both on a GPU, on a stream."""
+
 
 class Torch:
     """PyTorch."""
@@ -109,6 +112,11 @@ class Torch:
         shape = tuple(array.shape)
         n_bytes = array.numel() * array.element_size()
         return ArrayView(array.data_ptr(), n_bytes, array.get_device(), dtype, shape, array, is_copy)
+
+    def copy(self, target: Any, array: Any, index: int, stream: int) -> None:
+        """Queue a copy of a tensor to another of its shape, both on a GPU, on a stream."""
+        with self._torch.no_grad(), self._torch.cuda.stream(self._external(stream, index)):
+            target.copy_(array)
 
     def empty(self, n_bytes: int, index: int) -> Any:
         """Memory from PyTorch's caching allocator, in the order of the current stream.
@@ -168,6 +176,11 @@ class CuPy:
             array = sys.modules["cupy"].ascontiguousarray(array)
         found = int(array.data.ptr), int(array.nbytes), int(array.device.id)
         return ArrayView(*found, array.dtype, tuple(array.shape), array, is_copy)
+
+    def copy(self, target: Any, array: Any, index: int, stream: int) -> None:
+        """Queue a copy of an array to another of its shape, on a stream."""
+        with self._cuda().ExternalStream(stream, index):
+            sys.modules["cupy"].copyto(target, array)
 
 
 TORCH, CUPY = Torch(), CuPy()

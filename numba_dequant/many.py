@@ -18,7 +18,7 @@ from numba_dequant.device_tensor import DeviceTensor
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import NumbaDequantError
 from numba_dequant.format import Format
-from numba_dequant.interop import TORCH
+from numba_dequant.interop import TORCH, library_of
 from numba_dequant.mapping import mapping_named, tile_table
 from numba_dequant.runtime import DeviceBytes
 from numba_dequant.streams import CallStream
@@ -36,7 +36,10 @@ Step = Callable[[int], None]
 
 @dataclass(slots=True)
 class _Job:
-    """One tensor: everything about it has been checked, and perhaps it still needs memory on the GPU."""
+    """One tensor: everything about it has been checked, and perhaps it still needs memory on the GPU.
+
+    `gather` copies strided data to `data`, which each run reads.
+    """
 
     source: Format
     n_elements: int
@@ -46,6 +49,7 @@ class _Job:
     target: DeviceBytes
     host: NDArray[np.uint8] | None
     result: Any
+    gather: Step | None = None
 
 
 def prepare(tensors: list[Tensor], dtype: str, index: int, stream: Any) -> tuple[dict[Any, Any], Callable[[], None]]:
@@ -132,8 +136,12 @@ def _job(tensor: Tensor, dtype: str, device: Device, call: CallStream) -> _Job:
     host, given = None, tensor.data
     if gpu.is_pinned_tensor(given):
         given = TORCH.to_gpu(given, device.device_id, call.handle)
+    gather: Step | None = None
     if isinstance(given, DeviceTensor) or is_on_gpu(given):
         data = streams.memory_of(given, call)
+        library = library_of(given)
+        if library is not None and not library.is_contiguous(given):
+            gather = partial(library.copy, data.owner, given, device.device_id)
         gpu.check_place(data, device)
     else:
         host = host_bytes(given)
@@ -147,7 +155,7 @@ def _job(tensor: Tensor, dtype: str, device: Device, call: CallStream) -> _Job:
     else:
         read = data if host is None else None
         target = gpu.checked_output(tensor.out, read, kind, shape, n_elements, device, call)
-    return _Job(tensor.source, n_elements, shape, kind, data, target, host, tensor.out)
+    return _Job(tensor.source, n_elements, shape, kind, data, target, host, tensor.out, gather)
 
 
 def _allocate(pieces: list[DeviceBytes], device: Device, call: CallStream) -> None:
@@ -176,7 +184,7 @@ def _steps(jobs: list[_Job], dtype: str, device: Device, call: CallStream) -> tu
 
     That is one launch per format, and a step for each tensor that cannot be part of one.
     """
-    steps: list[Step] = []
+    steps: list[Step] = [job.gather for job in jobs if job.gather is not None]
     by_source: dict[int, list[_Job]] = {}
     for job in jobs:
         if not job.n_elements:

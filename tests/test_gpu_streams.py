@@ -480,6 +480,22 @@ class TestStridedData:
         padded[:, :34] = cupy.asarray(HOST).reshape(-1, 34)
         assert_same_bits(nd.dequantize(padded[:, :34], "Q8_0").copy_to_host(), expected)
 
+    def test_a_batch_reads_strided_data_anew(self, blocks, expected):
+        cupy = pytest.importorskip("cupy")
+        ours = torch.full((N_BLOCKS, 50), 0xA5, dtype=torch.uint8, device="cuda")
+        theirs = cupy.full((N_BLOCKS, 50), 0xA5, np.uint8)
+        for stream in (None, torch.cuda.Stream()):
+            ours.fill_(0xA5)
+            theirs.fill(0xA5)
+            batch = nd.prepare_many({"a": (ours[:, :34], "Q8_0"), "b": (theirs[:, :34], "Q8_0")}, stream=stream)
+            batch.run()
+            torch.cuda.synchronize()
+            ours[:, :34] = blocks.view(N_BLOCKS, 34)
+            theirs[:, :34] = cupy.asarray(HOST).reshape(-1, 34)
+            torch.cuda.synchronize()
+            for found in batch.run().values():
+                assert_same_bits(found.copy_to_host(), expected)
+
     def test_an_output_must_be_contiguous(self, blocks):
         cupy = pytest.importorskip("cupy")
         for out in (torch.zeros(2 * N, dtype=torch.float16, device="cuda")[::2], cupy.zeros(2 * N, np.float16)[::2]):
