@@ -272,6 +272,11 @@ class TestPinnedTensors:
                 del others
             assert_right(seen, expected)
 
+    def test_on_the_default_stream_and_on_a_named_one(self, expected):
+        data = torch.from_numpy(HOST).pin_memory()
+        for stream in (None, torch.cuda.Stream()):
+            assert_same_bits(nd.dequantize(data, "Q8_0", device="cuda", stream=stream).copy_to_host(), expected)
+
     def test_other_pinned_memory_may_be_changed_at_once(self, expected):
         with runtime.current(0):
             buffer = runtime.pinned(HOST.size)
