@@ -41,9 +41,9 @@ def read_file(source: Source, offset: int = 0, *, allow_truncated: bool = False)
     try:
         with source.open_first() as file:
             cursor = Cursor(source, file, offset, is_first=True)
-            source.may_grow = allow_truncated
             found = _read_header(cursor, allow_truncated=allow_truncated)
             cursor.keep_checksum()
+            source.may_grow = found.n_bytes_here < found.n_bytes
             return found
     except NotRegularFileError as error:
         raise GgufError(source.name, "file", None, f"no regular file: {error.strerror}", "a GGUF file") from error

@@ -180,7 +180,7 @@ class Source:
         self.header: list[tuple[int, int, int]] = []
         self.may_grow = False
         self._accepted = self.stamp
-        self._has_warned = False
+        self._warnings_left = [None]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Source):
@@ -255,13 +255,20 @@ class Source:
             file.trusted, file.next_trusted = file.next_trusted, 2 * file.next_trusted
         if not self._has_same_header(file):
             return False
-        if has_new_time and not has_grown and not self._has_warned:
-            self._has_warned = True
+        if has_new_time and not has_grown and self._may_warn():
             warn(
                 f"{self.name}: its time stamp has changed since it was opened, its size and its header have not; it is "
                 "taken for the same file. Reopen it if its tensors may have been written to"
             )
         self._accepted = stamp
+        return True
+
+    def _may_warn(self) -> bool:
+        """True once: several threads may find out at the same time."""
+        try:
+            self._warnings_left.pop()
+        except IndexError:
+            return False
         return True
 
     def _has_same_header(self, file: io.RawIOBase) -> bool:

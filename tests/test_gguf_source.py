@@ -796,3 +796,15 @@ def test_nothing_stays_open(path):
                 nd.open(bad)
     assert n_open() == before
     assert stat.S_ISREG(path.stat().st_mode)
+
+
+def test_opening_and_reading_touches_neither_numba_nor_cuda(path):
+    code = f"""
+import sys
+import numba_dequant as nd
+model = nd.open({str(path)!r})
+model._repr_html_(), list(model.metadata["a"]), model.read("t"), model.load("t", device="reference")
+found = {{"numba", "llvmlite", "cuda", "torch"}} & {{name.partition(".")[0] for name in sys.modules}}
+assert not found, found
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

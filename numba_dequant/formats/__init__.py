@@ -29,7 +29,8 @@ REMOVED_IDS = {
 }
 """Ids that GGML once gave to formats and has taken back."""
 
-# Source: enum ggml_type of 3rdparty/llama.cpp in microsoft/BitNet, also consumed by ik_llama.cpp (ggml.h).
+# Source: enum ggml_type of the llama.cpp fork that microsoft/BitNet has been built on (Eddie-Wang1120/llama.cpp, its
+# ggml.h); 36 is also in the ggml.h of ik_llama.cpp, which reads such files.
 BITNET_IDS = {36: "I2_S", 37: "I8_S", 38: "TL1"}
 """Ids that Microsoft's BitNet gives to formats of its own."""
 
