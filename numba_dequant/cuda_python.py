@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 from numba.core import config
@@ -34,12 +35,11 @@ if not config.ENABLE_CUDASIM and not is_there(GPU_PACKAGES["numba-cuda"]):
     raise DeviceError(f"numba-cuda is not installed; run: {install_command()}")
 
 with _names_of_earlier_numpy():
-    from numba import cuda
+    from numba import cuda as cuda  # noqa: PLC0414 for others to import
 
     if not config.ENABLE_CUDASIM:
+        extending: Any = import_module("numba.cuda.extending")
         # Numba would import these when it first compiles.
         for _module in ("arraymath", "arrayobj"):
             with suppress(ModuleNotFoundError):
                 import_module(f"numba.cuda.np.{_module}")
-
-__all__ = ["cuda"]

@@ -6,9 +6,9 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import types
-from numba.cuda.extending import core_models, intrinsic, overload, register_model, typeof_impl
 
-from numba_dequant import bits, cuda_python, lowering  # noqa: F401 `cuda_python` makes numba-cuda import
+from numba_dequant import bits, lowering
+from numba_dequant.cuda_python import extending
 from numba_dequant.lowering import BYTE, EIGHT_FLOATS, EIGHT_WORDS, FLOAT, LONG, WORD
 
 FOUR_WORDS = ir.VectorType(WORD, 4)
@@ -111,12 +111,12 @@ def _permute(builder: ir.IRBuilder, low: Any, high: Any, selectors: Any) -> Any:
 
 
 target = lowering.Target(
-    overload,
-    intrinsic,
-    register_model,
-    typeof_impl,
-    core_models.PrimitiveModel,
-    core_models.OpaqueModel,
+    extending.overload,
+    extending.intrinsic,
+    extending.register_model,
+    extending.typeof_impl,
+    extending.core_models.PrimitiveModel,
+    extending.core_models.OpaqueModel,
     unsigned_bytes,
     signed_bytes,
     centred_bytes,
