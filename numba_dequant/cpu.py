@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -78,18 +80,38 @@ def pass_on(data: NDArray[np.uint8], out: NDArray[Any], first: int, last: int) -
 
 def _share(work: Callable[[int, int], object], n_steps: int, n_shares: int) -> None:
     """Do `work` from each share's first step to its last, on as many threads as there are cores."""
-    if n_shares == 1:
+    pool = None
+    if n_shares > 1:
+        with suppress(RuntimeError):  # the system starts no more threads
+            pool = _threads(os.getpid())
+    if pool is None:
         work(0, n_steps)
         return
     bounds = [n_steps * share // n_shares for share in range(n_shares + 1)]
-    for _ in _threads(os.getpid()).map(work, bounds[:-1], bounds[1:]):
+    for _ in pool.map(work, bounds[:-1], bounds[1:]):
         pass
 
 
 @lru_cache(maxsize=1)
 def _threads(process: int) -> ThreadPoolExecutor:
-    # Keyed by process: threads do not survive a fork.
-    return ThreadPoolExecutor(n_threads(), "numba_dequant")
+    """The threads of this process: they do not survive a fork.
+
+    Raises:
+        RuntimeError: they cannot be started.
+    """
+    n_workers = n_threads()
+    pool = ThreadPoolExecutor(n_workers, "numba_dequant")
+    # All are started now: a pool that cannot start one later keeps the work, and does it when nobody expects it.
+    started = threading.Barrier(n_workers + 1)
+    try:
+        for _ in range(n_workers):
+            pool.submit(started.wait)
+        started.wait()
+    except BaseException:
+        started.abort()
+        pool.shutdown(wait=False)
+        raise
+    return pool
 
 
 def compiled(source: Format, dtype: str) -> Span | None:

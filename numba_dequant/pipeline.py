@@ -13,7 +13,6 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.errors import DeviceError
 from numba_dequant.gguf_file import TensorInfo
 from numba_dequant.pieces import Piece, cut, interleaved
 from numba_dequant.reading import Files
@@ -91,14 +90,9 @@ class Pipeline:
         # Daemons, so that a program may end with an iterator that it has not finished.
         threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
         try:
-            for thread in threads:
-                try:
-                    thread.start()
-                except RuntimeError as error:
-                    # The system has no more threads: those that have started do the work.
-                    if thread is threads[0]:
-                        raise DeviceError(f"no thread can be started: {error}; end some other work") from error
-                    break
+            if not self._start(threads):
+                yield from self._here()
+                return
             for index in range(len(self._tensors)):
                 self._wait_for(index)
                 self._watch(self._taken)
@@ -110,6 +104,16 @@ class Pipeline:
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
+
+    @staticmethod
+    def _start(threads: list[threading.Thread]) -> bool:
+        """Start as many of the threads as the system allows; whether there is any."""
+        for number, thread in enumerate(threads):
+            try:
+                thread.start()
+            except RuntimeError:
+                return number > 0
+        return True
 
     def _here(self) -> Iterator[int]:
         worker = self._sink.worker()

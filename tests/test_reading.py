@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import QUANTIZED, random_blocks, write_model
+from conftest import QUANTIZED, assert_same_bits, random_blocks, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -147,6 +147,52 @@ def test_every_tensor_is_whole_when_it_is_handed_out(model, n_threads, prefetch)
         np.testing.assert_array_equal(sink.found[index], model.read(tensors[index].name))
     assert indexes == list(range(len(tensors)))
     assert not any(thread.is_alive() for thread in sink.threads - {threading.current_thread()})
+
+
+@pytest.fixture(params=[0, 1, 2])
+def few_threads(monkeypatch, request):
+    """A system that starts so many threads and no more."""
+    real_start, left = threading.Thread.start, [request.param]
+
+    def start(thread):
+        if not left[0]:
+            raise RuntimeError("can't start new thread")
+        left[0] -= 1
+        real_start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    return request.param
+
+
+@pytest.mark.parametrize("prefetch", [0, None])
+def test_where_no_more_threads_can_be_started_those_read_that_there_are(model, few_threads, prefetch):
+    tensors = list(model.tensors.values())
+    sink = Sink(tensors)
+    for number, index in enumerate(sink.pipeline(7, prefetch)):
+        assert index == number
+        np.testing.assert_array_equal(sink.found[index], model.read(tensors[index].name))
+    assert number == len(tensors) - 1
+    assert len(sink.threads) <= max(few_threads, 1)
+    assert (threading.current_thread() in sink.threads) == (few_threads == 0)
+
+
+def test_where_no_more_threads_can_be_started_the_cpu_path_does_without(few_threads, monkeypatch):
+    from numba_dequant import cpu
+
+    monkeypatch.setattr(cpu, "n_threads", lambda: 3)
+    data = random_blocks("Q8_0", 1 << 13)
+    expected = nd.dequantize(data, "Q8_0", device="reference")
+    before = threading.active_count()
+    cpu._threads.cache_clear()
+    try:
+        assert_same_bits(nd.dequantize(data, "Q8_0", device="cpu"), expected)
+    finally:
+        cpu._threads.cache_clear()
+    for _ in range(100):
+        if threading.active_count() == before:
+            break
+        time.sleep(0.01)
+    assert threading.active_count() == before
 
 
 def test_one_thread_is_the_caller_s(model):
