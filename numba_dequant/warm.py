@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 
 from numba_dequant import native, pump
 from numba_dequant.device import n_threads
+from numba_dequant.errors import DeviceError
 from numba_dequant.formats import format_named
 
 LARGEST_POOL = 8
@@ -67,7 +71,7 @@ def compile_all(tasks: Sequence[Task | NativeTask]) -> Iterator[Task | NativeTas
     """Run the tasks, and yield each when it is done.
 
     Raises:
-        DeviceError: as `Task.run` does; the other tasks are then given up.
+        DeviceError: as `Task.run` does, or a process was killed; the other tasks are then given up.
     """
     n_processes = min(n_threads(), LARGEST_POOL, len(tasks))
     if n_processes < 2:
@@ -75,11 +79,34 @@ def compile_all(tasks: Sequence[Task | NativeTask]) -> Iterator[Task | NativeTas
             task.run()
             yield task
         return
+    others = set(active_children())
     with ProcessPoolExecutor(n_processes, get_context("spawn")) as pool:
-        running = {pool.submit(task.run): task for task in tasks}
+        with _interrupts_blocked():
+            running = {pool.submit(task.run): task for task in tasks}
         try:
             for future in as_completed(running):
                 future.result()
                 yield running[future]
+        except BrokenExecutor as error:
+            raise DeviceError(
+                "a process that compiled was killed, perhaps because memory ran out; compile fewer formats at a time"
+            ) from error
+        except BaseException:
+            for process in set(active_children()) - others:
+                process.terminate()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes that start inside ignore Ctrl-C, which a terminal sends to all of them: we end them ourselves."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
