@@ -1,3 +1,4 @@
+import gc
 import struct
 from pathlib import Path
 
@@ -37,6 +38,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=no_toolkit))
         if problem and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {problem}"))
+
+
+def pytest_collection_finish(session):
+    # Many tests collect garbage; what is imported by now is none.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -150,22 +150,26 @@ def run(code):
 
 
 def test_import_is_quick_and_leaves_numba_alone():
+    """What it takes beyond NumPy, in processor time: beside NumPy, so that a slow or busy machine does not matter."""
     code = """
 import sys, time
-start = time.perf_counter()
+start = time.process_time()
+import numpy
+middle = time.process_time()
 import numba_dequant
-seconds = time.perf_counter() - start
-heavy = {"numba", "llvmlite", "cuda", "gguf", "torch"} & set(sys.modules)
+end = time.process_time()
+heavy = {"numba", "llvmlite", "cuda", "cupy", "gguf", "torch"} & set(sys.modules)
 assert not heavy, heavy
-print(seconds)
+print(middle - start, end - middle)
 """
-    best = []
+    readings = []
     for _ in range(3):
         found = run(code)
         assert found.returncode == 0, found.stderr
         assert not found.stderr
-        best.append(float(found.stdout))
-    assert min(best) < 0.3
+        readings.append([float(seconds) for seconds in found.stdout.split()])
+    of_numpy, of_ours = map(min, zip(*readings, strict=True))
+    assert of_ours < 2 * of_numpy, readings
 
 
 def test_no_device_given_and_no_gpu_says_so_once():

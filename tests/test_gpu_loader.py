@@ -66,13 +66,17 @@ def test_several_threads_fill_a_buffer(tmp_path, late):
     """Each reads shares; a piece is sent once, when the last of them is there."""
     data = random_blocks("Q8_0", 2000)
     path = write_model(tmp_path / "model.gguf", {"large": ("Q8_0", (2000, 32), data)})
-    shares, lock = [], threading.Lock()
+    shares, lock, two_readers = [], threading.Lock(), threading.Event()
     real_read, real_copy = late.read_into, late.copy_to_device
     copied = []
 
     def read_into(file, data, offset):
         with lock:
             shares.append((offset, len(data), threading.get_ident()))
+            if len({thread for _, _, thread in shares}) > 1:
+                two_readers.set()
+        if has_threads():
+            two_readers.wait(30)  # on a busy machine one could have read everything before another has started
         return real_read(file, data, offset)
 
     def copy_to_device(pointer, host, stream):
