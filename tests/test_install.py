@@ -107,7 +107,7 @@ print(*sorted(needed))
     assert found.returncode == 0, found.stderr
     assert set(found.stdout.split()) <= {
         *("cuda_python", "device_tensor", "gpu", "gpu_loader", "kernels", "lowering_cuda", "many", "measure"),
-        *("roof", "runtime", "simulator", "staging"),
+        *("roof", "runtime", "simulator", "staging", "streams"),
     }
 
 
