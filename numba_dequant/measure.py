@@ -201,7 +201,7 @@ def jit_launch(
     kernel: Any, mapping: Mapping, data: np.dtype[Any], out: np.dtype[Any]
 ) -> Callable[[runtime.DeviceBytes, int, runtime.DeviceBytes], None]:
     """For `Workload`: a kernel that `numba.cuda.jit` has made, whose arguments are arrays of these types."""
-    from numba import cuda
+    from numba_dequant.cuda_python import cuda
 
     @cache
     def array(pointer: int, n_bytes: int, device: int, dtype: np.dtype[Any]) -> Any:

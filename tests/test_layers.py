@@ -1,0 +1,149 @@
+"""Who imports whom: as the tables under "Where things are" in CONTRIBUTING.md say, and no other way."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "numba_dequant"
+SECTION = "CONTRIBUTING.md, 'Where things are'"
+EXCEPTIONS = {("device", "runtime"), ("device", "compiler")}
+"""Imports upwards, inside functions, which the text below the first table names."""
+
+
+class Contract:
+    """What the tables say."""
+
+    def __init__(self, text):
+        section = text.partition("## Where things are\n")[2].partition("\n## ")[0]
+        rows = [
+            [cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"
+        ]
+        layers = [row for row in rows if len(row) == 4][2:]
+        packages = [row for row in rows if len(row) == 2][2:]
+        assert layers, f"no table of layers in {SECTION}"
+        assert packages, f"no table of packages in {SECTION}"
+        self.layer_of, self.allowed = {}, {}
+        for layer, modules, _, below in layers:
+            named = {name.strip() for name in below.split(",") if name.strip()}
+            unknown = named - set(self.allowed)
+            assert not unknown, f"{SECTION}: the row of {layer} names {unknown}, which is no row above it"
+            self.allowed[layer] = named
+            for module in re.findall(r"`([\w/]+)`", modules):
+                assert module not in self.layer_of, f"{SECTION}: `{module}` stands in two rows"
+                self.layer_of[module] = layer
+        self.owners = {re.findall(r"`([\w.]+)`", name)[0]: re.findall(r"`([\w/]+)`", who) for name, who in packages}
+
+    def problem(self, module, target, place):
+        """What is wrong with this import, in a sentence that says what to do; None if it is allowed."""
+        if target.split(".")[0] == PACKAGE.name:
+            return self._problem_of_ours(module, module_of(target), place)
+        top = target.split(".")[0]
+        if top in sys.stdlib_module_names or top == "numpy":
+            return None
+        package = max((name for name in self.owners if f"{target}.".startswith(f"{name}.")), key=len, default=None)
+        if package is not None and module in self.owners[package]:
+            return None
+        return (
+            f"{place} imports {target}, and {SECTION}, gives `{package or top}` to "
+            f"{', '.join(self.owners.get(package, [])) or 'nobody'}: add `{module}` to its row, or drop the import"
+        )
+
+    def _problem_of_ours(self, module, other, place):
+        ours, theirs = self.layer_of.get(module), self.layer_of.get(other)
+        if ours is None:
+            return f"{place}: add `{module}` to a row of {SECTION}"
+        if theirs is None:
+            return f"{place} imports {other}: add `{other}` to a row of {SECTION}"
+        if ours == theirs or theirs in self.allowed[ours] or (module, other) in EXCEPTIONS:
+            return None
+        return (
+            f"{place} imports {other}, of the layer {theirs!r}: add {theirs!r} to the last column of the row "
+            f"{ours!r} of {SECTION}, or drop the import"
+        )
+
+
+def module_of(target):
+    """The module that a dotted name lies in, as the tables name it: folders as a whole."""
+    first = [*target.split("."), "__init__"][1]
+    if (PACKAGE / first).is_dir():
+        return f"{first}/"
+    return first if (PACKAGE / f"{first}.py").exists() else "__init__"
+
+
+def imports(source, package):
+    """The dotted names that a source file of `package` imports, anywhere in it, and the lines where it does."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            origin = ".".join([*parents, *([node.module] if node.module else [])])
+            names = [f"{origin}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            names = [each.value for each in node.args[:1] if isinstance(each, ast.Constant)]
+        else:
+            continue
+        for name in names:
+            yield name, node.lineno
+
+
+def problems(contract, path, source):
+    place = path.relative_to(PACKAGE)
+    module = f"{place.parts[0]}/" if len(place.parts) > 1 else place.stem
+    package = ".".join([PACKAGE.name, *place.parts[:-1]])
+    for name, line in imports(source, package):
+        yield contract.problem(module, name, f"numba_dequant/{place.as_posix()}:{line}")
+
+
+@pytest.fixture(scope="module")
+def contract():
+    return Contract((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+
+
+def test_every_module_has_its_row(contract):
+    there = {f"{path.name}/" for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    there |= {path.stem for path in PACKAGE.glob("*.py")}
+    missing, gone = there - set(contract.layer_of), set(contract.layer_of) - there
+    assert not missing, f"add {sorted(missing)} to a row of {SECTION}"
+    assert not gone, f"drop {sorted(gone)} from {SECTION}: there are no such modules"
+    gone = {module for owners in contract.owners.values() for module in owners} - there
+    assert not gone, f"drop {sorted(gone)} from the table of packages of {SECTION}: there are no such modules"
+
+
+def test_modules_import_what_they_may(contract):
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        found += filter(None, problems(contract, path, path.read_text(encoding="utf-8")))
+    assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "message"),
+    [
+        ("bits.py", "import numba_dequant.cpu", "imports cpu, of the layer 'cpu': add 'cpu' to the last column"),
+        ("bits.py", "def f():\n    from numba_dequant import gpu", "bits.py:2 imports gpu, of the layer 'gpu'"),
+        ("kernels.py", "from numba_dequant.reference import dequantize", "imports reference"),
+        ("reference.py", "from numba_dequant import kernels", "imports kernels"),
+        ("formats/q4_0.py", "from .. import cpu", "imports cpu"),
+        ("formats/q4_0.py", "from ..loader import Model", "imports loader"),
+        ("cpu.py", "from numba import cuda", "gives `numba.cuda` to cuda_python, lowering_cuda: add `cpu` to its row"),
+        ("cpu.py", "import numba.cuda.dispatcher", "gives `numba.cuda`"),
+        ("gguf_file.py", "import numba", "gives `numba` to"),
+        ("interop.py", "import torch", "gives `torch` to nobody: add `interop` to its row"),
+        ("interop.py", "importlib.import_module('cupy')", "gives `cupy` to nobody"),
+        ("api.py", "from cuda.core import Device", "gives `cuda` to"),
+        ("brand_new.py", "from numba_dequant import bits", "add `brand_new` to a row"),
+    ],
+)
+def test_an_import_that_breaks_the_tables_is_found(contract, path, source, message):
+    [problem] = problems(contract, PACKAGE / path, source)
+    assert message in problem
+
+
+@pytest.mark.parametrize("source", ["import os", "import numpy as np", "from numba_dequant.bits import RUN", "f(1)"])
+def test_an_import_that_keeps_to_the_tables_is_fine(contract, source):
+    assert not any(problems(contract, PACKAGE / "cpu.py", source))
