@@ -218,7 +218,7 @@ def _info(options: argparse.Namespace) -> int:
         if model.missing_shards:
             print(f"not here: {', '.join(map(tables.plain, model.missing_shards))}; the tensors of the others follow")
         entries = tables.metadata_rows(model.metadata.shown())
-        width = min(max((len(key) for key, _ in entries), default=0), tables.MAX_PADDING)
+        width = max((len(key) for key, _ in entries), default=0)
         for key, value in entries:
             print(f"  {key.ljust(width)}  {value}")
         rows = tables.tensor_rows(model.tensors.values())

@@ -12,12 +12,8 @@ MOST_ROWS = 500
 MOST_LINES = 60
 """Rows of a table that is printed unasked."""
 
-
 WIDEST_NAME = 100
 """Characters of a name in a table."""
-
-MAX_PADDING = 80
-"""Width to which the cells of a column are padded at most: one long name must not pad every line."""
 
 
 def plain(text: str) -> str:
@@ -47,7 +43,7 @@ def metadata_rows(entries: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 def text(head: Sequence[str], rows: Sequence[Sequence[str]], sides: str, most: int | None = None) -> str:
     """A table for a terminal; `sides` has < or > for each column. Of a long one, the beginning."""
     shown = [head, *rows[:most]]
-    widths = [min(max(map(len, column)), MAX_PADDING) for column in zip(*shown, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     lines = []
     for row in shown:
         cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)]
