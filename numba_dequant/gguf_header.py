@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import io
 import struct
-import zlib
 from functools import cache
 from typing import Any, Literal, NoReturn
 
 import numpy as np
 
 from numba_dequant.errors import GgufError
-from numba_dequant.gguf_source import Source
+from numba_dequant.gguf_source import Source, checksum
 
 ByteOrder = Literal["little", "big"]
 
@@ -65,7 +64,9 @@ class Cursor:
         self._window_start = position
         self._next_window = WINDOW if is_first else SMALL_WINDOW
         self._links_of = -1
-        self._starts = self._ends = self._chain_ends = np.empty(0, np.int64)
+        # Places in the window, which is never larger than `LARGEST_STRING`.
+        self._starts = self._ends = np.empty(0, np.int32)
+        self._chain_ends = np.empty(0, np.int64)
 
     @property
     def left(self) -> int:
@@ -107,7 +108,7 @@ class Cursor:
         passed = min(self.position - self._window_start, len(self._window))
         if passed > 0 and self._is_first:
             read = memoryview(self._window)[:passed]
-            self.source.header.append((self._window_start, passed, zlib.crc32(read)))
+            self.source.header.append((self._window_start, passed, checksum(read)))
 
     def peek(self, n_bytes: int) -> bytes:
         """The next bytes, which are not passed; fewer where the file ends."""
@@ -220,13 +221,14 @@ class Cursor:
             return 0
         if self._links_of != self._window_start:
             self._find_links()
-        first = int(np.searchsorted(self._starts, self.position))
-        if first == len(self._starts) or self._starts[first] != self.position:
+        at = np.int32(self.position - self._window_start)  # of the type of `starts`, which would be converted otherwise
+        first = int(np.searchsorted(self._starts, at))
+        if first == len(self._starts) or self._starts[first] != at:
             return 0
         last = int(self._chain_ends[np.searchsorted(self._chain_ends, first)])
         passed = min(last - first + 1, count)
         if passed:
-            self.position = int(self._ends[first + passed - 1])
+            self.position = self._window_start + int(self._ends[first + passed - 1])
         return passed
 
     def _find_links(self) -> None:
@@ -248,8 +250,7 @@ class Cursor:
             starts = 4 * places + 1 + at
         ends = starts + 8 + lengths
         is_start &= ends <= len(self._window)
-        starts, ends = starts[is_start].astype(np.int64), ends[is_start].astype(np.int64)
-        is_last = np.append(starts[1:] != ends[:-1], True)[: len(starts)]
+        self._starts, self._ends = starts[is_start], ends[is_start]
+        is_last = np.append(self._starts[1:] != self._ends[:-1], True)[: len(self._starts)]
         self._chain_ends = np.flatnonzero(is_last)
-        self._starts, self._ends = starts + self._window_start, ends + self._window_start
         self._links_of = self._window_start
