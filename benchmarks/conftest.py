@@ -87,7 +87,7 @@ def pytest_benchmark_generate_commit_info(config):
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     """Keep what a reader of the results needs."""
-    kept = ("median", "iqr", "min", "max", "rounds", "iterations")
+    kept = ("median", "q1", "q3", "iqr", "min", "max", "rounds", "iterations")
     for each in output_json["benchmarks"]:
         each["stats"] = {name: each["stats"][name] for name in kept}
         for name in ("options", "fullname", "param"):

@@ -22,6 +22,20 @@ RUNS = {"loading": "h100-loading.json", "steps": "h100-steps.json"}
 PEERS = json.loads((HERE / "results" / "peers.json").read_text())
 
 
+WIDE = 0.1
+"""The spread of readings beyond which a page says so."""
+
+
+def _times(stats):
+    """The median of the readings, and how far apart they are: None where there are too few to tell."""
+    is_known = stats["rounds"] > 2
+    return {
+        "seconds": stats["median"],
+        "quartiles": (stats["q1"], stats["q3"]) if is_known and "q1" in stats else None,
+        "spread": stats["iqr"] / stats["median"] if is_known else None,
+    }
+
+
 class Results:
     """The results of one run, by test and parameters."""
 
@@ -31,8 +45,7 @@ class Results:
         self.entries = []
         for entry in content["benchmarks"]:
             test = entry["name"].partition("[")[0]
-            median = {"seconds": entry["stats"]["median"]}
-            self.entries.append((test, entry["params"] or {}, entry["extra_info"] | median))
+            self.entries.append((test, entry["params"] or {}, entry["extra_info"] | _times(entry["stats"])))
 
     def of(self, test, **parameters):
         """The results of a test, with these parameters, in the order in which they were measured."""
@@ -52,6 +65,26 @@ class Results:
 def table(head, rows):
     lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+
+
+def _spread(info):
+    return None if info["spread"] is None else f"{info['spread']:.1%}"
+
+
+def _spread_note(infos):
+    """How far apart the readings of a table are, in words."""
+    spreads = [info["spread"] for info in infos if info["spread"] is not None]
+    if not spreads:
+        return "There are too few readings to say how far apart they are."
+    n_wide = sum(spread > WIDE for spread in spreads)
+    where = f"at most {max(spreads):.1%}" if len(spreads) > 1 else _spread({"spread": spreads[0]})
+    note = (
+        f"Spread: the distance between the quartiles of the readings, as a share of their median. It is {where} here."
+    )
+    if n_wide:
+        over = f", and over {WIDE:.0%} for {n_wide} of {len(spreads)}" if len(spreads) > 1 else ""
+        note = f"{note[:-1]}{over}: a difference smaller than the spread says nothing."
+    return note
 
 
 def _factor(number):
@@ -82,26 +115,31 @@ def _machine(results, copy):
 
 
 def loading(results):
-    head = ["file", "way", "ms", "of the file, GB/s", "share of the bus", "of FP16, GB/s", "times safetensors"]
+    head = ["file", "way", "ms, median", "quartiles", "spread", "of the file, GB/s", "share of the bus"]
+    head += ["of FP16, GB/s", "times safetensors"]
     rows = []
-    for parameters, info in results.of("test_load_gpu"):
+    found = results.of("test_load_gpu")
+    for parameters, info in found:
         name, mix, way = parameters["name"], parameters["mix"], parameters["way"]
         theirs = results.one("test_load_gpu", name=name, way="safetensors")
         file = f"FP16, {info['values'] / 1e9:.3g} GB" if way == "safetensors" else f"{info['file_bytes'] / 1e9:.3g} GB"
-        numbers = [f"{1e3 * info['seconds']:,.1f}", f"{info['GB/s']:.3g}", f"{info['share']:.1%}"]
+        quartiles = info["quartiles"] and " to ".join(f"{1e3 * seconds:,.1f}" for seconds in info["quartiles"])
+        numbers = [f"{1e3 * info['seconds']:,.1f}", quartiles, _spread(info)]
+        numbers += [f"{info['GB/s']:.3g}", f"{info['share']:.1%}"]
         numbers += [f"{info['values'] / info['seconds'] / 1e9:.3g}", _factor(theirs["seconds"] / info["seconds"])]
         rows.append([f"like {name} {mix}, {file}", way, *numbers])
     opened, theirs = (results.one("test_open", way=way)["seconds"] for way in ("ours", "gguf-py"))
     split = results.one("test_open_split")["seconds"]
     cold = results.one("test_cold")
-    bus = statistics.median(info["roof GB/s"] for _, info in results.of("test_load_gpu"))
+    bus = statistics.median(info["roof GB/s"] for _, info in found)
     peaks = [info for _, info in results.of("test_memory")]
     host = " and ".join(f"{info['host MiB']:.0f} MiB for a file of {info['bytes'] / 1e9:.3g} GB" for info in peaks)
     notes = f"""\
+* {_spread_note([info for _, info in found])}
 * Opening a file with 262 144 tokens takes {1e3 * opened:.1f} ms, and gguf-py {theirs:.1f} s: {_factor(theirs / opened)}
   times as long. Opening a model in 200 files takes {1e3 * split:.0f} ms.
 * A file that is not in the page cache is loaded at {cold["GB/s"]:.2f} GB/s: {cold["share"]:.1%} of what
-  `dd` reads, in turn with it.
+  `dd` reads, in turn with it; the spread is {_spread(cold)}.
 * Peak of host memory: {host}; of the GPU's, beyond what is loaded: {max(info["GPU MiB"] for info in peaks):.0f} MiB."""
     return "\n\n".join([table(head, rows), notes, _machine(results, f"copy from pinned memory {bus:.1f} GB/s")])
 
@@ -128,7 +166,7 @@ def speed(results):
                 f"{block['GB/s']:.0f}",
             ]
         )
-    return table(head, rows)
+    return "\n\n".join([table(head, rows), _spread_note(info for _, info in results.of("test_kernel"))])
 
 
 def kernels(results):
@@ -142,19 +180,21 @@ def kernels(results):
             )
             row += [f"{tile['GB/s']:.0f}", f"{tile['roof GB/s']:.0f}", f"{block['GB/s']:.0f}"]
         rows.append(row)
-    return table(head, rows)
+    return "\n\n".join([table(head, rows), _spread_note(info for _, info in results.of("test_kernel"))])
 
 
 def steps(results):
     found = results.of("test_step")
     rows = [[parameters["step"], f"{info['GB/s']:.0f}", f"{info['share']:.1%}"] for parameters, info in found]
     roof = f"roof {found[0][1]['roof GB/s']:.0f} GB/s"
-    return "\n\n".join([table(["Q8_0 to FP16", "GB/s", "share of the roof"], rows), _machine(results, roof)])
+    note = _spread_note(info for _, info in found)
+    return "\n\n".join([table(["Q8_0 to FP16", "GB/s", "share of the roof"], rows), note, _machine(results, roof)])
 
 
 def models(results):
-    head = ["model, compressed on the GPU, to FP16", "way", "GPU or host", "us", "us per tensor", "times the roof"]
-    rows = []
+    head = ["model, compressed on the GPU, to FP16", "way", "GPU or host", "us", "spread"]
+    head += ["us per tensor", "times the roof"]
+    rows, infos = [], []
     for test in ("test_gpu", "test_host"):
         for parameters, info in results.of(test):
             way = {"together": "dequantize_many", "one by one": "dequantize, each"}.get(
@@ -162,9 +202,10 @@ def models(results):
             )
             clock = "GPU" if test == "test_gpu" else "host"
             seconds = info["seconds"]
-            numbers = [f"{1e6 * seconds:.0f}", f"{info['us per tensor']:.3g}", _factor(1 / info["share"])]
-            rows.append([parameters["model"], f"`{way}`", clock, *numbers])
-    return table(head, sorted(rows, key=lambda row: row[0], reverse=True))
+            numbers = [f"{info['us per tensor']:.3g}", _factor(1 / info["share"])]
+            rows.append([parameters["model"], f"`{way}`", clock, f"{1e6 * seconds:.0f}", _spread(info), *numbers])
+            infos.append(info)
+    return "\n\n".join([table(head, sorted(rows, key=lambda row: row[0], reverse=True)), _spread_note(infos)])
 
 
 def sizes(results):
@@ -182,14 +223,14 @@ def sizes(results):
             numbers = [f"{1e6 * info['seconds']:.1f}", f"{info['ps per element']:.3g}", f"{info['GB/s']:.0f}", roof]
             row += numbers
         rows.append(row)
-    return table(head, rows)
+    return "\n\n".join([table(head, rows), _spread_note(info for _, info in results.of("test_size"))])
 
 
 def start(results):
     warm = results.one("test_warm_start")
-    parts = [[part, f"{warm[part]:.1f}"] for part in warm if part != "seconds"]
+    parts = [[part, f"{warm[part]:.1f}"] for part in warm if part not in ("seconds", "quartiles", "spread")]
     whole = ["the whole process, with Python's own start and end", f"{1e3 * warm['seconds']:.0f}"]
-    return table(["a new process, kernels in the cache", "ms"], [*parts, whole])
+    return "\n\n".join([table(["a new process, kernels in the cache", "ms"], [*parts, whole]), _spread_note([warm])])
 
 
 def compiling(results):
@@ -211,22 +252,27 @@ def launches(results):
         "dequantize": "`nd.dequantize(tensor, 'Q4_K')`, with memory for the result",
         "pytorch out": "the same, of PyTorch tensors to one of PyTorch's",
         "pytorch": "the same, of a PyTorch tensor",
+        "dequantize pytorch": "the same, of a PyTorch tensor",  # what earlier results call it
         "numba": "the plain Numba way: `kernels.jit('Q4_K')[...](...)`",
     }
-    rows = [
-        [names[parameters["way"]], f"{1e6 * info['seconds']:.1f}"] for parameters, info in results.of("test_launch")
-    ]
-    return table(["one call, nothing awaited", "us"], rows)
+    found = results.of("test_launch")
+    rows = [[names[each["way"]], f"{1e6 * info['seconds']:.1f}", _spread(info)] for each, info in found]
+    note = _spread_note(info for _, info in found)
+    return "\n\n".join([table(["one call, nothing awaited", "us", "spread"], rows), note])
 
 
 def cpu(results):
     rows = []
     for parameters, ours in results.of("test_cpu"):
         theirs = results.one("test_gguf_py", **parameters)
-        row = [parameters["name"], f"{ours['GB/s']:.1f}"]
-        rows.append([*row, theirs and f"{theirs['GB/s']:.2f}", theirs and f"{ours['GB/s'] / theirs['GB/s']:.0f}"])
-    threads = results.of("test_cpu")[0][1]["threads"]
-    return table(["format", f"GB/s, {threads} threads", "gguf-py, GB/s", "ratio"], rows)
+        row = [parameters["name"], f"{ours['GB/s']:.1f}", _spread(ours)]
+        row += (
+            [f"{theirs['GB/s']:.2f}", _spread(theirs), f"{ours['GB/s'] / theirs['GB/s']:.0f}"] if theirs else [None] * 3
+        )
+        rows.append(row)
+    found = [info for test in ("test_cpu", "test_gguf_py") for _, info in results.of(test)]
+    head = ["format", f"GB/s, {found[0]['threads']} threads", "spread", "gguf-py, GB/s", "spread", "ratio"]
+    return "\n\n".join([table(head, rows), _spread_note(found)])
 
 
 def peers(results):

@@ -79,7 +79,7 @@ def test_open_split(benchmark, tmp_path):
     for number in range(count):
         path = tmp_path / f"model-{number + 1:05}-of-{count:05}.gguf"
         models.write(path, content[number::count], split=(number, count, len(content)))
-    opened = benchmark.pedantic(nd.open, (tmp_path / f"model-00001-of-{count:05}.gguf",), rounds=5)
+    opened = benchmark.pedantic(nd.open, (tmp_path / f"model-00001-of-{count:05}.gguf",), rounds=15)
     assert sorted(opened.tensors) == sorted(name for name, _, _ in content)
 
 
@@ -173,8 +173,8 @@ def test_load_gpu(benchmark, gpu, bus, written, twin, name, mix, way):
             expected = nd.open(path).load(tensor, device="reference", rows=rows)
             check_same(found[tensor].copy_to_host()[rows], expected, tensor)
         del found
-    rounds = {"ours": 15, "gguf-py": 1, "safetensors": 3}.get(way, 5)
-    benchmark.pedantic(load, setup=let_go, rounds=rounds, warmup_rounds=way.startswith("ours"))
+    rounds = {"ours": 25, "gguf-py": 1}.get(way, 9)
+    benchmark.pedantic(load, setup=let_go, rounds=rounds, warmup_rounds=way != "gguf-py")
     kept.clear()
     note(benchmark, n_values if way == "safetensors" else n_bytes, bus, values=n_values, file_bytes=n_bytes)
 
@@ -277,7 +277,7 @@ def test_cold(benchmark, gpu, written):
         nd.load(path, device="cuda", progress=False)
         gpu.synchronize()
 
-    benchmark.pedantic(load, setup=read_by_dd, rounds=5)
+    benchmark.pedantic(load, setup=read_by_dd, rounds=7)
     n_bytes = os.path.getsize(path)
     note(benchmark, n_bytes, n_bytes / statistics.median(by_dd))
 

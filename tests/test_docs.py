@@ -1,5 +1,6 @@
 import doctest
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -48,6 +49,27 @@ def test_published_figures_are_those_of_the_results(monkeypatch):
         assert page.read_text() == report.filled(page, report.RESULTS), (
             f"{page} is not what benchmarks/report.py writes"
         )
+
+
+def test_published_figures_come_with_their_spread(tmp_path, monkeypatch):
+    """Quartiles where the results have them; nothing where there are too few readings; words where it is wide."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import report
+
+    content = json.loads((report.RESULTS / report.RUNS["loading"]).read_text())
+    for entry in content["benchmarks"]:
+        if entry["name"].startswith("test_load_gpu"):
+            median, is_wide = entry["stats"]["median"], "pageable" in entry["name"]
+            entry["stats"] |= {"q1": 0.99 * median, "q3": 1.01 * median, "iqr": (0.2 if is_wide else 0.02) * median}
+    (tmp_path / report.RUNS["loading"]).write_text(json.dumps(content))
+    shown = report.loading(report.of_part(tmp_path, "loading"))
+    rows = {tuple(cells[1:3]): cells for cells in (line.split(" | ") for line in shown.splitlines()) if len(cells) == 9}
+    results = report.of_part(tmp_path, "loading")
+    ours = 1e3 * results.one("test_load_gpu", name="Gemma-3-270M", way="ours")["seconds"]
+    assert rows["ours", f"{ours:,.1f}"][3:5] == [f"{0.99 * ours:,.1f} to {1.01 * ours:,.1f}", "2.0%"]
+    slow = 1e3 * results.one("test_load_gpu", name="Gemma-3-270M", way="gguf-py")["seconds"]
+    assert rows["gguf-py", f"{slow:,.1f}"][3:5] == ["", ""]
+    assert "It is at most 20.0% here, and over 10% for 3 of 12: a difference smaller than" in shown
 
 
 def test_benchmarks_run_where_there_is_no_gpu():
