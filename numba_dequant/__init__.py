@@ -4,6 +4,7 @@ from typing import Any
 
 from numba_dequant.api import dequantize, dequantize_many, prepare_many
 from numba_dequant.batch import Batch
+from numba_dequant.dlpack import Bfloat16Array
 from numba_dequant.errors import (
     DataError,
     DeviceError,
@@ -31,6 +32,7 @@ __version__ = VERSION
 __all__ = [
     "FORMATS",
     "Batch",
+    "Bfloat16Array",
     "DataError",
     "DeviceError",
     "DeviceTensor",

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant import host
-from numba_dequant.arguments import check_output, host_bytes, is_on_gpu, named, named_tensors, result_shape
+from numba_dequant.arguments import (
+    Memory,
+    after_writing,
+    allocated,
+    check_apart,
+    flat_bytes,
+    host_array,
+    host_output,
+    is_on_gpu,
+    memory_of_array,
+    named,
+    named_tensors,
+    output_type,
+    result_shape,
+)
 from numba_dequant.batch import Batch, Key
 from numba_dequant.device import Place, place_named
-from numba_dequant.dtypes import dtype_name, numpy_dtype
+from numba_dequant.dlpack import shareable
+from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DeviceError, NumbaDequantError, OutputError
 from numba_dequant.format import Format
 from numba_dequant.formats import format_named
@@ -22,10 +37,10 @@ from numba_dequant.mapping import mapping_named
 
 def dequantize(
     data: Any,
-    format: str | Format,
+    format: str | int | Format,
     dtype: Any = "float16",
-    shape: Sequence[int] | int | None = None,
-    device: str | None = None,
+    shape: Sequence[int] | NDArray[Any] | int | None = None,
+    device: Any = None,
     out: Any = None,
     stream: Any = None,
     *,
@@ -39,45 +54,54 @@ def dequantize(
     array([0. , 0.5, 1. , 1.5], dtype=float16)
 
     Args:
-        data: whole blocks: bytes, a memoryview, a NumPy array, or an array on a GPU that has
-            `__cuda_array_interface__` or `__dlpack__` (PyTorch, CuPy, Numba), which is read where it lies.
-        format: a name in `FORMATS`, or a `Format`.
-        dtype: "float16", "bfloat16" or "float32", or a NumPy, ml_dtypes or torch dtype of that name. Values are those
-            of GGML in float32, rounded once to nearest even. Integers and F64 are returned as they are stored.
-        shape: of the result, rows first; flat without one.
-        device: "reference" (NumPy), "cpu", "cuda", "cuda:1"...; None is the GPU that `data` lies on, else the first
-            GPU, else the CPU, which is then said once in a warning.
-        out: array to write to, contiguous and of the right shape and type: NumPy's for the CPU, anything on the GPU
-            for CUDA. It is returned.
+        data: whole blocks: bytes, a memoryview, a NumPy array, a PyTorch tensor, or an array on a GPU that has
+            `__cuda_array_interface__` or `__dlpack__` (CuPy, Numba). An array counts by its bytes, whatever its dtype.
+            It is read where it lies; one that is not contiguous, such as rows of a padded array, is copied first.
+        format: a name in `FORMATS`, in any case; a ggml id, also as a member of gguf-py's `GGMLQuantizationType`; or a
+            `Format`.
+        dtype: "float16", "bfloat16" or "float32", one of their other names ("fp16", "half", "bf16", "fp32", ...), or a
+            NumPy, ml_dtypes or PyTorch dtype. None is the dtype of `out`; without `out`, PyTorch's default dtype if
+            `data` is a PyTorch tensor, and otherwise float16. Values are those of GGML in float32, rounded once to
+            nearest even. Integers and F64 are returned as they are stored.
+        shape: of the result, rows first; flat without one. One number may be -1: it follows from the others.
+        device: "reference" (NumPy), "cpu", "cuda", "cuda:1"..., the ordinal of a GPU, or a device of PyTorch, JAX,
+            CuPy or Numba. None is the GPU that `data` lies on, else the first GPU, else the CPU, which is then said
+            once in a warning.
+        out: array to write to, contiguous and of the right shape and type: on the CPU NumPy's or PyTorch's, on a GPU
+            anything. It is returned. A PyTorch tensor may require gradients if it is a leaf, such as a parameter;
+            autograd then sees changed values and no computation.
         stream: on which to compute (CUDA): an int, a stream of PyTorch, CuPy or Numba, or an object with
             `__cuda_stream__`. None is the current stream of PyTorch or CuPy where data or `out` is theirs, and
             otherwise the legacy default stream. The host does not wait for it.
         mapping: how the kernel is cut (CUDA): "tile", or "block" for one thread block per quant block.
 
     Returns:
-        A NumPy array from the CPU, a `DeviceTensor` from CUDA, or `out`.
+        A NumPy array from the CPU, a `DeviceTensor` from CUDA, or `out`. ``torch.from_dlpack`` takes either, without a
+        copy: arrays in bfloat16 are `Bfloat16Array`.
 
     Raises:
         UnknownFormatError, DtypeError, DataError, ShapeError, OutputError, DeviceError: what is wrong with the
-            argument of that name. Nothing has been allocated or launched then.
+            argument of that name. Nothing has been launched or written then.
+        OptionError: there is no such `mapping`.
+        DeviceError: also if there is not enough memory.
     """
     source = format_named(format)
-    name = dtype_name(dtype)
+    name = output_type(dtype, data, out)
     mapping_named(mapping, source)
     place = _place_for(data if is_on_gpu(data) else None, device, stream)
     if place.kind == "cuda":
         from numba_dequant.gpu import dequantize as dequantize_on_gpu
 
         return dequantize_on_gpu(data, source, name, shape, place.index, out, stream, mapping)
-    result, work = _prepared(host_bytes(data), source, name, shape, place, out, mapping)
-    work()
-    return result
+    job = _prepared(host_array(data), source, name, shape, place, out, mapping)
+    job.compute()
+    return job.result
 
 
 def dequantize_many(
     tensors: Mapping[Key, tuple[Any, ...]],
     dtype: Any = "float16",
-    device: str | None = None,
+    device: Any = None,
     out: Mapping[Key, Any] | None = None,
     stream: Any = None,
 ) -> dict[Key, Any]:
@@ -91,9 +115,10 @@ def dequantize_many(
 
     Args:
         tensors: name -> (data, format) or (data, format, shape), each as for `dequantize`.
-        dtype: as for `dequantize`.
+        dtype: as for `dequantize`; None follows the first tensor.
         device: as for `dequantize`; data may lie on the host and on that GPU.
-        out: name -> array to write to, for all of them or for none.
+        out: name -> array to write to, for all of them or for none. None may share memory with another, nor with any
+            data.
         stream: as for `dequantize`.
 
     Returns:
@@ -110,7 +135,7 @@ def dequantize_many(
 def prepare_many(
     tensors: Mapping[Key, tuple[Any, ...]],
     dtype: Any = "float16",
-    device: str | None = None,
+    device: Any = None,
     out: Mapping[Key, Any] | None = None,
     stream: Any = None,
 ) -> Batch[Key]:
@@ -130,7 +155,7 @@ def prepare_many(
     Args:
         tensors: as for `dequantize_many`. Each run reads the data anew, where it lies: keep its order with the stream.
             Data that lies on the host is copied to a GPU here, once.
-        dtype: as for `dequantize`.
+        dtype: as for `dequantize`; None follows the first tensor.
         device: as for `dequantize_many`.
         out: as for `dequantize_many`.
         stream: on which each run computes, as for `dequantize`; None is the stream that is current at each run.
@@ -139,26 +164,32 @@ def prepare_many(
         UnknownFormatError, DtypeError, DataError, ShapeError, OutputError, DeviceError: as `dequantize_many` does.
     """
     entries = named_tensors(tensors, out)
-    name = dtype_name(dtype)
+    first = entries[0] if entries else None
+    name = output_type(dtype, first and first.data, first and first.out)
     on_gpu = next((entry.data for entry in entries if is_on_gpu(entry.data)), None)
     place = _place_for(on_gpu, device, stream)
     if place.kind == "cuda":
         from numba_dequant import many
 
         return Batch(*many.prepare(entries, name, place.index, stream))
-    results, steps = {}, []
+    jobs: dict[Any, _HostJob] = {}
     for entry in entries:
         try:
-            data = host_bytes(entry.data)
-            prepared = _prepared(data, entry.source, name, entry.shape, place, entry.out, "tile")
+            data = host_array(entry.data)
+            jobs[entry.name] = _prepared(data, entry.source, name, entry.shape, place, entry.out, "tile")
         except NumbaDequantError as error:
-            raise named(error, entry) from error
-        results[entry.name] = prepared[0]
-        steps.append(prepared[1])
-    return Batch(results, lambda: [step() for step in steps])
+            raise named(error, entry.name) from error
+    if out is not None:
+        check_apart(memory for name, job in jobs.items() for memory in job.memory(name))
+
+    def compute() -> None:
+        for job in jobs.values():
+            job.compute()
+
+    return Batch({name: job.result for name, job in jobs.items()}, compute)
 
 
-def _place_for(on_gpu: Any, device: str | None, stream: Any) -> Place:
+def _place_for(on_gpu: Any, device: Any, stream: Any) -> Place:
     """Where to compute, given data that lies on a GPU, if any does."""
     if on_gpu is not None and device is None:
         from numba_dequant.runtime import device_of
@@ -174,25 +205,66 @@ def _place_for(on_gpu: Any, device: str | None, stream: Any) -> Place:
     return place
 
 
+@dataclass(slots=True)
+class _HostJob:
+    """A tensor whose arguments have been checked, with the memory for its result.
+
+    Attributes:
+        data: its blocks, where they lie; perhaps strided.
+        source: their format.
+        dtype: the output type.
+        values: where to write.
+        out: the caller's array, of which `values` are the memory; None for new memory.
+        place: where to compute.
+        mapping: how the kernel of the simulator is cut.
+    """
+
+    data: NDArray[Any]
+    source: Format
+    dtype: str
+    values: NDArray[Any]
+    out: Any
+    place: Place
+    mapping: str
+
+    @property
+    def result(self) -> Any:
+        """What the caller gets."""
+        if self.out is not None:
+            return self.out
+        if self.place.kind == "simulator":
+            from numba_dequant.simulator import SimulatedTensor
+
+            return SimulatedTensor(self.values)
+        return shareable(self.values)
+
+    def compute(self) -> None:
+        """Fill the result with the values of what the data is now."""
+        data, flat = flat_bytes(self.data), self.values.reshape(-1)
+        try:
+            host.dequantize_into(data, self.source, self.dtype, flat, self.place, self.mapping)
+        except MemoryError as error:
+            raise DeviceError(f"the CPU is out of memory while it computes {flat.size:,} values: {error}") from error
+        if self.out is not None:
+            after_writing(self.out)
+
+    def memory(self, name: Any) -> list[Memory]:
+        """What is read, and what is written."""
+        found = [memory_of_array(self.data, name, is_out=False), memory_of_array(self.values, name, is_out=True)]
+        return found if self.out is not None else found[:1]
+
+
 def _prepared(
-    data: NDArray[np.uint8], source: Format, dtype: str, shape: Any, place: Place, out: Any, mapping: str
-) -> tuple[Any, Callable[[], None]]:
-    """The result, whose memory is there, and the computation that fills it, whose arguments have been checked."""
-    n_elements = source.n_elements(data.size)
+    data: NDArray[Any], source: Format, dtype: str, shape: Any, place: Place, out: Any, mapping: str
+) -> _HostJob:
+    n_elements = source.n_elements(data.nbytes)
     asked = result_shape(shape, n_elements, out)
     kind = source.stored_dtype or numpy_dtype(dtype)
     if out is None:
-        result = np.empty(asked, kind)
-    elif not isinstance(out, np.ndarray) or not out.flags.c_contiguous or not out.flags.writeable:
-        raise OutputError(f"out must be a contiguous, writable NumPy array where the device is {place}")
+        n_bytes = n_elements * kind.itemsize
+        values = allocated(lambda: np.empty(asked, kind), n_bytes, "the result")
     else:
-        result = out
-        check_output(out.dtype, out.shape, kind, asked, n_elements)
-        if np.may_share_memory(out, data):
+        values = host_output(out, kind, asked, n_elements, place)
+        if np.may_share_memory(values, data):
             raise OutputError("out shares memory with data")
-    work = partial(host.dequantize_into, data, source, dtype, result.reshape(-1), place, mapping)
-    if place.kind == "simulator" and out is None:
-        from numba_dequant.simulator import SimulatedTensor
-
-        return SimulatedTensor(result), work
-    return result, work
+    return _HostJob(data, source, dtype, values, out, place, mapping)

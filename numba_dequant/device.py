@@ -6,12 +6,15 @@ import ctypes
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
-from numba_dequant.errors import DeviceError
+import numpy as np
+
+from numba_dequant.errors import DeviceError, shown
 from numba_dequant.locks import compile_lock
 from numba_dequant.warn import warn_once
 
@@ -30,8 +33,10 @@ class Place:
         return f"cuda:{self.index}" if self.kind in ("cuda", "simulator") else self.kind
 
 
-def place_named(device: str | None) -> Place:
+def place_named(device: Any) -> Place:
     """The device of that name; None is the first GPU where one can be used, and otherwise the CPU.
+
+    It may be a name in any case, the ordinal of a GPU, or a device of PyTorch, JAX, CuPy, Numba or cuda.core.
 
     Raises:
         DeviceError: there is no such device, or no GPU can be used.
@@ -39,24 +44,73 @@ def place_named(device: str | None) -> Place:
     if device is None:
         problem = cuda_problem()
         if problem is None:
-            return _gpu_named("cuda")
+            return _gpu(0)
         _say_once(problem)
         return Place("cpu")
-    if device in ("reference", "cpu"):
-        return Place("reference" if device == "reference" else "cpu")
-    place = _gpu_named(str(device))
-    problem = cuda_problem()
-    if problem is not None:
-        raise DeviceError(f"device {device!r} cannot be used: {problem}")
+    place = _place_of(device if type(device) is str else _name_of(device))
+    if place is None:
+        raise DeviceError(
+            f"unknown device {shown(device)}; choose 'reference', 'cpu', 'cuda', 'cuda:1', ... or None{_hint(device)}"
+        )
+    if place.kind == "cuda":
+        problem = cuda_problem()
+        if problem is not None:
+            raise DeviceError(f"device {shown(device)} cannot be used: {problem}")
     return place
 
 
-@lru_cache
-def _gpu_named(device: str) -> Place:
-    match = re.fullmatch(r"cuda(?::(\d+))?", device)
-    if match is None:
-        raise DeviceError(f"unknown device {device!r}; choose 'reference', 'cpu', 'cuda', 'cuda:1', ... or None")
-    return Place("simulator" if is_simulated() else "cuda", int(match[1] or 0))
+@lru_cache(maxsize=64)
+def _place_of(name: str) -> Place | None:
+    # Ten digits and more are the ordinal of nothing, and Python refuses to read more than 4300 of them.
+    found = re.fullmatch("reference|cpu(?::0)?|cuda(?::([0-9]{1,9}))?", name.strip().lower())
+    if found is None:
+        return None
+    if found[0] == "reference":
+        return Place("reference")
+    return Place("cpu") if found[0].startswith("cpu") else _gpu(int(found[1] or 0))
+
+
+def _gpu(index: int) -> Place:
+    return Place("simulator" if is_simulated() else "cuda", index)
+
+
+def _name_of(device: Any) -> str:
+    """The name of a device that is not given by name; an empty one if it is no device."""
+    try:
+        if isinstance(device, (bool, np.bool_, type)):
+            return ""
+        if hasattr(device, "__index__"):
+            return f"cuda:{device.__index__()}"
+        library = type(device).__module__.partition(".")[0]
+        return _NAMES.get(library, str)(device)
+    except Exception:  # a foreign object may fail in any way when it is asked what it is
+        return ""
+
+
+def _name_of_jax(device: Any) -> str:
+    kind = "cuda" if device.platform == "gpu" else device.platform
+    return kind if kind == "cpu" else f"{kind}:{device.local_hardware_id}"
+
+
+_NAMES: dict[str, Callable[[Any], str]] = {
+    "cupy": lambda device: f"cuda:{device.id}",
+    "numba": lambda device: f"cuda:{device.id}",
+    "cuda": lambda device: f"cuda:{device.device_id}",
+    "jax": _name_of_jax,
+    "jaxlib": _name_of_jax,
+}
+"""By library, what its devices are called here; others, such as PyTorch's, are called what they say."""
+
+
+def _hint(device: Any) -> str:
+    kind = _name_of(device).strip().lower().partition(":")[0]
+    if kind == "gpu":
+        return ". An NVIDIA GPU is called 'cuda'"
+    if kind == "meta":
+        return ". The meta device has no memory to write values to"
+    if kind in ("mps", "xpu", "hip", "rocm", "xla", "tpu", "npu", "hpu", "vulkan", "mtia", "maia", "opencl"):
+        return ". Values are computed on NVIDIA GPUs and on the CPU only"
+    return ""
 
 
 @lru_cache(maxsize=1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
 
 class NumbaDequantError(Exception):
     """Base of every error raised on purpose by `numba_dequant`."""
@@ -12,7 +15,7 @@ class UnknownFormatError(NumbaDequantError, LookupError):
 
 
 class DataError(NumbaDequantError, ValueError):
-    """Compressed bytes that cannot be read: not bytes, not contiguous, or not a whole number of blocks."""
+    """Compressed data that cannot be read: no bytes in memory, or not a whole number of blocks."""
 
 
 class ShapeError(NumbaDequantError, ValueError):
@@ -24,7 +27,7 @@ class DtypeError(NumbaDequantError, TypeError):
 
 
 class OutputError(NumbaDequantError, ValueError):
-    """An `out` array of the wrong size, type, memory order or device."""
+    """An `out` array of the wrong size, type, memory order or device, or one that overlaps memory in use."""
 
 
 class DeviceError(NumbaDequantError, RuntimeError):
@@ -98,3 +101,26 @@ class GgufError(NumbaDequantError, ValueError):
 
     def __reduce__(self) -> tuple[type[GgufError], tuple[str, str, int | None, object, str]]:
         return type(self), (self.path, self.field, self.offset, self.found, self.allowed)
+
+
+MOST_SHOWN = 120
+"""Characters of a wrong argument that an error message shows."""
+
+_repr = reprlib.Repr()
+_repr.maxother = _repr.maxstring = _repr.maxlong = MOST_SHOWN
+
+
+def shown(thing: Any) -> str:
+    """A wrong argument as an error message shows it: on one line, cut short, whatever it is."""
+    try:
+        if isinstance(thing, int) and not -(10**40) < thing < 10**40:
+            return f"an int of {thing.bit_length()} bits"
+        if isinstance(thing, (str, bytes, bytearray)):
+            text = repr(thing[:MOST_SHOWN])
+            return text if len(thing) <= MOST_SHOWN else f"{text}..."
+        if hasattr(thing, "shape") and hasattr(thing, "dtype") and not isinstance(thing, type):
+            return f"{type(thing).__name__} of shape {tuple(thing.shape)}"
+        text = " ".join(_repr.repr(thing).split())
+    except Exception:  # a foreign object may fail in any way when it is asked what it is
+        return f"an object of type {type(thing).__name__}"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from numba_dequant.arguments import host_bytes
 from numba_dequant.bits import RUN
-from numba_dequant.errors import DataError, ShapeError
-from numba_dequant.format import Format, element_of
+from numba_dequant.errors import DataError, ShapeError, shown
+from numba_dequant.format import Format, element_of, whole_number
 from numba_dequant.formats import format_named
 from numba_dequant.picture import Picture
 from numba_dequant.watching import watch
@@ -131,7 +131,7 @@ class Explanation:
         return f"Explanation({self._heading()!r})"
 
 
-def explain(data: Any, format: str | Format, block: int = 0, element: int = 0) -> Explanation:
+def explain(data: Any, format: str | int | Format, block: int = 0, element: int = 0) -> Explanation:
     """How the values of one block come about.
 
     >>> import numpy as np, numba_dequant as nd
@@ -178,8 +178,11 @@ def explain(data: Any, format: str | Format, block: int = 0, element: int = 0) -
     # The elements of a plain array are explained in runs.
     size, n_bytes = (source.block_size, source.type_size) if source.block_size > 1 else (RUN, RUN * source.type_size)
     n_blocks = source.n_elements(raw.size) // size
-    if not (isinstance(block, (int, np.integer)) and 0 <= block < n_blocks):
-        raise ShapeError(f"the data has {n_blocks} blocks of {size} elements, from 0 on; there is no block {block}")
+    number = whole_number(block, 0)
+    if number is None or number >= n_blocks:
+        found = shown(block)
+        raise ShapeError(f"the data has {n_blocks} blocks of {size} elements, from 0 on; there is no block {found}")
+    block = number
     element = element_of(source.name, element, size)
     return Explanation(source, block, element, raw[block * n_bytes : (block + 1) * n_bytes].copy())
 

@@ -7,7 +7,8 @@ import inspect
 import math
 import operator
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from numba_dequant.bit_map import bit_map, value_range
 from numba_dequant.bits import RUN
-from numba_dequant.errors import DataError, ShapeError
+from numba_dequant.errors import DataError, OptionError, ShapeError, shown
 from numba_dequant.picture import Picture
 
 Dequantize: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
@@ -46,18 +47,30 @@ def field_offsets(layout: np.dtype[np.void]) -> tuple[int, ...]:
     return tuple(fields[name][1] for name in layout.names)
 
 
+def whole_number(thing: Any, least: int | None = None) -> int | None:
+    """A whole number of any library as an int; None for anything else, for a bool, and for less than `least`."""
+    found = thing
+    if type(thing) is not int:
+        if isinstance(thing, (bool, np.bool_, type)):
+            return None
+        try:
+            found = operator.index(thing)
+        except Exception:  # a foreign object may fail in any way when it is asked what it is
+            return None
+    return None if least is not None and found < least else found
+
+
 def element_of(name: str, element: Any, size: int) -> int:
     """The number of an element of a block of `size`.
 
     Raises:
-        ShapeError: it is no whole number, or there is no such element.
+        ShapeError: it is not a whole number, or there is no such element.
     """
-    try:
-        found = operator.index(element)
-    except TypeError:
-        raise ShapeError(f"element is a whole number, not {element!r}") from None
+    found = whole_number(element)
+    if found is None:
+        raise ShapeError(f"element must be a whole number, got {shown(element)}")
     if not 0 <= found < size:
-        raise ShapeError(f"a block of {name} has elements 0 to {size - 1}, not {found}")
+        raise ShapeError(f"a block of {name} has elements 0 to {size - 1}, not {shown(found)}")
     return found
 
 
@@ -86,13 +99,44 @@ class Format:
     decode: Decode | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        fields = self.layout.fields
-        if not fields or sum(kind[0].itemsize for kind in fields.values()) != self.layout.itemsize:
-            raise ValueError(f"{self.name}: the layout must name its fields and leave no byte out: {self.layout}")
-        if self.block_size != 1 and self.block_size % RUN:
-            raise ValueError(f"{self.name}: block_size must be 1 or a multiple of {RUN}, not {self.block_size}")
+        if not isinstance(self.name, str) or not self.name or not isinstance(self.summary, str):
+            raise OptionError(f"a format has a name and a summary, got {shown(self.name)} and {shown(self.summary)}")
+        ggml_id, block_size = whole_number(self.ggml_id, 0), whole_number(self.block_size, 1)
+        if ggml_id is None or ggml_id >= 2**32:
+            raise OptionError(f"{self.name}: ggml_id must be a whole number of 32 bits, got {shown(self.ggml_id)}")
+        if block_size is None or (block_size != 1 and block_size % RUN):
+            found = shown(self.block_size)
+            raise OptionError(f"{self.name}: block_size must be 1 or a multiple of {RUN}, got {found}")
+        if not isinstance(self.layout, np.dtype) or self.layout.hasobject:
+            found = shown(self.layout)
+            raise OptionError(f"{self.name}: layout must be a structured NumPy dtype, as of block_layout, got {found}")
+        sizes = [kind[0].itemsize for kind in (self.layout.fields or {}).values()]
+        if not self.layout.itemsize or sum(sizes) != self.layout.itemsize:
+            raise OptionError(f"{self.name}: the layout must name its fields and leave no byte out: {self.layout}")
         if (self.dequantize is None) != (self.decode is None):
-            raise ValueError(f"{self.name}: give both `dequantize` and `decode`, or neither")
+            raise OptionError(f"{self.name}: give both `dequantize` and `decode`, or neither")
+        for function in (self.dequantize, self.decode):
+            if function is not None and not (callable(function) and isinstance(function, Hashable)):
+                raise OptionError(f"{self.name}: dequantize and decode must be functions, got {shown(function)}")
+        object.__setattr__(self, "ggml_id", ggml_id)
+        object.__setattr__(self, "block_size", block_size)
+        _formats.setdefault(_key(self._fields), self)
+
+    @property
+    def _fields(self) -> tuple[Any, ...]:
+        return self.name, self.ggml_id, self.block_size, self.layout, self.summary, self.dequantize, self.decode
+
+    def __reduce__(self) -> tuple[Callable[..., Format], tuple[Any, ...]]:
+        """A copy of a format is the format: it compares by identity, and its compiled code is kept by it.
+
+        One that is registered is pickled by name, and by the module that registers it, which is imported where it is
+        read. Any other is pickled by its fields: its functions must be importable.
+        """
+        from numba_dequant import formats
+
+        if formats.FORMATS.get(self.name) is self:
+            return formats.registered, (self.name, getattr(self.decode, "__module__", None))
+        return _same, self._fields
 
     @property
     def type_size(self) -> int:
@@ -169,8 +213,9 @@ class Format:
         if element is not None:
             element = element_of(self.name, element, self.block_size)
             title += f"; lit: the {int(bits[:, element].sum())} bits of element {element}"
-        if raw is not None and (raw.dtype != np.uint8 or raw.shape != (self.type_size,)):
-            found = f"{raw.dtype} of shape {raw.shape}"
+        is_block = isinstance(raw, np.ndarray) and raw.dtype == np.uint8 and raw.shape == (self.type_size,)
+        if raw is not None and not is_block:
+            found = f"{raw.dtype} of shape {raw.shape}" if isinstance(raw, np.ndarray) else shown(raw)
             raise DataError(f"raw is one block of {self.name}: uint8 of shape ({self.type_size},), not {found}")
         return Picture(title, self.layout, bits, element, raw)
 
@@ -217,19 +262,24 @@ class Format:
         Raises:
             DataError: `n_bytes` is not a whole number of blocks.
         """
-        if n_bytes % self.type_size:
+        found = whole_number(n_bytes, 0)
+        if found is None:
+            raise DataError(f"n_bytes must be a whole number, 0 or more, got {shown(n_bytes)}")
+        if found % self.type_size:
             raise DataError(
-                f"{self.name} data comes in blocks of {self.type_size} bytes, but {n_bytes} bytes were given: "
-                f"{n_bytes % self.type_size} too many. Pass whole blocks."
+                f"{self.name} data comes in blocks of {self.type_size} bytes, but {shown(found)} bytes were given: "
+                f"{found % self.type_size} too many. Pass whole blocks."
             )
-        return n_bytes // self.type_size * self.block_size
+        return found // self.type_size * self.block_size
 
     def n_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes that a tensor of `shape` (rows first) takes.
 
         Raises:
-            ShapeError: a row is not a whole number of blocks.
+            ShapeError: a row is not a whole number of blocks, or an extent is not a whole number.
         """
+        if not isinstance(shape, (tuple, list)) or not all(whole_number(extent, 0) is not None for extent in shape):
+            raise ShapeError(f"shape must be a tuple of whole numbers, rows first, got {shown(shape)}")
         row = shape[-1] if shape else 1
         if row % self.block_size:
             raise ShapeError(
@@ -237,3 +287,15 @@ class Format:
                 f"but the last dimension of shape {shape} is {row}"
             )
         return math.prod(shape) // self.block_size * self.type_size
+
+
+# What every format was made of, so that a copy of it that comes out of a pickle is that format itself.
+_formats: weakref.WeakValueDictionary[tuple[Any, ...], Format] = weakref.WeakValueDictionary()
+
+
+def _key(fields: tuple[Any, ...]) -> tuple[Any, ...]:
+    return fields[:4] + fields[5:]
+
+
+def _same(*fields: Any) -> Format:
+    return _formats.get(_key(fields)) or Format(*fields)

@@ -30,8 +30,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
-import numpy as np
-
+from numba_dequant.arguments import flag_option, whole_option
 from numba_dequant.errors import GgufError, MissingFileError, OptionError
 from numba_dequant.gguf_metadata import MetadataArray
 from numba_dequant.gguf_model import GgufFile, TensorInfo, TensorTable, truncated
@@ -60,13 +59,14 @@ def open_gguf(source: Any, *, offset: int = 0, allow_truncated: bool = False, or
         ReadError: it cannot be read.
         OptionError: an argument is of a wrong kind.
     """
-    if isinstance(offset, bool) or not isinstance(offset, (int, np.integer)) or offset < 0:
-        raise OptionError(f"offset is the byte at which the GGUF file begins, a whole number from 0 on, not {offset!r}")
+    offset = whole_option("offset", offset, 0)
+    allow_truncated = flag_option("allow_truncated", allow_truncated)
+    orig_shapes = flag_option("orig_shapes", orig_shapes)
     if isinstance(source, (list, tuple)):
-        file = _join_given(source, int(offset), allow_truncated=allow_truncated)
+        file = _join_given(source, offset, allow_truncated=allow_truncated)
     else:
         origin = source_of(source)
-        file = read_file(origin, int(offset), allow_truncated=allow_truncated)
+        file = read_file(origin, offset, allow_truncated=allow_truncated)
         count = _split_number(file, "split.count", 0)
         if count > 1:
             paths = _shard_paths(file, count, None if offset or origin.data is not None else origin.path)

@@ -11,7 +11,7 @@ from operator import eq
 from typing import Any, NamedTuple
 
 from numba_dequant import tables
-from numba_dequant.errors import GgufError, TensorNotFoundError
+from numba_dequant.errors import GgufError, TensorNotFoundError, shown
 from numba_dequant.format import Format
 from numba_dequant.gguf_header import ByteOrder
 from numba_dequant.gguf_metadata import Metadata
@@ -74,7 +74,7 @@ class TensorTable(Mapping[str, TensorInfo]):
         except (KeyError, TypeError):
             near = self._near(name) if isinstance(name, str) else []
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise TensorNotFoundError(f"there is no tensor {name!r} among {len(self)}{hint}") from None
+            raise TensorNotFoundError(f"there is no tensor {shown(name)} among {len(self)}{hint}") from None
 
     def _near(self, name: str) -> list[str]:
         if len(name) > COMPARED_CHARACTERS:

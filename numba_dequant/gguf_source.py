@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.arguments import host_bytes
-from numba_dequant.errors import DataError, MissingFileError, OptionError, ReadError
+from numba_dequant.arguments import flat_bytes, host_array
+from numba_dequant.errors import DataError, MissingFileError, NumbaDequantError, OptionError, ReadError, shown
 from numba_dequant.warn import warn
 
 CHANGED = "it has changed since it was opened; reopen it"
@@ -327,8 +327,14 @@ def source_of(given: Any, number: int | None = None) -> Source:
             return Source(name, _absolute(name))
         except OSError as error:
             raise read_error(name, error) from error
+    try:
+        contents = _contents(given)
+    except NumbaDequantError:
+        raise
+    except Exception as error:  # a foreign object may fail in any way when it is asked what it is
+        raise OptionError(f"expected a path or the contents of a file as bytes, got {shown(given)}") from error
     name = "<memory>" if number is None else f"<memory {number}>"
-    return Source(name, data=_contents(given))
+    return Source(name, data=contents)
 
 
 def _is_path(given: bytes) -> bool:
@@ -347,7 +353,10 @@ def _contents(given: Any) -> NDArray[np.uint8]:
             ) from None
     if isinstance(given, np.ndarray) and given.dtype.itemsize != 1:
         raise DataError(f"expected the contents of a file as an array of uint8, got {given.dtype.name}")
-    return host_bytes(given)
+    array = host_array(given)
+    if not array.flags.c_contiguous:
+        raise DataError("expected the contents of a file as one contiguous piece of memory; pass a contiguous copy")
+    return flat_bytes(array)
 
 
 def _absolute(path: str) -> str:

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant import host
-from numba_dequant.arguments import check_output
+from numba_dequant.arguments import after_writing, check_apart, host_output, memory_of_array, named
 from numba_dequant.device import Place, n_threads
+from numba_dequant.dlpack import shareable
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DeviceError, OutputError
 from numba_dequant.pieces import Part, Piece
@@ -38,10 +39,10 @@ def load(
         OutputError: an `out` is not right. Nothing has been read then.
         ReadError, GgufError, DeviceError: reading or allocating failed halfway.
     """
-    for request in requests:
-        if request.out is not None:
-            _check_out(request, place)
-    results = _Results(requests, place)
+    outputs = {index: _output(request, place) for index, request in enumerate(requests) if request.out is not None}
+    names = {index: requests[index].tensor.name for index in outputs}
+    check_apart(memory_of_array(array, names[index], is_out=True) for index, array in outputs.items())
+    results = _Results(requests, place, outputs)
     # The simulator's threads are its own.
     n_workers = 1 if place.kind == "simulator" else threads or n_threads() + WAITING_THREADS
     tensors = [request.tensor for request in requests]
@@ -49,16 +50,12 @@ def load(
     return (results.hand_out(index) for index in pipeline)
 
 
-def _check_out(request: Request, place: Place) -> None:
-    out, tensor = request.out, request.tensor
-    if not isinstance(out, np.ndarray) or not out.flags.c_contiguous or not out.flags.writeable:
-        raise OutputError(
-            f"tensor {tensor.name!r}: out must be a contiguous, writable NumPy array where the device is {place}"
-        )
+def _output(request: Request, place: Place) -> NDArray[Any]:
+    tensor = request.tensor
     try:
-        check_output(out.dtype, out.shape, _kind(request), tensor.shape, tensor.n_elements)
+        return host_output(request.out, _kind(request), tensor.shape, tensor.n_elements, place)
     except OutputError as error:
-        raise OutputError(f"tensor {tensor.name!r}: {error}") from None
+        raise named(error, tensor.name) from error
 
 
 def _kind(request: Request) -> np.dtype[Any]:
@@ -70,14 +67,13 @@ def _kind(request: Request) -> np.dtype[Any]:
 class _Results:
     """The arrays to write to: they come to be when reading gets to them, and are let go when they are handed out."""
 
-    def __init__(self, requests: Sequence[Request], place: Place) -> None:
+    def __init__(self, requests: Sequence[Request], place: Place, outputs: dict[int, NDArray[Any]]) -> None:
         self.requests, self.place = requests, place
-        self.arrays: dict[int, NDArray[Any]] = {}
+        self.arrays = outputs
 
     def prepare(self, index: int) -> None:
         request = self.requests[index]
         if request.out is not None:
-            self.arrays[index] = request.out
             return
         tensor = request.tensor
         shape = (tensor.n_bytes,) if request.dtype is None else tensor.shape
@@ -90,11 +86,14 @@ class _Results:
         request, array = self.requests[index], self.arrays.pop(index)
         if request.dtype is None:
             return QuantizedTensor(array, request.tensor.format, request.tensor.shape)
-        if self.place.kind == "simulator" and request.out is None:
+        if request.out is not None:
+            after_writing(request.out)
+            return request.out
+        if self.place.kind == "simulator":
             from numba_dequant.simulator import SimulatedTensor
 
             return SimulatedTensor(array)
-        return array
+        return shareable(array)
 
 
 class _Worker:

@@ -6,12 +6,15 @@ Neither is imported here. An array of theirs exists only in a program that has i
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from numba_dequant.dtypes import numpy_dtype
+from numba_dequant.errors import DataError, OutputError
 
 
 class ArrayView(NamedTuple):
@@ -72,9 +75,18 @@ class Torch:
     def _torch(self) -> Any:
         return sys.modules["torch"]
 
+    def default_dtype(self) -> Any:
+        """What a tensor of floats is of where nobody says."""
+        return self._torch.get_default_dtype()
+
+    def has_memory(self, array: Any) -> bool:
+        """Whether a tensor has memory: one on the meta device has none, nor has one that stands for another."""
+        fake = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensor", ())
+        return not array.is_meta and not isinstance(array, fake)
+
     def is_on_gpu(self, array: Any) -> bool:
         """Whether a tensor lies in the memory of a CUDA GPU."""
-        return bool(array.is_cuda)
+        return bool(array.is_cuda) and self.has_memory(array)
 
     def is_pinned(self, array: Any) -> bool:
         """Whether a tensor lies in pinned host memory."""
@@ -117,6 +129,74 @@ class Torch:
         """Queue a copy of a tensor to another of its shape, both on a GPU, on a stream."""
         with self._torch.no_grad(), self._torch.cuda.stream(self._external(stream, index)):
             target.copy_(array)
+
+    def host_array(self, array: Any) -> NDArray[Any]:
+        """The bytes of a tensor on the CPU, as numbers of the size of its elements, where they lie.
+
+        Raises:
+            DataError: it has no memory of its own on the CPU.
+        """
+        try:
+            if type(array) is self._torch.Tensor and array.dtype is self._torch.uint8 and array.device.type == "cpu":
+                return array.numpy()  # type: ignore[no-any-return]
+            with self._as_plain(array):
+                problem = self._problem_on_host(array)
+                if problem is None:
+                    plain = self._torch.Tensor.detach(array)
+                    if plain.is_conj() or plain.is_neg():
+                        plain = plain.resolve_conj().resolve_neg()
+                    kind = _integer_of_torch(plain.element_size())
+                    return (plain if kind is None else plain.view(kind)).numpy()  # type: ignore[no-any-return]
+        except Exception as error:  # a subclass of tensors may fail in any way
+            problem = _first_line(error)
+        raise DataError(f"cannot read bytes from a {type(array).__name__}: {problem}")
+
+    def host_output(self, array: Any, dtype: np.dtype[Any], place: object) -> NDArray[Any]:
+        """The memory of a tensor on the CPU that values are written to.
+
+        One that requires gradients may be a leaf, such as a parameter, which is written to as `load_state_dict` does.
+
+        Raises:
+            OutputError: it has no memory of its own on the CPU, or is of another type.
+        """
+        try:
+            with self._as_plain(array):
+                problem = self._problem_on_host(array)
+                name = str(array.dtype).removeprefix("torch.")
+                if problem is None and name != dtype.name:
+                    problem = f"it holds {name}, the result is {dtype.name}; pass a tensor of {dtype.name}"
+                if problem is None and array.requires_grad and not array.is_leaf and self._torch.is_grad_enabled():
+                    problem = "it is the result of a computation that keeps gradients; pass out.detach()"
+                if problem is None:
+                    plain = self._torch.Tensor.detach(array)
+                    if name == "bfloat16":
+                        return plain.view(self._torch.int16).numpy().view(dtype)  # type: ignore[no-any-return]
+                    return plain.numpy()  # type: ignore[no-any-return]
+        except Exception as error:  # a subclass of tensors may fail in any way
+            problem = _first_line(error)
+        raise OutputError(f"cannot write to out, a {type(array).__name__}, where the device is {place}: {problem}")
+
+    def _problem_on_host(self, array: Any) -> str | None:
+        """Why a tensor has no memory on the CPU; None if it has."""
+        if not self.has_memory(array):
+            return (
+                "it is a tensor without memory (meta or fake). Pass a real tensor, outside of what torch.compile and "
+                "torch.export trace; an operator that they can trace is to come with the module numba_dequant.torch"
+            )
+        return None if array.device.type == "cpu" else f"it lies on {array.device}; copy it to the CPU first"
+
+    def written(self, array: Any) -> None:
+        """Tell autograd that the values of a tensor have changed, as PyTorch's own functions do."""
+        with self._as_plain(array):
+            if not array.is_inference():
+                self._torch.autograd.graph.increment_version(array)
+
+    def _as_plain(self, array: Any) -> AbstractContextManager[Any]:
+        """Within this, functions treat a subclass of tensors as what it is made of."""
+        if type(array) in (self._torch.Tensor, self._torch.nn.Parameter):
+            return nullcontext()
+        context: AbstractContextManager[Any] = self._torch._C.DisableTorchFunctionSubclass()
+        return context
 
     def empty(self, n_bytes: int, index: int) -> Any:
         """Memory from PyTorch's caching allocator, in the order of the current stream.
@@ -214,6 +294,17 @@ def _dtype_of_torch(dtype: Any) -> np.dtype[Any]:
         return numpy_dtype(name)
     except TypeError:  # float8 and the like: only their bytes matter here
         return np.dtype(f"V{dtype.itemsize}")
+
+
+@lru_cache
+def _integer_of_torch(size: int) -> Any:
+    """The integers of that many bytes, which NumPy has whatever the tensor holds."""
+    torch = sys.modules["torch"]
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(size)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
 
 
 @lru_cache(maxsize=1)

@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant import tables
+from numba_dequant.arguments import flag_option, output_type, whole_option
 from numba_dequant.device import Place, place_named
-from numba_dequant.dtypes import dtype_name
 from numba_dequant.errors import DeviceError, OutputError
-from numba_dequant.gguf_file import GgufFile, TensorTable, open_gguf
+from numba_dequant.gguf_file import GgufFile, TensorInfo, TensorTable, open_gguf
 from numba_dequant.gguf_metadata import Metadata
 from numba_dequant.locks import compile_lock
 from numba_dequant.progress import Progress, Reporter
 from numba_dequant.reading import check_complete, map_tensor, read_tensor
-from numba_dequant.selection import Request, Select, requests, rows_of
+from numba_dequant.selection import Request, Select, requests, rows_of, tensor_named
 
 Callback = Callable[[Progress], object] | None
 
@@ -62,9 +62,9 @@ class Model:
 
     def load(
         self,
-        name: str,
+        name: str | TensorInfo,
         dtype: Any = "float16",
-        device: str | None = None,
+        device: Any = None,
         out: Any = None,
         stream: Any = None,
         *,
@@ -75,27 +75,29 @@ class Model:
         """One tensor, dequantized; what is not said here is as for `numba_dequant.dequantize`.
 
         Args:
-            name: of the tensor.
-            dtype: "float16", "bfloat16" or "float32".
+            name: of the tensor; a `TensorInfo` stands for its name.
+            dtype: as for `dequantize`.
             device: where to compute, and where the result lies.
             out: array to write to.
             stream: on which to compute (CUDA).
             rows: only these, a slice of the first dimension; only their bytes are read.
             keep_quantized: give the compressed bytes, on the device, as a `QuantizedTensor`.
-            threads: that read. Without it: on the CPU, two more than there are cores; for a GPU, as many as there are
-                cores, up to 12.
+            threads: that read, 1 or more. Without it: on the CPU, two more than there are cores; for a GPU, as many as
+                there are cores, up to 12.
 
         Raises:
             TensorNotFoundError: the file holds no tensor of that name.
-            ShapeError: `rows` are no slice, or not whole blocks.
+            ShapeError: `rows` is not a slice, or they are not whole blocks.
+            DtypeError, OutputError, OptionError: what is wrong with the other arguments. Nothing has been read then.
             GgufError: the file ends before the tensor does.
             ReadError: the file cannot be read, or has changed since.
             DeviceError: there is no such device, or not enough memory.
         """
-        kept_type = dtype_name(dtype)
-        if keep_quantized and out is not None:
-            raise OutputError("out is for dequantized values; leave it away, or keep_quantized")
-        request = Request(rows_of(self.tensors[name], rows), None if keep_quantized else kept_type, out)
+        kind = output_type(dtype, None, out)
+        kept = flag_option("keep_quantized", keep_quantized)
+        if kept and out is not None:
+            raise OutputError("out is for dequantized values; drop it, or keep_quantized")
+        request = Request(rows_of(tensor_named(self.tensors, name), rows), None if kept else kind, out)
         results = self._results([request], place_named(device), stream, threads, None, lambda bytes_done: None)
         return next(results)
 
@@ -103,7 +105,7 @@ class Model:
         self,
         select: Select = None,
         dtype: Any = "float16",
-        device: str | None = None,
+        device: Any = None,
         stream: Any = None,
         progress: bool | None = None,
         *,
@@ -115,15 +117,16 @@ class Model:
         """Every tensor, or those that `select` picks, by name and in file order.
 
         Args:
-            select: a name or a pattern of names ("blk.*.weight", as of files), several of them, a compiled regular
-                expression, a function of a `TensorInfo`, or None for all.
-            dtype: one for all, or patterns and their types, of which the first that matches counts:
-                ``{"*norm*": "float32", "*": "bfloat16"}``.
+            select: a name or a pattern of names ("blk.*.weight", as of files), a compiled regular expression, a
+                `TensorInfo`, several of these, a function of a `TensorInfo`, or None for all.
+            dtype: one for all, or patterns (or compiled expressions) and their types, of which the first that matches
+                counts: ``{"*norm*": "float32", "*": "bfloat16"}``.
             device: as for `load`.
             stream: as for `load`.
             progress: a bar for what takes over a second: None for where somebody would see it (on a terminal, in a
                 notebook), True for everywhere, False for nowhere.
-            out: name -> array to write to, for some tensors or for all.
+            out: name -> array to write to, for some tensors or for all, for example the `state_dict` of a PyTorch
+                module. No two may share memory.
             keep_quantized: as for `load`.
             threads: as for `load`.
             callback: is called with a `Progress`, in this thread, up to ten times a second. What it raises ends the
@@ -132,6 +135,7 @@ class Model:
         Raises:
             TensorNotFoundError: a name or a pattern picks no tensor.
             DtypeError: no pattern of `dtype` matches a tensor.
+            OutputError, OptionError: what is wrong with `out` and the other arguments. Nothing has been read then.
             GgufError, ReadError, DeviceError: as for `load`. Nothing that was loaded is kept then.
         """
         chosen = requests(self.tensors, select, dtype, out, keep_quantized=keep_quantized)
@@ -142,7 +146,7 @@ class Model:
         self,
         select: Select = None,
         dtype: Any = "float16",
-        device: str | None = None,
+        device: Any = None,
         stream: Any = None,
         progress: bool | None = None,
         *,
@@ -165,21 +169,22 @@ class Model:
             device: as for `load_all`.
             stream: as for `load_all`.
             progress: as for `load_all`.
-            prefetch: tensors that may be read ahead of the one that you have.
+            prefetch: tensors that may be read ahead of the one that you have, 0 or more.
             keep_quantized: as for `load_all`.
             threads: as for `load_all`.
             callback: as for `load_all`.
         """
         chosen = requests(self.tensors, select, dtype, None, keep_quantized=keep_quantized)
-        return self._named(chosen, place_named(device), stream, threads, max(prefetch, 0), progress, callback)
+        ahead = whole_option("prefetch", prefetch, 0)
+        return self._named(chosen, place_named(device), stream, threads, ahead, progress, callback)
 
-    def read(self, name: str, *, mmap: bool = False) -> NDArray[np.uint8]:
+    def read(self, name: str | TensorInfo, *, mmap: bool = False) -> NDArray[np.uint8]:
         """The compressed bytes of one tensor, in this machine's byte order: read, and yours to keep.
 
         Of a model in memory it is a read-only view.
 
         Args:
-            name: of the tensor.
+            name: of the tensor, or its `TensorInfo`.
             mmap: give a read-only map of the file instead, which reads nothing until it is looked at. What the file
                 holds at that time is what it shows; if the file has become shorter, **the process ends by SIGBUS**.
                 Only for files that nobody changes. Bytes of the other byte order are read all the same.
@@ -190,8 +195,8 @@ class Model:
             ReadError: the file cannot be read, or has changed since it was opened.
             DeviceError: there is not enough memory.
         """
-        tensor = self.tensors[name]
-        return map_tensor(tensor) if mmap else read_tensor(tensor)
+        tensor = tensor_named(self.tensors, name)
+        return map_tensor(tensor) if flag_option("mmap", mmap) else read_tensor(tensor)
 
     def close(self) -> None:
         """Do nothing: a model keeps no file open, and can still be used. It makes `with` work, as for files."""
@@ -229,6 +234,8 @@ class Model:
         prefetch: int | None,
         watch: Callable[[int], None],
     ) -> Generator[Any, None, None]:
+        if threads is not None:
+            threads = whole_option("threads", threads, 1)
         for request in chosen:
             check_complete(request.tensor)
         if place.kind == "cuda":
@@ -286,7 +293,7 @@ def load(
     source: Any,
     select: Select = None,
     dtype: Any = "float16",
-    device: str | None = None,
+    device: Any = None,
     stream: Any = None,
     progress: bool | None = None,
     *,

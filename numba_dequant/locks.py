@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 Result = TypeVar("Result")
 
@@ -60,6 +60,16 @@ class CompileLock:
 compile_lock = CompileLock()
 
 
+class CacheInfo(NamedTuple):
+    """What `compiled_once` tells of itself, in the words of `functools.cache`.
+
+    Attributes:
+        misses: how many values have been made since the last `cache_clear`.
+    """
+
+    misses: int
+
+
 class compiled_once(Generic[Result]):
     """A decorator like `functools.cache`. Threads make each value once; one that is there is found without a lock."""
 
@@ -78,6 +88,10 @@ class compiled_once(Generic[Result]):
     def has(self, *arguments: Any) -> bool:
         """Whether the value has been made."""
         return arguments in self._made
+
+    def cache_info(self) -> CacheInfo:
+        """How many values have been made."""
+        return CacheInfo(len(self._made))
 
     def cache_clear(self) -> None:
         """Forget all values."""

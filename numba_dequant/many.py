@@ -63,7 +63,7 @@ def prepare(tensors: list[Tensor], dtype: str, index: int, stream: Any) -> tuple
             try:
                 jobs[tensor.name] = _job(tensor, dtype, device, call)
             except NumbaDequantError as error:
-                raise named(error, tensor) from error
+                raise named(error, tensor.name) from error
         _allocate([job.data for job in jobs.values() if job.host is not None], device, call)
         _allocate([job.target for job in jobs.values() if job.result is None], device, call)
         for job in jobs.values():

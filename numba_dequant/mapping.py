@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.bits import RUN
+from numba_dequant.errors import OptionError, shown
 from numba_dequant.format import Format
 
 MAPPINGS = ("tile", "block")
@@ -35,7 +36,6 @@ class Mapping:
         return -(-n_elements // self.tile_elements)
 
 
-@cache
 def mapping_named(name: str, source: Format) -> Mapping:
     """The mapping of that name for a format.
 
@@ -43,16 +43,21 @@ def mapping_named(name: str, source: Format) -> Mapping:
     ``"block"`` gives it one quant block: exactly one thread block per quant block, the one to read.
 
     Raises:
-        ValueError: there is no such mapping.
+        OptionError: there is no such mapping.
     """
+    if not isinstance(name, str) or name not in MAPPINGS:
+        raise OptionError(f"mapping must be one of {', '.join(map(repr, MAPPINGS))}, got {shown(name)}")
+    return _mapping(name, source)
+
+
+@cache
+def _mapping(name: str, source: Format) -> Mapping:
     if name == "block":
         # A plain array has no blocks to speak of: a thread block takes one run.
         elements = max(source.block_size, RUN)
         return Mapping(elements, elements // RUN, 1)
-    if name == "tile":
-        elements = -(-TILE_THREADS * TILE_RUNS * RUN // source.block_size) * source.block_size
-        return Mapping(elements, -(-elements // (TILE_RUNS * RUN)), TILE_RUNS)
-    raise ValueError(f"unknown mapping {name!r}; choose one of {', '.join(MAPPINGS)}")
+    elements = -(-TILE_THREADS * TILE_RUNS * RUN // source.block_size) * source.block_size
+    return Mapping(elements, -(-elements // (TILE_RUNS * RUN)), TILE_RUNS)
 
 
 def tile_table(

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from numba_dequant.errors import OptionError, shown
+
 DELAY = 1.0
 """Seconds before a bar is shown: what is done by then needs none."""
 
@@ -51,7 +53,14 @@ class Reporter:
             bytes_total: how many there are to read.
             show: whether to show a bar, once a second has passed; None for where there is somebody to see it.
             callback: is called with every report.
+
+        Raises:
+            OptionError: `show` or `callback` is something else.
         """
+        if show is not None and not isinstance(show, bool):
+            raise OptionError(f"progress must be True, False or None, got {shown(show)}")
+        if callback is not None and not callable(callback):
+            raise OptionError(f"callback must be a function of a Progress, got {shown(callback)}")
         self._total = bytes_total
         self._callback = callback
         self._is_shown = is_watched() if show is None else show

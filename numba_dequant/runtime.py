@@ -27,6 +27,7 @@ from cuda.core import (
 from cuda.core.utils import StridedMemoryView
 from numpy.typing import NDArray
 
+from numba_dequant.dlpack import say_bfloat16
 from numba_dequant.errors import DataError, DeviceError
 from numba_dequant.interop import TORCH, libraries_with_streams, library_of
 
@@ -34,9 +35,6 @@ LEGACY_STREAM, PER_THREAD_STREAM = 1, 2
 """The names of the default streams in `__cuda_array_interface__` and DLPack."""
 
 BYTES = np.dtype(np.uint8)
-
-DLPACK_UNSIGNED, DLPACK_BFLOAT = 1, 4
-"""Type codes of DLPack."""
 
 
 @dataclass(slots=True)
@@ -583,20 +581,8 @@ def export(
     whole = StridedMemoryView.from_buffer(piece, shape, itemsize=kind.itemsize, dtype=kind)
     capsule = whole.__dlpack__(stream=-1, max_version=max_version)
     if is_brain:
-        _say_bfloat16(capsule)
+        say_bfloat16(capsule)
     return capsule
-
-
-def _say_bfloat16(capsule: object) -> None:
-    # cuda.core exports no bfloat16, so the type in the capsule, which nobody has seen yet, is corrected. The DLTensor
-    # starts the old kind of capsule; the new kind puts 32 bytes of version, context, deleter and flags before it.
-    # Within it, the type's code follows a pointer (8 bytes), a device (8) and the number of dimensions (4).
-    name, start = (b"dltensor", 0) if "dltensor_versioned" not in repr(capsule) else (b"dltensor_versioned", 32)
-    get = ctypes.pythonapi.PyCapsule_GetPointer
-    get.restype, get.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-    code = ctypes.c_uint8.from_address(get(capsule, name) + start + 20)
-    assert code.value == DLPACK_UNSIGNED
-    code.value = DLPACK_BFLOAT
 
 
 def _check(result: tuple[Any, ...]) -> None:

@@ -7,13 +7,17 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from numba_dequant.arguments import flag_option, output_mapping, output_type
 from numba_dequant.dtypes import dtype_name
-from numba_dequant.errors import DtypeError, OutputError, ShapeError, TensorNotFoundError
-from numba_dequant.format import Format
+from numba_dequant.errors import DtypeError, OptionError, OutputError, ShapeError, TensorNotFoundError, shown
+from numba_dequant.format import Format, whole_number
 from numba_dequant.gguf_file import TensorInfo
 
-Select = str | re.Pattern[str] | Callable[[TensorInfo], bool] | Iterable[str] | None
-"""A glob, a compiled regular expression that is searched for, a function, several globs or names, or None for all."""
+Pick = str | TensorInfo | re.Pattern[str]
+"""A name or a glob, a tensor, or a compiled regular expression that is searched for."""
+
+Select = Pick | Callable[[TensorInfo], bool] | Iterable[Pick] | None
+"""One of these or several, a function, or None for all."""
 
 
 class QuantizedTensor(NamedTuple):
@@ -63,18 +67,37 @@ def requests(
     Raises:
         TensorNotFoundError: nothing has a name that was asked for, or `out` has a name that was not.
         DtypeError: an output type is none, or there is none for a tensor.
-        OutputError: `out` is given for bytes that are kept as they are.
+        OutputError: `out` is given for bytes that are kept as they are, or is not a mapping.
+        OptionError: `select` or `keep_quantized` is of a wrong kind.
     """
+    kept = flag_option("keep_quantized", keep_quantized)
     chosen = select_tensors(tensors, select)
-    out = out or {}
-    if keep_quantized and out:
-        raise OutputError("out is for dequantized values; leave it away, or keep_quantized")
-    for name in out.keys() - {tensor.name for tensor in chosen}:
-        raise TensorNotFoundError(f"out has an array for {name!r}, which is not among the tensors to load")
+    outputs = {} if out is None else output_mapping(out)
+    if kept and outputs:
+        raise OutputError("out is for dequantized values; drop it, or keep_quantized")
+    names = {tensor.name for tensor in chosen}
+    for name in outputs:
+        if name not in names:
+            raise TensorNotFoundError(f"out has an array for {shown(name)}, which is not among the tensors to load")
     type_of = dtype_rule(dtype)
-    return [
-        Request(tensor, None if keep_quantized else type_of(tensor.name), out.get(tensor.name)) for tensor in chosen
-    ]
+    found = []
+    for tensor in chosen:
+        given = outputs.get(tensor.name)
+        found.append(Request(tensor, None if kept else output_type(type_of(tensor.name), None, given), given))
+    return found
+
+
+def tensor_named(tensors: Mapping[str, TensorInfo], name: Any) -> TensorInfo:
+    """The tensor of that name; a `TensorInfo`, of this or another model, stands for its name.
+
+    Raises:
+        TensorNotFoundError: there is none.
+    """
+    if isinstance(name, TensorInfo):
+        name = name.name
+    if not isinstance(name, str):
+        raise TensorNotFoundError(f"a tensor is named by a str or a TensorInfo, got {shown(name)}")
+    return tensors[name]
 
 
 def select_tensors(tensors: Mapping[str, TensorInfo], select: Select) -> list[TensorInfo]:
@@ -82,42 +105,79 @@ def select_tensors(tensors: Mapping[str, TensorInfo], select: Select) -> list[Te
 
     Raises:
         TensorNotFoundError: a glob, a name or an expression picks none.
+        OptionError: it is of a wrong kind.
     """
     if select is None:
         return list(tensors.values())
-    if isinstance(select, re.Pattern):
-        found = [tensor for tensor in tensors.values() if select.search(tensor.name)]
-        if not found:
-            raise TensorNotFoundError(f"no name of a tensor matches the expression {select.pattern!r}")
-        return found
-    if callable(select):
+    if isinstance(select, (str, TensorInfo, re.Pattern)):
+        picks: list[Any] = [select]
+    elif callable(select) and not isinstance(select, type):
         return [tensor for tensor in tensors.values() if select(tensor)]
-    globs = [select] if isinstance(select, str) else list(select)
+    else:
+        if isinstance(select, (bytes, bytearray, memoryview)) or not isinstance(select, Iterable):
+            raise _wrong_selection(select)
+        try:
+            picks = list(select)
+        except TypeError:  # an array without dimensions, or a class
+            raise _wrong_selection(select) from None
     picked: set[str] = set()
-    for glob in globs:
-        names = [glob] if glob in tensors else fnmatch.filter(tensors, glob)
-        if not names:
-            if not set(glob) & set("*?["):
-                tensors[glob]  # says what comes near
-            raise TensorNotFoundError(f"no name of a tensor matches {glob!r}, in which * stands for anything")
-        picked.update(names)
+    for pick in picks:
+        picked.update(_picked(tensors, pick))
     return [tensor for tensor in tensors.values() if tensor.name in picked]
 
 
-def dtype_rule(dtype: Any) -> Callable[[str], str]:
-    """Which output type a tensor of some name gets: one for all, or that of the first glob that matches.
+def _picked(tensors: Mapping[str, TensorInfo], pick: Any) -> list[str]:
+    if isinstance(pick, TensorInfo):
+        return [tensors[pick.name].name]
+    if _is_expression(pick):
+        found = [name for name in tensors if pick.search(name)]
+        if not found:
+            raise TensorNotFoundError(f"no name of a tensor matches the expression {shown(pick.pattern)}")
+        return found
+    if not isinstance(pick, str):
+        raise _wrong_selection(pick)
+    found = [pick] if pick in tensors else fnmatch.filter(tensors, pick)
+    if not found:
+        if not set(pick) & set("*?["):
+            tensors[pick]  # says what comes near
+        raise TensorNotFoundError(f"no name of a tensor matches {shown(pick)}, in which * stands for anything")
+    return found
+
+
+def _is_expression(thing: object) -> bool:
+    return isinstance(thing, re.Pattern) and isinstance(thing.pattern, str)
+
+
+def _wrong_selection(found: Any) -> OptionError:
+    return OptionError(
+        "select must be a name or a glob, a TensorInfo, a compiled expression for str, several of these or a function; "
+        f"got {shown(found)}"
+    )
+
+
+def dtype_rule(dtype: Any) -> Callable[[str], str | None]:
+    """Which output type a tensor of some name gets: one for all, or that of the first pattern that matches.
+
+    A pattern is a glob or a compiled expression, which is searched for. None leaves the type to `output_type`.
 
     Raises:
-        DtypeError: an output type is none.
+        DtypeError: an output type is none, or a pattern is of a wrong kind.
     """
     if not isinstance(dtype, Mapping):
-        one = dtype_name(dtype)
+        one = None if dtype is None else dtype_name(dtype)
         return lambda name: one
-    rules = [(glob, dtype_name(kind)) for glob, kind in dtype.items()]
+    for pattern in dtype:
+        if not isinstance(pattern, str) and not _is_expression(pattern):
+            raise DtypeError(f"a pattern in dtype must be a glob or a compiled expression, got {shown(pattern)}")
+    rules = [(pattern, None if kind is None else dtype_name(kind)) for pattern, kind in dtype.items()]
 
-    def first_match(name: str) -> str:
-        for glob, kind in rules:
-            if name == glob or fnmatch.fnmatchcase(name, glob):
+    def first_match(name: str) -> str | None:
+        for pattern, kind in rules:
+            if (
+                pattern.search(name)
+                if _is_expression(pattern)
+                else fnmatch.fnmatchcase(name, pattern) or name == pattern
+            ):
                 return kind
         raise DtypeError(f"dtype has no pattern that matches tensor {name!r}; add one for all others: '*'")
 
@@ -128,15 +188,18 @@ def rows_of(tensor: TensorInfo, rows: slice | None) -> TensorInfo:
     """The part of a tensor that is `rows` of its first dimension.
 
     Raises:
-        ShapeError: `rows` is no slice of consecutive rows, or they are not whole blocks.
+        ShapeError: `rows` is not a slice of consecutive rows, or they are not whole blocks.
     """
     if rows is None:
         return tensor
-    if not isinstance(rows, slice) or rows.step not in (None, 1):
-        raise ShapeError(f"rows is a slice of consecutive rows, such as slice(0, 100), not {rows!r}")
+    ends = (rows.start, rows.stop, rows.step) if isinstance(rows, slice) else (rows,)
+    numbers = [whole_number(end) for end in ends]
+    is_wrong = any(end is not None and number is None for end, number in zip(ends, numbers, strict=True))
+    if not isinstance(rows, slice) or is_wrong or numbers[2] not in (None, 1):
+        raise ShapeError(f"rows is a slice of consecutive rows, such as slice(0, 100), not {shown(rows)}")
     if not tensor.shape:
         raise ShapeError(f"tensor {tensor.name!r} is a scalar, and has no rows")
-    start, stop, _ = rows.indices(tensor.shape[0])
+    start, stop, _ = slice(*numbers).indices(tensor.shape[0])
     stop = max(start, stop)
     row = tensor.n_elements // tensor.shape[0] if tensor.shape[0] else 0
     block = tensor.format.block_size

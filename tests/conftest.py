@@ -118,3 +118,16 @@ def with_threads(late):
 @pytest.fixture(params=[1, 3])
 def threads(request):
     return request.param
+
+
+@pytest.fixture
+def own_format():
+    """A format that is not registered. If a test registers it, that is undone."""
+    from numba_dequant import formats
+
+    known, ids = dict(formats._formats), dict(formats._with_id)
+    ours = FORMATS["Q8_0"]
+    yield formats.Format("OWN_by_hand", 907, 32, ours.layout, "of one's own", ours.dequantize, ours.decode)
+    for kept, before in ((formats._formats, known), (formats._with_id, ids)):
+        kept.clear()
+        kept.update(before)

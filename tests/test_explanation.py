@@ -114,7 +114,7 @@ def test_who_watches_python_is_not_disturbed():
         ((bytes(17), "Q4_0"), nd.DataError, "17 too many"),
         ((bytes(18), "Q4_0", 1), nd.ShapeError, "the data has 1 blocks of 32 elements, from 0 on; there is no block 1"),
         ((bytes(18), "Q4_0", 0, 32), nd.ShapeError, "elements 0 to 31, not 32"),
-        ((bytes(18), "Q4_0", 0, 1.5), nd.ShapeError, "element is a whole number, not 1.5"),
+        ((bytes(18), "Q4_0", 0, 1.5), nd.ShapeError, "element must be a whole number, got 1.5"),
         ((bytes(18), "Q4_0", 0.5), nd.ShapeError, "there is no block 0.5"),
         ((bytes(8), "I8"), nd.DataError, "I8 is stored as it is"),
         ((bytes(18), "Q4_9"), nd.UnknownFormatError, "Q4_9"),

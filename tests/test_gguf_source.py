@@ -554,12 +554,12 @@ def test_errors_at_an_offset_name_bytes_of_the_file(tmp_path):
     with pytest.raises(nd.GgufError, match="magic at byte 6"):
         nd.open(path, offset=6)
     with pytest.raises(nd.GgufError, match=f"a file of {len(CONTENT) + 7} bytes"):
-        nd.open(path, offset=1 << 70)
+        nd.open(path, offset=1 << 62)
 
 
-@pytest.mark.parametrize("offset", [-1, 1.0, "7", None, True])
+@pytest.mark.parametrize("offset", [-1, 1.0, "7", None, True, 1 << 70])
 def test_an_offset_is_a_whole_number(path, offset):
-    with pytest.raises(nd.OptionError, match="offset is the byte"):
+    with pytest.raises(nd.OptionError, match="offset must be a whole number, 0 or more"):
         nd.open(path, offset=offset)
 
 

@@ -188,7 +188,7 @@ def test_what_cannot_be_drawn():
         nd.FORMATS["F32"].picture()
     with pytest.raises(nd.ShapeError, match="elements 0 to 31, not 32"):
         nd.FORMATS["Q4_0"].picture(32)
-    with pytest.raises(nd.ShapeError, match=r"element is a whole number, not 1\.5"):
+    with pytest.raises(nd.ShapeError, match=r"element must be a whole number, got 1\.5"):
         nd.FORMATS["Q4_0"].picture(1.5)
     with pytest.raises(nd.DataError, match=r"one block of Q4_0: uint8 of shape \(18,\), not uint8 of shape \(36,\)"):
         nd.FORMATS["Q4_0"].picture(3, np.zeros(36, np.uint8))

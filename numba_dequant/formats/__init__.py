@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import enum
 import pkgutil
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from types import MappingProxyType
+from typing import Any
 
-from numba_dequant.errors import UnknownFormatError
-from numba_dequant.format import Format
+from numba_dequant.errors import OptionError, UnknownFormatError, shown
+from numba_dequant.format import Format, whole_number
 
 _formats: dict[str, Format] = {}
 _with_id: dict[int, Format] = {}
@@ -59,11 +63,13 @@ def register(new: Format) -> Format:
     """Add a format to `FORMATS`; it then works everywhere that a built-in one does.
 
     Raises:
-        ValueError: the name or the ggml id is taken.
+        OptionError: it is not a `Format`, or its name (in any case) or its ggml id is taken.
     """
+    if not isinstance(new, Format):
+        raise OptionError(f"register takes a Format, got {shown(new)}")
     for known in _formats.values():
-        if known.name == new.name or known.ggml_id == new.ggml_id:
-            raise ValueError(f"{new.name} (ggml id {new.ggml_id}) clashes with {known.name} (ggml id {known.ggml_id})")
+        if known.name.upper() == new.name.upper() or known.ggml_id == new.ggml_id:
+            raise OptionError(f"{new.name} (ggml id {new.ggml_id}) clashes with {known.name} (ggml id {known.ggml_id})")
     everything = sorted([*_formats.values(), new], key=lambda each: each.ggml_id)
     _formats.clear()
     _formats.update((each.name, each) for each in everything)
@@ -71,20 +77,90 @@ def register(new: Format) -> Format:
     return new
 
 
-def format_named(name: str | Format) -> Format:
-    """The format of that name.
+def registered(name: str, module: str | None) -> Format:
+    """The format of that name, which importing `module` registers if that has not been done: for `pickle`.
+
+    Raises:
+        UnknownFormatError: it is not registered.
+    """
+    if name not in _formats and module is not None:
+        with suppress(ImportError):
+            import_module(module)
+    return format_named(name)
+
+
+def format_named(name: Any) -> Format:
+    """The format of that name or ggml id: a name in any case, a number, or a member of gguf-py's GGMLQuantizationType.
 
     Raises:
         UnknownFormatError: there is none.
     """
+    if type(name) is str:
+        found = _formats.get(name)
+        if found is not None:
+            return found
     if isinstance(name, Format):
         return name
-    found = _formats.get(name)
+    if isinstance(name, str):
+        return _format_spelled(name, name)
+    ggml_id = whole_number(name)
+    if ggml_id is None and isinstance(name, enum.Enum):
+        ggml_id = whole_number(name.value)
+    if ggml_id is None:
+        raise UnknownFormatError(f"format must be a name such as 'Q8_0', a ggml id or a Format, got {shown(name)}")
+    if isinstance(name, enum.Enum):
+        # File types are enumerated too, with numbers that mean other things.
+        if "MOSTLY_" in name.name.upper() or _type_of_files(name.name) is not None:
+            return _format_spelled(name.name, name)
+        named = _spelled(name.name)
+        if named is not None and named.ggml_id != ggml_id:
+            raise UnknownFormatError(f"{shown(name)} has the name of {named.name}, but its id is {named.ggml_id}")
+    if not 0 <= ggml_id < 2**32:
+        raise UnknownFormatError(f"unknown ggml type {shown(ggml_id)}")
+    return format_with_id(ggml_id)
+
+
+def _spelled(text: str) -> Format | None:
+    """The format of that name in any case, with blanks around it, or as GGML's source writes it."""
+    upper = text.strip().upper().removeprefix("GGML_TYPE_").removeprefix("GGMLQUANTIZATIONTYPE.")
+    found = _formats.get(upper)
+    return found or next((known for known in _formats.values() if known.name.upper() == upper), None)
+
+
+def _format_spelled(text: str, given: Any) -> Format:
+    found = _spelled(text)
+    if found is not None:
+        return found
+    of_files = _type_of_files(text)
+    if of_files is not None:
+        raise UnknownFormatError(
+            f"{shown(given)} is a file type: it says what most tensors of a file are, here {of_files.name}, and others "
+            f"differ. Pass the type of the tensor itself, such as {of_files.name!r}"
+        )
+    upper = text.strip().upper()[:40]
+    if re.fullmatch("[0-9]{1,9}", upper) and int(upper) in _with_id:
+        raise UnknownFormatError(f"unknown format {shown(given)}. A ggml id is passed as an int: {int(upper)}")
+    near = difflib.get_close_matches(upper.removeprefix("GGML_TYPE_"), _formats, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UnknownFormatError(f"unknown format {shown(given)}.{hint} Known formats: {', '.join(_formats)}")
+
+
+_FILE_TYPES = {"MOSTLY_IQ2_S": "IQ2_XS", "IQ2_M": "IQ2_S", "IQ3_XS": "IQ3_S", "IQ3_M": "IQ3_S", "Q8_K_XL": "Q8_0"}
+"""File types whose tensors are of a format that the name does not say."""
+
+
+def _type_of_files(text: str) -> Format | None:
+    """What most tensors of a file are whose file type is called that in llama.cpp; None if it is not a file type."""
+    upper = text.strip().upper().removeprefix("LLAMA_FTYPE_")
+    found = re.fullmatch("(UD-)?(MOSTLY_|ALL_)?(.+?)(_XS|_S|_M|_L|_XL|_MOE)?", upper)
     if found is None:
-        near = difflib.get_close_matches(str(name).upper(), _formats, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UnknownFormatError(f"unknown format {name!r}.{hint} Known formats: {', '.join(_formats)}")
-    return found
+        return None
+    prefix, mostly, name, size = found.groups()
+    whole = name + (size or "")
+    if whole in _formats and not prefix and not mostly:
+        return None
+    known = _FILE_TYPES.get((mostly or "") + whole) or _FILE_TYPES.get(whole)
+    return _formats.get(known or (whole if whole in _formats else name))
 
 
 def format_with_id(ggml_id: int) -> Format:
