@@ -183,7 +183,7 @@ def _bench(options: argparse.Namespace) -> int:
 
     place = _place(options.device)[0]
     if place.kind not in ("cpu", "cuda"):
-        return _fail("bench measures cpu or cuda")
+        return _fail(f"bench cannot measure {place}; pass --device cpu or --device cuda")
     sources = _formats(options.formats, [source for source in nd.FORMATS.values() if source.block_size > 1])
     with tqdm(total=len(sources), unit="format", disable=None, leave=False) as progress:
         title, rows = bench.bench(place, sources, options.dtype, progress.update)
@@ -227,8 +227,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    is_format = options.what in nd.FORMATS and not os.path.isfile(options.what)
-    if is_format or not (os.path.exists(options.what) or options.what.endswith(".gguf")):
+    if _is_format(options.what):
         source = format_named(options.what)
         if options.tensor is not None or options.block is not None:
             return _fail(f"a tensor and --block are for files, and {options.what} is a format")
@@ -239,9 +238,16 @@ def _show(options: argparse.Namespace) -> int:
         if name is None:
             return _fail(f"{options.what} holds no tensor")
         tensor = model.tensors[name]
-        print(f"{tables.cell(tensor.name)}: {tensor.format.summary}")
-        print(nd.explain(model.read(name), tensor.format, options.block or 0, options.element or 0))
+        explanation = nd.explain(model.read(name), tensor.format, options.block or 0, options.element or 0)
+        print(f"{tables.cell(tensor.name)}: {tensor.format.summary}\n{explanation}")
     return 0
+
+
+def _is_format(what: str) -> bool:
+    """Whether that is meant to be the name of a format, and not of a file."""
+    if what in nd.FORMATS:
+        return not os.path.isfile(what)
+    return not (os.path.lexists(what) or os.path.dirname(what) or what.endswith(".gguf"))
 
 
 def _cache(options: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ from cuda.core import Device, Stream
 from numpy.typing import NDArray
 
 from numba_dequant import gpu, pump, runtime, streams
+from numba_dequant.arguments import Memory, check_apart, named
 from numba_dequant.device import n_threads
 from numba_dequant.device_tensor import DeviceTensor
 from numba_dequant.dtypes import numpy_dtype
@@ -199,6 +200,7 @@ def _staged(request: Request, staging: Staging, call: CallStream) -> Any:
 
 def _check(requests: Sequence[Request], index: int, call: CallStream) -> None:
     """Check everything about the results that can be checked before they are made."""
+    outputs = []
     with runtime.current(index) as device:
         runtime.refuse_capture(call.handle, "a file cannot be loaded as part of it; load before the capture")
         for request in requests:
@@ -209,9 +211,11 @@ def _check(requests: Sequence[Request], index: int, call: CallStream) -> None:
                 if request.out is not None:
                     shape, n_elements = request.tensor.shape, request.tensor.n_elements
                     kind = source.stored_dtype or numpy_dtype(request.dtype or "")
-                    gpu.checked_output(request.out, None, kind, shape, n_elements, device, call)
+                    out = gpu.checked_output(request.out, None, kind, shape, n_elements, device, call)
+                    outputs.append(Memory(out.pointer, out.pointer + out.n_bytes, request.tensor.name, is_out=True))
             except NumbaDequantError as error:
-                raise type(error)(f"tensor {request.tensor.name!r}: {error}") from error
+                raise named(error, request.tensor.name) from error
+    check_apart(outputs)
 
 
 class _Load:

@@ -86,7 +86,7 @@ class Torch:
 
     def is_on_gpu(self, array: Any) -> bool:
         """Whether a tensor lies in the memory of a CUDA GPU."""
-        return bool(array.is_cuda) and self.has_memory(array)
+        return bool(array.is_cuda) and (type(array) is self._torch.Tensor or self.has_memory(array))
 
     def is_pinned(self, array: Any) -> bool:
         """Whether a tensor lies in pinned host memory."""
@@ -209,8 +209,8 @@ class Torch:
     def to_gpu(self, array: Any, index: int, stream: int) -> Any:
         """A copy on a GPU of a host tensor, as bytes; PyTorch keeps pinned memory until the copy has run."""
         torch = self._torch
-        blocks = array.detach().reshape(-1).view(torch.uint8)
-        with torch.cuda.stream(self._external(stream, index)):
+        with self._as_plain(array), torch.cuda.stream(self._external(stream, index)):
+            blocks = array.detach().reshape(-1).view(torch.uint8)
             return blocks.to(_torch_device(index), non_blocking=True)
 
     def record_stream(self, array: Any, index: int, stream: int) -> None:

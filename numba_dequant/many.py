@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +13,16 @@ from cuda.core import Device, Event, Kernel, LaunchConfig
 from numpy.typing import NDArray
 
 from numba_dequant import gpu, runtime, streams
-from numba_dequant.arguments import Tensor, host_bytes, is_on_gpu, named, result_shape
+from numba_dequant.arguments import (
+    Memory,
+    Tensor,
+    after_writing,
+    check_apart,
+    host_bytes,
+    is_on_gpu,
+    named,
+    result_shape,
+)
 from numba_dequant.compiler import TABLE
 from numba_dequant.device_tensor import DeviceTensor
 from numba_dequant.dtypes import numpy_dtype
@@ -51,6 +61,11 @@ class _Job:
     result: Any
     gather: Step | None = None
 
+    def memory(self, name: Any) -> list[Memory]:
+        """What is read, and what is written to."""
+        found = [(self.data, False), (self.target, True)]
+        return [Memory(each.pointer, each.pointer + each.n_bytes, name, is_out) for each, is_out in found if each.owner]
+
 
 def prepare(tensors: list[Tensor], dtype: str, index: int, stream: Any) -> tuple[dict[Any, Any], Callable[[], None]]:
     """The results of `numba_dequant.prepare_many` on CUDA device `index`, and what queues the work that fills them."""
@@ -64,6 +79,8 @@ def prepare(tensors: list[Tensor], dtype: str, index: int, stream: Any) -> tuple
                 jobs[tensor.name] = _job(tensor, dtype, device, call)
             except NumbaDequantError as error:
                 raise named(error, tensor.name) from error
+        if any(tensor.out is not None for tensor in tensors):
+            check_apart(memory for name, job in jobs.items() for memory in job.memory(name))
         _allocate([job.data for job in jobs.values() if job.host is not None], device, call)
         _allocate([job.target for job in jobs.values() if job.result is None], device, call)
         for job in jobs.values():
@@ -99,8 +116,10 @@ class _Run:
         owners = {id(memory.owner): memory.owner for memory in memories if hasattr(memory.owner, "used_on")}
         self._owners = list(owners.values())
         self._results = [job.result for job in jobs if isinstance(job.result, DeviceTensor)]
+        self._outs = [job.result for job in jobs if not isinstance(job.result, DeviceTensor)]
         self._uploaded: Event | None = runtime.record(index, call.handle)
         self._last = call.handle
+        self._used = {call.handle}
 
     def __call__(self) -> None:
         call, index = self._call, self._index
@@ -113,16 +132,26 @@ class _Run:
                 runtime.wait(handle, other)
             for step in self._steps:
                 step(handle)
+            for out in self._outs:
+                after_writing(out)
             if not call.is_named:
                 for other in others:
                     runtime.wait(other, handle)
-            if handle != call.handle:
-                for owner in self._owners:
-                    owner.used_on(handle)
             if handle != self._last:
                 self._last = handle
+                self._used.add(handle)
                 for result in self._results:
                     result.stream = handle
+
+    def __del__(self) -> None:
+        # The streams may still be at work on what is dropped with this, and on results that live on.
+        with suppress(Exception), runtime.current(self._index):  # the interpreter may be ending
+            for handle in self._used:
+                for owner in self._owners:
+                    owner.used_on(handle)
+            if self._call.is_named:
+                for thing in self._given:
+                    streams.release(self._call, self._index, thing, None)
 
     def _wait_for_uploads(self) -> None:
         """Wait, once, for what has been copied to the GPU on the stream on which the batch was prepared."""

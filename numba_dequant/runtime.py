@@ -28,7 +28,7 @@ from cuda.core.utils import StridedMemoryView
 from numpy.typing import NDArray
 
 from numba_dequant.dlpack import say_bfloat16
-from numba_dequant.errors import DataError, DeviceError
+from numba_dequant.errors import DataError, DeviceError, shown
 from numba_dequant.interop import TORCH, libraries_with_streams, library_of
 
 LEGACY_STREAM, PER_THREAD_STREAM = 1, 2
@@ -166,8 +166,22 @@ def stream_handle(stream: Any) -> int:
     """
     if stream is None:
         return 0
-    if isinstance(stream, int) and not isinstance(stream, bool) and stream >= 0:
-        return 0 if stream == LEGACY_STREAM else stream
+    if isinstance(stream, int) and not isinstance(stream, bool):
+        handle: int | None = stream
+    else:
+        try:
+            handle = _handle_of(stream)
+        except Exception:  # a foreign object may fail in any way
+            handle = None
+    if handle is None or not 0 <= handle < 2**64:
+        raise DeviceError(
+            f"expected a stream, got {shown(stream)}; pass None, an int, a stream of PyTorch, CuPy or Numba, or an "
+            "object with __cuda_stream__"
+        )
+    return 0 if handle == LEGACY_STREAM else handle
+
+
+def _handle_of(stream: Any) -> int | None:
     protocol = getattr(stream, "__cuda_stream__", None)
     if protocol is not None:
         return int((protocol() if callable(protocol) else protocol)[1])
@@ -175,10 +189,7 @@ def stream_handle(stream: Any) -> int:
         handle = getattr(stream, attribute, None)
         if handle is not None:
             return int(getattr(handle, "value", handle) or 0)
-    raise DeviceError(
-        f"expected a stream, got {stream!r}; pass None, an int, a stream of PyTorch, CuPy or Numba, or an object with "
-        "__cuda_stream__"
-    )
+    return None
 
 
 @lru_cache(maxsize=64)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from numba_dequant import runtime
+from numba_dequant.arguments import after_writing
 from numba_dequant.device_tensor import DeviceTensor
 from numba_dequant.errors import DeviceError
 from numba_dequant.interop import TORCH, Library, libraries_with_streams, library_of
@@ -106,8 +107,11 @@ def release(call: CallStream, index: int, data: Any, out: Any) -> None:
                 runtime.keep_until_done(index, call.handle, thing)
         elif library is not call.library and library.is_on_gpu(thing):
             let_go(thing, library, index, call)
-    if isinstance(out, DeviceTensor) and out.stream != call.handle:
-        out.stream, out.library = call.handle, call.library
+    if isinstance(out, DeviceTensor):
+        if out.stream != call.handle:
+            out.stream, out.library = call.handle, call.library
+    else:
+        after_writing(out)
 
 
 def let_go(array: Any, library: Library, index: int, call: CallStream) -> None:

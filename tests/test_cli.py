@@ -142,6 +142,51 @@ def test_no_command():
     assert run().returncode == 2
 
 
+@pytest.mark.parametrize("what", ["none.gguf", "./none", "folder/none.bin", "dangling", "folder", "Q4_K/"])
+def test_show_of_a_file_that_is_none(what, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("folder")
+    os.mkdir("Q4_K")
+    os.symlink("nowhere", "dangling")
+    assert cli.main(["show", what]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"numba-dequant: {what}: ")
+    assert "format" not in shown
+    assert cli.main(["show", "Q4_K"]) == 0  # a folder of that name is none of a model
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["verify", "--device", ""],
+        ["verify", "--device", "cuda:٣x"],
+        ["show", SAMPLE, ""],
+        ["show", SAMPLE, "--block", "9" * 5000],
+        ["show", SAMPLE, "--block", "9" * 50],
+        ["show", SAMPLE, "--element", "-1"],
+        ["show", "Q4_K", "--element", "9" * 50],
+        ["bench", "--device", "cpu", "--formats", ""],
+        ["bench", "--device", "cpu", "--formats", "Q8_0,"],
+        ["bench", "--device", "cpu", "--formats", "I8"],
+        ["warm", "--cpu", "--formats", "I8"],
+        ["warm", "--arch", "sm_" + "9" * 5000],
+        ["warm", "--arch", "sm_٩٠"],
+        ["warm", "--arch", ""],
+        ["info", ""],
+        ["info", os.devnull],
+        ["nothing"],
+        [],
+    ],
+    ids=lambda arguments: " ".join(each[:20] for each in arguments) or "none",
+)
+def test_wrong_arguments_have_status_2_and_no_traceback(arguments, capsys):
+    assert cli.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "numba-dequant" in shown.err
+    assert "Traceback" not in shown.err
+
+
 def test_an_unknown_device():
     found = run("verify", "--device", "tpu")
     assert found.returncode == 2
@@ -216,7 +261,7 @@ def test_bench_refuses_a_wrong_result(capsys, monkeypatch):
 
 def test_bench_of_the_reference(capsys):
     assert cli.main(["bench", "--device", "reference"]) == 2
-    assert "bench measures cpu or cuda" in capsys.readouterr().err
+    assert "bench cannot measure reference; pass --device cpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("share", "text"), [(0.0, "·" * 40), (0.5, "█" * 20 + "·" * 20), (1.2, "█" * 40)])

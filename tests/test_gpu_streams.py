@@ -521,3 +521,50 @@ class TestStridedData:
     def test_a_parameter_that_requires_gradients(self, blocks):
         weight = torch.nn.Parameter(torch.ones(64, device="cuda"))
         assert (nd.dequantize(weight, "F32").copy_to_host() == 1).all()
+
+
+class TestMany:
+    def test_a_batch_that_is_dropped_while_a_named_stream_reads_its_data(self, blocks, expected):
+        named = torch.cuda.Stream()
+        seen = []
+        for _ in range(10):
+            data = blocks.clone()
+            ours = nd.dequantize(HOST.view(np.int8), "I8", device="cuda")
+            named.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(named):
+                busy()
+            seen += nd.dequantize_many({"a": (data, "Q8_0"), "b": (ours, "Q8_0")}, stream=named).values()
+            del data, ours
+            taken = [torch.full_like(blocks, 0x5A) for _ in range(3)]
+            taken.append(nd.dequantize(OTHER.view(np.int8), "I8", device="cuda"))
+            del taken
+        for each in seen:
+            assert_same_bits(each.copy_to_host(), expected)
+
+    def test_outputs_must_not_overlap(self, blocks, tmp_path):
+        from conftest import write_model
+
+        room = torch.zeros(2 * N, dtype=torch.float16, device="cuda")
+        outs = {"a": room[:N], "b": room[N // 2 : N // 2 + N]}
+        with pytest.raises(nd.OutputError, match="shares memory"):
+            nd.dequantize_many({"a": (blocks, "Q8_0"), "b": (blocks, "Q8_0")}, out=outs)
+        path = write_model(tmp_path / "m.gguf", {"a": ("Q8_0", (N,), HOST), "b": ("Q8_0", (N,), HOST)})
+        with pytest.raises(nd.OutputError, match="shares memory"):
+            nd.open(path).load_all(out=outs, device="cuda")
+        both = torch.zeros(34 * N_BLOCKS + 2 * N, dtype=torch.uint8, device="cuda")
+        tensors = {"a": (blocks, "Q8_0"), "b": (both[: 34 * N_BLOCKS], "Q8_0")}
+        first = both[32 * 1000 : 32 * 1000 + 2 * N].view(torch.float16)
+        with pytest.raises(nd.OutputError, match="shares memory with the data of tensor 'b'"):
+            nd.dequantize_many(tensors, out={"a": first, "b": torch.zeros(N, dtype=torch.float16, device="cuda")})
+        assert not room.any()
+
+    def test_tensors_without_memory(self):
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode():
+            fake = torch.empty(34, dtype=torch.uint8, device="cuda")
+        for data in (fake, torch.empty(34, dtype=torch.uint8, device="meta")):
+            with pytest.raises(nd.DataError, match=r"numba_dequant\.torch"):
+                nd.dequantize(data, "Q8_0", device="cuda")
+            with pytest.raises(nd.DataError, match=r"numba_dequant\.torch"):
+                nd.dequantize(data, "Q8_0")
