@@ -20,7 +20,8 @@ class Bfloat16Array(np.ndarray[Any, Any]):
     """A NumPy array of bfloat16 that `torch.from_dlpack` and `jax.numpy.from_dlpack` take, without a copy.
 
     In all else it is a NumPy array. Slices, copies and results of arithmetic in bfloat16 are such arrays too; an array
-    of ml_dtypes' bfloat16 becomes one by ``array.view(Bfloat16Array)``.
+    of ml_dtypes' bfloat16 becomes one by ``array.view(Bfloat16Array)``. NumPy's own ``from_dlpack`` knows no bfloat16:
+    use ``numpy.asarray``.
     """
 
     __module__ = "numba_dequant"  # where it is public, so that pickles hold wherever it is defined

@@ -126,8 +126,16 @@ class Format:
     def _fields(self) -> tuple[Any, ...]:
         return self.name, self.ggml_id, self.block_size, self.layout, self.summary, self.dequantize, self.decode
 
+    def __copy__(self) -> Format:
+        """The format itself: it compares by identity, and its compiled code is kept by it."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Format:
+        """The format itself."""
+        return self
+
     def __reduce__(self) -> tuple[Callable[..., Format], tuple[Any, ...]]:
-        """A copy of a format is the format: it compares by identity, and its compiled code is kept by it.
+        """What comes out of a pickle is the format itself.
 
         One that is registered is pickled by name, and by the module that registers it, which is imported where it is
         read. Any other is pickled by its fields: its functions must be importable.

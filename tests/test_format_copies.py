@@ -64,6 +64,11 @@ class TestCopiesOfFormats:
         assert pickle.loads(stored) is pickle.loads(stored)
         assert pickle.loads(stored)._fields == fields
 
+    def test_one_made_of_the_same_things_is_another(self, own_format):
+        other = nd.Format(*own_format._fields)
+        assert copy(other) is deepcopy(other) is other
+        assert other != own_format
+
     def test_one_whose_functions_cannot_be_imported_is_refused_unless_registered(self):
         layout = block_layout(d="f2", qs=("i1", 32))
         local = nd.Format("OWN_local", 908, 32, layout, "", lambda blocks: blocks, lambda block, at, run: None)

@@ -135,10 +135,6 @@ def test_two_loads_at_once(model, late, threads):
     assert kept_bytes() <= 2 * MOST_BYTES
 
 
-def test_no_threads_at_all_are_one(model, late):
-    assert_loads(model, -1)
-
-
 @pytest.mark.parametrize("select", [None, "*.norm", ["a.q", "b.k"]])
 @pytest.mark.parametrize("prefetch", [None, 2])
 def test_what_is_reported_is_what_was_asked_for(model, late, select, prefetch):
