@@ -250,9 +250,8 @@ def launches(results):
         "kernel": "the launch alone: `gpu.dequantize_into`",
         "dequantize out": "`nd.dequantize(tensor, 'Q4_K', out=out)`",
         "dequantize": "`nd.dequantize(tensor, 'Q4_K')`, with memory for the result",
-        "pytorch out": "the same, of PyTorch tensors to one of PyTorch's",
-        "pytorch": "the same, of a PyTorch tensor",
-        "dequantize pytorch": "the same, of a PyTorch tensor",  # what earlier results call it
+        "dequantize pytorch out": "the same, of PyTorch tensors to one of PyTorch's",
+        "dequantize pytorch": "the same, of a PyTorch tensor",
         "numba": "the plain Numba way: `kernels.jit('Q4_K')[...](...)`",
     }
     found = results.of("test_launch")

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant import runtime
+from numba_dequant.dlpack import shareable
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DeviceError
 from numba_dequant.interop import Library, libraries_with_streams
@@ -78,7 +79,7 @@ class DeviceTensor:
         with runtime.current(self.device):
             runtime.refuse_capture(self.stream, "values cannot be copied to the host before it runs")
             runtime.copy_to_host(host, self.memory.pointer, self.stream)
-        return host
+        return shareable(host)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
