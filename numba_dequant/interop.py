@@ -65,6 +65,9 @@ class Library(Protocol):
     def copy(self, target: Any, array: Any, index: int, stream: int) -> None:
         """Queue a copy of an array to another of its shape, both on a GPU, on a stream."""
 
+    def is_capturing(self) -> bool:
+        """Whether this thread captures a CUDA graph on the library's current stream."""
+
 
 class Torch:
     """PyTorch."""
@@ -122,7 +125,7 @@ class Torch:
             array = array.detach().contiguous()
         dtype = _dtype_of_torch(array.dtype)
         shape = tuple(array.shape)
-        n_bytes = array.numel() * array.element_size()
+        n_bytes = array.nbytes
         return ArrayView(array.data_ptr(), n_bytes, array.get_device(), dtype, shape, array, is_copy)
 
     def copy(self, target: Any, array: Any, index: int, stream: int) -> None:
@@ -213,6 +216,10 @@ class Torch:
             blocks = array.detach().reshape(-1).view(torch.uint8)
             return blocks.to(_torch_device(index), non_blocking=True)
 
+    def is_capturing(self) -> bool:
+        """Whether this thread captures a CUDA graph on PyTorch's current stream."""
+        return bool(self._torch.cuda.is_current_stream_capturing())
+
     def record_stream(self, array: Any, index: int, stream: int) -> None:
         """Let PyTorch hand out the memory of a dropped tensor only after what `stream` has been asked so far."""
         array.record_stream(self._external(stream, index))
@@ -259,8 +266,26 @@ class CuPy:
 
     def copy(self, target: Any, array: Any, index: int, stream: int) -> None:
         """Queue a copy of an array to another of its shape, on a stream."""
-        with self._cuda().ExternalStream(stream, index):
+        kind = self._cuda().Stream
+        # Before CuPy 14 there was ExternalStream, which it warns of since.
+        is_new = hasattr(kind, "from_external")
+        external = kind.from_external(_StreamHandle(stream)) if is_new else self._cuda().ExternalStream(stream, index)
+        with external:
             sys.modules["cupy"].copyto(target, array)
+
+    def is_capturing(self) -> bool:
+        """Whether this thread captures a CUDA graph on CuPy's current stream."""
+        return bool(self._cuda().get_current_stream().is_capturing())
+
+
+class _StreamHandle:
+    """A stream of somebody else's, by the protocol that libraries have for it."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle
 
 
 TORCH, CUPY = Torch(), CuPy()
@@ -285,6 +310,14 @@ def libraries_with_streams() -> list[Library]:
     if getattr(sys.modules.get("cupy"), "cuda", None) is not None:
         found.append(CUPY)
     return found
+
+
+def library_that_captures() -> Library | None:
+    """The library with which this thread is capturing a CUDA graph."""
+    for library in libraries_with_streams():
+        if library.is_capturing():
+            return library
+    return None
 
 
 @lru_cache

@@ -64,7 +64,9 @@ class _Job:
     def memory(self, name: Any) -> list[Memory]:
         """What is read, and what is written to."""
         found = [(self.data, False), (self.target, True)]
-        return [Memory(each.pointer, each.pointer + each.n_bytes, name, is_out) for each, is_out in found if each.owner]
+        return [
+            Memory(each.pointer, each.pointer + each.n_bytes, name, is_out) for each, is_out in found if each.pointer
+        ]
 
 
 def prepare(tensors: list[Tensor], dtype: str, index: int, stream: Any) -> tuple[dict[Any, Any], Callable[[], None]]:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from numba_dequant.dlpack import say_bfloat16
 from numba_dequant.errors import DataError, DeviceError, shown
-from numba_dequant.interop import TORCH, libraries_with_streams, library_of
+from numba_dequant.interop import TORCH, libraries_with_streams, library_of, library_that_captures
 
 LEGACY_STREAM, PER_THREAD_STREAM = 1, 2
 """The names of the default streams in `__cuda_array_interface__` and DLPack."""
@@ -334,7 +334,9 @@ class PoolMemory:
 
     def __del__(self) -> None:
         try:
-            # The memory may be dropped while somebody captures a CUDA graph on another stream.
+            if self._others is None and _may_free(self.stream):
+                return  # the buffer frees itself
+            # Somebody may be capturing a CUDA graph on another stream.
             with allowed_in_capture():
                 if capture_state(self.stream) == NOT_CAPTURING:
                     if self._others is not None:
@@ -356,6 +358,11 @@ class PoolMemory:
                     wait_for(self.stream, event)
                 elif not is_capturing(stream):
                     wait(self.stream, stream)
+
+
+def _may_free(stream: int) -> bool:
+    """Whether memory may go back in the order of a stream, as far as CUDA graphs are concerned."""
+    return library_that_captures() is None and (not stream or capture_state(stream) == NOT_CAPTURING)
 
 
 _freed_in_capture: list[PoolMemory] = []
@@ -387,9 +394,13 @@ def allocate(n_bytes: int, device: Device, stream: int, keeper: Any = None) -> D
     """
     if _freed_in_capture:
         _freed_in_capture[:] = []  # those that cannot be freed yet put themselves back
+    resource, queue = device.memory_resource, stream_on(device.device_id, stream)
     try:
-        with allowed_in_capture():
-            buffer = device.memory_resource.allocate(n_bytes or 1, stream=stream_on(device.device_id, stream))
+        if library_that_captures() is None:
+            buffer = resource.allocate(n_bytes or 1, stream=queue)
+        else:
+            with allowed_in_capture():
+                buffer = resource.allocate(n_bytes or 1, stream=queue)
     except Exception as error:
         if "OUT_OF_MEMORY" not in str(error):
             raise _driver_error(error) from error

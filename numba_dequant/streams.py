@@ -13,7 +13,7 @@ from numba_dequant import runtime
 from numba_dequant.arguments import after_writing
 from numba_dequant.device_tensor import DeviceTensor
 from numba_dequant.errors import DeviceError
-from numba_dequant.interop import TORCH, Library, libraries_with_streams, library_of
+from numba_dequant.interop import TORCH, Library, library_of, library_that_captures
 
 
 class CallStream(NamedTuple):
@@ -47,14 +47,12 @@ def stream_for(stream: Any, index: int, things: Iterable[Any]) -> CallStream:
         library = owner_of(thing)
         if library is not None:
             return CallStream(library.current_stream(index), library, library.keeper(index))
-    for library in libraries_with_streams():
-        runtime.check_index(index)
-        current = library.current_stream(index)
-        if current and runtime.is_capturing(current):
-            raise DeviceError(
-                f"{library.name} is capturing a CUDA graph, but no array of this call is an array of {library.name}, "
-                "so the graph would not contain it; pass stream= with the capturing stream"
-            )
+    capturing = library_that_captures()
+    if capturing is not None:
+        raise DeviceError(
+            f"{capturing.name} is capturing a CUDA graph, but no array of this call is an array of {capturing.name}, "
+            "so the graph would not contain it; pass stream= with the capturing stream"
+        )
     return _LEGACY
 
 
