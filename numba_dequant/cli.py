@@ -280,8 +280,15 @@ def _warm(options: argparse.Namespace) -> int:
         capabilities = [gpu.capability_of(0)]
     tasks = warm.tasks([source.name for source in sources], dtypes, capabilities, on_cpu=options.cpu)
     with tqdm(total=len(tasks), unit="kernel", disable=None, leave=False) as bar:
-        for _ in warm.compile_all(tasks):
+        n_kept = 0
+        for is_kept in warm.compile_all(tasks):
+            n_kept += is_kept
             bar.update()
+    if n_kept < len(tasks):
+        return _fail(
+            f"{len(tasks) - n_kept} of {len(tasks)} functions were compiled, but could not be kept in "
+            f"{store.directory()}; look whether it is full"
+        )
     places = ["the CPU"] * options.cpu + [f"sm_{major}{minor}" for major, minor in capabilities]
     print(f"{len(sources)} formats to {', '.join(dtypes)} compiled for {', '.join(places)}, in {store.directory()}")
     return 0

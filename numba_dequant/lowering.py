@@ -349,7 +349,6 @@ def implement(
     else:
         four = target.intrinsic(lambda _, a, b, c, d: typed(a, b, c, d))
         stand_in = lambda a, b, c, d: four(a, b, c, d)  # noqa: E731
-    _name(stand_in, function)
     target.overload(function, strict=False)(lambda *given: stand_in)
 
 
@@ -363,11 +362,4 @@ def _implement_operator(target: Target, sign: Callable[..., Any], codegen: Codeg
         lambda _, a, b: (EIGHT(*(EIGHT if kind is EIGHT else types.float32 for kind in (a, b))), codegen)
     )
     stand_in = lambda a, b: two(a, b)  # noqa: E731
-    _name(stand_in, sign)
     target.overload(sign, strict=False)(of_eight)
-
-
-def _name(stand_in: Callable[..., Any], function: Callable[..., Any]) -> None:
-    # Code that comes from disk is linked by name with code compiled here. Names that Numba numbers as it goes would
-    # then mean one function in this process and another in the process that wrote the code.
-    stand_in.__name__ = stand_in.__qualname__ = f"{function.__name__}_in_numba"

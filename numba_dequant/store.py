@@ -128,6 +128,17 @@ def read(name: str) -> bytes | None:
 
 def write(name: str, payload: bytes) -> bool:
     """Keep `payload` as an entry; False if that is not possible, which costs speed and nothing else."""
+    is_kept = _write(name, payload)
+    if not is_kept:
+        not_kept.append(name)
+    return is_kept
+
+
+not_kept: list[str] = []
+"""Names of the entries that this process could not write."""
+
+
+def _write(name: str, payload: bytes) -> bool:
     assert ENTRY_NAME.fullmatch(name)
     try:
         _make(directory())

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import active_children, get_context
 
-from numba_dequant import native, pump
+from numba_dequant import native, pump, store
 from numba_dequant.device import n_threads
 from numba_dequant.errors import DeviceError
 from numba_dequant.formats import format_named
@@ -23,9 +23,11 @@ LARGEST_POOL = 8
 class NativeTask:
     """The functions of `native`: the loop that loads models to GPUs is one."""
 
-    def run(self) -> None:
-        """Compile it and keep it."""
+    def run(self) -> bool:
+        """Compile it, and say whether it is kept."""
+        n_failed = len(store.not_kept)
         native.keep()
+        return len(store.not_kept) == n_failed
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,13 @@ class Task:
     capability: tuple[int, int] | None = None
     mapping: str = ""
 
-    def run(self) -> None:
-        """Compile it and keep it.
+    def run(self) -> bool:
+        """Compile it, and say whether it is kept.
 
         Raises:
             DeviceError: the CUDA toolkit is missing, or does not know such GPUs.
         """
-        source = format_named(self.format)
+        source, n_failed = format_named(self.format), len(store.not_kept)
         if self.capability is None:
             from numba_dequant import cpu
 
@@ -52,6 +54,7 @@ class Task:
             from numba_dequant import compiler
 
             compiler.cubin(source, self.dtype, self.mapping, self.capability)
+        return len(store.not_kept) == n_failed
 
 
 def tasks(
@@ -67,8 +70,8 @@ def tasks(
     return found
 
 
-def compile_all(tasks: Sequence[Task | NativeTask]) -> Iterator[Task | NativeTask]:
-    """Run the tasks, and yield each when it is done.
+def compile_all(tasks: Sequence[Task | NativeTask]) -> Iterator[bool]:
+    """Run the tasks, and yield for each, when it is done, whether it is kept.
 
     Raises:
         DeviceError: as `Task.run` does, or a process was killed; the other tasks are then given up.
@@ -76,17 +79,15 @@ def compile_all(tasks: Sequence[Task | NativeTask]) -> Iterator[Task | NativeTas
     n_processes = min(n_threads(), LARGEST_POOL, len(tasks))
     if n_processes < 2:
         for task in tasks:
-            task.run()
-            yield task
+            yield task.run()
         return
     others = set(active_children())
     with ProcessPoolExecutor(n_processes, get_context("spawn")) as pool:
         with _interrupts_blocked():
-            running = {pool.submit(task.run): task for task in tasks}
+            running = [pool.submit(task.run) for task in tasks]
         try:
             for future in as_completed(running):
-                future.result()
-                yield running[future]
+                yield future.result()
         except BrokenExecutor as error:
             raise DeviceError(
                 "a process that compiled was killed, perhaps because memory ran out; compile fewer formats at a time"

@@ -23,6 +23,8 @@ def empty_store(tmp_path, monkeypatch):
     cpu._compile.cache_clear()
 
 
+with_modes = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners and modes here")
+
 BLOCK = bytes(range(34))
 NAME = "label-" + 32 * "0"
 N_PROCESSES = 20
@@ -142,6 +144,7 @@ def test_the_name_depends_on_source_and_parts(monkeypatch):
     assert name != store.entry_name("label", "1.0")
 
 
+@with_modes
 def test_no_home_directory(monkeypatch, tmp_path):
     import pwd
 
@@ -175,8 +178,6 @@ def files_in(folder):
 @pytest.fixture
 def others(monkeypatch):
     """A function that gives a file to another user, or makes this process another user's."""
-    if not hasattr(os, "geteuid"):
-        pytest.skip("no owners here")
 
     def give_away(path):
         if os.geteuid() == 0:
@@ -259,9 +260,8 @@ def test_the_least_recently_used_entries_go_when_there_are_too_many_bytes(empty_
     assert foreign.exists()
 
 
+@with_modes
 def test_folders_and_entries_are_for_this_user_alone(empty_store, monkeypatch):
-    if not hasattr(os, "geteuid"):
-        pytest.skip("no modes here")
     folder = empty_store / "new" / "cache"
     monkeypatch.setenv("NUMBA_DEQUANT_CACHE_DIR", str(folder))
     before = os.umask(0)
@@ -285,6 +285,7 @@ def refused(match):
     return True
 
 
+@with_modes
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770, 0o702])
 def test_a_folder_that_others_may_write_to_is_not_used(empty_store, mode):
     assert store.write(NAME, b"payload")
@@ -296,6 +297,7 @@ def test_a_folder_that_others_may_write_to_is_not_used(empty_store, mode):
     assert store.problem() is None
 
 
+@with_modes
 @pytest.mark.parametrize("mode", [0o666, 0o620])
 def test_an_entry_that_others_may_write_to_is_not_used(empty_store, mode):
     assert store.write(NAME, b"payload")
@@ -303,6 +305,7 @@ def test_an_entry_that_others_may_write_to_is_not_used(empty_store, mode):
     assert refused("others may write to it")
 
 
+@with_modes
 def test_an_entry_of_another_user_is_not_used(empty_store, others):
     assert store.write(NAME, b"payload")
     others(empty_store / NAME)
@@ -310,6 +313,7 @@ def test_an_entry_of_another_user_is_not_used(empty_store, others):
     assert (empty_store / NAME).exists()
 
 
+@with_modes
 def test_a_folder_of_another_user_is_not_used(empty_store, others):
     """Root, too, does not run what a user has left in a home folder that sudo has kept."""
     assert store.write(NAME, b"payload")
@@ -318,8 +322,9 @@ def test_a_folder_of_another_user_is_not_used(empty_store, others):
     assert "another user" in store.problem()
 
 
+@with_modes
 def test_root_makes_no_folder_in_the_home_of_a_user(empty_store, monkeypatch):
-    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+    if os.geteuid() != 0:
         pytest.skip("needs root")
     os.chown(empty_store, 65534, 65534)
     monkeypatch.setenv("NUMBA_DEQUANT_CACHE_DIR", str(empty_store / "cache"))
@@ -330,6 +335,7 @@ def test_root_makes_no_folder_in_the_home_of_a_user(empty_store, monkeypatch):
     assert files_in(empty_store) == []
 
 
+@with_modes
 def test_a_link_to_an_entry_is_not_followed(empty_store):
     assert store.write(NAME, b"payload")
     (empty_store / NAME).rename(empty_store / "elsewhere")
@@ -337,16 +343,16 @@ def test_a_link_to_an_entry_is_not_followed(empty_store):
     assert refused("is a link|not a plain file")
 
 
+@with_modes
 @pytest.mark.parametrize("kind", ["a pipe", "a folder"])
 def test_what_is_in_place_of_an_entry_is_neither_waited_for_nor_replaced(empty_store, kind):
-    if kind == "a pipe" and not hasattr(os, "mkfifo"):
-        pytest.skip("no pipes here")
     (os.mkfifo if kind == "a pipe" else os.mkdir)(empty_store / NAME)
     assert refused("not a plain file")
     assert store.clear() == 0
     assert (empty_store / NAME).exists()
 
 
+@with_modes
 def test_the_folder_may_be_a_link_of_the_user_s_own(empty_store, monkeypatch, others):
     (empty_store / "real").mkdir(mode=0o700)
     link = empty_store / "link"
@@ -368,6 +374,7 @@ def test_one_entry_cannot_be_passed_off_as_another(empty_store):
     assert store.read(other) is None
 
 
+@with_modes
 def test_computing_goes_on_where_the_folder_is_not_used(empty_store):
     first = compute()
     empty_store.chmod(0o777)
@@ -396,6 +403,7 @@ def test_problem_says_why_nothing_is_kept(monkeypatch, tmp_path):
         assert "cannot be written" in store.problem()
 
 
+@with_modes
 def test_cache_and_warm_say_that_nothing_is_kept(empty_store, capsys):
     empty_store.chmod(0o777)
     assert cli.main(["cache"]) == 0
@@ -403,6 +411,17 @@ def test_cache_and_warm_say_that_nothing_is_kept(empty_store, capsys):
     assert cli.main(["warm", "--cpu", "--formats", "Q8_0"]) == 2
     found = capsys.readouterr()
     assert "others may write to it" in found.err
+    assert "compiled for" not in found.out
+
+
+def test_warm_says_what_it_could_not_keep(empty_store, capsys, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store.os, "replace", fail)
+    assert cli.main(["warm", "--cpu", "--formats", "Q8_0"]) == 2
+    found = capsys.readouterr()
+    assert "1 of 1 functions were compiled, but could not be kept" in found.err
     assert "compiled for" not in found.out
 
 
