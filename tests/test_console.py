@@ -42,13 +42,12 @@ def model(tmp_path):
 
 
 @pytest.mark.parametrize("variables", NARROW, ids=lambda each: " ".join(each.values()))
-@pytest.mark.parametrize("command", ["info", "show", "verify"])
+@pytest.mark.parametrize("command", ["info", "show"])
 def test_every_encoding_is_enough(model, command, variables):
-    arguments = {"verify": ["--device", "cpu"]}.get(command, [])
-    found = run(command, model, *arguments, **variables)
+    found = run(command, model, **variables)
     assert found.returncode == 0, found.stderr
     assert found.stderr == b""
-    last = {"info": b"last ", "show": b"value of element 0: ", "verify": b"Every bit agrees"}
+    last = {"info": b"last ", "show": b"value of element 0: "}
     assert found.stdout.splitlines()[-1].startswith(last[command])
 
 
@@ -72,7 +71,7 @@ def test_what_the_user_wants_of_an_encoding_is_done(model):
 
 
 @needs_byte_names
-@pytest.mark.parametrize("variables", NARROW, ids=lambda each: " ".join(each.values()))
+@pytest.mark.parametrize("variables", NARROW[::3], ids=lambda each: " ".join(each.values()))
 def test_a_file_name_that_is_not_utf8(tmp_path, variables):
     path = os.fsencode(tmp_path) + b"/\xff\xfe.gguf"
     with open(SAMPLE, "rb") as source, open(path, "wb") as target:
