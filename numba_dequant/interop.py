@@ -125,7 +125,7 @@ class Torch:
             array = array.detach().contiguous()
         dtype = _dtype_of_torch(array.dtype)
         shape = tuple(array.shape)
-        n_bytes = array.nbytes
+        n_bytes = array.numel() * array.element_size()
         return ArrayView(array.data_ptr(), n_bytes, array.get_device(), dtype, shape, array, is_copy)
 
     def copy(self, target: Any, array: Any, index: int, stream: int) -> None:

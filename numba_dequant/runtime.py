@@ -396,7 +396,8 @@ def allocate(n_bytes: int, device: Device, stream: int, keeper: Any = None) -> D
         _freed_in_capture[:] = []  # those that cannot be freed yet put themselves back
     resource, queue = device.memory_resource, stream_on(device.device_id, stream)
     try:
-        if library_that_captures() is None:
+        # On the legacy stream it has been asked before: see `streams.stream_for`.
+        if not stream or library_that_captures() is None:
             buffer = resource.allocate(n_bytes or 1, stream=queue)
         else:
             with allowed_in_capture():
