@@ -18,7 +18,7 @@ Source of the format: ggml's docs/gguf.md and src/gguf.cpp. Where they leave roo
   NumPy could not hold as float64, where a dimension of 0 counts as 1;
 * a GGUF file that begins within another (`offset`) is aligned from its own beginning.
 
-Nothing here touches CUDA or Numba, and nothing but the header is read.
+Nothing here imports CUDA packages or Numba, and nothing but the header is read.
 """
 
 from __future__ import annotations

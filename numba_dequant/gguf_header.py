@@ -5,6 +5,7 @@ The file is read in windows, not mapped: a file cut short under a map would end 
 
 from __future__ import annotations
 
+import ctypes
 import io
 import struct
 from functools import cache
@@ -12,8 +13,10 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
+from numba_dequant import native
 from numba_dequant.errors import GgufError
 from numba_dequant.gguf_source import Source, checksum
+from numba_dequant.native.records import STRINGS
 
 ByteOrder = Literal["little", "big"]
 
@@ -169,6 +172,8 @@ class Cursor:
         while count:
             passed = 0
             if count > fewest:
+                passed = self._skip_compiled(count) if self._has_walk() else 0
+            if not passed and count > fewest:
                 passed = self._skip_empty(count)
                 passed += self._skip_linked(count - passed)
                 # Where that gets nowhere, it is tried less often.
@@ -177,6 +182,22 @@ class Cursor:
             singly = min(count, at_once)
             self._skip_singly(singly, field)
             count -= singly
+
+    def _has_walk(self) -> bool:
+        # A process that has loaded a model to a GPU has the code at hand; getting it takes longer than NumPy takes.
+        return self.byte_order == "little" and native.is_loaded()
+
+    def _skip_compiled(self, count: int) -> int:
+        """Move past strings, as many as the window shows, in compiled code, and say how many."""
+        at = self.position - self._window_start
+        if not 0 <= at < len(self._window):
+            return 0
+        window = np.frombuffer(self._window, np.uint8)
+        strings = np.array([(window.ctypes.data, window.size, at, count)], STRINGS)
+        walk = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(native.load("walk_strings").value or 0)
+        walk(strings.ctypes.data)
+        self.position = self._window_start + int(strings["at"][0])
+        return count - int(strings["left"][0])
 
     def _skip_singly(self, count: int, field: str) -> None:
         unpack = _record(self.byte_order, "Q").unpack_from

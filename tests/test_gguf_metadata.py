@@ -14,7 +14,7 @@ import pytest
 from gguf_bytes import BOOL, FLOAT32, FLOAT64, INT16, INT32, STRING, UINT8, UINT64, entry, gguf, text, value
 
 import numba_dequant as nd
-from numba_dequant import cli
+from numba_dequant import cli, gguf_header, native
 from numba_dequant.gguf_header import WINDOW
 from numba_dequant.gguf_metadata import LONG_STRING, MetadataArray
 
@@ -296,3 +296,23 @@ def test_info_shows_what_can_be_shown(tmp_path, capsys):
     ):
         assert line in shown
     assert len(nd.open(path)._repr_html_()) < 100_000
+
+
+@pytest.mark.parametrize("window", [64, 4096, 1 << 20])
+def test_strings_are_passed_alike_by_compiled_code_and_by_numpy(monkeypatch, window):
+    """A process that has loaded a model to a GPU has compiled code for it."""
+    rng = np.random.default_rng(window)
+    lengths = rng.choice([0, 0, 1, 3, 7, 8, 100, 255, 256, 300, 5000], 3000)
+    items = [bytes(rng.integers(32, 127, length, np.uint8)) for length in lengths]
+    data = gguf([], [value("a", STRING, items), value("behind", INT32, 7)])
+    monkeypatch.setattr(gguf_header, "WINDOW", window)
+    native.keep()
+    for is_loaded in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "is_loaded", lambda answer=is_loaded: answer)
+            model = nd.open(data)
+            assert model.metadata["behind"] == 7
+            assert model.metadata["a"].to_list() == [item.decode() for item in items]
+            assert model.metadata["a"][2999] == items[2999].decode()
+            with pytest.raises(nd.GgufError, match=r"ends within its header|what fits"):
+                nd.open(data[: len(data) // 2])

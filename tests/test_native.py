@@ -43,6 +43,7 @@ def test_it_needs_nothing_but_what_it_is_given():
     assert sorted(re.findall(r"^define (?!internal).*@(\w+)", text, re.MULTILINE)) == [
         "join_threads",
         "pump",
+        "walk_strings",
     ]
 
 

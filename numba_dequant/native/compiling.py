@@ -13,8 +13,9 @@ from numba.core import config
 
 from numba_dequant.native import target_machine
 from numba_dequant.native.pump_loop import join_threads, pump
+from numba_dequant.native.string_walk import walk_strings
 
-FUNCTIONS = (pump, join_threads)
+FUNCTIONS = (pump, join_threads, walk_strings)
 
 LONG = ir.IntType(64)
 

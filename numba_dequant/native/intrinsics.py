@@ -42,6 +42,16 @@ def load_int(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def load_long(typingctx: Any, address: Any) -> Any:
+    """The 64-bit number at an address, which need not be aligned."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], LONG.as_pointer()), align=1)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def call(typingctx: Any, address: Any, arguments: Any) -> Any:
     """Call a function of the C library; arguments and result fill a register each."""
 

@@ -12,6 +12,9 @@ def record(*names: str) -> np.dtype[Any]:
     return np.dtype([(name, np.int64) for name in names])
 
 
+STRINGS = record("data", "n_bytes", "at", "left")
+"""Bytes in memory, where among them strings begin, and how many may be passed."""
+
 PIECE = record(
     *("file", "offset", "n_bytes", "first_part", "n_parts", "is_computed", "ready"),
     *("first_share", "shares_left", "buffer"),
