@@ -26,6 +26,7 @@ from numba_dequant.format import Format
 from numba_dequant.formats import is_built_in, is_passed_on
 from numba_dequant.locks import compile_lock as _lock
 from numba_dequant.locks import compiled_once
+from numba_dequant.warn import warn_once
 
 Span = Callable[[int, int, int, int], None]
 """A compiled function that takes the address of blocks, the first and last of the steps to compute, and an address to
@@ -47,7 +48,9 @@ def dequantize_into(
 
     The work is cut in `n_shares`, as many as is quickest without it; one share is computed in this thread.
     """
-    if n_shares is None:
+    if n_shares is None and out.size < 2 * MINIMUM_SHARE:
+        n_shares = 1  # to ask for the number of cores takes as long as a few blocks
+    elif n_shares is None:
         n_shares = max(1, min(n_threads(), out.size // MINIMUM_SHARE), min(4 * n_threads(), out.size // LARGE_SHARE))
     if is_passed_on(source, dtype):
         _share(lambda first, last: pass_on(data, out, first, last), out.size, n_shares)
@@ -117,9 +120,10 @@ def _threads(process: int) -> ThreadPoolExecutor:
 def compiled(source: Format, dtype: str) -> Span | None:
     """The compiled function for a format, or None if nothing can be compiled; the reference has the same values.
 
-    That is so where the user has told Numba not to compile, and in a process that was forked out of a compilation.
+    That is so where the user has told Numba not to compile, where Numba refuses to be imported (beside a NumPy that it
+    does not know, for example), and in a process that was forked out of a compilation.
     """
-    if is_jit_disabled() or (_lock.is_lost and not _compile.has(source, dtype)):
+    if not _compile.has(source, dtype) and (_lock.is_lost or is_jit_disabled()):
         return None
     return _compile(source, dtype)
 
@@ -133,12 +137,15 @@ def is_jit_disabled() -> bool:
 
 
 @compiled_once
-def _compile(source: Format, dtype: str) -> Span:
+def _compile(source: Format, dtype: str) -> Span | None:
     store = STORES[dtype]
     name = f"dequantize_{source.name}_by_{store.__name__}"
-    found = native.load_functions(
-        f"cpu-{source.name}-{dtype}", [name], lambda: [_span_function(source, store, name)], is_kept=is_built_in(source)
-    )
+    label, is_kept = f"cpu-{source.name}-{dtype}", is_built_in(source)
+    try:
+        found = native.load_functions(label, [name], lambda: [_span_function(source, store, name)], is_kept=is_kept)
+    except ImportError as error:
+        warn_once(f"numba_dequant computes by the slow reference: Numba cannot be imported ({error})")
+        return None
     kinds = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
     return ctypes.CFUNCTYPE(None, *kinds)(found[name])
 

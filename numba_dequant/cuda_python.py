@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
-from numba.core import config
+from numba import config
 
 from numba_dequant.device import GPU_PACKAGES, install_command, is_there
 from numba_dequant.errors import DeviceError

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba.core import config
+from numba import config
 
 from numba_dequant import bits
 from numba_dequant.bits import RUN, copy_16_bytes, copy_byte, is_aligned

@@ -61,13 +61,10 @@ compile_lock = CompileLock()
 
 
 class CacheInfo(NamedTuple):
-    """What `compiled_once` tells of itself, in the words of `functools.cache`.
-
-    Attributes:
-        misses: how many values have been made since the last `cache_clear`.
-    """
+    """As `functools.cache` has it."""
 
     misses: int
+    currsize: int
 
 
 class compiled_once(Generic[Result]):
@@ -76,22 +73,27 @@ class compiled_once(Generic[Result]):
     def __init__(self, make: Callable[..., Result]) -> None:
         self._make = make
         self._made: dict[Any, Result] = {}
+        self._misses = 0
 
     def __call__(self, *arguments: Any) -> Result:
         """The value, made if it is not there."""
-        if arguments not in self._made:
-            with compile_lock:
-                if arguments not in self._made:
-                    self._made[arguments] = self._make(*arguments)
-        return self._made[arguments]
+        try:
+            return self._made[arguments]
+        except KeyError:
+            pass
+        with compile_lock:
+            if arguments not in self._made:
+                self._misses += 1
+                self._made[arguments] = self._make(*arguments)
+            return self._made[arguments]
 
     def has(self, *arguments: Any) -> bool:
         """Whether the value has been made."""
         return arguments in self._made
 
     def cache_info(self) -> CacheInfo:
-        """How many values have been made."""
-        return CacheInfo(len(self._made))
+        """How many values have been made, and how many are kept."""
+        return CacheInfo(self._misses, len(self._made))
 
     def cache_clear(self) -> None:
         """Forget all values."""

@@ -10,8 +10,7 @@ from functools import partial
 from typing import Any
 
 from llvmlite import ir
-from numba.core.datamodel import models
-from numba.extending import intrinsic, overload, register_model, typeof_impl
+from numba.extending import intrinsic, models, overload, register_model, typeof_impl
 
 from numba_dequant import lowering
 from numba_dequant.lowering import EIGHT_BYTES, EIGHT_FLOATS, EIGHT_SHORTS, EIGHT_WORDS, FLOAT, WORD, broadcast, splat

@@ -116,11 +116,53 @@ def test_the_cpu_computes_where_numba_is_told_not_to_compile(name, monkeypatch):
     import numba
 
     monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
-    monkeypatch.setattr(cpu, "_compile", None)
+    monkeypatch.setattr(cpu._compile, "_made", {})
+    monkeypatch.setattr(cpu._compile, "_make", None)
     data = random_blocks(name, 9)
     found = nd.dequantize(data, name, device="cpu")
     monkeypatch.undo()
     assert_same_bits(found, nd.dequantize(data, name, device="cpu"))
+
+
+def test_the_cpu_computes_where_numba_refuses_to_be_imported(tmp_path):
+    code = """
+import sys, warnings
+import numpy as np, numba_dequant as nd
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numba":
+            raise ImportError("Numba needs NumPy 2.4 or less. Got NumPy 2.5.")
+
+sys.meta_path.insert(0, Refuse())
+data = np.arange(340, dtype=np.uint8)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    found = [nd.dequantize(data, "Q8_0", device="cpu") for _ in range(2)]
+assert len(caught) == 1 and "Numba needs NumPy 2.4 or less" in str(caught[0].message), caught
+assert np.array_equal(found[1], nd.dequantize(data, "Q8_0", device="reference"), equal_nan=True)
+"""
+    found = run(code, NUMBA_DEQUANT_CACHE_DIR=str(tmp_path))
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("variable", ["NUMBA_BOUNDSCHECK", "NUMBA_DEBUGINFO", "NUMBA_OPT"])
+def test_settings_of_numba_do_not_break_what_is_kept(variable, tmp_path):
+    code = """
+import warnings
+import numpy as np, numba_dequant as nd
+from numba_dequant import native
+for name in ("Q4_K", "IQ3_S"):
+    data = np.arange(nd.FORMATS[name].type_size * 9, dtype=np.uint8)
+    found = nd.dequantize(data, name, device="cpu")
+    assert np.array_equal(found, nd.dequantize(data, name, device="reference"), equal_nan=True)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # code that is not optimized counts references, and is not kept
+    assert native.load("pump").value
+"""
+    for _ in range(2):
+        found = run(code, NUMBA_DEQUANT_CACHE_DIR=str(tmp_path), **{variable: "0" if variable == "NUMBA_OPT" else "1"})
+        assert found.returncode == 0, found.stderr
 
 
 @pytest.mark.parametrize("is_on_disk", [False, True])

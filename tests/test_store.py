@@ -425,6 +425,15 @@ def test_warm_says_what_it_could_not_keep(empty_store, capsys, monkeypatch):
     assert "compiled for" not in found.out
 
 
+@pytest.mark.toolkit
+@pytest.mark.parametrize("content", [b"", b"no code", b"name\0no code"])
+def test_a_sound_entry_that_is_no_code_for_a_gpu_is_compiled_anew(empty_store, content):
+    first = compile_kernel()
+    (name,) = store.entries()
+    store.write(name, content)
+    assert compile_kernel()[1] == first[1] == b"\x7fELF"
+
+
 @pytest.mark.parametrize("arguments", [["warm", "--cpu"], ["bench", "--device", "cpu"]], ids=["warm", "bench"])
 def test_nothing_is_compiled_for_a_format_that_is_returned_as_it_is_stored(empty_store, arguments, capsys):
     assert cli.main([*arguments, "--formats", "Q8_0,I8"]) == 2

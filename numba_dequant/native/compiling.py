@@ -8,8 +8,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import cfunc, types
-from numba.core import config
+from numba import cfunc, config, types
 
 from numba_dequant.native import target_machine
 from numba_dequant.native.pump_loop import join_threads, pump
