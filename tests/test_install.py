@@ -152,6 +152,8 @@ def test_settings_of_numba_do_not_break_what_is_kept(variable, tmp_path):
 import warnings
 import numpy as np, numba_dequant as nd
 from numba_dequant import native
+warnings.simplefilter("default")  # Numba has some of its own
+warnings.simplefilter("error", RuntimeWarning)
 for name in ("Q4_K", "IQ3_S"):
     data = np.arange(nd.FORMATS[name].type_size * 9, dtype=np.uint8)
     found = nd.dequantize(data, name, device="cpu")
