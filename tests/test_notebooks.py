@@ -38,7 +38,8 @@ def test_what_it_shows_is_kept(name):
 
 def test_the_gallery_shows_what_they_show(tmp_path):
     gallery.write(tmp_path)
-    kept = {path.relative_to(gallery.DOCS): path.read_bytes() for path in gallery.DOCS.rglob("*.*")}
+    paths = [gallery.DOCS / "gallery.md", *(gallery.DOCS / "gallery").rglob("*.*")]
+    kept = {path.relative_to(gallery.DOCS): path.read_bytes() for path in paths}
     assert kept == {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.*")}, "run gallery.py"
 
 

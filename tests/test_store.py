@@ -437,4 +437,4 @@ def test_a_sound_entry_that_is_no_code_for_a_gpu_is_compiled_anew(empty_store, c
 @pytest.mark.parametrize("arguments", [["warm", "--cpu"], ["bench", "--device", "cpu"]], ids=["warm", "bench"])
 def test_nothing_is_compiled_for_a_format_that_is_returned_as_it_is_stored(empty_store, arguments, capsys):
     assert cli.main([*arguments, "--formats", "Q8_0,I8"]) == 2
-    assert "I8 is returned as it is stored" in capsys.readouterr().err
+    assert "I8 is stored as it is" in capsys.readouterr().err
