@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "support.md"
 GOLDEN = ROOT / "tests" / "data" / "golden"
 DTYPES = ("float16", "bfloat16", "float32")
-PACKAGES = ("numba", "llvmlite", "numpy", "ml_dtypes", "numba-cuda", "cuda-core")
+PACKAGES = ("numba", "llvmlite", "numpy", "ml-dtypes", "numba-cuda", "cuda-core")
 CHECKS = ("import", "reference", "cpu", "native", "simulator", "ptx")
 
 
