@@ -99,3 +99,30 @@ def test_pytorch(path):
         tensor = torch.from_dlpack(values)
         assert tensor.device == torch.device("cuda:1")
         assert_same_bits(tensor.cpu().numpy(), faults.expected(name))
+
+
+@pytest.mark.parametrize("has_out", [True, False])
+def test_pytorch_s_current_stream_of_each(has_out):
+    """Each GPU has a current stream of its own; the current GPU need not be the one that the data lies on."""
+    torch = pytest.importorskip("torch")
+    host = random_blocks("Q8_0", 20_000)
+    expected = nd.dequantize(host, "Q8_0", device="reference")
+    for index in (0, 1, 1, 0):
+        good = torch.from_numpy(host).to(f"cuda:{index}")
+        torch.cuda.synchronize(index)
+        stream = torch.cuda.Stream(index)
+        with torch.cuda.stream(stream):
+            data = torch.full_like(good, 0xA5)
+            torch.cuda._sleep(2_000_000)
+            data.copy_(good)
+            out = torch.zeros(expected.size, dtype=torch.float16, device=good.device) if has_out else None
+            with torch.cuda.device(1 - index):
+                found = torch.as_tensor(nd.dequantize(data, "Q8_0", out=out), device=good.device)
+            data.fill_(0x5A)
+            seen = found.clone()
+            found.fill_(0)
+        torch.cuda.synchronize(index)
+        assert_same_bits(seen.cpu().numpy(), expected)
+        kept = nd.dequantize(data, "I8")
+        del data
+        assert kept.device == index
