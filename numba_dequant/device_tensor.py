@@ -31,12 +31,12 @@ class DeviceTensor:
         dtype: the NumPy dtype; bfloat16 is that of ml_dtypes.
         device: ordinal of the GPU.
         stream: handle of the stream on which the values are computed.
-        library: PyTorch or CuPy, if the values were computed on its current stream for an array of its own; a call
+        framework: PyTorch or CuPy, if the values were computed on its current stream for an array of its own; a call
             that takes this tensor then runs on that library's current stream too.
         memory: where they lie; tensors that were made together may share an allocation.
     """
 
-    __slots__ = ("__weakref__", "device", "dtype", "library", "memory", "shape", "stream")
+    __slots__ = ("__weakref__", "device", "dtype", "framework", "memory", "shape", "stream")
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class DeviceTensor:
         shape: tuple[int, ...],
         dtype: np.dtype[Any],
         stream: int,
-        library: Library | None = None,
+        framework: Library | None = None,
     ) -> None:
         memory.shape, memory.dtype = shape, dtype
         self.memory = memory
@@ -52,7 +52,7 @@ class DeviceTensor:
         self.dtype = dtype
         self.device = memory.device
         self.stream = stream
-        self.library = library
+        self.framework = framework
 
     @property
     def size(self) -> int:
@@ -130,14 +130,14 @@ class DeviceTensor:
         raise DeviceError("a tensor on a GPU cannot be pickled; pickle what its copy_to_host() returns")
 
     def __copy__(self) -> DeviceTensor:
-        return DeviceTensor(replace(self.memory), self.shape, self.dtype, self.stream, self.library)
+        return DeviceTensor(replace(self.memory), self.shape, self.dtype, self.stream, self.framework)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DeviceTensor:
         with runtime.current(self.device) as device:
             memory = runtime.allocate(self.nbytes, device, self.stream)
             if self.size:
                 runtime.copy_on_device(memory.pointer, self.ptr, self.nbytes, self.stream)
-        return DeviceTensor(memory, self.shape, self.dtype, self.stream, self.library)
+        return DeviceTensor(memory, self.shape, self.dtype, self.stream, self.framework)
 
     def __len__(self) -> int:
         if not self.shape:

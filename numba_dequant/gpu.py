@@ -79,7 +79,7 @@ def keep(send_to: Callable[[int, int], None], n_bytes: int, index: int, call: Ca
         memory = runtime.allocate(n_bytes, device, call.handle, call.keeper)
         if n_bytes:
             send_to(memory.pointer, call.handle)
-        return DeviceTensor(memory, (n_bytes,), runtime.BYTES, call.handle, call.library)
+        return DeviceTensor(memory, (n_bytes,), runtime.BYTES, call.handle, call.framework)
 
 
 def is_pinned_tensor(data: Any) -> bool:
@@ -116,7 +116,7 @@ def target_for(
     if out is not None:
         return out, checked_output(out, memory, kind, asked, n_elements, device, call)
     target = new_memory(n_elements * kind.itemsize, device, call)
-    return DeviceTensor(target, asked, kind, call.handle, call.library), target
+    return DeviceTensor(target, asked, kind, call.handle, call.framework), target
 
 
 def new_memory(n_bytes: int, device: Device, call: CallStream) -> DeviceBytes:
@@ -125,7 +125,7 @@ def new_memory(n_bytes: int, device: Device, call: CallStream) -> DeviceBytes:
     Raises:
         DeviceError: there is not enough, or a CUDA graph is being captured by somebody other than PyTorch.
     """
-    if call.library is TORCH:
+    if call.framework is TORCH:
         return runtime.allocate_by_torch(n_bytes, device, call.handle)
     if call.handle:
         runtime.refuse_capture(call.handle, "only PyTorch can allocate memory for it; pass out=")

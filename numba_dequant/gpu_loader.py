@@ -340,7 +340,7 @@ class _Load:
         try:
             if request.dtype is None:
                 target = gpu.new_memory(tensor.n_bytes, device, self.call)
-                data = DeviceTensor(target, (tensor.n_bytes,), runtime.BYTES, self.stream, self.call.library)
+                data = DeviceTensor(target, (tensor.n_bytes,), runtime.BYTES, self.stream, self.call.framework)
                 self._results[index] = _Result(QuantizedTensor(data, tensor.format, tensor.shape), target, target)
                 return
             what = tensor.format, request.dtype, tensor.n_elements, tensor.shape

@@ -89,7 +89,7 @@ def prepare(tensors: list[Tensor], dtype: str, index: int, stream: Any) -> tuple
             if job.host is not None and job.host.size:
                 gpu.send(job.host, job.data.pointer, call.handle)
             if job.result is None:
-                job.result = DeviceTensor(job.target, job.shape, job.kind, call.handle, call.library)
+                job.result = DeviceTensor(job.target, job.shape, job.kind, call.handle, call.framework)
         steps, tables = _steps(list(jobs.values()), dtype, device, call)
         results = {name: job.result for name, job in jobs.items()}
         return results, _Run(index, call, steps, [*jobs.values()], tables, given)
@@ -113,7 +113,7 @@ class _Run:
         self._index, self._call, self._steps = index, call, steps
         self._jobs, self._tables, self._given = jobs, tables, given
         libraries = {library.name: library for thing in given if (library := streams.owner_of(thing)) is not None}
-        self._others = [library for library in libraries.values() if library is not call.library]
+        self._others = [library for library in libraries.values() if library is not call.framework]
         memories = [job.data for job in jobs] + [job.target for job in jobs] + ([tables] if tables else [])
         owners = {id(memory.owner): memory.owner for memory in memories if hasattr(memory.owner, "used_on")}
         self._owners = list(owners.values())
@@ -125,7 +125,7 @@ class _Run:
 
     def __call__(self) -> None:
         call, index = self._call, self._index
-        handle = call.library.current_stream(index) if call.library is not None else call.handle
+        handle = call.framework.current_stream(index) if call.framework is not None else call.handle
         with runtime.current(index):
             if handle != call.handle:
                 self._wait_for_uploads()

@@ -21,13 +21,13 @@ class CallStream(NamedTuple):
 
     Attributes:
         handle: of the stream.
-        library: whose current stream it is; None for a stream that the caller named, and for the legacy stream.
+        framework: whose current stream it is; None for a stream that the caller named, and for the legacy stream.
         keeper: what keeps the stream from being destroyed.
         is_named: whether the caller named it.
     """
 
     handle: int
-    library: Library | None = None
+    framework: Library | None = None
     keeper: Any = None
     is_named: bool = False
 
@@ -59,7 +59,7 @@ def stream_for(stream: Any, index: int, things: Iterable[Any]) -> CallStream:
 def owner_of(thing: Any) -> Library | None:
     """The library whose array this is, or for whose arrays a `DeviceTensor` was computed."""
     if isinstance(thing, DeviceTensor):
-        return thing.library
+        return thing.framework
     library = library_of(thing)
     # A tensor on the host says nothing about streams until the program uses a GPU through PyTorch.
     return None if library is TORCH and not (TORCH.is_on_gpu(thing) or TORCH.has_gpu) else library
@@ -82,7 +82,7 @@ def memory_of(thing: Any, call: CallStream) -> runtime.DeviceBytes:
     if library is None:
         return runtime.view(thing, call.handle)
     found = library.view(thing)
-    if library is not call.library:
+    if library is not call.framework:
         with runtime.current(found.device):
             runtime.wait(call.handle, library.current_stream(found.device))
     if found.is_copy:
@@ -103,11 +103,11 @@ def release(call: CallStream, index: int, data: Any, out: Any) -> None:
         if library is None:
             if call.is_named:
                 runtime.keep_until_done(index, call.handle, thing)
-        elif library is not call.library and library.is_on_gpu(thing):
+        elif library is not call.framework and library.is_on_gpu(thing):
             let_go(thing, library, index, call)
     if isinstance(out, DeviceTensor):
         if out.stream != call.handle:
-            out.stream, out.library = call.handle, call.library
+            out.stream, out.framework = call.handle, call.framework
     else:
         after_writing(out)
 
