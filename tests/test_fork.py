@@ -130,7 +130,9 @@ def test_forks_while_threads_dequantize_and_stream(tmp_path):
 from importlib.resources import files
 sys.setswitchinterval(1e-6)
 model = nd.open(str(files(nd) / "sample" / "sample.gguf"))
-values("Q8_0")
+names = ["sample.f16", "sample.q4_0", "sample.q8_0"]
+for _ in model.stream(names, device="cpu"):
+    pass
 over = threading.Event()
 
 def dequantize():
@@ -139,7 +141,7 @@ def dequantize():
 
 def stream():
     while not over.is_set():
-        for _ in model.stream(device="cpu", threads=3):
+        for _ in model.stream(names, device="cpu", threads=3):
             pass
 
 threads = [in_thread(work) for work in (dequantize, dequantize, stream)]

@@ -13,6 +13,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -291,6 +292,20 @@ def test_a_header_that_changes_after_the_time_stamp_did_is_noticed(path, name):
         USES[name](model)
 
 
+@pytest.mark.parametrize("name", sorted(USES.keys() - {"items"}))
+def test_a_header_that_changes_in_the_moment_of_the_time_stamp_is_noticed(path, name):
+    """The system sets the time of a write before its bytes are there."""
+    model = nd.open(path)
+    now = time.time_ns()
+    os.utime(path, ns=(now, now))
+    with pytest.warns(RuntimeWarning):
+        USES[name](model)
+    path.write_bytes(OTHER_HEADER)
+    os.utime(path, ns=(now, now))
+    with pytest.raises((nd.ReadError, nd.GgufError), match="has changed"):
+        USES[name](model)
+
+
 def test_the_warning_points_at_the_caller(path):
     model = nd.open(path)
     os.utime(path, (0, 0))
@@ -332,6 +347,23 @@ def test_a_disk_where_reading_changes_the_time_is_read(tmp_path, monkeypatch):
     assert len(warned) == 1
     assert_same_bits(model.load("t", device="cpu", threads=1), expected)
     assert 2 <= len(headers) < 20
+
+
+@pytest.mark.parametrize("n_bytes", [24, 4096, 9000, 300_000])
+def test_a_checksum_tells_two_words_that_change_places(n_bytes):
+    rng = np.random.default_rng(n_bytes)
+    data = rng.integers(0, 256, n_bytes, dtype=np.uint8)
+    known = gguf_source.checksum(data)
+    assert gguf_source.checksum(data.tobytes()) == known
+    for _ in range(200):
+        first, second = rng.choice(n_bytes // 8, 2, replace=False)
+        other = data.copy()
+        words = other.view(np.uint64)
+        words[[first, second]] = words[[second, first]]
+        assert gguf_source.checksum(other) != known
+        other = data.copy()
+        other[rng.integers(n_bytes)] ^= 1 << rng.integers(8)
+        assert gguf_source.checksum(other) != known
 
 
 def test_the_header_is_read_once_where_nothing_has_changed(path, monkeypatch):
