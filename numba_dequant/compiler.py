@@ -95,11 +95,25 @@ def entry_point(text: str) -> str:
 
 
 def assemble(text: str, capability: tuple[int, int]) -> bytes:
-    """PTX text to machine code, by the linker of the CUDA toolkit."""
+    """PTX text to machine code, by the linker of the CUDA toolkit.
+
+    The compiler names its own version in the text, and an older linker refuses that. What stands in the text is much
+    older, so the linker is offered it under earlier versions too.
+    """
     from cuda.core import Program, ProgramOptions
 
     options = ProgramOptions(arch=f"sm_{capability[0]}{capability[1]}")
-    return bytes(Program(text, "ptx", options).compile("cubin").code)
+    header = re.search(r"^\.version (\d+)\.(\d+)$", text, re.MULTILINE)
+    assert header is not None
+    refusal = None
+    for minor in range(int(header[2]), -1, -1):
+        offered = f"{text[: header.start()]}.version {header[1]}.{minor}{text[header.end() :]}"
+        try:
+            return bytes(Program(offered, "ptx", options).compile("cubin").code)
+        except Exception as error:
+            refusal = refusal or error
+    assert refusal is not None
+    raise refusal
 
 
 @lru_cache(maxsize=1)

@@ -1,5 +1,7 @@
 """What the kernels compile to, checked where there is no GPU."""
 
+import re
+
 import pytest
 from conftest import DECODED, DTYPES
 from ptx_rules import faults
@@ -39,3 +41,17 @@ def test_other_gpus(capability):
     name, code = compiler.cubin(nd.FORMATS["Q4_K"], "float16", "tile", capability)
     assert code.startswith(b"\x7fELF")
     assert "dequantize_Q4_K" in name
+
+
+def test_a_linker_that_is_older_than_the_compiler():
+    """The packages of the two are chosen by different programs that share an environment."""
+    text = compiler.ptx(nd.FORMATS["Q4_K"], "float16", "tile", (9, 0))
+    newer = re.sub(r"(?m)^\.version (\d+)\.\d+$", r".version \1.99", text)
+    assert newer != text
+    assert compiler.assemble(newer, (9, 0)) == compiler.assemble(text, (9, 0))
+
+
+def test_what_no_linker_takes_is_refused_for_its_first_reason():
+    text = compiler.ptx(nd.FORMATS["Q4_K"], "float16", "tile", (9, 0))
+    with pytest.raises(Exception, match="PTX_COMPILE"):
+        compiler.assemble(text.replace("ld.global", "ld.globe"), (9, 0))
