@@ -274,7 +274,8 @@ def beside_rows() -> list[list[str]]:
         if problem or refused:
             rows.append([requirement, extra, "", "", f"**no solution**: {problem or refused}"])
             continue
-        changed = [f"{name} {alone[name]} -> {together.get(name)}" for name in alone if together.get(name) != alone[name]]
+        both = [(name, version, together.get(name)) for name, version in alone.items()]
+        changed = [f"{name} {before} -> {after}" for name, before, after in both if before != after]
         added = [f"{name} {together[name]}" for name in SHOWN if name not in alone]
         kept = [f"{name} {alone[name]}" for name in SHOWN if name in alone]
         verdict = f"**changed: {', '.join(changed)}**" if changed else f"{len(alone)} versions kept"
