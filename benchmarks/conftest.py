@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from numba_dequant import FORMATS
-from numba_dequant.device import cuda_problem, is_simulated
+from numba_dequant.backends.devices import cuda_problem, is_simulated
 
 QUANTIZED = [name for name, source in FORMATS.items() if source.block_size > 1]
 DTYPES = ["float16", "bfloat16", "float32"]
@@ -15,7 +15,8 @@ NO_GPU = "the CUDA simulator is on" if is_simulated() else cuda_problem()
 if NO_GPU is None:
     from cuda.core import Device
 
-    from numba_dequant import measure, runtime
+    from numba_dequant.backends import cuda_driver
+    from numba_dequant.cli import measure
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Gpu:
         return self.roofs[key]
 
     def synchronize(self):
-        runtime.synchronize(0)
+        cuda_driver.synchronize(0)
 
 
 _gpu = None
@@ -48,7 +49,7 @@ def gpu_time():
 @pytest.fixture(scope="session")
 def _first_gpu():
     global _gpu  # noqa: PLW0603 a timer takes no arguments
-    with runtime.current(0) as device:
+    with cuda_driver.current(0) as device:
         _gpu = Gpu(device, measure.GpuClock(device))
         yield _gpu
 
@@ -74,7 +75,7 @@ def note(benchmark, moved, roof=None, **more):
 
 
 def pytest_benchmark_generate_machine_info(config):
-    from numba_dequant.measure import machine
+    from numba_dequant.cli.measure import machine
 
     arguments = [each for each in config.invocation_params.args if not each.startswith("--benchmark-json")]
     command = " ".join(["python -m pytest", *arguments])

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 from numba_dequant import FORMATS
-from numba_dequant.codebooks import FP4_DOUBLED_VALUES, IQ4_NL_VALUES
+from numba_dequant.formats._codebooks import FP4_DOUBLED_VALUES, IQ4_NL_VALUES
 
 IQ4 = tuple(IQ4_NL_VALUES.items.tolist())
 FP4_DOUBLED = tuple(FP4_DOUBLED_VALUES.items.tolist())

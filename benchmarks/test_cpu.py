@@ -8,7 +8,7 @@ import pytest
 from conftest import QUANTIZED, note
 
 import numba_dequant as nd
-from numba_dequant.device import n_threads
+from numba_dequant.backends.devices import n_threads
 from numba_dequant.verify import check_same
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "data" / "golden"

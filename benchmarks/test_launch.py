@@ -10,15 +10,16 @@ WAYS = ["kernel", "dequantize out", "dequantize", "dequantize pytorch out", "deq
 
 
 def call(way, data, gpu):
-    from numba_dequant import gpu as launcher
-    from numba_dequant import kernels, runtime
-    from numba_dequant.mapping import mapping_named
+    from numba_dequant.backends import cuda_driver
+    from numba_dequant.backends import gpu as launcher
+    from numba_dequant.kernels.dequantize import jit
+    from numba_dequant.kernels.launch_shape import mapping_named
 
     source = nd.FORMATS["Q4_K"]
     tensor = nd.dequantize(data.view(np.int8), "I8", device="cuda")
     out = nd.dequantize(tensor, source)
     if way == "kernel":
-        target = runtime.DeviceBytes(out.ptr, out.nbytes, 0, out)
+        target = cuda_driver.DeviceBytes(out.ptr, out.nbytes, 0, out)
         return lambda: launcher.dequantize_into(tensor.memory, source, "float16", out.size, target, 0)
     if way == "dequantize out":
         return lambda: nd.dequantize(tensor, source, out=out)
@@ -32,7 +33,7 @@ def call(way, data, gpu):
     from numba import cuda
 
     shape = mapping_named("tile", source)
-    kernel = kernels.jit(source, mapping="tile")[1, shape.threads]
+    kernel = jit(source, mapping="tile")[1, shape.threads]
     blocks, target = cuda.as_cuda_array(tensor).view(np.uint8), cuda.as_cuda_array(out)
     return lambda: kernel(blocks, out.size, target)
 

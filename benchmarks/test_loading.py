@@ -15,7 +15,7 @@ import pytest
 from conftest import note
 
 import numba_dequant as nd
-from numba_dequant.device import n_threads
+from numba_dequant.backends.devices import n_threads
 from numba_dequant.verify import check_same
 
 SMALL = {"n_layers": 1, "n_vocab": 1024}
@@ -132,11 +132,11 @@ WAYS = {
 @pytest.fixture
 def bus(gpu):
     """Bytes per second that a copy from pinned memory reaches, in this run."""
-    from numba_dequant import runtime
+    from numba_dequant.backends import cuda_driver
 
-    pinned, room = runtime.pinned(64 << 20), runtime.allocate(64 << 20, gpu.device, 0)
+    pinned, room = cuda_driver.pinned(64 << 20), cuda_driver.allocate(64 << 20, gpu.device, 0)
     # One that has been idle is slow at first.
-    times = [gpu.clock.seconds(lambda: runtime.copy_to_device(room.pointer, pinned, 0)) for _ in range(3)]
+    times = [gpu.clock.seconds(lambda: cuda_driver.copy_to_device(room.pointer, pinned, 0)) for _ in range(3)]
     return pinned.nbytes / min(times)
 
 
@@ -184,8 +184,8 @@ def test_one_part_of_loading(benchmark, gpu, bus, written, monkeypatch, part):
     """Which of the two is the bottleneck: what the threads ask of the other is said to be done at once."""
     from numba import carray, cfunc, types
 
-    from numba_dequant import pump
-    from numba_dequant.native.intrinsics import pointer
+    from numba_dequant.kernels.native.intrinsics import pointer
+    from numba_dequant.loading import native_threads
 
     long = types.int64
 
@@ -202,7 +202,7 @@ def test_one_part_of_loading(benchmark, gpu, bus, written, monkeypatch, part):
     def done(anything):
         return 0
 
-    calls = pump.calls().copy()
+    calls = native_threads.calls().copy()
     others = {"let_gpu_wait": done, "copy": done, "launch": done, "signal": signal}
     for name, function in ({"read": read} if part == "sending" else others).items():
         calls[name] = function.address
@@ -213,7 +213,7 @@ def test_one_part_of_loading(benchmark, gpu, bus, written, monkeypatch, part):
         gpu.synchronize()
 
     with nd.open(path) as model, monkeypatch.context() as patch:
-        patch.setattr(pump, "calls", lambda: calls)
+        patch.setattr(native_threads, "calls", lambda: calls)
         benchmark.pedantic(load, rounds=9, warmup_rounds=1)
     note(benchmark, sizes(path)[0], bus)
 
@@ -223,7 +223,7 @@ def test_memory(benchmark, gpu, tmp_path, n_layers):
     """What a load takes at its peak, beyond what it gives back: of host memory, and on the GPU."""
     from cuda.bindings import driver
 
-    from numba_dequant import gpu_loader
+    from numba_dequant.loading import gpu_loader
 
     if "torch" in sys.modules:  # it keeps what safetensors has loaded
         sys.modules["torch"].cuda.empty_cache()

@@ -31,18 +31,18 @@ class Model:
     """Random blocks in one piece of device memory."""
 
     def __init__(self, tensors, gpu):
-        from numba_dequant import runtime
-        from numba_dequant.device_tensor import DeviceTensor
-        from numba_dequant.gpu import send
+        from numba_dequant.backends import cuda_driver
+        from numba_dequant.backends.device_tensor import DeviceTensor
+        from numba_dequant.backends.gpu import send
 
         sizes = [nd.FORMATS[name].n_bytes(shape) for name, shape in tensors]
         starts = np.cumsum([0] + [-(-size // 256) * 256 for size in sizes])
         self.bytes = np.random.default_rng(0).integers(0, 256, starts[-1], np.uint8)
-        whole = runtime.allocate(self.bytes.size, gpu.device, 0)
+        whole = cuda_driver.allocate(self.bytes.size, gpu.device, 0)
         send(self.bytes, whole.pointer, 0)
         self.tensors, self.host = {}, {}
         for number, ((name, shape), size, start) in enumerate(zip(tensors, sizes, starts, strict=False)):
-            piece = runtime.DeviceBytes(whole.pointer + int(start), size, 0, whole.owner)
+            piece = cuda_driver.DeviceBytes(whole.pointer + int(start), size, 0, whole.owner)
             data = DeviceTensor(piece, (size,), np.dtype(np.uint8), 0)
             self.tensors[number] = (data, name, shape)
             self.host[number] = (self.bytes[start : start + size], name, shape)
@@ -71,7 +71,7 @@ def model(request):
 
 def seconds_at_the_roof(model, gpu):
     """What moving the model's bytes takes at the speed at which each format's ratio of reading to writing allows."""
-    from numba_dequant.measure import Workload
+    from numba_dequant.cli.measure import Workload
 
     total = 0.0
     for name in {name for _, name, _ in model.tensors.values()}:

@@ -16,7 +16,7 @@ SIZES = [1, *(1 << exponent for exponent in (12, 16, 20, 22, *range(24, 32))), (
 @pytest.mark.parametrize("n_elements", SIZES)
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0"])
 def test_size(benchmark, gpu, name, n_elements):
-    from numba_dequant.measure import Workload
+    from numba_dequant.cli.measure import Workload
 
     work = Workload(nd.FORMATS[name], "float16", n_elements, gpu.device)
     work.check()

@@ -10,7 +10,7 @@ import pytest
 from conftest import QUANTIZED
 
 import numba_dequant as nd
-from numba_dequant import store
+from numba_dequant import disk_cache
 
 FIRST_CALL = """
 import json, time
@@ -25,22 +25,22 @@ import numpy
 mark("import numpy")
 import numba_dequant as nd
 mark("import numba_dequant")
-from numba_dequant import gpu, runtime
+from numba_dequant.backends import gpu, cuda_driver
 mark("import cuda.core")
-with runtime.current(0) as device:
+with cuda_driver.current(0) as device:
     capability = gpu.capability_of(0)
     mark("driver and context")
     gpu.load_kernel(nd.FORMATS["Q4_K"], "float16", "tile", capability)
     mark("kernel load")
-    runtime.allocate(1 << 22, device, 0)
+    cuda_driver.allocate(1 << 22, device, 0)
     mark("memory pool")
 data = numpy.arange(144 * 7281).astype(numpy.uint8)
 last = time.perf_counter()
 tensor = nd.dequantize(data, "Q4_K", device="cuda")
-runtime.synchronize(0)
+cuda_driver.synchronize(0)
 mark("first call")
 tensor = nd.dequantize(data, "Q4_K", device="cuda")
-runtime.synchronize(0)
+cuda_driver.synchronize(0)
 mark("second call")
 print(json.dumps(marks))
 """
@@ -48,7 +48,7 @@ print(json.dumps(marks))
 
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(store.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(disk_cache.VARIABLE, str(tmp_path))
     return tmp_path
 
 
@@ -69,7 +69,7 @@ def test_warm_start(benchmark, gpu, empty_cache):
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_compile(benchmark, empty_cache, name):
     """One kernel, from nothing kept, in a process that has compiled before."""
-    from numba_dequant import compiler
+    from numba_dequant.kernels import compiler
 
     compiler.function_ptx(lambda data, number, out: None, (9, 0))
     code = benchmark.pedantic(compiler.cubin, (nd.FORMATS[name], "float16", "tile", (9, 0)))[1]
@@ -83,7 +83,7 @@ def test_compile_all(benchmark, empty_cache):
     if not benchmark.enabled:
         command += ["--formats", "Q4_K"]
     benchmark.pedantic(subprocess.run, (command,), {"check": True, "capture_output": True, "env": dict(os.environ)})
-    kernels = [name for name in store.entries() if name.startswith("sm90-")]
+    kernels = [name for name in disk_cache.entries() if name.startswith("sm90-")]
     n_formats = sum(source.decode is not None for source in nd.FORMATS.values()) if benchmark.enabled else 1
     assert len(kernels) == 2 * n_formats
     benchmark.extra_info["kernels"] = len(kernels)

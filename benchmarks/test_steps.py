@@ -17,7 +17,7 @@ STEPS = {} if NO_GPU else run_tagged("02_one_kernel.ipynb", "step")["STEPS"]
 
 @pytest.mark.parametrize("step", STEPS or ["any"])
 def test_step(benchmark, gpu, step):
-    from numba_dequant.measure import Workload, jit_launch
+    from numba_dequant.cli.measure import Workload, jit_launch
 
     launch = jit_launch(*STEPS[step], np.dtype(np.uint16), np.dtype(np.float16))
     work = Workload(nd.FORMATS["Q8_0"], "float16", N_ELEMENTS, gpu.device, kernel=launch)

@@ -9,7 +9,7 @@ import pytest
 from conftest import DTYPES, QUANTIZED, gpu_time, note
 
 import numba_dequant as nd
-from numba_dequant.mapping import MAPPINGS
+from numba_dequant.kernels.launch_shape import MAPPINGS
 from numba_dequant.verify import check_same
 
 N_ELEMENTS, N_ELEMENTS_OF_PYTORCH = 1 << 28, 1 << 26
@@ -26,11 +26,12 @@ ROUNDS = {"rounds": 9, "iterations": 4, "warmup_rounds": 1}
 
 
 def test_device_copy(benchmark, gpu):
-    from numba_dequant import measure, runtime
+    from numba_dequant.backends import cuda_driver
+    from numba_dequant.cli import measure
 
-    rooms = [runtime.allocate(measure.HEAD_START, gpu.device, 0) for _ in range(2)]
+    rooms = [cuda_driver.allocate(measure.HEAD_START, gpu.device, 0) for _ in range(2)]
     pointers = [room.pointer for room in rooms]
-    benchmark.pedantic(runtime.copy_on_device, (*pointers, measure.HEAD_START, 0), **ROUNDS)
+    benchmark.pedantic(cuda_driver.copy_on_device, (*pointers, measure.HEAD_START, 0), **ROUNDS)
     note(benchmark, 2 * measure.HEAD_START)
 
 
@@ -38,7 +39,7 @@ def test_device_copy(benchmark, gpu):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_kernel(benchmark, gpu, name, dtype, mapping):
-    from numba_dequant.measure import Workload
+    from numba_dequant.cli.measure import Workload
 
     work = Workload(nd.FORMATS[name], dtype, N_ELEMENTS, gpu.device, mapping)
     work.check()

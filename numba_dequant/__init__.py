@@ -3,8 +3,8 @@
 from typing import Any
 
 from numba_dequant.api import dequantize, dequantize_many, prepare_many
+from numba_dequant.backends.dlpack import Bfloat16Array
 from numba_dequant.batch import Batch
-from numba_dequant.dlpack import Bfloat16Array
 from numba_dequant.errors import (
     DataError,
     DeviceError,
@@ -19,12 +19,12 @@ from numba_dequant.errors import (
     TensorNotFoundError,
     UnknownFormatError,
 )
-from numba_dequant.explanation import Explanation, explain
+from numba_dequant.explain.explanation import Explanation, explain
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, register
-from numba_dequant.loader import Model, load, open, release_buffers
-from numba_dequant.progress import Progress
-from numba_dequant.selection import QuantizedTensor
+from numba_dequant.loading.progress import Progress
+from numba_dequant.loading.requests import QuantizedTensor
+from numba_dequant.model import Model, load, open, release_buffers
 from numba_dequant.version import VERSION
 
 __version__ = VERSION
@@ -65,7 +65,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # The CUDA packages take a while to import, and are needed only where there is a GPU.
     if name == "DeviceTensor":
-        from numba_dequant.device_tensor import DeviceTensor
+        from numba_dequant.backends.device_tensor import DeviceTensor
 
         return DeviceTensor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

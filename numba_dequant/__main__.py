@@ -7,10 +7,10 @@ def main() -> int:
     """Run the command with the arguments of the process; the result is its exit status."""
     try:
         # The import takes long enough to be interrupted.
-        from numba_dequant import cli, console
+        from numba_dequant.cli import console, main
 
         try:
-            return cli.main()
+            return main.main()
         finally:
             console.discard_unwritten()
     except KeyboardInterrupt:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant import host
 from numba_dequant.arguments import (
     Memory,
     after_writing,
@@ -25,14 +24,15 @@ from numba_dequant.arguments import (
     output_type,
     result_shape,
 )
+from numba_dequant.backends import host
+from numba_dequant.backends.devices import Place, place_named
+from numba_dequant.backends.dlpack import shareable
 from numba_dequant.batch import Batch, Key
-from numba_dequant.device import Place, place_named
-from numba_dequant.dlpack import shareable
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DeviceError, NumbaDequantError, OutputError
 from numba_dequant.format import Format
 from numba_dequant.formats import format_named
-from numba_dequant.mapping import mapping_named
+from numba_dequant.kernels.launch_shape import mapping_named
 
 
 def dequantize(
@@ -90,7 +90,7 @@ def dequantize(
     mapping_named(mapping, source)
     place = _place_for(data if is_on_gpu(data) else None, device, stream)
     if place.kind == "cuda":
-        from numba_dequant.gpu import dequantize as dequantize_on_gpu
+        from numba_dequant.backends.gpu import dequantize as dequantize_on_gpu
 
         return dequantize_on_gpu(data, source, name, shape, place.index, out, stream, mapping)
     job = _prepared(host_array(data), source, name, shape, place, out, mapping)
@@ -169,9 +169,9 @@ def prepare_many(
     on_gpu = next((entry.data for entry in entries if is_on_gpu(entry.data)), None)
     place = _place_for(on_gpu, device, stream)
     if place.kind == "cuda":
-        from numba_dequant import many
+        from numba_dequant.backends import gpu_batch
 
-        return Batch(*many.prepare(entries, name, place.index, stream))
+        return Batch(*gpu_batch.prepare(entries, name, place.index, stream))
     jobs: dict[Any, _HostJob] = {}
     for entry in entries:
         try:
@@ -192,7 +192,7 @@ def prepare_many(
 def _place_for(on_gpu: Any, device: Any, stream: Any) -> Place:
     """Where to compute, given data that lies on a GPU, if any does."""
     if on_gpu is not None and device is None:
-        from numba_dequant.runtime import device_of
+        from numba_dequant.backends.cuda_driver import device_of
 
         device = f"cuda:{device_of(on_gpu)}"
     place = place_named(device)
@@ -233,7 +233,7 @@ class _HostJob:
         if self.out is not None:
             return self.out
         if self.place.kind == "simulator":
-            from numba_dequant.simulator import SimulatedTensor
+            from numba_dequant.backends.simulator import SimulatedTensor
 
             return SimulatedTensor(self.values)
         return shareable(self.values)

@@ -16,10 +16,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bit_map import bit_map, value_range
 from numba_dequant.bits import RUN
 from numba_dequant.errors import DataError, OptionError, ShapeError, shown
-from numba_dequant.picture import Picture
+from numba_dequant.explain.bit_map import bit_map, value_range
+from numba_dequant.explain.block_picture import Picture
 
 Dequantize: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
 Decode: TypeAlias = Callable[[Any, int, int], Any]

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant import tables
+from numba_dequant import display
 from numba_dequant.api import dequantize
-from numba_dequant.device import Place
+from numba_dequant.backends.devices import Place
 from numba_dequant.errors import DeviceError
 from numba_dequant.format import Format
-from numba_dequant.loader import Model
+from numba_dequant.model import Model
 
 
 @dataclass
@@ -67,7 +67,7 @@ def _timed(
 ) -> tuple[NDArray[Any], float]:
     """The values from a device, and the time that dequantizing took there: copies to and from a GPU not counted."""
     if place.kind == "cuda":
-        from numba_dequant import gpu
+        from numba_dequant.backends import gpu
 
         return gpu.timed(data, source, dtype, shape, place.index)
     dequantize(data[: source.type_size], source, dtype, device=str(place))  # compiles
@@ -118,4 +118,4 @@ def table(rows: list[Row]) -> str:
         )
         for row in rows
     ]
-    return tables.text(("format", "tensors", "elements", "bytes in", "bytes out", "GB/s", "result"), cells, "<>>>>><")
+    return display.text(("format", "tensors", "elements", "bytes in", "bytes out", "GB/s", "result"), cells, "<>>>>><")

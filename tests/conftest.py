@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from numba_dequant import FORMATS, compiler
-from numba_dequant.device import cuda_problem, is_simulated, is_there
+from numba_dequant import FORMATS
+from numba_dequant.backends.devices import cuda_problem, is_simulated, is_there
 from numba_dequant.dtypes import numpy_dtype
+from numba_dequant.kernels import compiler
 
 # These put something in place of a GPU under the packages that a GPU needs, or look at what they compile.
 collect_ignore = (

@@ -14,9 +14,10 @@ import numpy as np
 from faults import n_threads_of_this_process
 
 import numba_dequant as nd
-from numba_dequant import device, gpu, gpu_loader, pump, runtime, staging
+from numba_dequant.backends import cuda_driver, devices, gpu
 from numba_dequant.dtypes import numpy_dtype
-from numba_dequant.mapping import mapping_named
+from numba_dequant.kernels.launch_shape import mapping_named
+from numba_dequant.loading import gpu_loader, native_threads, staging
 
 POISON = 0xA5
 
@@ -96,7 +97,7 @@ class LateGpu:
         }
         for name, count in ours.items():
             functions[name] = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_ssize_t] * count)(getattr(self, name))
-        return pump.addresses(functions), functions
+        return native_threads.addresses(functions), functions
 
     def read(self, file, pointer, n_bytes, offset):
         try:
@@ -138,9 +139,9 @@ class LateGpu:
             ctypes.c_int64.from_address(where).value for where in at(arguments, 24).view(np.int64).tolist()
         )
         assert grid == mapping_named("tile", source).thread_blocks(n_elements)
-        data = runtime.DeviceBytes(first, source.n_bytes((n_elements,)), 0, None)
+        data = cuda_driver.DeviceBytes(first, source.n_bytes((n_elements,)), 0, None)
         n_bytes = n_elements * np.dtype(numpy_dtype(dtype)).itemsize
-        self.dequantize_into(data, source, dtype, n_elements, runtime.DeviceBytes(out, n_bytes, 0, None), stream)
+        self.dequantize_into(data, source, dtype, n_elements, cuda_driver.DeviceBytes(out, n_bytes, 0, None), stream)
         return 0
 
     def launcher(self, source, dtype, mapping, index, stream):
@@ -169,7 +170,7 @@ class LateGpu:
             assert self.end <= self.memory.size
             self.in_use += n_bytes
             self.queue(stream, lambda: self.memory[pointer : pointer + n_bytes].fill(POISON), pointer, n_bytes)
-            return runtime.DeviceBytes(pointer, n_bytes, 0, Owner(self, pointer, n_bytes, stream))
+            return cuda_driver.DeviceBytes(pointer, n_bytes, 0, Owner(self, pointer, n_bytes, stream))
 
     def free(self, owner):
         with self.lock:
@@ -247,22 +248,22 @@ def installed(kind, monkeypatch):
     """Yield a late GPU in place of the real one: with an order of things, or with something that a system lacks."""
     found = LateGpu(str(kind))
     for name in ("allocate", "copy_to_device", "copy_to_host", "create_stream", "wait_for"):
-        monkeypatch.setattr(runtime, name, getattr(found, name))
-    monkeypatch.setattr(runtime, "record", found.new_event)
-    monkeypatch.setattr(runtime, "context_of", lambda device: 1)
-    monkeypatch.setattr(runtime, "can_signal", lambda index: kind != "no signals")
-    monkeypatch.setattr(runtime, "check", lambda stream: None)
-    monkeypatch.setattr(runtime, "refuse_capture", lambda stream, what: None)
+        monkeypatch.setattr(cuda_driver, name, getattr(found, name))
+    monkeypatch.setattr(cuda_driver, "record", found.new_event)
+    monkeypatch.setattr(cuda_driver, "context_of", lambda device: 1)
+    monkeypatch.setattr(cuda_driver, "can_signal", lambda index: kind != "no signals")
+    monkeypatch.setattr(cuda_driver, "check", lambda stream: None)
+    monkeypatch.setattr(cuda_driver, "refuse_capture", lambda stream, what: None)
     monkeypatch.setattr(gpu, "launcher", found.launcher)
-    monkeypatch.setattr(pump, "calls", lambda: found.calls)
-    monkeypatch.setattr(pump, "IS_POSSIBLE", kind != "alone")
+    monkeypatch.setattr(native_threads, "calls", lambda: found.calls)
+    monkeypatch.setattr(native_threads, "IS_POSSIBLE", kind != "alone")
     monkeypatch.setattr(gpu_loader, "POOL", gpu_loader.BufferPool())
-    monkeypatch.setattr(runtime, "current", found)
-    monkeypatch.setattr(runtime, "pinned", lambda n_bytes: np.zeros(n_bytes, np.uint8))
-    monkeypatch.setattr(runtime, "copy_on_device", found.copy_on_device)
+    monkeypatch.setattr(cuda_driver, "current", found)
+    monkeypatch.setattr(cuda_driver, "pinned", lambda n_bytes: np.zeros(n_bytes, np.uint8))
+    monkeypatch.setattr(cuda_driver, "copy_on_device", found.copy_on_device)
     monkeypatch.setattr(gpu, "dequantize_into", found.dequantize_into)
     monkeypatch.setattr(gpu, "capability_of", lambda index: (9, 0))
-    monkeypatch.setattr(device, "cuda_problem", lambda: None)
+    monkeypatch.setattr(devices, "cuda_problem", lambda: None)
     monkeypatch.setattr(gpu_loader, "PIECE", 4096)
     monkeypatch.setattr(gpu_loader, "SHARE", 1000)
     monkeypatch.setattr(staging, "PIECE", 4096)

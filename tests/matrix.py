@@ -143,8 +143,8 @@ def check_native() -> str:
 
     import numpy as np
 
-    from numba_dequant import native
-    from numba_dequant.native.records import STRINGS
+    from numba_dequant.kernels import native
+    from numba_dequant.kernels.native.records import STRINGS
 
     data = np.frombuffer((3).to_bytes(8, "little") + b"abc" + (0).to_bytes(8, "little"), np.uint8)
     strings = np.array([(data.ctypes.data, data.size, 0, 2)], STRINGS)
@@ -165,7 +165,7 @@ def check_ptx() -> str:
     from ptx_rules import faults
 
     import numba_dequant as nd
-    from numba_dequant import compiler
+    from numba_dequant.kernels import compiler
 
     formats = [source for source in nd.FORMATS.values() if source.decode]
     kernels = [(source, DTYPES[number % 3], "tile") for number, source in enumerate(formats)]

@@ -4,7 +4,8 @@ import numpy as np
 from conftest import assert_same_bits, random_blocks
 
 import numba_dequant as nd
-from numba_dequant import gpu_loader, pump, runtime
+from numba_dequant.backends import cuda_driver
+from numba_dequant.loading import gpu_loader, native_threads
 
 TENSORS = {
     "token_embd": ("Q8_0", (40, 320), random_blocks("Q8_0", 400)),
@@ -21,7 +22,7 @@ TENSORS = {
 
 def has_threads():
     """Whether threads read, as they do where a system and a driver have what they need."""
-    return pump.IS_POSSIBLE and runtime.can_signal(0)
+    return native_threads.IS_POSSIBLE and cuda_driver.can_signal(0)
 
 
 def kept_bytes():

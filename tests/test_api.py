@@ -126,8 +126,8 @@ def test_no_device_given_and_no_gpu_says_so_once():
     code = """
 import warnings
 import numba_dequant as nd
-from numba_dequant import device
-device.cuda_problem = lambda: "no GPU, says the test"
+from numba_dequant.backends import devices
+devices.cuda_problem = lambda: "no GPU, says the test"
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(3):

@@ -17,7 +17,7 @@ from conftest import assert_same_bits, random_blocks, write_model
 
 import numba_dequant as nd
 from numba_dequant.arguments import MOST_DIMENSIONS, Memory, check_apart, is_on_gpu
-from numba_dequant.device import Place, place_named
+from numba_dequant.backends.devices import Place, place_named
 from numba_dequant.dtypes import dtype_name
 from numba_dequant.formats import format_named
 
@@ -228,7 +228,7 @@ class TestDevice:
         ],
     )
     def test_every_way_to_say_a_gpu(self, device, index, monkeypatch):
-        monkeypatch.setattr("numba_dequant.device.cuda_problem", lambda: None)
+        monkeypatch.setattr("numba_dequant.backends.devices.cuda_problem", lambda: None)
         place = place_named(device)
         assert place.kind in ("cuda", "simulator")
         assert place.index == index

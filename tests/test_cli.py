@@ -8,9 +8,10 @@ import pytest
 from conftest import random_blocks, write_model
 
 import numba_dequant as nd
-from numba_dequant import cli, verify
+from numba_dequant import verify
+from numba_dequant.cli import main
 
-SAMPLE = str(cli.SAMPLE)
+SAMPLE = str(main.SAMPLE)
 
 
 def run(*arguments, **options):
@@ -34,13 +35,13 @@ def test_verify_without_a_file():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_verify_other_types(dtype, capsys):
-    assert cli.main(["verify", "--device", "cpu", "--dtype", dtype]) == 0
+    assert main.main(["verify", "--device", "cpu", "--dtype", dtype]) == 0
     assert dtype in capsys.readouterr().out
 
 
 def test_verify_says_which_device_and_why(capsys, monkeypatch):
-    monkeypatch.setattr(cli.device, "cuda_problem", lambda: "no GPU, says the test")
-    assert cli.main(["verify"]) == 0
+    monkeypatch.setattr(main.device, "cuda_problem", lambda: "no GPU, says the test")
+    assert main.main(["verify"]) == 0
     assert "on cpu (no GPU, says the test)" in capsys.readouterr().out
 
 
@@ -55,7 +56,7 @@ def test_verify_finds_a_wrong_bit(tmp_path, capsys, monkeypatch):
         return values
 
     monkeypatch.setattr(verify, "dequantize", wrong)
-    assert cli.main(["verify", str(path), "--device", "cpu"]) == 1
+    assert main.main(["verify", str(path), "--device", "cpu"]) == 1
     shown = capsys.readouterr().out
     assert "1 differ, by up to" in shown
     assert "DIFFERENT from the reference: Q8_0" in shown
@@ -148,11 +149,11 @@ def test_show_of_a_file_that_is_none(what, tmp_path, monkeypatch, capsys):
     os.mkdir("folder")
     os.mkdir("Q4_K")
     os.symlink("nowhere", "dangling")
-    assert cli.main(["show", what]) == 2
+    assert main.main(["show", what]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith(f"numba-dequant: {what}: ")
     assert "format" not in shown
-    assert cli.main(["show", "Q4_K"]) == 0  # a folder of that name is none of a model
+    assert main.main(["show", "Q4_K"]) == 0  # a folder of that name is none of a model
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_show_of_a_file_that_is_none(what, tmp_path, monkeypatch, capsys):
     ids=lambda arguments: " ".join(each[:20] for each in arguments) or "none",
 )
 def test_wrong_arguments_have_status_2_and_no_traceback(arguments, capsys):
-    assert cli.main(arguments) == 2
+    assert main.main(arguments) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "numba-dequant" in shown.err
@@ -206,7 +207,7 @@ def test_the_command_is_installed():
 
 @pytest.fixture
 def empty_store(tmp_path, monkeypatch):
-    from numba_dequant import cpu
+    from numba_dequant.backends import cpu
 
     monkeypatch.setenv("NUMBA_DEQUANT_CACHE_DIR", str(tmp_path / "kept"))
     cpu._compile.cache_clear()
@@ -216,12 +217,12 @@ def empty_store(tmp_path, monkeypatch):
 
 @pytest.mark.toolkit
 def test_warm_and_cache(empty_store, capsys):
-    assert cli.main(["cache"]) == 0
+    assert main.main(["cache"]) == 0
     assert "0 entries, 0 bytes" in capsys.readouterr().out
     arguments = ["warm", "--cpu", "--arch", "sm_90", "--arch", "80", "--formats", "Q8_0,Q4_K", "--dtype", "float32"]
-    assert cli.main(arguments) == 0
+    assert main.main(arguments) == 0
     assert "2 formats to float32 compiled for the CPU, sm_90, sm_80" in capsys.readouterr().out
-    assert cli.main(["cache"]) == 0
+    assert main.main(["cache"]) == 0
     shown = capsys.readouterr().out
     assert "11 entries" in shown
     assert "native" in shown.split()
@@ -229,20 +230,20 @@ def test_warm_and_cache(empty_store, capsys):
         assert label in shown
     # What is warm is not compiled again.
     written = {entry: entry.stat().st_mtime_ns for entry in empty_store.iterdir()}
-    assert cli.main(arguments) == 0
+    assert main.main(arguments) == 0
     assert {entry: entry.stat().st_mtime_ns for entry in empty_store.iterdir()} == written
     capsys.readouterr()
-    assert cli.main(["cache", "--clear"]) == 0
+    assert main.main(["cache", "--clear"]) == 0
     assert "11 entries removed" in capsys.readouterr().out
     assert not list(empty_store.iterdir())
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_bench(device, capsys, monkeypatch):
-    from numba_dequant import bench
+    from numba_dequant.cli import bench
 
     monkeypatch.setattr(bench, "CPU_ELEMENTS", 1 << 16)
-    assert cli.main(["bench", "--device", device, "--formats", "Q8_0,IQ2_XXS", "--dtype", "bfloat16"]) == 0
+    assert main.main(["bench", "--device", device, "--formats", "Q8_0,IQ2_XXS", "--dtype", "bfloat16"]) == 0
     title, head, *rows = capsys.readouterr().out.splitlines()
     assert "to bfloat16" in title
     assert head.startswith("format")
@@ -251,22 +252,22 @@ def test_bench(device, capsys, monkeypatch):
 
 
 def test_bench_refuses_a_wrong_result(capsys, monkeypatch):
-    from numba_dequant import bench
+    from numba_dequant.cli import bench
 
     monkeypatch.setattr(bench, "CPU_ELEMENTS", 1 << 10)
     monkeypatch.setitem(nd.FORMATS["Q8_0"].__dict__, "dequantize", lambda blocks: np.ones((len(blocks), 32), "f4"))
-    assert cli.main(["bench", "--device", "cpu", "--formats", "Q8_0"]) == 2
+    assert main.main(["bench", "--device", "cpu", "--formats", "Q8_0"]) == 2
     assert "of 1,024 elements of Q8_0 to float16 are wrong" in capsys.readouterr().err
 
 
 def test_bench_of_the_reference(capsys):
-    assert cli.main(["bench", "--device", "reference"]) == 2
+    assert main.main(["bench", "--device", "reference"]) == 2
     assert "bench cannot measure reference; pass --device cpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("share", "text"), [(0.0, "·" * 40), (0.5, "█" * 20 + "·" * 20), (1.2, "█" * 40)])
 def test_bar(share, text):
-    from numba_dequant import bench
+    from numba_dequant.cli import bench
 
     assert bench.bar(share) == text
 
@@ -281,14 +282,14 @@ def test_bar(share, text):
     ids=["arch", "format", "nothing"],
 )
 def test_warm_for_nothing(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(cli.device, "cuda_problem", lambda: "no GPU, says the test")
-    assert cli.main(["warm", *arguments]) == 2
+    monkeypatch.setattr(main.device, "cuda_problem", lambda: "no GPU, says the test")
+    assert main.main(["warm", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.toolkit
 def test_a_kernel_entry_that_is_damaged_is_rebuilt(empty_store):
-    from numba_dequant import compiler
+    from numba_dequant.kernels import compiler
 
     first = compiler.cubin(nd.FORMATS["Q8_0"], "float16", "tile", (9, 0))
     (entry,) = empty_store.iterdir()

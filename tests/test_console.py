@@ -13,10 +13,11 @@ import pytest
 from conftest import random_blocks, write_model
 
 import numba_dequant as nd
-from numba_dequant import cli, console, tables, warm
+from numba_dequant import display
+from numba_dequant.cli import console, main, warm
 
 COMMAND = [sys.executable, "-W", "error", "-m", "numba_dequant"]
-SAMPLE = str(cli.SAMPLE)
+SAMPLE = str(main.SAMPLE)
 NARROW = [
     {"PYTHONIOENCODING": "ascii"},
     {"PYTHONIOENCODING": "latin-1"},
@@ -113,14 +114,14 @@ def test_the_name_of_a_file_does_not_steer_the_terminal(tmp_path, arguments, kin
     [("blk.0.weight", "blk.0.weight"), ("é 模", "é 模"), ("a\nb", "a\\nb"), ("\u200f", "\\u200f"), ("\udcff", "\\xff")],
 )
 def test_plain(text, shown):
-    assert tables.plain(text) == shown
+    assert display.plain(text) == shown
 
 
 def test_a_long_name_does_not_pad_every_line(tmp_path, capsys):
     metadata = [(f"key.{number}", "value") for number in range(500)]
     tensors = {name: ("F32", (1,), bytes(4)) for name in ("w" * 65_535, *map(str, range(100)))}
     path = write_model(tmp_path / "m.gguf", tensors, [*metadata, ("k" * 65_535, "value")])
-    assert cli.main(["info", str(path)]) == 0
+    assert main.main(["info", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + 501 + 1 + 101
     assert max(map(len, lines)) < 200
@@ -192,9 +193,9 @@ def test_a_program_gets_its_streams_back(model, monkeypatch, make):
     streams = make(), make()
     monkeypatch.setattr(sys, "stdout", streams[0])
     monkeypatch.setattr(sys, "stderr", streams[1])
-    assert cli.main(["info", model]) == 0
-    assert cli.main(["info", "none.gguf"]) == 2
-    assert cli.main(["info"]) == 2
+    assert main.main(["info", model]) == 0
+    assert main.main(["info", "none.gguf"]) == 2
+    assert main.main(["info"]) == 2
     assert (sys.stdout, sys.stderr) == streams
     if isinstance(streams[0], Bare):
         assert "blk.0.\\u0120" in streams[0].text
@@ -207,10 +208,10 @@ def test_warnings_are_shown_as_messages(model, monkeypatch, capsys):
         warnings.warn("careful\x1b[2J", RuntimeWarning, stacklevel=2)
         return 0
 
-    monkeypatch.setattr(cli, "_info", warn)
+    monkeypatch.setattr(main, "_info", warn)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.filters", [])
-        assert cli.main(["info", model]) == 0
+        assert main.main(["info", model]) == 0
     assert capsys.readouterr().err == "numba-dequant: careful\\x1b[2J\n"
 
 
@@ -218,8 +219,8 @@ def test_a_crash_has_a_status_of_its_own(model, monkeypatch, capsys):
     def crash(options):
         raise ZeroDivisionError("a fault\x1b[2J")
 
-    monkeypatch.setattr(cli, "_info", crash)
-    assert cli.main(["info", model]) == cli.CRASHED == 70
+    monkeypatch.setattr(main, "_info", crash)
+    assert main.main(["info", model]) == main.CRASHED == 70
     shown = capsys.readouterr().err
     assert "Traceback (most recent call last):" in shown
     assert "ZeroDivisionError: a fault\\x1b[2J" in shown
@@ -230,15 +231,15 @@ def test_too_little_memory_is_no_crash(model, monkeypatch, capsys):
     def exhaust(options):
         raise MemoryError
 
-    monkeypatch.setattr(cli, "_info", exhaust)
-    assert cli.main(["info", model]) == 2
+    monkeypatch.setattr(main, "_info", exhaust)
+    assert main.main(["info", model]) == 2
     assert capsys.readouterr().err == "numba-dequant: out of memory\n"
 
 
 def test_the_help_names_every_status(capsys):
-    assert cli.main(["--help"]) == 0
+    assert main.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for status in (0, 1, 2, cli.CRASHED, cli.INTERRUPTED, cli.PIPE_CLOSED):
+    for status in (0, 1, 2, main.CRASHED, main.INTERRUPTED, main.PIPE_CLOSED):
         assert f"\n  {status:<4} " in shown
 
 
@@ -276,10 +277,10 @@ def be_interrupted(options):
     "work", [fail_without_the_compiled_object, go_on_as_if_nothing_had_been, be_done, be_interrupted]
 )
 def test_an_interrupt(work, model, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_info", work)
+    monkeypatch.setattr(main, "_info", work)
     handler, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
     start = time.monotonic()
-    assert cli.main(["info", model]) == cli.INTERRUPTED
+    assert main.main(["info", model]) == main.INTERRUPTED
     assert time.monotonic() - start < 10
     assert capsys.readouterr().err == ""
     assert (signal.getsignal(signal.SIGINT), sys.unraisablehook) == (handler, hook)
@@ -290,8 +291,8 @@ def test_a_program_that_handles_interrupts_keeps_doing_so(model, monkeypatch):
     seen = []
     before = signal.signal(signal.SIGINT, lambda *_: seen.append(1))
     try:
-        monkeypatch.setattr(cli, "_info", lambda options: signal.raise_signal(signal.SIGINT) or 0)
-        assert cli.main(["info", model]) == 0
+        monkeypatch.setattr(main, "_info", lambda options: signal.raise_signal(signal.SIGINT) or 0)
+        assert main.main(["info", model]) == 0
     finally:
         signal.signal(signal.SIGINT, before)
     assert seen == [1]
@@ -309,7 +310,7 @@ def test_an_interrupt_while_other_processes_compile(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     start = time.monotonic()
     shown = process.communicate()
-    assert process.returncode == cli.INTERRUPTED
+    assert process.returncode == main.INTERRUPTED
     assert shown == ("", "")
     assert time.monotonic() - start < 10
     with pytest.raises(ProcessLookupError):

@@ -16,7 +16,7 @@ import numba_dequant as nd
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("module", ["api", "explanation", "format", "kernels"])
+@pytest.mark.parametrize("module", ["api", "explain.explanation", "format", "kernels.dequantize"])
 def test_examples_in_docstrings(module):
     found = doctest.testmod(importlib.import_module(f"numba_dequant.{module}"), optionflags=doctest.ELLIPSIS)
     assert found.failed == 0
@@ -30,8 +30,8 @@ def test_the_first_example_of_the_readme(tmp_path, monkeypatch, capsys):
     tensors = {"blk.0.attn_q.weight": ("Q4_K", (4, 256), random_blocks("Q4_K", 4))}
     write_model(tmp_path / "model.gguf", tensors, [("general.architecture", "llama")])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("numba_dequant.device.cuda_problem", lambda: None)
-    monkeypatch.setattr("numba_dequant.loader.place_named", lambda _: nd.device.Place("cpu"))
+    monkeypatch.setattr("numba_dequant.backends.devices.cuda_problem", lambda: None)
+    monkeypatch.setattr("numba_dequant.model.place_named", lambda _: nd.backends.devices.Place("cpu"))
     names = {}
     exec(code, names)
     assert capsys.readouterr().out == "llama\n(4, 256)\nblk.0.attn_q.weight (4, 256)\n"

@@ -8,7 +8,7 @@ import pytest
 from conftest import DECODED, random_blocks, write_model
 
 import numba_dequant as nd
-from numba_dequant import cli
+from numba_dequant.cli import main
 
 
 @pytest.mark.parametrize("name", DECODED)
@@ -53,7 +53,7 @@ def test_bytes_in_integers_are_shown_as_such():
         name: nd.explain(random_blocks(name, 1, seed=2), name, element=100) for name in ("IQ3_S", "IQ1_S", "TQ1_0")
     }
     steps = {name: {step.name: step.shown for step in each.steps} for name, each in shown.items()}
-    from numba_dequant.codebooks import IQ3_S_GRID
+    from numba_dequant.formats._codebooks import IQ3_S_GRID
 
     first = next(step for step in shown["IQ3_S"].steps if step.name == "first")
     index = int(re.fullmatch(r"lookup\(IQ3_S_GRID, (\d+)\)", first.calls[0].label)[1])
@@ -128,13 +128,13 @@ def test_what_cannot_be_explained(arguments, error, message):
 def test_on_the_command_line(tmp_path, capsys):
     data = random_blocks("Q5_0", 4)
     path = write_model(tmp_path / "m.gguf", {"a": ("Q5_0", (2, 64), data), "b": ("Q8_0", (32,), bytes(34))})
-    assert cli.main(["show", str(path), "a", "--block", "3", "--element", "9"]) == 0
+    assert main.main(["show", str(path), "a", "--block", "3", "--element", "9"]) == 0
     assert str(nd.explain(data, "Q5_0", 3, 9)) in capsys.readouterr().out
-    assert cli.main(["show", str(path)]) == 0
+    assert main.main(["show", str(path)]) == 0
     assert "Q5_0, block 0: element 0" in capsys.readouterr().out
-    assert cli.main(["show", "Q5_0", "--element", "9"]) == 0
+    assert main.main(["show", "Q5_0", "--element", "9"]) == 0
     assert capsys.readouterr().out == f"{nd.FORMATS['Q5_0'].picture(9)}\n"
-    assert cli.main(["show", "Q5_0"]) == 0
+    assert main.main(["show", "Q5_0"]) == 0
     assert capsys.readouterr().out == f"{nd.FORMATS['Q5_0']}\n"
     for wrong, message in (
         (["show", "Q5_0", "--block", "3"], "a tensor and --block are for files, and Q5_0 is a format"),
@@ -144,5 +144,5 @@ def test_on_the_command_line(tmp_path, capsys):
         (["show", "nothing.gguf"], "No such file"),
         (["show", "F32", "--element", "3"], "F32 has no blocks"),
     ):
-        assert cli.main(wrong) == 2
+        assert main.main(wrong) == 2
         assert message in capsys.readouterr().err

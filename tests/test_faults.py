@@ -15,7 +15,7 @@ from conftest import assert_same_bits, write_model
 from faults import ROW, TENSORS, assert_loads, input_output_error, overwrite, place
 
 import numba_dequant as nd
-from numba_dequant import host_loader, reading
+from numba_dequant.loading import files, host_loader
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ class Disk:
 
     def __init__(self, monkeypatch, at, fault):
         self.at, self.fault, self.calls = at, fault, 0
-        self.real = reading.read_into
-        monkeypatch.setattr(reading, "read_into", self.read_into)
+        self.real = files.read_into
+        monkeypatch.setattr(files, "read_into", self.read_into)
 
     def read_into(self, file, data, offset):
         if offset <= self.at < offset + len(data):
@@ -171,13 +171,13 @@ def test_ctrl_c(path):
     code = """
 import os, signal, sys, threading, time
 import numba_dequant as nd
-from numba_dequant import reading
-real = reading.read_into
+from numba_dequant.loading import files
+real = files.read_into
 def slow(file, data, offset):
     time.sleep(0.05)
     return real(file, data, offset)
-reading.read_into = slow
-from numba_dequant import host_loader
+files.read_into = slow
+from numba_dequant.loading import host_loader
 host_loader.PIECE = 64 * 340
 nd.dequantize(bytes(34), "Q8_0", device="cpu")
 before = threading.active_count()
@@ -191,7 +191,7 @@ except KeyboardInterrupt:
     assert time.perf_counter() - start < 1.5
     time.sleep(0.1)
     assert threading.active_count() == before, threading.enumerate()
-    reading.read_into = real
+    files.read_into = real
     assert len(nd.load(sys.argv[1], device="cpu")) == 4
     print("interrupted")
 """
@@ -205,7 +205,7 @@ def test_the_program_ends_in_the_middle(path):
     code = """
 import sys
 import numba_dequant as nd
-from numba_dequant import host_loader
+from numba_dequant.loading import host_loader
 host_loader.PIECE = 64 * 340
 unfinished = nd.open(sys.argv[1]).stream(device="cpu", threads=3, prefetch=0)
 next(unfinished)
@@ -237,11 +237,11 @@ def test_two_hundred_loads_with_faults(path):
     code = """
 import gc, os, random, sys, threading
 import numba_dequant as nd
-from numba_dequant import host_loader, reading
+from numba_dequant.loading import host_loader, files
 
 host_loader.PIECE = 64 * 340
 rng = random.Random(0)
-path, size, real = sys.argv[1], os.path.getsize(sys.argv[1]), reading.read_into
+path, size, real = sys.argv[1], os.path.getsize(sys.argv[1]), files.read_into
 nd.dequantize(bytes(34), "Q8_0", device="cpu")
 failures = 0
 
@@ -255,7 +255,7 @@ def load():
             raise error
         return real(file, data, offset)
 
-    reading.read_into = read_into
+    files.read_into = read_into
     try:
         with nd.open(path) as model:
             for _ in model.stream(device="cpu", threads=rng.randint(1, 4), prefetch=rng.randint(0, 3)):

@@ -12,7 +12,8 @@ COMMON = """
 import os, signal, sys, threading, time
 import numpy as np
 import numba_dequant as nd
-from numba_dequant import cpu, native
+from numba_dequant.backends import cpu
+from numba_dequant.kernels import native
 from numba_dequant.locks import compile_lock
 
 def values(name, dtype="float16", device="cpu"):

@@ -10,7 +10,7 @@ import pytest
 from conftest import assert_same_bits, random_blocks, write_model
 
 import numba_dequant as nd
-from numba_dequant import cpu
+from numba_dequant.backends import cpu
 from numba_dequant.errors import shown
 from numba_dequant.format import block_layout
 

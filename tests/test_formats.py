@@ -6,9 +6,9 @@ import pytest
 from conftest import DECODED, DTYPES, GOLDEN, QUANTIZED, assert_same_bits, golden, random_blocks, rounded
 
 import numba_dequant as nd
-from numba_dequant import lowering_cpu
 from numba_dequant.format import Format, block_layout
 from numba_dequant.formats import REMOVED_IDS, format_with_id, register
+from numba_dequant.kernels import intrinsics_cpu
 
 # What gguf-py 0.19 has wrong (Q8_1) or not at all: GGML's own numbers.
 GGML_SIZES = {"Q8_1": (32, 36), "Q2_0": (64, 18)}
@@ -94,7 +94,7 @@ def test_sizes_on_the_cpu(name, n_elements):
 @pytest.mark.parametrize("sizes", [{"MINIMUM_SHARE": 1 << 15}, {"LARGE_SHARE": 1 << 13}], ids=["7", "28"])
 @pytest.mark.parametrize("name", ["Q4_K", "F16", "Q8_0"])
 def test_many_threads_cover_everything(name, sizes, monkeypatch):
-    from numba_dequant import cpu
+    from numba_dequant.backends import cpu
 
     monkeypatch.setattr(cpu, "n_threads", lambda: 7)
     for size, elements in sizes.items():
@@ -216,4 +216,4 @@ def test_a_format_of_the_user_s_own_runs_on_the_cpu(request):
     toy = Format("TOY", 900, 32, layout, "a toy", dequantize, decode)
     data = np.random.default_rng(0).integers(0, 256, 17 * 50, np.uint8)
     assert_same_bits(nd.dequantize(data, toy, device="cpu"), nd.dequantize(data, toy, device="reference"))
-    assert lowering_cpu.target.registered >= {decode}
+    assert intrinsics_cpu.target.registered >= {decode}

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import numba_dequant as nd
-from numba_dequant.gguf_file import open_gguf
-from numba_dequant.gguf_header import WINDOW
+from numba_dequant.gguf.file import open_gguf
+from numba_dequant.gguf.header import WINDOW
 
 GOOD, BAD = DATA / "gguf" / "good", DATA / "gguf" / "bad"
 

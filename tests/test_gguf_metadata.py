@@ -14,9 +14,11 @@ import pytest
 from gguf_bytes import BOOL, FLOAT32, FLOAT64, INT16, INT32, STRING, UINT8, UINT64, entry, gguf, text, value
 
 import numba_dequant as nd
-from numba_dequant import cli, gguf_header, native
-from numba_dequant.gguf_header import WINDOW
-from numba_dequant.gguf_metadata import LONG_STRING, MetadataArray
+from numba_dequant.cli import main
+from numba_dequant.gguf import header
+from numba_dequant.gguf.header import WINDOW
+from numba_dequant.gguf.metadata import LONG_STRING, MetadataArray
+from numba_dequant.kernels import native
 
 ARRAYS = {
     "bytes": (UINT8, [1, 2, 255]),
@@ -181,7 +183,7 @@ def test_looking_at_items_reads_no_more_than_they_need(tmp_path):
     array = model.metadata["a"]
     assert (array[0], array[-1], array[n - 1], array[:3], array[-2:]) == (0, 7, 7, [0, 0, 0], [0, 7])
     assert "(67,108,864 items)" in model._repr_html_()
-    assert cli.main(["info", str(path)]) == 0
+    assert main.main(["info", str(path)]) == 0
     assert sum(array[index] for index in range(100)) == 0
     assert time.process_time() - start < 1
     assert tracemalloc.get_traced_memory()[1] < 8 << 20
@@ -238,7 +240,7 @@ def test_opening_takes_no_memory_for_long_strings(tmp_path):
     start = time.process_time()
     model = nd.open(path)
     model._repr_html_()
-    assert cli.main(["info", str(path)]) == 0
+    assert main.main(["info", str(path)]) == 0
     assert time.process_time() - start < 1
     assert tracemalloc.get_traced_memory()[1] < 8 << 20
     tracemalloc.stop()
@@ -284,7 +286,7 @@ def test_info_shows_what_can_be_shown(tmp_path, capsys):
         *(value(f"{number:x}", UINT8, 1) for number in range(300)),
     ]
     path.write_bytes(gguf([("t" * 65535, (1,), "F32", bytes(4))], entries))
-    assert cli.main(["info", str(path)]) == 0
+    assert main.main(["info", str(path)]) == 0
     shown = capsys.readouterr().out
     assert len(shown) < 50_000
     assert "\x1b" not in shown
@@ -305,7 +307,7 @@ def test_strings_are_passed_alike_by_compiled_code_and_by_numpy(monkeypatch, win
     lengths = rng.choice([0, 0, 1, 3, 7, 8, 100, 255, 256, 300, 5000], 3000)
     items = [bytes(rng.integers(32, 127, length, np.uint8)) for length in lengths]
     data = gguf([], [value("a", STRING, items), value("behind", INT32, 7)])
-    monkeypatch.setattr(gguf_header, "WINDOW", window)
+    monkeypatch.setattr(header, "WINDOW", window)
     native.keep()
     for is_loaded in (True, False):
         with monkeypatch.context() as patch:

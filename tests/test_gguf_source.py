@@ -23,7 +23,8 @@ from conftest import DATA, assert_same_bits, random_blocks
 from gguf_bytes import INT32, STRING, UINT16, counted, floats, gguf, value
 
 import numba_dequant as nd
-from numba_dequant import gguf_source, host_loader
+from numba_dequant.gguf import source
+from numba_dequant.loading import host_loader
 
 GOOD = DATA / "gguf" / "good"
 CONTENT = gguf([("t", *floats(4)), ("u", *floats(2, 3))], [value("a", INT32, [1, 2, 3])])
@@ -191,7 +192,7 @@ def test_the_advice_fits_the_error(path, monkeypatch, code, advice):
     def refuse(*arguments, **options):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(gguf_source.os, "open", refuse)
+    monkeypatch.setattr(source.os, "open", refuse)
     uses = [lambda: nd.open(path), lambda: model.read("t"), lambda: model.load("t", device="cpu")]
     for use in [*uses, lambda: model.metadata["a"][1], lambda: list(model.metadata["a"])]:
         with pytest.raises(nd.ReadError, match=advice) as caught:
@@ -328,7 +329,7 @@ def test_a_disk_where_reading_changes_the_time_is_read(tmp_path, monkeypatch):
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf([("t", (n_rows, 64), "Q8_0", data.tobytes())]))
     model = nd.open(path)
-    real, real_header = gguf_source.stamp_of, gguf_source.Source._has_same_header
+    real, real_header = source.stamp_of, source.Source._has_same_header
     clock = iter(range(1 << 30))
 
     def stamp_of(file):
@@ -339,8 +340,8 @@ def test_a_disk_where_reading_changes_the_time_is_read(tmp_path, monkeypatch):
         return real_header(self, file)
 
     monkeypatch.setattr(host_loader, "PIECE", 64 * 68)
-    monkeypatch.setattr(gguf_source, "stamp_of", stamp_of)
-    monkeypatch.setattr(gguf_source.Source, "_has_same_header", has_same_header)
+    monkeypatch.setattr(source, "stamp_of", stamp_of)
+    monkeypatch.setattr(source.Source, "_has_same_header", has_same_header)
     expected = nd.dequantize(data, "Q8_0", shape=(n_rows, 64), device="reference")
     with pytest.warns(RuntimeWarning) as warned:
         assert_same_bits(model.load("t", device="cpu", threads=1), expected)
@@ -353,37 +354,37 @@ def test_a_disk_where_reading_changes_the_time_is_read(tmp_path, monkeypatch):
 def test_a_checksum_tells_two_words_that_change_places(n_bytes):
     rng = np.random.default_rng(n_bytes)
     data = rng.integers(0, 256, n_bytes, dtype=np.uint8)
-    known = gguf_source.checksum(data)
-    assert gguf_source.checksum(data.tobytes()) == known
+    known = source.checksum(data)
+    assert source.checksum(data.tobytes()) == known
     for _ in range(200):
         first, second = rng.choice(n_bytes // 8, 2, replace=False)
         other = data.copy()
         words = other.view(np.uint64)
         words[[first, second]] = words[[second, first]]
-        assert gguf_source.checksum(other) != known
+        assert source.checksum(other) != known
         other = data.copy()
         other[rng.integers(n_bytes)] ^= 1 << rng.integers(8)
-        assert gguf_source.checksum(other) != known
+        assert source.checksum(other) != known
 
 
 def test_the_header_is_read_once_where_nothing_has_changed(path, monkeypatch):
     model = nd.open(path)
-    monkeypatch.setattr(gguf_source.Source, "_has_same_header", lambda *_: pytest.fail("it reads the header again"))
+    monkeypatch.setattr(source.Source, "_has_same_header", lambda *_: pytest.fail("it reads the header again"))
     assert_loads(model)
 
 
 def test_a_truncated_file_that_is_gone_is_no_bare_error(path, monkeypatch):
     """The open file knows its size; the path may lead elsewhere by then."""
-    from numba_dequant import reading
+    from numba_dequant.loading import files
 
-    model, real = nd.open(path), reading.read_into
+    model, real = nd.open(path), files.read_into
 
     def cut_and_remove(file, data, offset):
         os.truncate(path, 10)
         path.unlink()
         return real(file, data, offset)
 
-    monkeypatch.setattr(reading, "read_into", cut_and_remove)
+    monkeypatch.setattr(files, "read_into", cut_and_remove)
     with pytest.raises(nd.GgufError, match="found a file of 10 bytes"):
         model.load("t", device="cpu")
 
@@ -404,13 +405,14 @@ def test_verify_survives_a_file_that_is_cut_short(tmp_path):
     path.write_bytes(gguf([(f"t{n}", (4000, 32), "Q8_0", random_blocks("Q8_0", 4000).tobytes()) for n in range(4)]))
     code = f"""
 import os, sys
-from numba_dequant import cli, verify
+from numba_dequant import verify
+from numba_dequant.cli import main
 real = verify.dequantize
 def late(*arguments, **options):
     os.truncate({str(path)!r}, 4096)
     return real(*arguments, **options)
 verify.dequantize = late
-sys.exit(cli.main(["verify", {str(path)!r}, "--device", "reference"]))"""
+sys.exit(main.main(["verify", {str(path)!r}, "--device", "reference"]))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2, done
     assert "cut short" in done.stderr
@@ -739,9 +741,9 @@ def test_a_split_of_which_shards_are_still_missing_is_opened_on_request(tmp_path
 
 
 def test_info_of_an_incomplete_file(incomplete, capsys):
-    from numba_dequant import cli
+    from numba_dequant.cli import main
 
-    assert cli.main(["info", str(incomplete)]) == 0
+    assert main.main(["info", str(incomplete)]) == 0
     shown = capsys.readouterr().out
     assert f"{len(CONTENT) - 40} of {len(CONTENT) - 8} bytes are here; the file looks incomplete" in shown
     assert "2 x 3" in shown

@@ -7,29 +7,30 @@ import pytest
 from conftest import DATA, DECODED, DTYPES, GOLDEN, QUANTIZED, assert_same_bits, golden, random_blocks, rounded
 
 import numba_dequant as nd
-from numba_dequant.cli import SAMPLE
-from numba_dequant.device import cuda_problem, is_simulated
-from numba_dequant.mapping import MAPPINGS, mapping_named
+from numba_dequant.backends.devices import cuda_problem, is_simulated
+from numba_dequant.cli.main import SAMPLE
+from numba_dequant.kernels.launch_shape import MAPPINGS, mapping_named
 
 pytestmark = pytest.mark.gpu
 
 if cuda_problem() is None and not is_simulated():
     from cuda.core import Device
 
-    from numba_dequant import gpu, kernels, runtime
+    from numba_dequant.backends import cuda_driver, gpu
+    from numba_dequant.kernels.dequantize import jit
 
 
 def poisoned(n_bytes):
     """Device memory that holds no value a kernel would write by chance."""
-    with runtime.current(0) as device:
-        memory = runtime.allocate(n_bytes, device, 0)
-        runtime.fill(memory, 0xA5, 0)
+    with cuda_driver.current(0) as device:
+        memory = cuda_driver.allocate(n_bytes, device, 0)
+        cuda_driver.fill(memory, 0xA5, 0)
         return memory
 
 
 def on_gpu(data):
-    with runtime.current(0) as device:
-        memory = runtime.allocate(data.nbytes, device, 0)
+    with cuda_driver.current(0) as device:
+        memory = cuda_driver.allocate(data.nbytes, device, 0)
         if data.nbytes:
             gpu.send(data.reshape(-1).view(np.uint8), memory.pointer, 0)
         return memory
@@ -42,15 +43,15 @@ def run(data, name, dtype="float16", mapping="tile", shift=0, out_shift=0):
     itemsize = 4 if dtype == "float32" else 2
     room = on_gpu(np.concatenate([np.zeros(shift, np.uint8), data]))
     target = poisoned(n * itemsize + 64)
-    with runtime.current(0):
+    with cuda_driver.current(0):
         gpu.dequantize_into(
-            runtime.DeviceBytes(room.pointer + shift, data.size, 0, room),
+            cuda_driver.DeviceBytes(room.pointer + shift, data.size, 0, room),
             source, dtype, n,
-            runtime.DeviceBytes(target.pointer + out_shift, n * itemsize, 0, target),
+            cuda_driver.DeviceBytes(target.pointer + out_shift, n * itemsize, 0, target),
             0, mapping,
         )  # fmt: skip
         whole = np.empty(n * itemsize + 64, np.uint8)
-        runtime.copy_to_host(whole, target.pointer, 0)
+        cuda_driver.copy_to_host(whole, target.pointer, 0)
     assert (whole[:out_shift] == 0xA5).all()
     assert (whole[out_shift + n * itemsize :] == 0xA5).all(), "written past the end"
     return whole[out_shift : out_shift + n * itemsize].view(rounded(np.empty(0, np.float32), dtype).dtype)
@@ -112,7 +113,7 @@ def test_one_thread_block_per_quant_block_the_numba_way():
     data = random_blocks("Q4_K", 9)
     shape = mapping_named("block", nd.FORMATS["Q4_K"])
     out = cuda.to_device(np.full(9 * 256, 77, np.float16))
-    kernels.jit("Q4_K")[shape.thread_blocks(out.size), shape.threads](cuda.to_device(data), out.size, out)
+    jit("Q4_K")[shape.thread_blocks(out.size), shape.threads](cuda.to_device(data), out.size, out)
     assert_same_bits(out.copy_to_host(), nd.dequantize(data, "Q4_K", device="reference"))
 
 
@@ -180,7 +181,7 @@ class TestSharing:
         arrays = [torch.from_numpy(self.data).cuda(), cupy.asarray(self.data)]
         for name in ("copy_to_device", "copy_to_host", "allocate"):
             if name != "allocate":
-                monkeypatch.setattr(runtime, name, lambda *_: pytest.fail("copied through the host"))
+                monkeypatch.setattr(cuda_driver, name, lambda *_: pytest.fail("copied through the host"))
         tensors = [nd.dequantize(array, "Q4_0", shape=(8, 256)) for array in arrays]
         monkeypatch.undo()
         for tensor in tensors:
@@ -232,7 +233,7 @@ class TestStreams:
 
         expected = nd.dequantize(self.data, "Q8_0", device="reference")
         torch_stream = torch.cuda.Stream()
-        with runtime.current(0) as device:
+        with cuda_driver.current(0) as device:
             core = device.create_stream()
         for stream in (None, 0, 1, torch_stream, torch_stream.cuda_stream, cupy.cuda.Stream(), cuda.stream(), core):
             tensor = nd.dequantize(self.data, "Q8_0", device="cuda", stream=stream)
@@ -247,7 +248,7 @@ class TestStreams:
         with torch.cuda.stream(busy):
             for _ in range(200):
                 room.add_(1)
-        monkeypatch.setattr(runtime, "synchronize", lambda _: pytest.fail("waited for the stream"))
+        monkeypatch.setattr(cuda_driver, "synchronize", lambda _: pytest.fail("waited for the stream"))
         tensor = nd.dequantize(self.data, "Q8_0", device="cuda", stream=busy)
         monkeypatch.undo()
         with torch.cuda.stream(other):
@@ -263,8 +264,8 @@ class TestStreams:
 
 def test_pinned_memory_may_be_changed_at_once():
     buffer = runtime_pinned(34 * 100_000)
-    assert runtime.is_pinned(buffer)
-    assert not runtime.is_pinned(np.zeros(100, np.uint8))
+    assert cuda_driver.is_pinned(buffer)
+    assert not cuda_driver.is_pinned(np.zeros(100, np.uint8))
     buffer[:] = random_blocks("Q8_0", 100_000)
     expected = nd.dequantize(buffer.copy(), "Q8_0", device="reference")
     tensor = nd.dequantize(buffer, "Q8_0", device="cuda")
@@ -273,8 +274,8 @@ def test_pinned_memory_may_be_changed_at_once():
 
 
 def runtime_pinned(n_bytes):
-    with runtime.current(0):
-        return runtime.pinned(n_bytes)
+    with cuda_driver.current(0):
+        return cuda_driver.pinned(n_bytes)
 
 
 def test_copies_and_pickles():
@@ -297,7 +298,7 @@ def test_copies_and_pickles():
 def test_what_the_driver_refuses_is_a_device_error(monkeypatch):
     from cuda.core import LaunchConfig
 
-    from numba_dequant import gpu
+    from numba_dequant.backends import gpu
 
     monkeypatch.setattr(gpu, "launch_config", lambda grid, threads: LaunchConfig(grid=1, block=4096))
     with pytest.raises(nd.DeviceError, match="the CUDA driver says CUDA_ERROR"):
@@ -319,8 +320,8 @@ def test_the_caller_s_context_is_put_back():
 
 
 def test_out_of_memory():
-    with pytest.raises(nd.DeviceError, match=r"out of memory: .* bytes were asked for"), runtime.current(0) as device:
-        runtime.allocate(1 << 45, device, 0)
+    with pytest.raises(nd.DeviceError, match=r"out of memory: .* bytes were asked for"), cuda_driver.current(0) as gpu0:
+        cuda_driver.allocate(1 << 45, gpu0, 0)
     assert nd.dequantize(bytes(34), "Q8_0", device="cuda").size == 32
 
 
@@ -329,7 +330,7 @@ def test_memory_comes_back():
 
     def free():
         gc.collect()
-        with runtime.current(0) as device:
+        with cuda_driver.current(0) as device:
             device.sync()
             return int(driver.cuMemGetInfo()[1])
 

@@ -14,7 +14,9 @@ import pytest
 from cuda.bindings import driver
 
 import numba_dequant as nd
-from numba_dequant import gpu_loader, native, pump, runtime
+from numba_dequant.backends import cuda_driver
+from numba_dequant.kernels import native
+from numba_dequant.loading import gpu_loader, native_threads
 
 pytestmark = pytest.mark.gpu
 
@@ -30,7 +32,7 @@ class Disk:
             "read": ctypes.CFUNCTYPE(*[ctypes.c_ssize_t] * 5)(self.read),
             "error": ctypes.CFUNCTYPE(*[ctypes.c_ssize_t] * 2)(lambda _: ctypes.addressof(self.number)),
         }
-        self.calls = pump.calls().copy()
+        self.calls = native_threads.calls().copy()
         for name, function in self.functions.items():
             self.calls[name] = ctypes.cast(function, ctypes.c_void_p).value
 
@@ -81,7 +83,7 @@ def nothing_but_a_header():
 def state(n_threads=None):
     """GPU memory in use, threads (which may take a moment to get down to a number), open files."""
     gc.collect()
-    with runtime.current(0) as device:
+    with cuda_driver.current(0) as device:
         device.sync()
         _, pool = driver.cuDeviceGetDefaultMemPool(0)
         _, used = driver.cuMemPoolGetAttribute(pool, driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_USED_MEM_CURRENT)
@@ -95,7 +97,7 @@ class TestHalfway:
         tensor, at = faults.place(path, layer)
         disk = broken(at, faults.input_output_error)
         with monkeypatch.context() as patch:
-            patch.setattr(pump, "calls", lambda: disk.calls)
+            patch.setattr(native_threads, "calls", lambda: disk.calls)
             message = rf"model\.gguf: tensor '{tensor.name}' at byte \d+: Input/output error; check the disk"
             with pytest.raises(nd.ReadError, match=message) as raised:
                 nd.load(path, device="cuda", threads=threads)
@@ -108,7 +110,7 @@ class TestHalfway:
         content = path.read_bytes()
         disk = broken(at, lambda: os.truncate(path, at))
         with monkeypatch.context() as patch:
-            patch.setattr(pump, "calls", lambda: disk.calls)
+            patch.setattr(native_threads, "calls", lambda: disk.calls)
             with pytest.raises((nd.GgufError, nd.ReadError), match=r"model\.gguf: tensor 'blk"):
                 nd.load(path, device="cuda", threads=threads)
         path.write_bytes(content)
@@ -120,14 +122,14 @@ class TestHalfway:
 
         disk = broken(at, lambda: faults.overwrite(path, 30))
         with monkeypatch.context() as patch:
-            patch.setattr(pump, "calls", lambda: disk.calls)
+            patch.setattr(native_threads, "calls", lambda: disk.calls)
             with pytest.raises(nd.ReadError, match="it has changed since it was opened; reopen it"):
                 nd.load(path, device="cuda", threads=threads)
         path.write_bytes(content)
         faults.assert_loads(path, "cuda")
 
     def test_out_of_memory(self, path, monkeypatch, threads, layer):
-        real, calls = runtime.allocate, []
+        real, calls = cuda_driver.allocate, []
 
         def allocate(n_bytes, device, stream, keeper=None):
             calls.append(n_bytes)
@@ -135,7 +137,7 @@ class TestHalfway:
             return real(1 << 45 if is_output and calls.count(n_bytes) > layer else n_bytes, device, stream, keeper)
 
         with monkeypatch.context() as patch:
-            patch.setattr(runtime, "allocate", allocate)
+            patch.setattr(cuda_driver, "allocate", allocate)
             message = rf"model\.gguf: tensor 'blk\.{layer}\.weight': cuda:0 is out of memory"
             with pytest.raises(nd.DeviceError, match=message):
                 nd.load(path, device="cuda", threads=threads)
@@ -173,12 +175,13 @@ import os, signal, sys, threading, time
 sys.path.insert(0, os.path.dirname(sys.argv[2]))
 import numba_dequant as nd
 import test_gpu_faults
-from numba_dequant import gpu_loader, native, pump
+from numba_dequant.kernels import native
+from numba_dequant.loading import gpu_loader, native_threads
 native.load("pump")
 nd.dequantize(bytes(34), "Q8_0", device="cuda")
 gpu_loader.PIECE, gpu_loader.SHARE = 64 * 340, 16 * 340
 disk = test_gpu_faults.Disk(lambda offset, n_bytes: time.sleep(0.02))
-real, pump.calls = pump.calls, lambda: disk.calls
+real, native_threads.calls = native_threads.calls, lambda: disk.calls
 before = test_gpu_faults.faults.n_threads_of_this_process()
 # Python does not listen to it where a shell has started this in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -190,7 +193,7 @@ except KeyboardInterrupt:
     assert time.perf_counter() - start < 1.5
     time.sleep(0.1)
     assert test_gpu_faults.faults.n_threads_of_this_process(before) == before
-    pump.calls = real
+    native_threads.calls = real
     assert len(nd.load(sys.argv[1], device="cuda")) == 4
     print("interrupted")
 """
@@ -222,7 +225,7 @@ def test_two_hundred_loads_with_faults(path, monkeypatch):
         nonlocal failures
         fault = rng.choice([None, faults.input_output_error, "callback", "memory"])
         disk = broken(rng.randrange(2000, size), fault if callable(fault) else lambda: None)
-        real, n_allocated = runtime.allocate, []
+        real, n_allocated = cuda_driver.allocate, []
 
         def allocate(n_bytes, device, stream, keeper=None):
             n_allocated.append(n_bytes)
@@ -236,8 +239,8 @@ def test_two_hundred_loads_with_faults(path, monkeypatch):
 
         options = {"threads": rng.randint(1, 4), "prefetch": rng.randint(0, 3), "callback": callback}
         with monkeypatch.context() as patch:
-            patch.setattr(pump, "calls", lambda: disk.calls)
-            patch.setattr(runtime, "allocate", allocate)
+            patch.setattr(native_threads, "calls", lambda: disk.calls)
+            patch.setattr(cuda_driver, "allocate", allocate)
             try:
                 for _ in nd.open(path).stream(device="cuda", **options):
                     if rng.random() < 0.05:
@@ -262,7 +265,7 @@ def test_two_hundred_loads_with_faults(path, monkeypatch):
 
 
 def test_the_next_load_reuses_what_it_keeps(path):
-    with runtime.current(0):
+    with cuda_driver.current(0):
         nd.load(path, device="cuda", threads=2)
         (kept,) = gpu_loader.POOL.idle[0]
         count = len(kept)

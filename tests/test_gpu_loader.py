@@ -10,7 +10,7 @@ from late_gpu import POISON
 from small_model import MOST_BYTES, TENSORS, assert_loads, assert_right, has_threads, kept_bytes
 
 import numba_dequant as nd
-from numba_dequant import gpu_loader, selection
+from numba_dequant.loading import gpu_loader, requests
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_two_loads_at_once(model, late, threads):
 @pytest.mark.parametrize("prefetch", [None, 2])
 def test_what_is_reported_is_what_was_asked_for(model, late, select, prefetch):
     """Neither the bytes between two tensors nor those between two pieces."""
-    chosen = selection.requests(model.tensors, select, "float16", None, keep_quantized=False)
+    chosen = requests.requests(model.tensors, select, "float16", None, keep_quantized=False)
     reports = []
     for _ in gpu_loader.load(chosen, 0, None, 3, prefetch, reports.append):
         pass

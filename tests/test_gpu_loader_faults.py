@@ -11,7 +11,8 @@ from conftest import random_blocks, write_model
 from small_model import TENSORS, assert_loads, assert_right, has_threads, kept_bytes
 
 import numba_dequant as nd
-from numba_dequant import gpu_loader, pump, reading, runtime
+from numba_dequant.backends import cuda_driver
+from numba_dequant.loading import files, gpu_loader, native_threads
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_a_read_error_halfway(model, late, monkeypatch, threads):
         return os.preadv(file if isinstance(file, int) else file.fileno(), [data], offset)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reading, "read_into", read_into)
+        patch.setattr(files, "read_into", read_into)
         patch.setattr(late, "read_into", read_into)
         with pytest.raises(nd.ReadError, match=r"tensor 'output' at byte .*Input/output error; check the disk"):
             model.load_all(device="cuda", threads=threads)
@@ -55,7 +56,7 @@ def test_a_read_error_names_the_tensor_that_it_lies_in(tmp_path, late, threads):
 
 
 def test_out_of_memory_halfway(model, late, monkeypatch, threads):
-    real = runtime.allocate
+    real = cuda_driver.allocate
 
     def allocate(n_bytes, owner_device, stream, keeper=None):
         if n_bytes == 90 * 64 * 2:
@@ -63,7 +64,7 @@ def test_out_of_memory_halfway(model, late, monkeypatch, threads):
         return real(n_bytes, owner_device, stream, keeper)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "allocate", allocate)
+        patch.setattr(cuda_driver, "allocate", allocate)
         with pytest.raises(nd.DeviceError, match=r"model\.gguf: tensor 'output': cuda:0 is out of memory"):
             model.load_all(device="cuda", threads=threads)
     gc.collect()
@@ -80,7 +81,7 @@ def test_the_system_has_few_threads_left(model, late, monkeypatch, n_given):
         return real(*arguments) if left and left.pop() else errno.EAGAIN
 
     library.pthread_create = create
-    monkeypatch.setattr(pump, "_library", lambda: library)
+    monkeypatch.setattr(native_threads, "_library", lambda: library)
     if n_given or not has_threads():
         assert_loads(model, 5)
     else:
@@ -91,8 +92,8 @@ def test_the_system_has_few_threads_left(model, late, monkeypatch, n_given):
 def test_a_program_that_ends_within_a_load(model, late):
     walk = model.stream(device="cuda", threads=3, prefetch=6)
     next(walk)
-    pump._stop_all()  # as Python does when it ends
-    assert not pump._running
+    native_threads._stop_all()  # as Python does when it ends
+    assert not native_threads._running
     walk.close()
     assert_loads(model, 3)
 
@@ -111,13 +112,13 @@ def no_blas_threads():
 def test_a_child_process_leaves_the_threads_alone(model, late):
     walk = model.stream(device="cuda", threads=3, prefetch=1)
     found = dict([next(walk)])
-    running = list(pump._running)
+    running = list(native_threads._running)
     child = os.fork()
     if not child:
         signal.alarm(10)
         for each in running:
             each.stop()
-        os._exit(len(pump._running))
+        os._exit(len(native_threads._running))
     assert os.waitpid(child, 0)[1] == 0
     for name, tensor in (found | dict(walk)).items():
         assert_right(tensor, name)
@@ -130,15 +131,15 @@ def test_ctrl_c_while_a_load_is_being_stopped(model, late, monkeypatch, step):
     walk = model.stream(device="cuda", threads=3, prefetch=6)
     next(walk)
     with monkeypatch.context() as patch:
-        patch.setattr(pump.Pump, step, lambda self: signal.raise_signal(signal.SIGINT))
+        patch.setattr(native_threads.Pump, step, lambda self: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             walk.close()
     del walk
     gc.collect()
-    (interrupted,) = pump._running
+    (interrupted,) = native_threads._running
     assert bool(interrupted.n_threads) == (step == "_join")
     assert_loads(model, 3)
-    assert not pump._running
+    assert not native_threads._running
     assert [len(kept) for kept in gpu_loader.POOL.idle.values()] == [1]
 
 

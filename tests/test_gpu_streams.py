@@ -13,13 +13,13 @@ import pytest
 from conftest import assert_same_bits, random_blocks
 
 import numba_dequant as nd
-from numba_dequant.device import cuda_problem, is_simulated
+from numba_dequant.backends.devices import cuda_problem, is_simulated
 
 pytestmark = pytest.mark.gpu
 torch = pytest.importorskip("torch")
 
 if cuda_problem() is None and not is_simulated():
-    from numba_dequant import gpu, runtime
+    from numba_dequant.backends import cuda_driver, gpu
 
 BUSY = 2_000_000
 """Clock cycles: about a millisecond."""
@@ -260,7 +260,7 @@ class TestPinnedTensors:
                 for _ in range(20):
                     busy()
                 start = time.perf_counter()
-                monkeypatch.setattr(runtime, "synchronize", lambda _: pytest.fail("waited for the stream"))
+                monkeypatch.setattr(cuda_driver, "synchronize", lambda _: pytest.fail("waited for the stream"))
                 if many:
                     found = nd.dequantize_many({"a": (data, "Q8_0")}, device="cuda")["a"]
                 else:
@@ -280,8 +280,8 @@ class TestPinnedTensors:
             assert_same_bits(nd.dequantize(data, "Q8_0", device="cuda", stream=stream).copy_to_host(), expected)
 
     def test_other_pinned_memory_may_be_changed_at_once(self, expected):
-        with runtime.current(0):
-            buffer = runtime.pinned(HOST.size)
+        with cuda_driver.current(0):
+            buffer = cuda_driver.pinned(HOST.size)
         buffer[:] = HOST
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):

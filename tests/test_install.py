@@ -9,25 +9,25 @@ import pytest
 from conftest import QUANTIZED, assert_same_bits, random_blocks
 
 import numba_dequant as nd
-from numba_dequant import cpu, device
+from numba_dequant.backends import cpu, devices
 
 
 @pytest.fixture
 def no_gpu_packages(monkeypatch):
     """A machine without a driver and without the packages of an extra."""
-    monkeypatch.setattr(device, "is_there", lambda module: False)
-    monkeypatch.setattr(device, "_driver_version", lambda: 0)
-    monkeypatch.setattr(device.sys, "platform", "linux")
-    device.cuda_problem.cache_clear()
+    monkeypatch.setattr(devices, "is_there", lambda module: False)
+    monkeypatch.setattr(devices, "_driver_version", lambda: 0)
+    monkeypatch.setattr(devices.sys, "platform", "linux")
+    devices.cuda_problem.cache_clear()
     yield
-    device.cuda_problem.cache_clear()
+    devices.cuda_problem.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("version", "extra"), [(0, "cu13"), (11080, "cu12"), (12090, "cu12"), (13000, "cu13"), (14000, "cu13")]
 )
 def test_a_gpu_call_without_the_extra_says_the_one_command(no_gpu_packages, monkeypatch, version, extra):
-    monkeypatch.setattr(device, "_driver_version", lambda: version)
+    monkeypatch.setattr(devices, "_driver_version", lambda: version)
     with pytest.raises(nd.DeviceError) as caught:
         nd.dequantize(bytes(34), "Q8_0", device="cuda")
     assert f'pip install "numba_dequant[{extra}]"' in str(caught.value)
@@ -46,7 +46,7 @@ def test_a_call_without_a_device_computes_on_the_cpu_and_says_why(no_gpu_package
 
 
 def test_there_is_no_cuda_on_macos(no_gpu_packages, monkeypatch):
-    monkeypatch.setattr(device.sys, "platform", "darwin")
+    monkeypatch.setattr(devices.sys, "platform", "darwin")
     with pytest.raises(nd.DeviceError, match="there is no CUDA on macOS"):
         nd.dequantize(bytes(34), "Q8_0", device="cuda")
 
@@ -73,11 +73,12 @@ def run(code, **environment):
 def test_everything_but_a_gpu_works_without_the_packages_of_a_gpu(tmp_path):
     code = """
 import numpy as np, numba_dequant as nd
-from numba_dequant import cli, compiler
+from numba_dequant.cli import main
+from numba_dequant.kernels import compiler
 for device in ("reference", "cpu"):
     assert nd.dequantize(bytes(34), "Q8_0", device=device).shape == (32,)
-assert cli.main(["verify", "--device", "cpu"]) == 0
-assert cli.main(["show", "Q4_K"]) == 0
+assert main.main(["verify", "--device", "cpu"]) == 0
+assert main.main(["show", "Q4_K"]) == 0
 try:
     compiler.cubin(nd.FORMATS["Q8_0"], "float16", "tile", (9, 0))
 except nd.DeviceError as error:
@@ -151,7 +152,7 @@ def test_settings_of_numba_do_not_break_what_is_kept(variable, tmp_path):
     code = """
 import warnings
 import numpy as np, numba_dequant as nd
-from numba_dequant import native
+from numba_dequant.kernels import native
 warnings.simplefilter("default")  # Numba has some of its own
 warnings.simplefilter("error", RuntimeWarning)
 for name in ("Q4_K", "IQ3_S"):
@@ -171,7 +172,7 @@ with warnings.catch_warnings():
 def test_numba_disable_jit_in_the_environment(is_on_disk, tmp_path):
     code = """
 import numpy as np, numba_dequant as nd
-from numba_dequant import native
+from numba_dequant.kernels import native
 data = np.arange(340, dtype=np.uint8)
 found = nd.dequantize(data, "Q8_0", device="cpu")
 assert np.array_equal(found, nd.dequantize(data, "Q8_0", device="reference"), equal_nan=True)
@@ -186,16 +187,16 @@ native.load("join_threads")
 def test_warm_says_that_numba_is_told_not_to_compile(monkeypatch, capsys):
     import numba
 
-    from numba_dequant import cli
+    from numba_dequant.cli import main
 
     monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
-    assert cli.main(["warm", "--cpu", "--formats", "Q8_0"]) == 2
+    assert main.main(["warm", "--cpu", "--formats", "Q8_0"]) == 2
     assert "NUMBA_DISABLE_JIT" in capsys.readouterr().err
 
 
 def test_names_that_numpy_has_taken_back_are_there_while_numba_cuda_is_imported(monkeypatch):
     pytest.importorskip("numba_cuda")
-    from numba_dequant.cuda_python import REMOVED_NAMES, _names_of_earlier_numpy
+    from numba_dequant.kernels.numba_cuda import REMOVED_NAMES, _names_of_earlier_numpy
 
     before = {name: hasattr(np, name) for name in REMOVED_NAMES}
     for name in ("row_stack", "in1d"):

@@ -12,8 +12,10 @@ import pytest
 from conftest import DECODED, DTYPES, random_blocks
 
 import numba_dequant as nd
-from numba_dequant import cpu, native, store
-from numba_dequant.native import compiling
+from numba_dequant import disk_cache
+from numba_dequant.backends import cpu
+from numba_dequant.kernels import native
+from numba_dequant.kernels.native import compiling
 
 
 @pytest.fixture
@@ -87,13 +89,13 @@ print("numba" in sys.modules)
 @pytest.mark.parametrize("content", [b"", b"not code", b"\x7fELF" + bytes(99)], ids=["empty", "text", "elf"])
 def test_a_sound_entry_that_is_no_code_is_compiled_anew(not_loaded, content):
     expected = first_use()
-    (name,) = store.entries()
-    sound = store.read(name)
+    (name,) = disk_cache.entries()
+    sound = disk_cache.read(name)
     for payload in (content, sound[:-40], sound[: native.SUM_SIZE + 100]):
-        store.write(name, payload)
+        disk_cache.write(name, payload)
         cpu._compile.cache_clear()
         np.testing.assert_array_equal(first_use(), expected)
-        assert len(store.read(name)) == len(sound)
+        assert len(disk_cache.read(name)) == len(sound)
 
 
 @pytest.mark.parametrize("broken", ["no text", "other names", "needs more"])
@@ -118,14 +120,14 @@ def test_a_numba_whose_code_cannot_be_kept_costs_the_cache_and_nothing_else(not_
         found = first_use("Q4_K")
     assert len(caught) == 1
     np.testing.assert_array_equal(found, nd.dequantize(random_blocks("Q4_K", 9), "Q4_K", device="reference"))
-    assert store.entries() == {}
+    assert disk_cache.entries() == {}
 
 
 def test_a_format_of_the_user_s_own_is_not_kept(not_loaded):
     known = nd.FORMATS["Q8_0"]
     copy = nd.Format("../Q8_0", 999, known.block_size, known.layout, "", known.dequantize, known.decode)
     np.testing.assert_array_equal(nd.dequantize(random_blocks("Q8_0", 9), copy, device="cpu"), first_use())
-    assert [name.rpartition("-")[0] for name in store.entries()] == ["cpu-Q8_0-float16"]
+    assert [name.rpartition("-")[0] for name in disk_cache.entries()] == ["cpu-Q8_0-float16"]
 
 
 def test_the_processor_and_the_versions_are_in_the_name(not_loaded, monkeypatch):
@@ -133,11 +135,11 @@ def test_the_processor_and_the_versions_are_in_the_name(not_loaded, monkeypatch)
     monkeypatch.setattr(native, "processor", lambda: ("", ""))
     cpu._compile.cache_clear()
     first_use()
-    assert len(store.entries()) == 2
-    monkeypatch.setattr(store, "versions", lambda *_: "another")
+    assert len(disk_cache.entries()) == 2
+    monkeypatch.setattr(disk_cache, "versions", lambda *_: "another")
     cpu._compile.cache_clear()
     first_use()
-    assert len(store.entries()) == 3
+    assert len(disk_cache.entries()) == 3
 
 
 def test_numba_s_variables_choose_the_processor(monkeypatch):

@@ -47,7 +47,7 @@ SLOW = """
 import sys, time
 if {hidden}:
     sys.modules["ipywidgets"] = None
-from numba_dequant.progress import Reporter
+from numba_dequant.loading.progress import Reporter
 report = Reporter(3_000_000, None, None)
 for done in (1_000_000, 2_000_000, 3_000_000):
     time.sleep(0.6)

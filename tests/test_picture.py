@@ -8,7 +8,7 @@ import pytest
 from conftest import QUANTIZED, random_blocks
 
 import numba_dequant as nd
-from numba_dequant import bit_map, picture
+from numba_dequant.explain import bit_map, block_picture
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -67,17 +67,17 @@ def test_the_svg(name, element):
     source = nd.FORMATS[name]
     root = ET.fromstring(source.picture(element).svg)
     width, height = float(root.get("width")), float(root.get("height"))
-    boxes = [box for box in root.iter(f"{SVG}rect") if box.get("height") == str(picture.HEIGHT)]
+    boxes = [box for box in root.iter(f"{SVG}rect") if box.get("height") == str(block_picture.HEIGHT)]
     assert len(boxes) == source.type_size
     places = {(float(box.get("x")), float(box.get("y"))) for box in boxes}
     assert len(places) == source.type_size
     for x, y in places:
-        assert 0 <= x <= width - picture.WIDTH
-        assert 0 <= y <= height - picture.HEIGHT
+        assert 0 <= x <= width - block_picture.WIDTH
+        assert 0 <= y <= height - block_picture.HEIGHT
     for text in root.iter(f"{SVG}text"):
         # A monospaced letter is 0.6 of its size wide.
         length = 0.61 * float(text.get("font-size", 12)) * len(text.text)
-        room = {None: width - float(text.get("x")), "middle": picture.WIDTH, "end": float(text.get("x"))}
+        room = {None: width - float(text.get("x")), "middle": block_picture.WIDTH, "end": float(text.get("x"))}
         assert length <= room[text.get("text-anchor")], text.text
     lit = [box for box in boxes if box.get("fill-opacity") == "1"]
     expected = source.type_size if element is None else len(bits_of_element(name, element))
@@ -120,7 +120,7 @@ def test_long_names_and_many_fields():
     for text in root.iter(f"{SVG}text"):
         length = 0.61 * float(text.get("font-size", 12)) * len(text.text)
         if text.get("text-anchor") == "middle":
-            assert length <= picture.WIDTH
+            assert length <= block_picture.WIDTH
         elif text.get("text-anchor") is None:
             rows.setdefault(text.get("y"), []).append((float(text.get("x")), length))
     for places in rows.values():
@@ -159,7 +159,7 @@ def test_ranges_that_are_known():
 
 def test_a_name_does_not_get_into_the_markup():
     layout = nd.format.block_layout(d="f2", qs=("u1", 16))
-    drawn = picture.Picture("<b>&", layout, nd.FORMATS["Q4_0"].bit_map)
+    drawn = block_picture.Picture("<b>&", layout, nd.FORMATS["Q4_0"].bit_map)
     assert "<b>" not in drawn.svg
     ET.fromstring(drawn.svg)
 

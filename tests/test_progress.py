@@ -8,8 +8,8 @@ import pytest
 from conftest import random_blocks, write_model
 
 import numba_dequant as nd
-from numba_dequant import progress
-from numba_dequant.progress import Progress, Reporter
+from numba_dequant.loading import progress
+from numba_dequant.loading.progress import Progress, Reporter
 
 
 class Terminal(io.StringIO):

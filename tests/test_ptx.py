@@ -7,8 +7,8 @@ from conftest import DECODED, DTYPES
 from ptx_rules import faults
 
 import numba_dequant as nd
-from numba_dequant import compiler
-from numba_dequant.roof import make_moving_kernel
+from numba_dequant.kernels import compiler
+from numba_dequant.kernels.copy import make_moving_kernel
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import numba_dequant as nd
-from numba_dequant import reading
-from numba_dequant.gguf_source import Source
-from numba_dequant.pieces import cut, interleaved
-from numba_dequant.pipeline import Pipeline
+from numba_dequant.gguf.source import Source
+from numba_dequant.loading import files
+from numba_dequant.loading.chunks import cut, interleaved
+from numba_dequant.loading.python_threads import Pipeline
 
 FORMATS = ["Q8_0", "Q4_K", "F32", "I8"]
 
@@ -43,7 +43,7 @@ def test_pieces_cover_every_byte_once(tensors, largest, in_turn, data):
         offset += gap
         n_bytes = rows * source.type_size
         place = (f"file{number % 2}", offset, n_bytes, rows * source.block_size, "little", ())
-        infos.append(nd.gguf_file.TensorInfo(str(number), source, (rows, source.block_size), *place))
+        infos.append(nd.gguf.file.TensorInfo(str(number), source, (rows, source.block_size), *place))
         offset += n_bytes
     order = data.draw(st.permutations(range(len(infos))))
     covered = [[] for _ in infos]
@@ -75,7 +75,7 @@ def test_pieces_of_a_large_tensor_share_no_page(name):
     for number in range(2):
         shape = (rows, 4 * source.block_size)
         place = ("file", offset, source.n_bytes(shape), rows * shape[1], "little", ())
-        infos.append(nd.gguf_file.TensorInfo(str(number), source, shape, *place))
+        infos.append(nd.gguf.file.TensorInfo(str(number), source, shape, *place))
         offset += -(-source.n_bytes(shape) // 32) * 32
     pieces = list(cut(infos, range(2), largest))
     within = [piece for piece in pieces if piece.parts[0].start]
@@ -95,10 +95,10 @@ def test_a_read_error_names_the_tensor_that_it_lies_in(tmp_path, monkeypatch):
                 raise OSError(5, "Input/output error")
             return super().readinto(data[: end - self.tell()])
 
-    monkeypatch.setattr(reading, "open_unchanged", lambda tensor: Disk(tensor.path))
+    monkeypatch.setattr(files, "open_unchanged", lambda tensor: Disk(tensor.path))
     [piece] = cut(infos, range(2), 1 << 20)
-    with reading.Files() as files, pytest.raises(nd.ReadError, match=f"tensor 'large' at byte {end}: Input/output"):
-        files.read(piece, infos, np.empty(1 << 20, np.uint8))
+    with files.Files() as opened, pytest.raises(nd.ReadError, match=f"tensor 'large' at byte {end}: Input/output"):
+        opened.read(piece, infos, np.empty(1 << 20, np.uint8))
 
 
 class Sink:
@@ -177,7 +177,7 @@ def test_where_no_more_threads_can_be_started_those_read_that_there_are(model, f
 
 
 def test_where_no_more_threads_can_be_started_the_cpu_path_does_without(few_threads, monkeypatch):
-    from numba_dequant import cpu
+    from numba_dequant.backends import cpu
 
     monkeypatch.setattr(cpu, "n_threads", lambda: 3)
     data = random_blocks("Q8_0", 1 << 13)
@@ -279,6 +279,6 @@ class Drip(io.BytesIO):
 def test_a_short_read_is_continued():
     content = np.arange(100, dtype=np.uint8)
     data = np.zeros(60, np.uint8)
-    assert reading.read_into(Drip(content.tobytes()), data, 30) == 60
+    assert files.read_into(Drip(content.tobytes()), data, 30) == 60
     np.testing.assert_array_equal(data, content[30:90])
-    assert reading.read_into(Drip(content.tobytes()), data, 70) == 30
+    assert files.read_into(Drip(content.tobytes()), data, 70) == 30

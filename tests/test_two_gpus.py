@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(autouse=True)
 def the_first_stays_current():
     driver = pytest.importorskip("cuda.bindings.driver")
-    runtime = pytest.importorskip("numba_dequant.runtime")
+    runtime = pytest.importorskip("numba_dequant.backends.cuda_driver")
     if runtime.n_devices() < 2:
         pytest.skip("needs two GPUs")
     with runtime.current(0):

@@ -193,6 +193,8 @@ def _origin(ggml_id: int) -> str:
 
 
 for _module in pkgutil.iter_modules(__path__):
+    if _module.name.startswith("_"):
+        continue
     for _value in vars(import_module(f"{__name__}.{_module.name}")).values():
         if isinstance(_value, Format) and _value.name not in _formats:
             register(_value)

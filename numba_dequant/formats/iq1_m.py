@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.bits import half, load_8_bytes, load_u8, lookup, signed_bytes, single, to_float
-from numba_dequant.codebooks import IQ1_GRID, points
 from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.formats._codebooks import IQ1_GRID, points
 
 LAYOUT = block_layout(qs=("u1", 32), qh=("u1", 16), scales=("u1", 8))
 QS, QH, SCALES = field_offsets(LAYOUT)

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.bits import half, load_u8, load_u16, lookup, signed_bytes, single, to_float
-from numba_dequant.codebooks import IQ1_GRID, points
 from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.formats._codebooks import IQ1_GRID, points
 
 LAYOUT = block_layout(d="f2", qs=("u1", 32), qh=("u2", 8))
 D, QS, QH = field_offsets(LAYOUT)

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.bits import half, load_u8, load_u16, lookup, signed_bytes, to_float
-from numba_dequant.codebooks import IQ3_S_GRID, negate_bytes, points, signs_of
 from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.formats._codebooks import IQ3_S_GRID, negate_bytes, points, signs_of
 
 LAYOUT = block_layout(d="f2", qs=("u1", 64), qh=("u1", 8), signs=("u1", 32), scales=("u1", 4))
 D, QS, QH, SIGNS, SCALES = field_offsets(LAYOUT)

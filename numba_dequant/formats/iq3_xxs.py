@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.bits import half, load_u16, load_u32, lookup, signed_bytes, to_float
-from numba_dequant.codebooks import IQ3_XXS_GRID, even_signs, even_signs_of, negate_bytes, points
 from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.formats._codebooks import IQ3_XXS_GRID, even_signs, even_signs_of, negate_bytes, points
 
 LAYOUT = block_layout(d="f2", qs=("u1", 96))
 D, QS = field_offsets(LAYOUT)

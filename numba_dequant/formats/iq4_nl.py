@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.bits import half, load_8_bytes, load_u16, lookup_nibbles, signed_bytes
-from numba_dequant.codebooks import IQ4_NL_VALUES
 from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.formats._codebooks import IQ4_NL_VALUES
 
 LAYOUT = block_layout(d="f2", qs=("u1", 16))
 D, QS = field_offsets(LAYOUT)

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.bits import half, load_8_bytes, load_u8, lookup_nibbles, signed_bytes, to_float
-from numba_dequant.codebooks import FP4_DOUBLED_VALUES
 from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.formats._codebooks import FP4_DOUBLED_VALUES
 
 LAYOUT = block_layout(d=("u1", 4), qs=("u1", 32))
 D, QS = field_offsets(LAYOUT)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from numba_dequant.bits import half, load_8_bytes, load_u16, to_float, unsigned_bytes
 from numba_dequant.format import Format, block_layout, field_offsets
-from numba_dequant.scales import minimum_of, scale_of, unpack_scales
+from numba_dequant.formats._scales import minimum_of, scale_of, unpack_scales
 
 LAYOUT = block_layout(d="f2", dmin="f2", scales=("u1", 12), qh=("u1", 32), qs=("u1", 128))
 D, DMIN, SCALES, QH, QS = field_offsets(LAYOUT)

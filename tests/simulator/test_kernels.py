@@ -8,9 +8,9 @@ from conftest import DECODED, DTYPES, GOLDEN, assert_same_bits, golden, random_b
 from numba import cuda
 
 import numba_dequant as nd
-from numba_dequant import kernels
-from numba_dequant.device import is_simulated
-from numba_dequant.mapping import MAPPINGS, mapping_named, tile_table
+from numba_dequant.backends.devices import is_simulated
+from numba_dequant.kernels.dequantize import jit, make_table_kernel
+from numba_dequant.kernels.launch_shape import MAPPINGS, mapping_named, tile_table
 
 pytestmark = pytest.mark.skipif(not is_simulated(), reason="runs under NUMBA_ENABLE_CUDASIM=1")
 
@@ -49,7 +49,7 @@ def test_one_thread_block_per_quant_block_the_numba_way(name):
     data = random_blocks(name, 24 if source.block_size == 1 else 3)
     n = source.n_elements(data.size)
     out = cuda.to_device(np.full(n, 77, np.float16))
-    kernels.jit(name)[shape.thread_blocks(n), shape.threads](cuda.to_device(data), n, out)
+    jit(name)[shape.thread_blocks(n), shape.threads](cuda.to_device(data), n, out)
     assert_same_bits(out.copy_to_host(), nd.dequantize(data, name, device="reference"))
     if source.block_size > 1:
         assert shape.thread_blocks(n) == 3
@@ -102,6 +102,6 @@ def test_many_tensors(name, lengths):
         values = nd.dequantize(blocks, name, device="reference")
         expected[to : to + values.size] = values
     out = cuda.to_device(np.full_like(expected, 77))
-    kernel = cuda.jit(kernels.make_table_kernel(source, "float16", shape))
+    kernel = cuda.jit(make_table_kernel(source, "float16", shape))
     kernel[n_tiles, shape.threads](cuda.to_device(data), cuda.to_device(table.reshape(-1)), len(lengths), out)
     assert_same_bits(out.copy_to_host(), expected)

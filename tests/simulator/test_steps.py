@@ -8,7 +8,7 @@ from numba import cuda
 from numba.cuda.simulator import kernelapi
 
 import numba_dequant as nd
-from numba_dequant.device import is_simulated
+from numba_dequant.backends.devices import is_simulated
 
 pytestmark = pytest.mark.skipif(not is_simulated(), reason="runs under NUMBA_ENABLE_CUDASIM=1")
 

@@ -1,0 +1,179 @@
+"""The CPU path: `Format.decode`, compiled by Numba for this processor, on every core that the process may use.
+
+The compiled code does not hold the interpreter lock, so plain threads share the work. It is kept on disk: Numba is not
+even imported where it has been compiled before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant import bits
+from numba_dequant.backends import reference
+from numba_dequant.backends.devices import n_threads
+from numba_dequant.bits import RUN
+from numba_dequant.format import Format
+from numba_dequant.formats import is_built_in, is_passed_on
+from numba_dequant.kernels import native
+from numba_dequant.locks import compile_lock as _lock
+from numba_dequant.locks import compiled_once
+from numba_dequant.warn import warn_once
+
+Span = Callable[[int, int, int, int], None]
+"""A compiled function that takes the address of blocks, the first and last of the steps to compute, and an address to
+write to."""
+
+MINIMUM_SHARE = 1 << 17
+"""Fewest elements worth handing to another thread, which takes 20 us."""
+
+LARGE_SHARE = 1 << 21
+"""Elements beyond which a thread gets several shares, up to four, so that one that is held up does not delay all."""
+
+STORES = {"float16": bits.store_float16, "bfloat16": bits.store_bfloat16, "float32": bits.store_float32}
+
+
+def dequantize_into(
+    data: NDArray[np.uint8], source: Format, dtype: str, out: NDArray[Any], n_shares: int | None = None
+) -> None:
+    """Write the values of `data` (whole blocks) to the flat array `out`, rounded once to `dtype`.
+
+    The work is cut in `n_shares`, as many as is quickest without it; one share is computed in this thread.
+    """
+    if n_shares is None and out.size < 2 * MINIMUM_SHARE:
+        n_shares = 1  # to ask for the number of cores takes as long as a few blocks
+    elif n_shares is None:
+        n_shares = max(1, min(n_threads(), out.size // MINIMUM_SHARE), min(4 * n_threads(), out.size // LARGE_SHARE))
+    if is_passed_on(source, dtype):
+        _share(lambda first, last: pass_on(data, out, first, last), out.size, n_shares)
+        return
+    span = compiled(source, dtype)
+    if span is None:
+        reference.dequantize_into(data, source, out)
+        return
+    assert data.flags.c_contiguous
+    assert out.flags.c_contiguous
+    assert data.nbytes * source.block_size >= out.size * source.type_size
+    step = max(source.block_size, RUN)
+    n_steps, rest = divmod(out.size, step)
+    data_at, out_at = data.ctypes.data, out.ctypes.data
+    _share(lambda first, last: span(data_at, first, last, out_at), n_steps, n_shares)
+    if rest:
+        # A plain array need not end on a whole run: its last elements get one of their own.
+        padded = np.zeros(RUN * source.type_size, np.uint8)
+        padded[: rest * source.type_size] = data[-rest * source.type_size :]
+        last = np.empty(RUN, out.dtype)
+        span(padded.ctypes.data, 0, 1, last.ctypes.data)
+        out[-rest:] = last[:rest]
+
+
+def pass_on(data: NDArray[np.uint8], out: NDArray[Any], first: int, last: int) -> None:
+    """Copy elements, bit for bit: a NaN keeps its payload."""
+    size = out.itemsize
+    out.view(f"u{size}")[first:last] = data[first * size : last * size].view(f"<u{size}")
+
+
+def _share(work: Callable[[int, int], object], n_steps: int, n_shares: int) -> None:
+    """Do `work` from each share's first step to its last, on as many threads as there are cores."""
+    pool = None
+    if n_shares > 1:
+        with suppress(RuntimeError):  # the system starts no more threads
+            pool = _threads(os.getpid())
+    if pool is None:
+        work(0, n_steps)
+        return
+    bounds = [n_steps * share // n_shares for share in range(n_shares + 1)]
+    for _ in pool.map(work, bounds[:-1], bounds[1:]):
+        pass
+
+
+@lru_cache(maxsize=1)
+def _threads(process: int) -> ThreadPoolExecutor:
+    """The threads of this process: they do not survive a fork.
+
+    Raises:
+        RuntimeError: they cannot be started.
+    """
+    n_workers = n_threads()
+    pool = ThreadPoolExecutor(n_workers, "numba_dequant")
+    # All are started now: a pool that cannot start one later keeps the work, and does it when nobody expects it.
+    started = threading.Barrier(n_workers + 1)
+    try:
+        for _ in range(n_workers):
+            pool.submit(started.wait)
+        started.wait()
+    except BaseException:
+        started.abort()
+        pool.shutdown(wait=False)
+        raise
+    return pool
+
+
+def compiled(source: Format, dtype: str) -> Span | None:
+    """The compiled function for a format, or None if nothing can be compiled; the reference has the same values.
+
+    That is so where the user has told Numba not to compile, where Numba refuses to be imported (beside a NumPy that it
+    does not know, for example), and in a process that was forked out of a compilation.
+    """
+    if not _compile.has(source, dtype) and (_lock.is_lost or is_jit_disabled()):
+        return None
+    return _compile(source, dtype)
+
+
+def is_jit_disabled() -> bool:
+    """Whether Numba is told not to compile: by `numba.config` once it is imported, before by NUMBA_DISABLE_JIT."""
+    config = getattr(sys.modules.get("numba"), "config", None)
+    if config is not None:
+        return bool(getattr(config, "DISABLE_JIT", False))
+    return os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+
+
+@compiled_once
+def _compile(source: Format, dtype: str) -> Span | None:
+    store = STORES[dtype]
+    name = f"dequantize_{source.name}_by_{store.__name__}"
+    label, is_kept = f"cpu-{source.name}-{dtype}", is_built_in(source)
+    try:
+        found = native.load_functions(label, [name], lambda: [_span_function(source, store, name)], is_kept=is_kept)
+    except ImportError as error:
+        warn_once(f"numba_dequant computes by the slow reference: Numba cannot be imported ({error})")
+        return None
+    kinds = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+    return ctypes.CFUNCTYPE(None, *kinds)(found[name])
+
+
+def _span_function(source: Format, store_run: Callable[..., None], name: str) -> Callable[[int, int, int, int], int]:
+    from numba_dequant.kernels import intrinsics_cpu
+    from numba_dequant.kernels.intrinsics import register_decode
+    from numba_dequant.kernels.native.intrinsics import bytes_at
+
+    decode = source.decode
+    assert decode is not None
+    register_decode(intrinsics_cpu.target, decode)
+    step = max(source.block_size, RUN)
+    step_bytes = source.type_size * step // source.block_size
+    # Four runs at a time, so that the compiler works out only once what neighbouring runs share, above all scales.
+    together = min(4, step // RUN)
+    groups = step // RUN // together
+
+    def dequantize_span(data_at: int, first: int, last: int, out_at: int) -> int:
+        data, out = bytes_at(data_at), bytes_at(out_at)
+        for index in range(first, last):
+            for group in range(groups):
+                for member in range(together):
+                    run = group * together + member
+                    store_run(out, index * step + run * RUN, decode(data, index * step_bytes, run), RUN)
+        return 0
+
+    dequantize_span.__name__ = dequantize_span.__qualname__ = name
+    return dequantize_span

@@ -1,0 +1,46 @@
+"""``device="cuda"`` where Numba's CUDA simulator stands in for a GPU (``NUMBA_ENABLE_CUDASIM=1``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.format import Format
+from numba_dequant.kernels.dequantize import make_kernel
+from numba_dequant.kernels.launch_shape import mapping_named
+from numba_dequant.kernels.numba_cuda import cuda
+
+
+@dataclass(frozen=True)
+class SimulatedTensor:
+    """What a `DeviceTensor` is to a GPU."""
+
+    values: NDArray[Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows first."""
+        return self.values.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The NumPy dtype."""
+        return self.values.dtype
+
+    def copy_to_host(self) -> NDArray[Any]:
+        """A copy of the values."""
+        return self.values.copy()
+
+
+def dequantize_into(data: NDArray[np.uint8], source: Format, dtype: str, out: NDArray[Any], mapping: str) -> None:
+    """Run the kernel, thread by thread, over host arrays."""
+    if not out.size:
+        return
+    shape = mapping_named(mapping, source)
+    kernel = cuda.jit(make_kernel(source, dtype, shape))
+    on_device = cuda.to_device(out)
+    kernel[shape.thread_blocks(out.size), shape.threads](cuda.to_device(data), out.size, on_device)
+    out[:] = on_device.copy_to_host()

@@ -1,0 +1,126 @@
+"""The stream that a call runs on, and its order with what ran before and what comes after.
+
+Where an array of the call is PyTorch's or CuPy's and the caller names no stream, it is that library's current stream,
+as for the library's own functions. Otherwise it is the legacy default stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from numba_dequant.arguments import after_writing
+from numba_dequant.backends import cuda_driver
+from numba_dequant.backends.device_tensor import DeviceTensor
+from numba_dequant.errors import DeviceError
+from numba_dequant.interop import TORCH, Library, library_of, library_that_captures
+
+
+class CallStream(NamedTuple):
+    """The stream of one call.
+
+    Attributes:
+        handle: of the stream.
+        framework: whose current stream it is; None for a stream that the caller named, and for the legacy stream.
+        keeper: what keeps the stream from being destroyed.
+        is_named: whether the caller named it.
+    """
+
+    handle: int
+    framework: Library | None = None
+    keeper: Any = None
+    is_named: bool = False
+
+
+_LEGACY = CallStream(0)
+
+
+def stream_for(stream: Any, index: int, things: Iterable[Any]) -> CallStream:
+    """The stream of a call on GPU `index` that reads and writes `things`: data, outputs, None.
+
+    Raises:
+        DeviceError: `stream` is not a stream, or a library is capturing a CUDA graph that would miss this call.
+    """
+    if stream is not None:
+        return CallStream(cuda_driver.stream_handle(stream), None, stream, is_named=True)
+    for thing in things:
+        library = owner_of(thing)
+        if library is not None:
+            return CallStream(library.current_stream(index), library, library.keeper(index))
+    capturing = library_that_captures()
+    if capturing is not None:
+        raise DeviceError(
+            f"{capturing.name} is capturing a CUDA graph, but no array of this call is an array of {capturing.name}, "
+            "so the graph would not contain it; pass stream= with the capturing stream"
+        )
+    return _LEGACY
+
+
+def owner_of(thing: Any) -> Library | None:
+    """The library whose array this is, or for whose arrays a `DeviceTensor` was computed."""
+    if isinstance(thing, DeviceTensor):
+        return thing.framework
+    library = library_of(thing)
+    # A tensor on the host says nothing about streams until the program uses a GPU through PyTorch.
+    return None if library is TORCH and not (TORCH.is_on_gpu(thing) or TORCH.has_gpu) else library
+
+
+def memory_of(thing: Any, call: CallStream) -> cuda_driver.DeviceBytes:
+    """The device memory of an array; work on the call's stream waits for what fills it.
+
+    A strided array of PyTorch or CuPy is copied first.
+
+    Raises:
+        DataError: it is not one contiguous piece, and its library is neither PyTorch nor CuPy.
+    """
+    if isinstance(thing, DeviceTensor):
+        if thing.stream != call.handle:
+            with cuda_driver.current(thing.device):
+                cuda_driver.wait(call.handle, thing.stream)
+        return thing.memory
+    library = library_of(thing)
+    if library is None:
+        return cuda_driver.view(thing, call.handle)
+    found = library.view(thing)
+    if library is not call.framework:
+        with cuda_driver.current(found.device):
+            cuda_driver.wait(call.handle, library.current_stream(found.device))
+    if found.is_copy:
+        # The copy is this call's alone, and its memory is the library's.
+        let_go(found.array, library, found.device, call)
+    return cuda_driver.DeviceBytes(found.pointer, found.n_bytes, found.device, found.array, found.dtype, found.shape)
+
+
+def release(call: CallStream, index: int, data: Any, out: Any) -> None:
+    """Order what comes after a call with it: whoever uses its arrays next, or their memory once they are dropped."""
+    for thing in (data, out):
+        if thing is None:
+            continue
+        if isinstance(thing, DeviceTensor):
+            thing.memory.owner.used_on(call.handle)
+            continue
+        library = library_of(thing)
+        if library is None:
+            if call.is_named:
+                cuda_driver.keep_until_done(index, call.handle, thing)
+        elif library is not call.framework and library.is_on_gpu(thing):
+            let_go(thing, library, index, call)
+    if isinstance(out, DeviceTensor):
+        if out.stream != call.handle:
+            out.stream, out.framework = call.handle, call.framework
+    else:
+        after_writing(out)
+
+
+def let_go(array: Any, library: Library, index: int, call: CallStream) -> None:
+    """Let a library know that its array is in use on a stream other than its current one."""
+    current = library.current_stream(index)
+    if current == call.handle:
+        return
+    if not call.is_named:
+        # Two libraries share this call. The one whose stream it is not goes on only when the call is done.
+        cuda_driver.wait(current, call.handle)
+    elif library is TORCH:
+        TORCH.record_stream(array, index, call.handle)
+    else:
+        cuda_driver.keep_until_done(index, call.handle, array)

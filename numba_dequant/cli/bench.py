@@ -1,0 +1,101 @@
+"""The short benchmark of `numba-dequant bench`: every format once, beside what the machine can do."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from numba_dequant.api import dequantize
+from numba_dequant.backends.devices import Place, n_threads
+from numba_dequant.dtypes import numpy_dtype
+from numba_dequant.format import Format
+from numba_dequant.verify import check_same
+
+GPU_ELEMENTS, CPU_ELEMENTS = 1 << 26, 1 << 22
+BAR = 40
+
+
+@dataclass(frozen=True)
+class Row:
+    """Bytes read and written per second by one format, and the most that memory would have allowed."""
+
+    format: Format
+    speed: float
+    roof: float
+
+
+def bench(
+    place: Place, sources: list[Format], dtype: str, progress: Callable[[], object] = int
+) -> tuple[str, list[Row]]:
+    """Measure formats on a device: a line about the machine, and a row each.
+
+    Each result is compared with the reference first.
+
+    Raises:
+        DeviceError: a result is wrong.
+    """
+    return _on_gpu(place.index, sources, dtype, progress) if place.kind == "cuda" else _on_cpu(sources, dtype, progress)
+
+
+def _on_gpu(index: int, sources: list[Format], dtype: str, progress: Callable[[], object]) -> tuple[str, list[Row]]:
+    from numba_dequant.backends import cuda_driver
+    from numba_dequant.cli.measure import GpuClock, Workload
+
+    with cuda_driver.current(index) as device:
+        clock = GpuClock(device)
+        rows = []
+        for source in sources:
+            work = Workload(source, dtype, GPU_ELEMENTS, device)
+            work.check()
+            rows.append(Row(source, work.moved / clock.seconds(work), work.roof(clock)))
+            progress()
+        copy = clock.copy_speed()
+        return f"{device.name}, {GPU_ELEMENTS:,} elements to {dtype}; device copy {copy / 1e9:.0f} GB/s", rows
+
+
+def _on_cpu(sources: list[Format], dtype: str, progress: Callable[[], object]) -> tuple[str, list[Row]]:
+    kind = numpy_dtype(dtype)
+    rows = []
+    for source in sources:
+        data = np.random.default_rng(0).integers(0, 256, CPU_ELEMENTS // source.block_size * source.type_size, np.uint8)
+        out = np.empty(CPU_ELEMENTS, kind)
+        dequantize(data, source, dtype, device="cpu", out=out)
+        check_same(out, dequantize(data, source, dtype, device="reference"), f"{source.name} to {dtype}")
+        seconds = _seconds(partial(dequantize, data, source, dtype, device="cpu", out=out))
+        rows.append(Row(source, (data.nbytes + out.nbytes) / seconds, 0.0))
+        progress()
+    return f"CPU, {n_threads()} threads, {CPU_ELEMENTS:,} elements to {dtype}", rows
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    readings = []
+    for _ in range(9):
+        start = time.perf_counter()
+        work()
+        readings.append(time.perf_counter() - start)
+    return statistics.median(readings)
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    """The rows as lines of text with bars: the share of the roof, or of the fastest format where there is no roof."""
+    has_roof = all(row.roof for row in rows)
+    fastest = max((row.speed for row in rows), default=0.0)
+    width = max((len(row.format.name) for row in rows), default=0)
+    yield f"{'format'.ljust(width)}  {'GB/s':>7}" + (f"  {'roof':>6}   share" if has_roof else "")
+    for row in rows:
+        share = row.speed / (row.roof if has_roof else fastest)
+        limit = f"  {row.roof / 1e9:6.0f}  {share:6.1%}" if has_roof else ""
+        digits = 0 if has_roof else 1
+        yield f"{row.format.name.ljust(width)}  {row.speed / 1e9:7.{digits}f}{limit}  {bar(share)}"
+
+
+def bar(share: float) -> str:
+    """A bar of block characters, an eighth of a character fine, in a field of fixed width."""
+    eighths = round(min(max(share, 0.0), 1.0) * BAR * 8)
+    whole, rest = divmod(eighths, 8)
+    return ("█" * whole + (" ▏▎▍▌▋▊▉"[rest] if rest else "")).ljust(BAR, "·")

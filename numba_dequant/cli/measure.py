@@ -1,0 +1,250 @@
+"""Measuring on a GPU: the clock, the roof and the workloads that `numba-dequant bench` and the benchmarks share."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+from cuda.bindings import driver
+from cuda.core import Device, Event, Kernel, LaunchConfig, ObjectCode, launch
+
+from numba_dequant.api import dequantize
+from numba_dequant.backends import cuda_driver, gpu
+from numba_dequant.backends.device_tensor import DeviceTensor
+from numba_dequant.dtypes import numpy_dtype
+from numba_dequant.format import Format
+from numba_dequant.kernels import compiler
+from numba_dequant.kernels.launch_shape import Mapping, mapping_named
+from numba_dequant.verify import check_same
+from numba_dequant.version import VERSION
+
+ROUNDS, LAUNCHES = 9, 4
+"""Readings, of which the median counts, and launches per reading."""
+
+UNCACHED = 256 << 20
+"""Bytes that a GPU's cache does not hold: buffers that are used in turn cover at least so many."""
+
+MOST_TURNS = 1 << 10
+"""Buffers to use in turn at most: where they are so small, launching is all that takes time."""
+
+HEAD_START = 1 << 30
+"""Bytes of the copy that is queued before a reading starts: 0.7 ms on an H100."""
+
+CHECKED = 1 << 18
+"""Elements at either end of a result that are compared with the reference."""
+
+ROOF_SHAPES = [(1, 256), (2, 256), (4, 256), (8, 256), (2, 128), (4, 128)]
+"""Stores of 16 bytes per thread, and threads per thread block, of the kernels that only move bytes."""
+
+LARGEST_STAGE = 512
+"""Loads of 16 bytes that a thread block of those kernels can hold in shared memory."""
+
+
+class GpuClock:
+    """A timer whose readings come in pairs: their difference is what the GPU took for the work between them.
+
+    Before the first reading of a pair a long copy is queued, so that the GPU finds all the work waiting for it behind
+    the copy, and the time that the host takes to launch does not count.
+
+    Attributes:
+        head_start: copies of 1 GiB to queue.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.head_start = 1
+        self._stream = cuda_driver.stream_on(device.device_id, 0)
+        self._room = [cuda_driver.allocate(HEAD_START, device, 0) for _ in range(2)]
+        self._start: Event | None = None
+
+    def __call__(self) -> float:
+        """A reading, in seconds."""
+        if self._start is None:
+            for _ in range(self.head_start):
+                cuda_driver.copy_on_device(self._room[0].pointer, self._room[1].pointer, HEAD_START, 0)
+            self._start = self._event()
+            return 0.0
+        end = self._event()
+        end.sync()
+        milliseconds: float = end - self._start
+        self._start = None
+        return milliseconds / 1e3
+
+    def _event(self) -> Event:
+        return self._stream.record(options=cuda_driver.timed_event())
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """What one call of `work` takes, the median of several readings."""
+        work()
+        readings = []
+        for _ in range(ROUNDS):
+            start = self()
+            for _ in range(LAUNCHES):
+                work()
+            readings.append((self() - start) / LAUNCHES)
+        return statistics.median(readings)
+
+    def copy_speed(self) -> float:
+        """Bytes read and written per second by a copy from device memory to device memory."""
+        first, second = (room.pointer for room in self._room)
+        return 2 * HEAD_START / self.seconds(lambda: cuda_driver.copy_on_device(first, second, HEAD_START, 0))
+
+
+class Workload:
+    """Random blocks on the current device, to be dequantized again and again: each call takes the next buffers in turn.
+
+    Attributes:
+        source: their format.
+        dtype: the output type.
+        n_elements: how many.
+        moved: bytes that one call reads and writes.
+    """
+
+    def __init__(
+        self,
+        source: Format,
+        dtype: str,
+        n_elements: int,
+        device: Device,
+        mapping: str = "tile",
+        kernel: Callable[[cuda_driver.DeviceBytes, int, cuda_driver.DeviceBytes], object] | None = None,
+    ) -> None:
+        """Fill as much memory with blocks as the GPU's cache does not hold.
+
+        Args:
+            source: their format.
+            dtype: the output type.
+            n_elements: how many; a whole number of blocks is made of it.
+            device: the current one.
+            mapping: that of the library's kernel.
+            kernel: queues another kernel in place of it, from data, the number of elements and the output.
+        """
+        self.source, self.dtype, self.mapping, self._kernel = source, dtype, mapping, kernel
+        n_blocks = -(-n_elements // source.block_size)
+        self.n_elements = n_blocks * source.block_size
+        self.itemsize = numpy_dtype(dtype).itemsize
+        n_read, n_written = n_blocks * source.type_size, self.n_elements * self.itemsize
+        self.moved = n_read + n_written
+        turns = min(max(2, -(-UNCACHED // self.moved)), MOST_TURNS)
+        self._sources, self._targets = _in_one(n_read, turns, device), _in_one(n_written, turns, device)
+        self._turn = 0
+        piece = np.random.default_rng(0).integers(0, 256, min(n_read, 1 << 24), np.uint8)
+        for memory in self._sources:
+            gpu.send(piece, memory.pointer, 0)
+            for start in range(piece.size, n_read, piece.size):
+                size = min(piece.size, n_read - start)
+                cuda_driver.copy_on_device(memory.pointer + start, memory.pointer, size, 0)
+
+    def __call__(self) -> None:
+        """Queue the work."""
+        source, target = self.buffers()
+        if self._kernel is not None:
+            self._kernel(source, self.n_elements, target)
+        else:
+            gpu.dequantize_into(source, self.source, self.dtype, self.n_elements, target, 0, self.mapping)
+
+    def buffers(self) -> tuple[cuda_driver.DeviceBytes, cuda_driver.DeviceBytes]:
+        """Where to read and where to write this time."""
+        self._turn = (self._turn + 1) % len(self._sources)
+        return self._sources[self._turn], self._targets[self._turn]
+
+    def check(self) -> None:
+        """Compare both ends of a result with the reference.
+
+        Raises:
+            DeviceError: a bit differs.
+        """
+        self._turn = -1
+        source, target = self._sources[0], self._targets[0]
+        cuda_driver.fill(target, 0xA5, 0)
+        self()
+        n_blocks = self.n_elements // self.source.block_size
+        count = min(n_blocks, max(CHECKED // self.source.block_size, 1))
+        for first in {0, n_blocks - count}:
+            blocks = np.empty(count * self.source.type_size, np.uint8)
+            cuda_driver.copy_to_host(blocks, source.pointer + first * self.source.type_size, 0)
+            expected = dequantize(blocks, self.source, self.dtype, device="reference")
+            found = np.empty_like(expected)
+            cuda_driver.copy_to_host(found, target.pointer + first * self.source.block_size * self.itemsize, 0)
+            check_same(found, expected, f"{self.source.name} to {self.dtype}, mapping {self.mapping}")
+
+    def roof(self, clock: GpuClock) -> float:
+        """Bytes per second of the fastest kernel that reads and writes as many bytes and does nothing else.
+
+        0 if no such kernel divides the work evenly, as is so for the smallest sizes.
+        """
+        capability = gpu.capability_of(self._sources[0].device)
+        shapes = [(stores, threads, False) for stores, threads in ROOF_SHAPES]
+        tile = mapping_named("tile", self.source)
+        shapes.append((tile.tile_elements * self.itemsize // 16 // tile.threads, tile.threads, True))
+        best = 0.0
+        for stores, threads, is_staged in shapes:
+            tile_elements = stores * threads * 16 // self.itemsize
+            n_loads, rest = divmod(tile_elements * self.source.type_size, 16 * self.source.block_size)
+            if rest or self.n_elements % tile_elements or (is_staged and n_loads > LARGEST_STAGE):
+                continue
+            kernel = _moving_kernel(stores, threads, is_staged, capability)
+            config = LaunchConfig(grid=self.n_elements // tile_elements, block=threads)
+
+            def move(config: LaunchConfig = config, kernel: Kernel = kernel, n_loads: int = n_loads) -> None:
+                source, target = self.buffers()
+                launch(cuda_driver.stream_on(source.device, 0), config, kernel, source.pointer, n_loads, target.pointer)
+
+            best = max(best, self.moved / clock.seconds(move))
+        return best
+
+
+def jit_launch(
+    kernel: Any, mapping: Mapping, data: np.dtype[Any], out: np.dtype[Any]
+) -> Callable[[cuda_driver.DeviceBytes, int, cuda_driver.DeviceBytes], None]:
+    """For `Workload`: a kernel that `numba.cuda.jit` has made, whose arguments are arrays of these types."""
+    from numba_dequant.kernels.numba_cuda import cuda
+
+    @cache
+    def array(pointer: int, n_bytes: int, device: int, dtype: np.dtype[Any]) -> Any:
+        memory = cuda_driver.DeviceBytes(pointer, n_bytes, device, None)
+        return cuda.as_cuda_array(DeviceTensor(memory, (n_bytes // dtype.itemsize,), dtype, 0))
+
+    def launch(source: cuda_driver.DeviceBytes, n_elements: int, target: cuda_driver.DeviceBytes) -> None:
+        arguments = [
+            array(each.pointer, each.n_bytes, each.device, kind) for each, kind in ((source, data), (target, out))
+        ]
+        kernel[mapping.thread_blocks(n_elements), mapping.threads](arguments[0], n_elements, arguments[1])
+
+    return launch
+
+
+def _in_one(n_bytes: int, count: int, device: Device) -> list[cuda_driver.DeviceBytes]:
+    """So many pieces of one allocation, each aligned as if it had been allocated alone."""
+    step = -(-n_bytes // 256) * 256
+    whole = cuda_driver.allocate(step * count, device, 0)
+    pointers = range(whole.pointer, whole.pointer + step * count, step)
+    return [cuda_driver.DeviceBytes(pointer, n_bytes, device.device_id, whole.owner) for pointer in pointers]
+
+
+@cache
+def _moving_kernel(stores: int, threads: int, is_staged: bool, capability: tuple[int, int]) -> Kernel:
+    from numba_dequant.kernels.copy import make_moving_kernel
+
+    text = compiler.function_ptx(make_moving_kernel(stores, threads, LARGEST_STAGE if is_staged else 0), capability)
+    return ObjectCode.from_cubin(compiler.assemble(text, capability)).get_kernel(compiler.entry_point(text))
+
+
+def machine(device: Device | None = None) -> dict[str, Any]:
+    """What a figure needs beside it: the GPU, its driver, and the versions of what the code is made with."""
+    packages = ("numba", "numba-cuda", "cuda-core", "llvmlite", "nvidia-nvvm", "numpy", "gguf", "torch", "safetensors")
+    versions = {"numba-dequant": VERSION}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    found: dict[str, Any] = {"python": platform.python_version(), "versions": versions}
+    if device is not None:
+        code = int(driver.cuDriverGetVersion()[1])
+        found |= {"gpu": device.name, "driver": f"CUDA {code // 1000}.{code % 1000 // 10}"}
+    return found

@@ -1,0 +1,115 @@
+"""Compiling ahead, on all cores: Numba compiles one function at a time in a process."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import active_children, get_context
+
+from numba_dequant import disk_cache
+from numba_dequant.backends.devices import n_threads
+from numba_dequant.errors import DeviceError
+from numba_dequant.formats import format_named
+from numba_dequant.kernels import native
+from numba_dequant.loading import native_threads
+
+LARGEST_POOL = 8
+"""Processes, of which each takes a second and 0.3 GB to start."""
+
+
+@dataclass(frozen=True)
+class NativeTask:
+    """The functions of `native`: the loop that loads models to GPUs is one."""
+
+    def run(self) -> bool:
+        """Compile it, and say whether it is kept."""
+        n_failed = len(disk_cache.not_kept)
+        native.keep()
+        return len(disk_cache.not_kept) == n_failed
+
+
+@dataclass(frozen=True)
+class Task:
+    """One function to compile: a kernel for GPUs of a compute capability, or else that of the CPU path."""
+
+    format: str
+    dtype: str
+    capability: tuple[int, int] | None = None
+    mapping: str = ""
+
+    def run(self) -> bool:
+        """Compile it, and say whether it is kept.
+
+        Raises:
+            DeviceError: the CUDA toolkit is missing, or does not know such GPUs.
+        """
+        source, n_failed = format_named(self.format), len(disk_cache.not_kept)
+        if self.capability is None:
+            from numba_dequant.backends import cpu
+
+            cpu.compiled(source, self.dtype)
+        else:
+            from numba_dequant.kernels import compiler
+
+            compiler.cubin(source, self.dtype, self.mapping, self.capability)
+        return len(disk_cache.not_kept) == n_failed
+
+
+def tasks(
+    formats: list[str], dtypes: list[str], capabilities: list[tuple[int, int]], *, on_cpu: bool
+) -> list[Task | NativeTask]:
+    """What is needed for these formats and output types, for one tensor and for many."""
+    found: list[Task | NativeTask] = [NativeTask()] if capabilities and native_threads.IS_POSSIBLE else []
+    for name in formats:
+        for dtype in dtypes:
+            if on_cpu:
+                found.append(Task(name, dtype))
+            found += [Task(name, dtype, gpu, mapping) for gpu in capabilities for mapping in ("tile", "table")]
+    return found
+
+
+def compile_all(tasks: Sequence[Task | NativeTask]) -> Iterator[bool]:
+    """Run the tasks, and yield for each, when it is done, whether it is kept.
+
+    Raises:
+        DeviceError: as `Task.run` does, or a process was killed; the other tasks are then given up.
+    """
+    n_processes = min(n_threads(), LARGEST_POOL, len(tasks))
+    if n_processes < 2:
+        for task in tasks:
+            yield task.run()
+        return
+    others = set(active_children())
+    with ProcessPoolExecutor(n_processes, get_context("spawn")) as pool:
+        with _interrupts_blocked():
+            running = [pool.submit(task.run) for task in tasks]
+        try:
+            for future in as_completed(running):
+                yield future.result()
+        except BrokenExecutor as error:
+            raise DeviceError(
+                "a process that compiled was killed, perhaps because memory ran out; compile fewer formats at a time"
+            ) from error
+        except BaseException:
+            for process in set(active_children()) - others:
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes that start inside ignore Ctrl-C, which a terminal sends to all of them: we end them ourselves."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,1 @@
+"""What Numba turns into machine code, for this processor and for GPUs."""

@@ -1,0 +1,137 @@
+"""Kernels to machine code, through numba-cuda and the CUDA toolkit; no GPU is needed.
+
+What comes out is a cubin rather than PTX: a driver older than the toolkit refuses the toolkit's PTX, but loads its
+cubins. They are kept on disk.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+from numba_dequant import disk_cache
+from numba_dequant.backends.devices import install_command
+from numba_dequant.errors import DeviceError
+from numba_dequant.format import Format
+from numba_dequant.formats import is_built_in
+from numba_dequant.kernels.launch_shape import mapping_named
+from numba_dequant.locks import compile_lock
+
+TABLE = "table"
+"""In place of a mapping: the kernel that takes many tensors."""
+
+TOOLCHAIN = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink", "cuda-core")
+
+
+def cubin(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -> tuple[str, bytes]:
+    """The entry point's name and the machine code of a kernel, for GPUs of a compute capability.
+
+    Raises:
+        DeviceError: the CUDA toolkit is missing, or does not know such GPUs.
+    """
+    is_ours = is_built_in(source)
+    label = f"sm{capability[0]}{capability[1]}-{source.name}-{dtype}-{mapping}"
+    entry = disk_cache.entry_name(label, disk_cache.versions(*TOOLCHAIN))
+    kept = disk_cache.read(entry) if is_ours else None
+    if kept is None or b"\0\x7fELF" not in kept:
+        try:
+            text = ptx(source, dtype, mapping, capability)
+            kept = entry_point(text).encode() + b"\0" + assemble(text, capability)
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            raise DeviceError(f"the CUDA toolkit cannot compile {label} for this kind of GPU: {reason}") from error
+        if is_ours:
+            disk_cache.write(entry, kept)
+    name, code = kept.split(b"\0", 1)
+    return name.decode(), code
+
+
+def ptx(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -> str:
+    """The PTX text of a kernel; mapping "table" is the kernel of `kernels.make_table_kernel`, in tiles."""
+    from numba_dequant.kernels.dequantize import make_kernel, make_table_kernel
+
+    if mapping == TABLE:
+        kernel = make_table_kernel(source, dtype, mapping_named("tile", source))
+        return function_ptx(kernel, capability, "data", "table", "number", "data")
+    return function_ptx(make_kernel(source, dtype, mapping_named(mapping, source)), capability)
+
+
+def function_ptx(kernel: Callable[..., None], capability: tuple[int, int], *kinds: Any) -> str:
+    """The PTX text of any function of addresses and numbers, or of what Numba has types for.
+
+    Args:
+        kernel: the function.
+        capability: the GPU's compute capability.
+        kinds: of its arguments, "data", "table", "number" or types of Numba; by default those that a kernel takes.
+    """
+    with compile_lock:  # a fork waits for the import
+        from numba import types
+
+        from numba_dequant.kernels.numba_cuda import cuda
+
+    of_kind = {"data": types.CPointer(types.uint8), "table": types.CPointer(types.int64), "number": types.int64}
+    signature = tuple(of_kind.get(kind, kind) for kind in kinds or ("data", "number", "data"))
+    with compile_lock:
+        # numba-cuda asks the current device which GPU to compile the kernel's callees for; here we know better.
+        dispatcher = cuda.dispatcher
+        real = dispatcher.get_current_device
+        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+        try:
+            text, _ = cuda.compile_ptx(kernel, signature, cc=capability)
+        finally:
+            dispatcher.get_current_device = real
+    assert isinstance(text, str)
+    return text
+
+
+def entry_point(text: str) -> str:
+    """The name of the kernel in a PTX text."""
+    found = re.search(r"\.entry\s+(\w+)", text)
+    assert found is not None
+    return found[1]
+
+
+def assemble(text: str, capability: tuple[int, int]) -> bytes:
+    """PTX text to machine code, by the linker of the CUDA toolkit.
+
+    The compiler names its own version in the text, and an older linker refuses that. What stands in the text is much
+    older, so the linker is offered it under earlier versions too.
+    """
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(arch=f"sm_{capability[0]}{capability[1]}")
+    header = re.search(r"^\.version (\d+)\.(\d+)$", text, re.MULTILINE)
+    assert header is not None
+    refusal = None
+    for minor in range(int(header[2]), -1, -1):
+        offered = f"{text[: header.start()]}.version {header[1]}.{minor}{text[header.end() :]}"
+        try:
+            return bytes(Program(offered, "ptx", options).compile("cubin").code)
+        except Exception as error:
+            refusal = refusal or error
+    assert refusal is not None
+    raise refusal
+
+
+@lru_cache(maxsize=1)
+def toolkit_problem() -> str | None:
+    """Why kernels cannot be compiled here, or None if they can.
+
+    Loading the toolkit takes a while, so that it was found is kept on disk.
+    """
+    entry = disk_cache.entry_name("toolkit", disk_cache.versions(*TOOLCHAIN))
+    if disk_cache.read(entry) is not None:
+        return None
+    try:
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+
+        for library in ("nvvm", "nvJitLink"):
+            load_nvidia_dynamic_lib(library)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return f"the CUDA toolkit is incomplete ({reason}); run: {install_command()}"
+    disk_cache.write(entry, b"")
+    return None

@@ -1,0 +1,188 @@
+"""The primitives of `bits.py` on Numba's CUDA target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+
+from numba_dequant import bits
+from numba_dequant.kernels import intrinsics
+from numba_dequant.kernels.intrinsics import BYTE, EIGHT_FLOATS, EIGHT_WORDS, FLOAT, LONG, WORD, pointer_at
+from numba_dequant.kernels.numba_cuda import extending
+
+FOUR_WORDS = ir.VectorType(WORD, 4)
+
+GLOBAL_MEMORY = 1
+"""Address space of tables. Constant memory serves one address at a time, and neighbours look up different ones."""
+
+
+def _instruction(builder: ir.IRBuilder, text: str, result: ir.Type, constraints: str, arguments: list[Any]) -> Any:
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.asm(kind, text, constraints, arguments, side_effect=False)
+
+
+def unsigned_bytes(builder: ir.IRBuilder, eight: Any) -> Any:
+    """i64 -> <8 x float>."""
+    return centred_bytes(builder, eight, WORD(0))
+
+
+def signed_bytes(builder: ir.IRBuilder, eight: Any) -> Any:
+    """i64 -> <8 x float>: a signed byte, its top bit turned over, is an unsigned one that is 128 larger."""
+    return centred_bytes(builder, builder.xor(eight, LONG(0x8080808080808080)), WORD(128))
+
+
+def centred_bytes(builder: ir.IRBuilder, eight: Any, centre: Any) -> Any:
+    """i64, i32 -> <8 x float>: put each byte in the lowest place of the float 2**23, then take that and `centre` away.
+
+    That is one permutation and one subtraction; an instruction that converts has a quarter of their rate.
+    """
+    bias = builder.bitcast(builder.or_(centre, WORD(0x4B000000)), FLOAT)
+    halves = [builder.trunc(eight, WORD), builder.trunc(builder.lshr(eight, LONG(32)), WORD)]
+    result = ir.Constant(EIGHT_FLOATS, ir.Undefined)
+    for lane in range(8):
+        raised = _permute(builder, halves[lane // 4], WORD(0x4B000000), WORD(0x7540 | lane % 4))
+        value = builder.fsub(builder.bitcast(raised, FLOAT), bias)
+        result = builder.insert_element(result, value, WORD(lane))
+    return result
+
+
+def half_to_float(builder: ir.IRBuilder, number: Any) -> Any:
+    """i16 -> float."""
+    return _instruction(builder, "cvt.f32.f16 $0, $1;", FLOAT, "=f,h", [number])
+
+
+def round_to_half(builder: ir.IRBuilder, values: Any) -> Any:
+    """<8 x float> -> <4 x i32>. The assembler makes one instruction of the three where the GPU has it."""
+    halves = "cvt.rn.f16.f32 low, $1; cvt.rn.f16.f32 high, $2;"
+    return _round_pairs(builder, "{.reg .b16 low, high; " + halves + " mov.b32 $0, {low, high};}", values)
+
+
+def round_to_brain(builder: ir.IRBuilder, values: Any) -> Any:
+    """<8 x float> -> <4 x i32>."""
+    return _round_pairs(builder, "cvt.rn.bf16x2.f32 $0, $2, $1;", values)
+
+
+def _round_pairs(builder: ir.IRBuilder, instruction: str, values: Any) -> Any:
+    words = ir.Constant(FOUR_WORDS, ir.Undefined)
+    for index in range(4):
+        pair = [builder.extract_element(values, WORD(2 * index + side)) for side in (0, 1)]
+        word = _instruction(builder, instruction, WORD, "=r,f,f", pair)
+        words = builder.insert_element(words, word, WORD(index))
+    return words
+
+
+def load_8_unaligned(builder: ir.IRBuilder, base: Any, at: Any) -> Any:
+    """Three words, the first of them aligned, out of which two are cut: eight loads of a byte would take longer.
+
+    The array must start at a multiple of four, and there must be four bytes to read behind it.
+    """
+    words = [
+        builder.load(pointer_at(builder, base, builder.add(builder.and_(at, LONG(-4)), LONG(4 * index)), WORD))
+        for index in range(3)
+    ]
+    within = builder.and_(builder.trunc(at, WORD), WORD(3))
+    selectors = builder.add(builder.mul(within, WORD(0x1111)), WORD(0x3210))
+    low, high = (builder.zext(_permute(builder, words[index], words[index + 1], selectors), LONG) for index in range(2))
+    return builder.or_(low, builder.shl(high, LONG(32)))
+
+
+def lookup_nibbles(builder: ir.IRBuilder, table: bits.Table, eight: Any) -> Any:
+    """Eight items of a table of 16 bytes, by permuting the bytes of registers."""
+    words = [WORD(word) for word in table.items.view("<u4").tolist()]
+    halves = [builder.trunc(eight, WORD), builder.trunc(builder.lshr(eight, LONG(32)), WORD)]
+    low, high = (builder.zext(_lookup_four(builder, words, half), LONG) for half in halves)
+    return builder.or_(low, builder.shl(high, LONG(32)))
+
+
+def _lookup_four(builder: ir.IRBuilder, words: list[Any], nibbles: Any) -> Any:
+    # A permutation takes its four selectors side by side in 16 bits, so the nibbles move together first.
+    pairs = builder.and_(builder.or_(nibbles, builder.lshr(nibbles, WORD(4))), WORD(0x00FF00FF))
+    selectors = builder.or_(pairs, builder.lshr(pairs, WORD(8)))
+    within_half = builder.and_(selectors, WORD(0x7777))
+    below_8 = _permute(builder, words[0], words[1], within_half)
+    from_8 = _permute(builder, words[2], words[3], within_half)
+    which_half = builder.and_(builder.lshr(selectors, WORD(1)), WORD(0x4444))
+    return _permute(builder, below_8, from_8, builder.or_(which_half, WORD(0x3210)))
+
+
+def _permute(builder: ir.IRBuilder, low: Any, high: Any, selectors: Any) -> Any:
+    return _instruction(builder, "prmt.b32 $0, $1, $2, $3;", WORD, "=r,r,r,r", [low, high, selectors])
+
+
+target = intrinsics.Target(
+    extending.overload,
+    extending.intrinsic,
+    extending.register_model,
+    extending.typeof_impl,
+    extending.core_models.PrimitiveModel,
+    extending.core_models.OpaqueModel,
+    unsigned_bytes,
+    signed_bytes,
+    centred_bytes,
+    half_to_float,
+    round_to_half,
+    round_to_brain,
+    lookup_nibbles=lookup_nibbles,
+    table_address_space=GLOBAL_MEMORY,
+    loads_are_invariant=False,
+    widens_eight_at_once=False,
+    store_alignment=16,
+    load_8_unaligned=load_8_unaligned,
+)
+intrinsics.install(target)
+
+
+def _copy_codegen(kind: ir.Type, alignment: int) -> intrinsics.Codegen:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        tile, at, data, start = arguments
+        tile = intrinsics.data_pointer(context, builder, signature.args[0], tile)
+        data = intrinsics.data_pointer(context, builder, signature.args[2], data)
+        item = builder.load(pointer_at(builder, data, start, kind), align=alignment)
+        builder.store(item, pointer_at(builder, tile, at, kind), align=alignment)
+        return context.get_dummy_value()
+
+    return codegen
+
+
+def _is_aligned(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    data, start = arguments
+    pointer = intrinsics.data_pointer(context, builder, signature.args[0], data)
+    address = builder.add(builder.ptrtoint(pointer, LONG), start)
+    return builder.icmp_unsigned("==", builder.and_(address, LONG(15)), LONG(0))
+
+
+def _store_in_pairs(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    """Eight float32 are two stores of 16 bytes, and memory takes 32 bytes at a time.
+
+    So the two threads of a pair write the first of their runs together, and then the second: each gives the other the
+    half that is not its own to write.
+    """
+    out, index, values, _ = arguments
+    words = builder.bitcast(values, EIGHT_WORDS)
+    lane = _instruction(builder, "mov.u32 $0, %laneid;", WORD, "=r", [])
+    odd = builder.and_(lane, WORD(1))
+    is_odd = builder.icmp_unsigned("==", odd, WORD(1))
+    pair = builder.shl(WORD(3), builder.and_(lane, WORD(30)))
+    first = second = ir.Constant(FOUR_WORDS, ir.Undefined)
+    for place in range(4):
+        low, high = (builder.extract_element(words, WORD(place + half)) for half in (0, 4))
+        given = builder.select(is_odd, low, high)
+        exchange = "shfl.sync.bfly.b32 $0, $1, 1, 31, $2;"
+        taken = builder.asm(ir.FunctionType(WORD, [WORD, WORD]), exchange, "=r,r,r", [given, pair], side_effect=True)
+        first = builder.insert_element(first, builder.select(is_odd, taken, low), WORD(place))
+        second = builder.insert_element(second, builder.select(is_odd, high, taken), WORD(place))
+    base = intrinsics.data_pointer(context, builder, signature.args[0], out)
+    back = builder.mul(builder.zext(odd, LONG), LONG(16))
+    start = builder.sub(builder.mul(index, LONG(4)), back)
+    for part, at in ((first, start), (second, builder.add(start, LONG(32)))):
+        builder.store(part, pointer_at(builder, base, at, FOUR_WORDS), align=16)
+    return context.get_dummy_value()
+
+
+in_pairs = (None, types.int64, intrinsics.EIGHT, types.int64)
+intrinsics.implement(target, bits.store_float32_in_pairs, types.none, in_pairs, _store_in_pairs)
+intrinsics.implement(target, bits.copy_16_bytes, types.none, (None, types.int64) * 2, _copy_codegen(FOUR_WORDS, 16))
+intrinsics.implement(target, bits.copy_byte, types.none, (None, types.int64) * 2, _copy_codegen(BYTE, 1))
+intrinsics.implement(target, bits.is_aligned, types.boolean, (None, types.int64), _is_aligned)

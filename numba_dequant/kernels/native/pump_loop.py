@@ -1,0 +1,182 @@
+"""The loop of `pump`, in Python that Numba compiles."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+from numba import carray, types
+from numba.extending import register_jitable
+
+from numba_dequant.kernels.native.intrinsics import atomic, call, call_driver, load_int, look, pointer
+from numba_dequant.kernels.native.records import BUFFER, CALLS, CREW, ENDED, IN_FILE, IN_GPU, JOB, PART, PIECE, THREAD
+
+PAUSE = 20
+"""Microseconds; a copy takes 150."""
+
+INTERRUPTED = errno.EINTR
+ARGUMENTS, TOKEN = (THREAD.fields[name][1] for name in ("data", "token"))  # type: ignore[index]
+ADDRESSES = THREAD.fields["data_at"][1] - ARGUMENTS  # type: ignore[index]
+CLAIMED, PLANNED, TAKEN = (JOB.fields[name][1] for name in ("claimed", "planned", "taken"))  # type: ignore[index]
+IS_OVER, N_BUFFERS = (JOB.fields[name][1] for name in ("is_over", "n_buffers"))  # type: ignore[index]
+FREE_AT, IS_TAKEN = (BUFFER.fields[name][1] for name in ("free_at", "is_taken"))  # type: ignore[index]
+SHARES_LEFT, BUFFER_OF = (PIECE.fields[name][1] for name in ("shares_left", "buffer"))  # type: ignore[index]
+BUFFER_SIZE, PIECE_SIZE = BUFFER.itemsize, PIECE.itemsize
+
+
+@register_jitable  # type: ignore[untyped-decorator]
+def is_free(buffer_at: Any, buffer: Any) -> Any:
+    """Whether the GPU is done with a buffer."""
+    return look(buffer.flag) == look(buffer_at + FREE_AT) & 0xFFFFFFFF
+
+
+@register_jitable  # type: ignore[untyped-decorator]
+def take_buffer(job_at: Any, buffers_at: Any, buffers: Any) -> Any:
+    """The number of a buffer that nobody else has, or -1 for none; the first ones are likeliest in the CPU's cache."""
+    for number in range(look(job_at + N_BUFFERS)):
+        buffer_at = buffers_at + number * BUFFER_SIZE
+        if look(buffer_at + IS_TAKEN) or not is_free(buffer_at, buffers[number]):
+            continue
+        if atomic("xchg", buffer_at + IS_TAKEN, 1) == 0:
+            # Somebody may have had it in between, and the GPU is not done with what he has sent.
+            if is_free(buffer_at, buffers[number]):
+                return number
+            atomic("xchg", buffer_at + IS_TAKEN, 0)
+    return -1
+
+
+@register_jitable  # type: ignore[untyped-decorator]
+def buffer_of(job: Any, job_at: Any, piece: Any, piece_at: Any, is_first: Any, buffers: Any, calls: Any) -> Any:
+    """The number of the buffer of a piece, which whoever has its first share gets for it; -1 if the load is over."""
+    number = -1
+    while number < 0:
+        if is_first:
+            number = take_buffer(job_at, job.buffers, buffers)
+            if number >= 0:
+                atomic("xchg", piece_at + BUFFER_OF, number + 1)
+        else:
+            number = look(piece_at + BUFFER_OF) - 1
+        if number < 0:
+            if look(job_at + IS_OVER):
+                break
+            call(calls.pause, (PAUSE,))
+    return number
+
+
+@register_jitable  # type: ignore[untyped-decorator]
+def read_bytes(calls: Any, file: Any, host: int, n_bytes: Any, offset: Any) -> Any:
+    """Read to pinned memory; the result is 0, the C library's code, or ENDED, and how many bytes were read."""
+    done = 0
+    while done < n_bytes:
+        got = call(calls.read, (file, host + done, n_bytes - done, offset + done))
+        if got > 0:
+            done += got
+            continue
+        if got == 0:
+            return ENDED, done
+        code = load_int(call(calls.error, (0,)))
+        if code != INTERRUPTED:
+            return code, done
+    return 0, done
+
+
+@register_jitable  # type: ignore[untyped-decorator]
+def send_piece(calls: Any, piece: Any, parts: Any, buffer: Any, arguments_at: int) -> Any:
+    """Queue all work on a piece; the result is 0, or the driver's code."""
+    arguments = carray(pointer(arguments_at), 3, types.int64)
+    code = 0
+    if buffer.waited != piece.ready:
+        code = call_driver(calls.let_gpu_wait, (buffer.stream, piece.ready, 0))
+        buffer.waited = piece.ready
+    if code == 0 and piece.is_computed:
+        code = call_driver(calls.copy, (buffer.gpu, buffer.host, piece.n_bytes, buffer.stream))
+    for number in range(piece.first_part, piece.first_part + piece.n_parts):
+        if code:
+            break
+        part = parts[number]
+        if part.kernel:
+            arguments[0], arguments[1], arguments[2] = buffer.gpu + part.at, part.n_elements, part.target
+            grid, block = (part.n_thread_blocks, 1, 1), (part.n_threads, 1, 1)
+            places = arguments_at + ADDRESSES
+            code = call_driver(calls.launch, (part.kernel, *grid, *block, 0, buffer.stream, places, 0))
+        else:
+            code = call_driver(calls.copy, (part.target, buffer.host + part.at, part.n_bytes, buffer.stream))
+    # After a failure too: the buffer is free once the GPU has got to here.
+    buffer.free_at += 1
+    failed = call_driver(calls.signal, (buffer.stream, buffer.flag, buffer.free_at & 0xFFFFFFFF, 0))
+    return code or failed
+
+
+@register_jitable  # type: ignore[untyped-decorator]
+def count_piece(calls: Any, job: Any, job_at: Any, piece: Any, parts: Any, stream_bit: Any) -> None:
+    """Count what has been sent, and tell if a tensor is complete."""
+    is_complete, n_bytes = False, 0
+    for number in range(piece.first_part, piece.first_part + piece.n_parts):
+        part = parts[number]
+        atomic("or", job.written + 8 * part.tensor, stream_bit)
+        is_complete |= atomic("sub", job.left + 8 * part.tensor, part.n_bytes) == part.n_bytes
+        n_bytes += part.n_bytes
+    atomic("add", job_at + TAKEN, n_bytes)
+    if is_complete:
+        call(calls.tell, (job.progress, job.one, 8))
+
+
+def pump(thread_at: int) -> int:
+    """Read shares of pieces until there are no more, or a thread has failed; the result is how many were read.
+
+    Who has read the last share of a piece sends it.
+    """
+    thread = carray(pointer(thread_at), 1, THREAD)[0]
+    job_at, arguments_at = thread.job, thread_at + ARGUMENTS
+    job = carray(pointer(job_at), 1, JOB)[0]
+    calls = carray(pointer(job.calls), 1, CALLS)[0]
+    pieces = carray(pointer(job.pieces), job.n_pieces, PIECE)
+    parts = carray(pointer(job.parts), job.n_parts, PART)
+    buffers = carray(pointer(job.buffers), job.most_buffers, BUFFER)
+    count = index = 0
+    call_driver(calls.set_context, (job.context,))
+    while True:
+        if call(calls.wait_for_share, (job.shares_planned, thread_at + TOKEN, 8)) != 8:
+            continue
+        if look(job_at + IS_OVER):
+            return count
+        share = atomic("add", job_at + CLAIMED, 1)
+        if share >= look(job_at + PLANNED):
+            return count
+        while (share - pieces[index].first_share) * job.share_size >= pieces[index].n_bytes:
+            index += 1
+        piece, piece_at = pieces[index], job.pieces + index * PIECE_SIZE
+        start = (share - piece.first_share) * job.share_size
+        number = buffer_of(job, job_at, piece, piece_at, start == 0, buffers, calls)
+        if number < 0:
+            return count
+        buffer, place = buffers[number], IN_FILE
+        n_bytes = min(job.share_size, piece.n_bytes - start)
+        code, done = read_bytes(calls, piece.file, buffer.host + start, n_bytes, piece.offset + start)
+        is_whole = code == 0 and atomic("sub", piece_at + SHARES_LEFT, 1) == 1
+        if is_whole:
+            place, code = IN_GPU, send_piece(calls, piece, parts, buffer, arguments_at)
+            atomic("xchg", job.buffers + number * BUFFER_SIZE + IS_TAKEN, 0)
+        if code:
+            thread.fault_piece, thread.fault_place, thread.fault_code = index, place, code
+            thread.fault_offset = piece.offset + start + done
+            thread.has_failed = 1
+            atomic("xchg", job_at + IS_OVER, 1)
+            call(calls.tell, (job.progress, job.one, 8))
+            return count
+        count += 1
+        if is_whole:
+            count_piece(calls, job, job_at, piece, parts, buffer.stream_bit)
+
+
+def join_threads(crew_at: int) -> int:
+    """Wait until threads have ended: one call, which Ctrl-C cannot break in two; the result is how many there were."""
+    crew = carray(pointer(crew_at), 1, CREW)[0]
+    threads = carray(pointer(crew.threads), crew.count, types.int64)
+    count = 0
+    for number in range(crew.count):
+        if threads[number]:
+            call(crew.join, (threads[number], 0))
+            threads[number] = 0
+            count += 1
+    return count

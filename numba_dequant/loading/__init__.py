@@ -1,0 +1,1 @@
+"""The way of a file's bytes to a device."""

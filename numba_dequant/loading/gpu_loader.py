@@ -1,0 +1,435 @@
+"""Loading to a GPU: threads read pieces to pinned memory; the GPU copies and dequantizes them behind the reading.
+
+The threads of a load share buffers, each of pinned memory with as much memory on the GPU, and a stream, which it shares
+with others. The stream keeps the order within a buffer, events keep it between streams, the caller's among them, and a
+count that the GPU writes tells when a buffer may be filled again. What the threads do is in `pump`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from io import RawIOBase
+from typing import Any
+
+import numpy as np
+from cuda.core import Device, Stream
+from numpy.typing import NDArray
+
+from numba_dequant.arguments import Memory, check_apart, named
+from numba_dequant.backends import cuda_driver, gpu, streams
+from numba_dequant.backends.cuda_driver import DeviceBytes
+from numba_dequant.backends.device_tensor import DeviceTensor
+from numba_dequant.backends.devices import n_threads
+from numba_dequant.backends.streams import CallStream
+from numba_dequant.dtypes import numpy_dtype
+from numba_dequant.errors import DeviceError, NumbaDequantError
+from numba_dequant.gguf.file import truncated
+from numba_dequant.kernels.native.records import BUFFER, ENDED, IN_GPU
+from numba_dequant.loading import native_threads
+from numba_dequant.loading.chunks import Part, Piece, cut, interleaved
+from numba_dequant.loading.files import changed, check_unchanged, open_unchanged, read_error
+from numba_dequant.loading.python_threads import PATIENCE
+from numba_dequant.loading.requests import QuantizedTensor, Request
+from numba_dequant.loading.staging import Staging
+
+PIECE = 8 << 20
+"""Bytes that are sent at a time: each copy costs the bus 2 us."""
+
+SHARE = 1 << 20
+"""Bytes of a piece that one thread reads: where several fill a buffer, few are needed, which the CPU's cache holds."""
+
+BUFFERS = 8
+"""Buffers of a load: two or three are being filled, the others are on their way or wait for the bus."""
+
+STREAMS = 2
+"""Streams that buffers share: while one dequantizes, the other copies. With more, a GPU loses time between them."""
+
+USUAL_CREW = 12
+"""Threads at most, unless more are asked for: these read faster than the bus carries."""
+
+LARGEST_BATCH = 32
+"""Pieces that are planned before the threads are told."""
+
+
+class Buffers:
+    """What the threads of one load share on a GPU. It is expensive to make: pinned memory takes 0.7 ms per MiB."""
+
+    def __init__(self, device: Device) -> None:
+        # First what goes first: memory is freed in the order of a stream.
+        self._memory: list[tuple[NDArray[np.uint8], DeviceBytes]] = []
+        self.streams = [cuda_driver.create_stream(device) for _ in range(STREAMS)]
+        self.records = np.zeros(BUFFERS, BUFFER)
+        self._flags = cuda_driver.pinned(8 * len(self.records)).view(np.int64)
+        self._flags[:] = 0
+
+    def __len__(self) -> int:
+        return len(self._memory)
+
+    def grow(self, count: int, device: Device) -> None:
+        """Make buffers until there are so many."""
+        while len(self) < count:
+            number = len(self)
+            bit = number % len(self.streams)
+            stream = int(self.streams[bit].handle)
+            # One after the other: cuda-core cannot free pinned memory while an error of the same line is on its way.
+            on_gpu = cuda_driver.allocate(PIECE, device, stream)
+            host = cuda_driver.pinned(PIECE)
+            flag = self._flags.ctypes.data + 8 * number
+            self.records[number] = host.ctypes.data, on_gpu.pointer, stream, 1 << bit, 0, flag, 0, 0
+            self._memory.append((host, on_gpu))
+
+    def sync(self) -> None:
+        """Wait until nothing is under way."""
+        for stream in self.streams:
+            stream.sync()
+
+
+class BufferPool:
+    """The buffers that no load has in use, by GPU. Loads take turns with them, in whatever thread."""
+
+    def __init__(self) -> None:
+        self.idle: dict[int, list[Buffers]] = {}
+        self.staging: dict[int, Staging] = {}
+        self._lock = threading.Lock()
+
+    def take(self, index: int, device: Device) -> Buffers:
+        """Buffers for one load, new ones if none are idle."""
+        with self._lock:
+            kept = self.idle.get(index)
+            if kept:
+                return kept.pop()
+        return Buffers(device)
+
+    def give_back(self, index: int, buffers: Buffers) -> None:
+        """Keep buffers for the next load; those that are kept already are not kept twice."""
+        with self._lock:
+            kept = self.idle.setdefault(index, [])
+            if all(each is not buffers for each in kept):
+                kept.append(buffers)
+
+    def staging_of(self, index: int) -> Staging:
+        """The buffers of loads without threads."""
+        with self._lock:
+            if index not in self.staging:
+                self.staging[index] = Staging(index)
+            return self.staging[index]
+
+    def release(self, index: int | None = None) -> None:
+        """Free the idle buffers of one GPU, or of all."""
+        with self._lock:
+            chosen = [*self.idle, *self.staging] if index is None else [index]
+            dropped = [self.idle.pop(each, []) for each in chosen]
+            for each in chosen:
+                self.staging.pop(each, None)
+        for kept in dropped:
+            while kept:
+                kept.pop().sync()
+
+    def forget_lock(self) -> None:
+        """Make the lock anew in a forked process, where whoever held it does not exist."""
+        self._lock = threading.Lock()
+
+
+POOL = BufferPool()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=POOL.forget_lock)
+
+
+@dataclass(slots=True)
+class _Result:
+    """A tensor that is being loaded: what the caller gets, and the memory to write to, its own or on the way to it."""
+
+    given: Any
+    target: DeviceBytes
+    out: DeviceBytes
+
+
+def load(
+    requests: Sequence[Request],
+    index: int,
+    stream: Any,
+    threads: int | None,
+    prefetch: int | None,
+    watch: Callable[[int], None],
+) -> Generator[Any, None, None]:
+    """The results of the requests, in order, each ready once `stream` gets there.
+
+    Raises:
+        OutputError, DtypeError: an `out` or an output type is not right. Nothing has been read then.
+        ReadError, GgufError, DeviceError: reading or allocating failed halfway.
+    """
+    call = streams.stream_for(stream, index, [request.out for request in requests])
+    _check(requests, index, call)
+    # Native threads read from files, and know no other byte order.
+    is_odd = any(tensor.byte_order == "big" or tensor.source.data is not None for tensor, *_ in requests)
+    if is_odd or not native_threads.IS_POSSIBLE or not cuda_driver.can_signal(index):
+        return _load_alone(requests, POOL.staging_of(index), call, watch)
+    return _Load(requests, index, call, threads or min(n_threads(), USUAL_CREW), prefetch, watch).run()
+
+
+def _load_alone(
+    requests: Sequence[Request], staging: Staging, call: CallStream, watch: Callable[[int], None]
+) -> Generator[Any, None, None]:
+    """What `load` does, in this thread, on any system: each tensor is read when it is asked for."""
+    done = 0
+    for request in requests:
+        result = _staged(request, staging, call)
+        done += request.tensor.n_bytes
+        watch(done)
+        yield result
+        del result
+
+
+def _staged(request: Request, staging: Staging, call: CallStream) -> Any:
+    tensor = request.tensor
+    send = partial(staging.send, tensor)
+    try:
+        if request.dtype is None:
+            data = gpu.keep(send, tensor.n_bytes, staging.index, call)
+            return QuantizedTensor(data, tensor.format, tensor.shape)
+        where = tensor.shape, staging.index, request.out, call
+        return gpu.load(send, tensor.n_bytes, tensor.format, request.dtype, *where)
+    except DeviceError as error:
+        raise DeviceError(f"{tensor.path}: tensor {tensor.name!r}: {error}") from error
+
+
+def _check(requests: Sequence[Request], index: int, call: CallStream) -> None:
+    """Check everything about the results that can be checked before they are made."""
+    outputs = []
+    with cuda_driver.current(index) as device:
+        cuda_driver.refuse_capture(call.handle, "a file cannot be loaded as part of it; load before the capture")
+        for request in requests:
+            source = request.tensor.format
+            try:
+                if request.dtype is not None:
+                    gpu.check_capability(source, request.dtype, index)
+                if request.out is not None:
+                    shape, n_elements = request.tensor.shape, request.tensor.n_elements
+                    kind = source.stored_dtype or numpy_dtype(request.dtype or "")
+                    out = gpu.checked_output(request.out, None, kind, shape, n_elements, device, call)
+                    outputs.append(Memory(out.pointer, out.pointer + out.n_bytes, request.tensor.name, is_out=True))
+            except NumbaDequantError as error:
+                raise named(error, request.tensor.name) from error
+    check_apart(outputs)
+
+
+class _Load:
+    """One load: its plan, its threads, and what has not been handed out yet."""
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        index: int,
+        call: CallStream,
+        n_threads: int,
+        prefetch: int | None,
+        watch: Callable[[int], None],
+    ) -> None:
+        self.requests, self.tensors = requests, [request.tensor for request in requests]
+        self.index, self.call, self.stream = index, call, call.handle
+        self._prefetch, self._watch = prefetch, watch
+        # An order other than that of handing out would have the first tensor wait for one that is not due.
+        order = range(len(requests)) if prefetch is not None else interleaved(self.tensors)
+        self._cut = cut(self.tensors, order, PIECE, in_turn=prefetch is not None)
+        self._next = next(self._cut, None)
+        self._pieces: list[Piece] = []
+        self._results: dict[int, _Result] = {}
+        self._released = 0
+        self._has_prepared = False
+        self._ready: list[Any] = []
+        self._files: dict[str, RawIOBase] = {}
+        self._stack = ExitStack()
+        self._n_threads = max(1, min(n_threads, native_threads.LARGEST_CREW))
+        self._is_sound = True
+
+    def run(self) -> Generator[Any, None, None]:
+        most = sum(tensor.n_bytes // (PIECE // 2) + 2 for tensor in self.tensors)
+        self._start(most)
+        try:
+            if self._prefetch is None:
+                # They are handed out together, and the caller's stream waits for each of ours once.
+                self._plan(len(self.requests))
+                for index in range(len(self.requests)):
+                    self._wait_for(index)
+                with cuda_driver.current(self.index) as device:
+                    self._let_caller_wait(self._buffers.streams)
+                    given = [self._take_out(index, device) for index in range(len(self.requests))]
+                yield from given
+                return
+            for index in range(len(self.requests)):
+                self._plan(index + self._prefetch)
+                self._wait_for(index)
+                with cuda_driver.current(self.index) as device:
+                    streams = enumerate(self._buffers.streams)
+                    self._let_caller_wait(each for bit, each in streams if self._pump.has_written(1 << bit, index))
+                    given = [self._take_out(index, device)]
+                yield given.pop()
+        finally:
+            self._pump.stop()
+
+    def _start(self, most: int) -> None:
+        native_threads.stop_interrupted()
+        with cuda_driver.current(self.index) as device:
+            context = cuda_driver.context_of(device)
+            self._buffers = POOL.take(self.index, device)
+        # What a load before may have left.
+        self._buffers.records["waited"] = self._buffers.records["is_taken"] = 0
+        sizes = [tensor.n_bytes for tensor in self.tensors]
+        try:
+            self._pump = native_threads.Pump(sizes, most, self._buffers.records, SHARE, context, self._finish)
+        except BaseException:
+            POOL.give_back(self.index, self._buffers)
+            raise
+
+    def _plan(self, last: int) -> None:
+        """Give the threads the pieces of all tensors up to this one."""
+        if self._next is None:
+            return
+        with cuda_driver.current(self.index) as device:
+            while self._next is not None and self._next.parts[0].index <= last:
+                piece = self._next
+                if piece.n_bytes > PIECE:  # the threads' code believes what it is told
+                    raise DeviceError(f"{piece.path}: a piece of {piece.n_bytes} bytes, and buffers of {PIECE}")
+                for part in piece.parts:
+                    self._prepare(part.index, device)
+                parts = [self._part(part) for part in piece.parts]
+                is_computed = any(kernel for _, _, _, _, kernel, *_ in parts)
+                where = self._file(piece).fileno(), piece.offset, piece.n_bytes
+                self._pump.plan((*where, is_computed), parts)
+                self._pieces.append(piece)
+                self._next = next(self._cut, None)
+                # Waking a thread takes longer than planning a piece; the first ones should not wait, though.
+                if len(self._pieces) - self._released >= min(self._released + 1, LARGEST_BATCH):
+                    self._release(device)
+            self._release(device)
+        if self._next is None:
+            self._pump.end()
+
+    def _release(self, device: Device) -> None:
+        """Let the threads have what has been planned, with one more of them where there is work for it."""
+        if self._has_prepared:
+            self._ready.append(cuda_driver.record(self.index, self.stream))
+            self._has_prepared = False
+        if len(self._pieces) > self._released:
+            self._released = len(self._pieces)
+            most = min(BUFFERS, self._released)
+            self._buffers.grow(most, device)
+            self._pump.release(int(self._ready[-1].handle))
+            self._pump.lend(most)
+        while (n_started := self._pump.n_threads) < min(self._n_threads, self._pump.n_shares):
+            try:
+                self._pump.start()
+            except OSError as error:
+                self._n_threads = n_started
+                if not n_started:
+                    raise DeviceError(f"no thread can be started: {error.strerror}; end some other work") from error
+        self._watch(self._pump.taken)
+
+    def _prepare(self, index: int, device: Device) -> None:
+        """Get the memory of a tensor, in the order of the caller's stream, if there is none yet."""
+        if index in self._results:
+            return
+        self._has_prepared = True
+        request = self.requests[index]
+        tensor = request.tensor
+        try:
+            if request.dtype is None:
+                target = gpu.new_memory(tensor.n_bytes, device, self.call)
+                data = DeviceTensor(target, (tensor.n_bytes,), cuda_driver.BYTES, self.stream, self.call.framework)
+                self._results[index] = _Result(QuantizedTensor(data, tensor.format, tensor.shape), target, target)
+                return
+            what = tensor.format, request.dtype, tensor.n_elements, tensor.shape
+            given, out = gpu.target_for(*what, device, request.out, self.call)
+            # The kernel stores 16 bytes at a time: an odd address gets its values by way of memory of ours.
+            target = cuda_driver.allocate(out.n_bytes, device, self.stream) if out.pointer % 16 else out
+            self._results[index] = _Result(given, target, out)
+        except NumbaDequantError as error:
+            raise type(error)(f"{tensor.path}: tensor {tensor.name!r}: {error}") from error
+
+    def _part(self, part: Part) -> tuple[int, ...]:
+        request, target = self.requests[part.index], self._results[part.index].target
+        source, dtype = request.tensor.format, request.dtype
+        if dtype is None or source.decode is None:
+            return part.index, part.at, part.n_bytes, target.pointer + part.start, 0, 0, 0, 0
+        _, kernel, shape = gpu.launcher(source, dtype, "tile", self.index, self.stream)
+        first = part.start // source.type_size * source.block_size
+        n_elements = part.n_bytes // source.type_size * source.block_size
+        out = target.pointer + first * numpy_dtype(dtype).itemsize
+        launch = int(kernel.handle), shape.thread_blocks(n_elements), shape.threads, n_elements
+        return part.index, part.at, part.n_bytes, out, *launch
+
+    def _file(self, piece: Piece) -> RawIOBase:
+        file = self._files.get(piece.path)
+        if file is None:
+            first = self.tensors[piece.parts[0].index]
+            file = self._files[piece.path] = self._stack.enter_context(open_unchanged(first))
+        return file
+
+    def _wait_for(self, index: int) -> None:
+        try:
+            while not self._pump.wait_for(index, PATIENCE):
+                self._watch(self._pump.taken)
+                self._check_gpu()
+        except native_threads.FaultError as fault:
+            raise self._error_of(fault) from None
+        if self.tensors[index].n_bytes:
+            check_unchanged(self.tensors[index], self._files[self.tensors[index].path])
+        self._watch(self._pump.taken)
+
+    def _check_gpu(self) -> None:
+        """Look whether the GPU still works: a thread would wait for its buffer in vain."""
+        try:
+            for stream in self._buffers.streams:
+                cuda_driver.check(int(stream.handle))
+        except DeviceError as error:
+            self._is_sound = False
+            raise DeviceError(f"cuda:{self.index}: {error}") from error
+
+    def _error_of(self, fault: native_threads.FaultError) -> NumbaDequantError:
+        piece = self._pieces[fault.piece]
+        first = self.tensors[piece.parts[0].index]
+        if fault.place == IN_GPU:
+            self._is_sound = False
+            message = cuda_driver.message_of(fault.code)
+            return DeviceError(f"{first.path}: tensor {first.name!r}: cuda:{self.index}: {message}")
+        if fault.code == ENDED:
+            size = self._files[piece.path].seek(0, 2)
+            cut_short = (self.tensors[part.index] for part in piece.parts)
+            gone = next((each for each in cut_short if each.offset + each.n_bytes > size), None)
+            return truncated(gone, size) if gone is not None else changed(first)
+        error = OSError(fault.code, os.strerror(fault.code))
+        return read_error(self.tensors[piece.index_at(fault.offset)], fault.offset, error)
+
+    def _let_caller_wait(self, streams: Iterable[Stream]) -> None:
+        """Let the caller's stream wait for what these have been given so far."""
+        for stream in streams:
+            cuda_driver.wait_for(self.stream, cuda_driver.record(self.index, int(stream.handle)))
+
+    def _take_out(self, index: int, device: Device) -> Any:
+        """A result, which is no longer this load's; the caller's stream waits for what fills it."""
+        self._prepare(index, device)  # a tensor without bytes is in no piece
+        result = self._results.pop(index)
+        if result.target is not result.out:
+            cuda_driver.copy_on_device(result.out.pointer, result.target.pointer, result.out.n_bytes, self.stream)
+        streams.release(self.call, self.index, None, self.requests[index].out)
+        return result.given
+
+    def _finish(self) -> None:
+        """Free what has not been handed out, once nothing writes to it any more; no thread works now."""
+        self._stack.close()
+        try:
+            if self._results or not self._is_sound:
+                self._buffers.sync()
+        except Exception:
+            # The GPU has failed, and whoever asked it first has said so: this error must not take the place of that.
+            self._is_sound = False
+        self._results.clear()
+        # A buffer that the GPU has not given back would be waited for in vain.
+        if self._is_sound:
+            POOL.give_back(self.index, self._buffers)

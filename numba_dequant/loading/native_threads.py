@@ -1,0 +1,272 @@
+"""Threads that move pieces of files to a GPU, and know nothing of Python.
+
+Sixteen threads that hand Python's lock around for every piece move a quarter of what the bus carries. So their loop,
+`native.pump_loop`, is compiled. They are the system's own, because one of Python's takes ten times as long to start.
+Python plans pieces while they work, and is told when a tensor is complete.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import select
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.errors import DeviceError
+from numba_dequant.kernels import native
+from numba_dequant.kernels.native.records import CALLS, CREW, JOB, PART, PIECE, THREAD
+
+IS_POSSIBLE = sys.platform == "linux"
+"""Whether this system has what the loop needs: `pread`, `eventfd`, and a driver named libcuda."""
+
+LARGEST_CREW = 64
+"""Threads at most."""
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+@cache
+def calls() -> NDArray[np.void]:
+    """The functions that the loop calls."""
+    library, driver = _library(), ctypes.CDLL("libcuda.so.1")
+    functions = {
+        "set_context": driver.cuCtxSetCurrent,
+        "wait_for_share": library.read,
+        "read": library.pread,
+        "error": library.__errno_location,
+        "tell": library.write,
+        "pause": library.usleep,
+        "let_gpu_wait": driver.cuStreamWaitEvent,
+        "copy": driver.cuMemcpyHtoDAsync_v2,
+        "launch": driver.cuLaunchKernel,
+        "signal": driver.cuStreamWriteValue32_v2,
+    }
+    return addresses(functions)
+
+
+def addresses(functions: dict[str, Any]) -> NDArray[np.void]:
+    """A `CALLS` of ctypes functions."""
+    return np.array([tuple(ctypes.cast(functions[name], ctypes.c_void_p).value for name in CALLS.names or ())], CALLS)
+
+
+class FaultError(Exception):
+    """What a thread has failed at: the number of its piece, where it was, the code, the byte of the file."""
+
+    def __init__(self, piece: int, place: int, code: int, offset: int) -> None:
+        self.piece, self.place, self.code, self.offset = piece, place, code, offset
+        super().__init__(piece, place, code, offset)
+
+
+class Pump:
+    """The tables of one load, and the threads that work on them.
+
+    Attributes:
+        n_shares: shares of the pieces that have been planned.
+        is_stopping: whether `stop` has been called, by whomever.
+    """
+
+    def __init__(
+        self,
+        n_bytes: list[int],
+        most: int,
+        buffers: NDArray[np.void],
+        share_size: int,
+        context: int,
+        finish: Callable[[], None],
+    ) -> None:
+        """Prepare to move tensors of so many bytes, in at most so many pieces, and parts; no buffer is lent yet.
+
+        A piece is read by as many threads as it has shares of that many bytes. `finish` is called once they have all
+        ended, and again if it was interrupted; what it belongs to lives until then.
+
+        Raises:
+            DeviceError: the system has no file left to tell threads by.
+        """
+        self.pieces, self.parts = np.zeros(most, PIECE), np.zeros(most, PART)
+        self.left, self.written = np.array(n_bytes, np.int64), np.zeros(len(n_bytes), np.int64)
+        self._one = np.ones(1, np.int64)
+        self._calls = calls()
+        self._finish: Callable[[], None] | None = finish
+        self._lock = threading.RLock()
+        self.is_stopping = False
+        self._planned = self._progress = -1
+        try:
+            self._planned = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
+            self._progress = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as error:
+            self._close()
+            raise DeviceError(f"no thread can be told what to read: {error.strerror}; close some files") from error
+        self._poll = select.poll()  # select itself fails where many files are open
+        self._poll.register(self._progress, select.POLLIN)
+        self._job = np.zeros(1, JOB)
+        self._n_pieces = self._n_parts = self._n_released = self.n_shares = 0
+        self._share_size = share_size
+        self._threads = (ctypes.c_void_p * LARGEST_CREW)()
+        self._records = np.zeros(LARGEST_CREW, THREAD)
+        self._records["job"] = self._job.ctypes.data
+        for name in ("data", "n_elements", "out"):
+            places = self._records[name].ctypes.data + THREAD.itemsize * np.arange(LARGEST_CREW)
+            self._records[f"{name}_at"] = places
+        self._buffers = buffers
+        job = self._job[0]
+        job["calls"], job["one"] = self._calls.ctypes.data, self._one.ctypes.data
+        job["buffers"], job["most_buffers"], job["context"] = buffers.ctypes.data, len(buffers), context
+        job["pieces"], job["parts"] = self.pieces.ctypes.data, self.parts.ctypes.data
+        job["n_pieces"], job["n_parts"], job["share_size"] = most, most, share_size
+        job["left"], job["written"] = self.left.ctypes.data, self.written.ctypes.data
+        job["shares_planned"], job["progress"] = self._planned, self._progress
+        _running.add(self)
+
+    @property
+    def taken(self) -> int:
+        """Bytes that have been taken so far."""
+        return int(self._job["taken"][0])
+
+    @property
+    def n_threads(self) -> int:
+        """Threads that have been started."""
+        return sum(map(bool, self._threads))
+
+    def lend(self, count: int) -> None:
+        """Let the threads use the first so many buffers; they were made before the last `release`, which is a fence."""
+        self._job["n_buffers"] = count
+
+    def start(self) -> None:
+        """Start one more thread.
+
+        Raises:
+            OSError: the system has no thread left.
+        """
+        number = self.n_threads
+        record = self._records.ctypes.data + number * THREAD.itemsize
+        # The handle is written before Python could be interrupted: no thread goes without being awaited.
+        handle = ctypes.byref(self._threads, number * ctypes.sizeof(ctypes.c_void_p))
+        code = _library().pthread_create(handle, None, native.load("pump"), ctypes.c_void_p(record))
+        if code:
+            self._threads[number] = None
+            raise OSError(code, os.strerror(code))
+
+    def plan(self, piece: tuple[int, ...], parts: list[tuple[int, ...]]) -> None:
+        """Plan a piece: `file`, `offset`, `n_bytes` and `is_computed`; and its parts."""
+        first = self._n_parts
+        self._n_parts += len(parts)
+        self.parts[first : self._n_parts] = parts
+        file, offset, n_bytes, is_computed = piece
+        n_shares = -(-n_bytes // self._share_size)
+        what = file, offset, n_bytes, first, len(parts), is_computed, 0
+        self.pieces[self._n_pieces] = *what, self.n_shares, n_shares, 0
+        self._n_pieces += 1
+        self.n_shares += n_shares
+
+    def release(self, ready: int) -> None:
+        """Let the threads take what has been planned since the last time; `ready` is an event."""
+        first, self._n_released = self._n_released, self._n_pieces
+        self.pieces["ready"][first : self._n_released] = ready
+        shares_before = int(self._job["planned"][0])
+        self._job["planned"] = self.n_shares
+        os.eventfd_write(self._planned, self.n_shares - shares_before)
+
+    def end(self) -> None:
+        """Let the threads end once they have read what has been planned, all there is."""
+        os.eventfd_write(self._planned, LARGEST_CREW)
+
+    def wait_for(self, tensor: int, seconds: float) -> bool:
+        """Wait until all of a tensor has been taken, but not for long; whether it has.
+
+        Raises:
+            FaultError: a thread has failed.
+            DeviceError: somebody has stopped the threads.
+        """
+        if not self.left[tensor]:
+            return True
+        self._poll.poll(1000 * seconds)
+        with suppress(OSError):
+            os.eventfd_read(self._progress)
+        if self._job["is_over"][0]:
+            self._join()  # one that is still reading may fail at an earlier byte
+            faults = self._records[self._records["has_failed"] == 1]
+            if not len(faults):
+                raise DeviceError("loading has been stopped, as the program ends")
+            first = np.sort(faults, order=["fault_piece", "fault_offset"])[0]
+            names = ("fault_piece", "fault_place", "fault_code", "fault_offset")
+            raise FaultError(*(int(first[name]) for name in names))
+        return not self.left[tensor]
+
+    def has_written(self, stream_bit: int, tensor: int) -> bool:
+        """Whether some of a tensor is on its way by that stream."""
+        return bool(int(self.written[tensor]) & stream_bit)
+
+    def stop(self) -> None:
+        """Let the threads finish what they have begun, and nothing else; they have ended then."""
+        with self._lock:
+            # Whatever interrupts this: it can be called again, and until it is through all of it lives on.
+            self.is_stopping = True
+            self._job["is_over"] = 1
+            self._join()
+            if self._finish is not None:
+                self._finish()
+            self._close()
+            _running.discard(self)
+            self._finish = None
+
+    def _join(self) -> None:
+        with self._lock:
+            if not self.n_threads:
+                return
+            self.end()
+            join = ctypes.cast(_library().pthread_join, ctypes.c_void_p).value
+            crew = np.array([(join, ctypes.addressof(self._threads), LARGEST_CREW)], CREW)
+            function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(native.load("join_threads").value or 0)
+            function(crew.ctypes.data)
+
+    def forget(self) -> None:
+        """In a process that has been forked: the threads, and what they wait for, are those of the parent."""
+        self._threads = (ctypes.c_void_p * LARGEST_CREW)()
+        self._lock = threading.RLock()
+        self._close()
+
+    def _close(self) -> None:
+        for name in ("_planned", "_progress"):
+            descriptor = getattr(self, name)
+            setattr(self, name, -1)
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+_running: set[Pump] = set()
+"""Those that nobody has stopped: their threads may work, and their tables must live on, whoever forgets them."""
+
+
+def _forget_all() -> None:
+    for pump in _running:
+        pump.forget()
+    _running.clear()
+
+
+@atexit.register
+def _stop_all() -> None:
+    for pump in list(_running):
+        pump.stop()
+
+
+def stop_interrupted() -> None:
+    """Stop those whose stopping has been interrupted."""
+    for pump in list(_running):
+        if pump.is_stopping:
+            pump.stop()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)

@@ -1,0 +1,185 @@
+"""Reading tensors on several threads, in memory that does not grow with the model.
+
+What becomes of the bytes is the business of a `Worker`, one a thread: it has the memory to read to, and takes each
+piece when it has been read.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.gguf.file import TensorInfo
+from numba_dequant.loading.chunks import Piece, cut, interleaved
+from numba_dequant.loading.files import Files
+
+PATIENCE = 0.1
+"""Seconds after which who waits for a tensor looks how far it has got."""
+
+
+class Worker(Protocol):
+    """What a thread does with pieces."""
+
+    def room(self) -> NDArray[np.uint8]:
+        """Memory that the next piece may be read to."""
+
+    def take(self, piece: Piece, data: NDArray[np.uint8]) -> None:
+        """A piece that has been read to the start of that memory, in this machine's byte order."""
+
+
+class Sink(Protocol):
+    """Where the bytes of tensors go."""
+
+    def prepare(self, index: int) -> None:
+        """Get ready for a tensor: called before any of its bytes are taken, once, and never twice at a time."""
+
+    def worker(self) -> Worker:
+        """What one more thread does with pieces: called in that thread."""
+
+
+class Pipeline:
+    """Tensors read by several workers at once, and handed out in order.
+
+    Iterating yields the index of each tensor once all its bytes have been taken. It starts the threads, and whichever
+    way it ends (also when the iterator is dropped), they have stopped by then.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[TensorInfo],
+        sink: Sink,
+        largest: int,
+        n_threads: int,
+        prefetch: int | None,
+        watch: Callable[[int], None],
+    ) -> None:
+        """Plan to read `tensors`.
+
+        Args:
+            tensors: in the order in which they are handed out.
+            sink: where their bytes go.
+            largest: bytes of a piece at most.
+            n_threads: how many at most; with one, all is done in the thread that iterates.
+            prefetch: tensors that may be read ahead of the one that was handed out last; None for all.
+            watch: is called now and then, in the thread that iterates, with the number of bytes taken so far.
+        """
+        self._tensors, self._sink = tensors, sink
+        # An order other than that of handing out would have the first tensor wait for one that is not due.
+        order = range(len(tensors)) if prefetch is not None else interleaved(tensors)
+        self._pieces = cut(tensors, order, largest, in_turn=prefetch is not None)
+        self._next: Piece | None = next(self._pieces, None)
+        n_pieces = sum(tensor.n_bytes for tensor in tensors) // largest + 1
+        self._n_threads = max(1, min(n_threads, n_pieces))
+        self._prefetch, self._watch = prefetch, watch
+        self._left = [tensor.n_bytes for tensor in tensors]
+        self._prepared = [False] * len(tensors)
+        self._taken = self._wanted = 0
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._is_over = False
+
+    def __iter__(self) -> Generator[int, None, None]:
+        if self._n_threads == 1:
+            yield from self._here()
+            return
+        names = [f"numba_dequant reader {number}" for number in range(self._n_threads)]
+        # Daemons, so that a program may end with an iterator that it has not finished.
+        threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
+        try:
+            if not self._start(threads):
+                yield from self._here()
+                return
+            for index in range(len(self._tensors)):
+                self._wait_for(index)
+                self._watch(self._taken)
+                yield index
+        finally:
+            with self._changed:
+                self._is_over = True
+                self._changed.notify_all()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+
+    @staticmethod
+    def _start(threads: list[threading.Thread]) -> bool:
+        """Start as many of the threads as the system allows; whether there is any."""
+        for number, thread in enumerate(threads):
+            try:
+                thread.start()
+            except RuntimeError:
+                return number > 0
+        return True
+
+    def _here(self) -> Iterator[int]:
+        worker = self._sink.worker()
+        with Files() as files:
+            for index in range(len(self._tensors)):
+                self._wanted = index
+                while self._left[index] and (piece := self._claim()):
+                    self._handle(piece, worker, files)
+                    self._watch(self._taken)
+                self._ready(index)
+                yield index
+
+    def _wait_for(self, index: int) -> None:
+        with self._changed:
+            self._wanted = index
+            self._ready(index)
+            self._changed.notify_all()
+        while True:
+            with self._changed:
+                if self._error is not None:
+                    raise self._error
+                if not self._left[index]:
+                    return
+                self._changed.wait(PATIENCE)
+                taken = self._taken
+            self._watch(taken)
+
+    def _work(self) -> None:
+        try:
+            worker = self._sink.worker()
+            with Files() as files:
+                while piece := self._claim_in_turn():
+                    self._handle(piece, worker, files)
+        except BaseException as error:
+            with self._changed:
+                self._error = self._error or error
+                self._is_over = True
+                self._changed.notify_all()
+
+    def _claim_in_turn(self) -> Piece | None:
+        with self._changed:
+            while not self._is_over and self._next is not None and self._is_early(self._next):
+                self._changed.wait()
+            return None if self._is_over else self._claim()
+
+    def _is_early(self, piece: Piece) -> bool:
+        return self._prefetch is not None and piece.parts[0].index > self._wanted + self._prefetch
+
+    def _claim(self) -> Piece | None:
+        piece = self._next
+        if piece is not None:
+            for part in piece.parts:
+                self._ready(part.index)
+            self._next = next(self._pieces, None)
+        return piece
+
+    def _ready(self, index: int) -> None:
+        if not self._prepared[index]:
+            self._sink.prepare(index)
+            self._prepared[index] = True
+
+    def _handle(self, piece: Piece, worker: Worker, files: Files) -> None:
+        worker.take(piece, files.read(piece, self._tensors, worker.room()))
+        with self._changed:
+            for part in piece.parts:
+                self._left[part.index] -= part.n_bytes
+                self._taken += part.n_bytes
+            if any(not self._left[part.index] for part in piece.parts):
+                self._changed.notify_all()
