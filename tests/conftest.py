@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from numba_dequant import FORMATS
-from numba_dequant.backends.devices import cuda_problem, is_simulated, is_there
+from numba_dequant.backends.devices import cuda_problem, is_simulated
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.kernels import compiler
+from numba_dequant.kernels.gpu_packages import is_there
 
 # These put something in place of a GPU under the packages that a GPU needs, or look at what they compile.
 collect_ignore = (

@@ -10,13 +10,14 @@ from conftest import QUANTIZED, assert_same_bits, random_blocks
 
 import numba_dequant as nd
 from numba_dequant.backends import cpu, devices
+from numba_dequant.kernels import gpu_packages
 
 
 @pytest.fixture
 def no_gpu_packages(monkeypatch):
     """A machine without a driver and without the packages of an extra."""
-    monkeypatch.setattr(devices, "is_there", lambda module: False)
-    monkeypatch.setattr(devices, "_driver_version", lambda: 0)
+    monkeypatch.setattr(gpu_packages, "is_there", lambda module: False)
+    monkeypatch.setattr(gpu_packages, "driver_version", lambda: 0)
     monkeypatch.setattr(devices.sys, "platform", "linux")
     devices.cuda_problem.cache_clear()
     yield
@@ -27,7 +28,7 @@ def no_gpu_packages(monkeypatch):
     ("version", "extra"), [(0, "cu13"), (11080, "cu12"), (12090, "cu12"), (13000, "cu13"), (14000, "cu13")]
 )
 def test_a_gpu_call_without_the_extra_says_the_one_command(no_gpu_packages, monkeypatch, version, extra):
-    monkeypatch.setattr(devices, "_driver_version", lambda: version)
+    monkeypatch.setattr(gpu_packages, "driver_version", lambda: version)
     with pytest.raises(nd.DeviceError) as caught:
         nd.dequantize(bytes(34), "Q8_0", device="cuda")
     assert f'pip install "numba_dequant[{extra}]"' in str(caught.value)
@@ -107,8 +108,8 @@ print(*sorted(needed))
     found = run(WITHOUT_GPU_PACKAGES + code)
     assert found.returncode == 0, found.stderr
     assert set(found.stdout.split()) <= {
-        *("cuda_python", "device_tensor", "gpu", "gpu_loader", "kernels", "lowering_cuda", "many", "measure"),
-        *("roof", "runtime", "simulator", "staging", "streams"),
+        *("numba_cuda", "device_tensor", "gpu", "gpu_loader", "dequantize", "intrinsics_cuda", "gpu_batch", "measure"),
+        *("copy", "cuda_driver", "simulator", "staging", "streams"),
     }
 
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
 
 from numba_dequant.errors import DeviceError, shown
+from numba_dequant.kernels.gpu_packages import install_command, why_no_packages
 from numba_dequant.locks import compile_lock
 from numba_dequant.warn import warn_once
-
-GPU_PACKAGES = {"numba-cuda": "numba_cuda", "cuda-core": "cuda.core"}
-"""What only a GPU needs, and the modules by which it is found."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +122,9 @@ def cuda_problem() -> str | None:
         return None
     if sys.platform == "darwin":
         return "there is no CUDA on macOS"
-    missing = [package for package, module in GPU_PACKAGES.items() if not is_there(module)]
-    if missing:
-        no_driver = "" if _driver_version() else "no NVIDIA driver was found, and "
-        return f"{no_driver}{' and '.join(missing)} cannot be imported; run: {install_command()}"
+    missing = why_no_packages()
+    if missing is not None:
+        return missing
     try:
         with compile_lock:  # a fork waits for the import
             from numba_dequant.backends import cuda_driver
@@ -142,30 +137,6 @@ def cuda_problem() -> str | None:
     from numba_dequant.kernels import compiler
 
     return compiler.toolkit_problem()
-
-
-def install_command() -> str:
-    """The command that installs what a GPU needs, for the driver that is here."""
-    return f'pip install "numba_dequant[{"cu12" if 0 < _driver_version() < 13000 else "cu13"}]"'
-
-
-def is_there(module: str) -> bool:
-    """Whether a module can be found; it is not imported."""
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # what it is in
-        return False
-
-
-@lru_cache(maxsize=1)
-def _driver_version() -> int:
-    """The newest CUDA that the driver knows, as 13010 for 13.1; 0 without a driver."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        version = ctypes.c_int()
-        return 0 if driver.cuDriverGetVersion(ctypes.byref(version)) else version.value
-    except (OSError, AttributeError):
-        return 0
 
 
 def n_threads() -> int:

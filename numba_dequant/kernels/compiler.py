@@ -13,10 +13,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from numba_dequant import disk_cache
-from numba_dequant.backends.devices import install_command
 from numba_dequant.errors import DeviceError
 from numba_dequant.format import Format
 from numba_dequant.formats import is_built_in
+from numba_dequant.kernels.gpu_packages import install_command
 from numba_dequant.kernels.launch_shape import mapping_named
 from numba_dequant.locks import compile_lock
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numba import config
 
-from numba_dequant.backends.devices import GPU_PACKAGES, install_command, is_there
 from numba_dequant.errors import DeviceError
+from numba_dequant.kernels.gpu_packages import GPU_PACKAGES, install_command, is_there
 
 REMOVED_NAMES = {"row_stack": "vstack", "trapz": "trapezoid", "in1d": "isin"}
 """Names that NumPy has taken back, which versions of numba-cuda ask for when they are imported: 0.30 for row_stack, of

@@ -1,0 +1,44 @@
+"""What only a GPU needs: the packages of the extras, and the driver."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from functools import lru_cache
+from importlib.util import find_spec
+
+GPU_PACKAGES = {"numba-cuda": "numba_cuda", "cuda-core": "cuda.core"}
+"""What only a GPU needs, and the modules by which it is found."""
+
+
+def why_no_packages() -> str | None:
+    """What is missing for a GPU, with the command that installs it; None if everything is installed."""
+    missing = [package for package, module in GPU_PACKAGES.items() if not is_there(module)]
+    if not missing:
+        return None
+    no_driver = "" if driver_version() else "no NVIDIA driver was found, and "
+    return f"{no_driver}{' and '.join(missing)} cannot be imported; run: {install_command()}"
+
+
+def install_command() -> str:
+    """The command that installs what a GPU needs, for the driver that is here."""
+    return f'pip install "numba_dequant[{"cu12" if 0 < driver_version() < 13000 else "cu13"}]"'
+
+
+def is_there(module: str) -> bool:
+    """Whether a module can be found; it is not imported."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # what it is in
+        return False
+
+
+@lru_cache(maxsize=1)
+def driver_version() -> int:
+    """The newest CUDA that the driver knows, as 13010 for 13.1; 0 without a driver."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        version = ctypes.c_int()
+        return 0 if driver.cuDriverGetVersion(ctypes.byref(version)) else version.value
+    except (OSError, AttributeError):
+        return 0
