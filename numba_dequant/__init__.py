@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from numba_dequant.api import dequantize, dequantize_many, prepare_many
+from numba_dequant.api import Batch, dequantize, dequantize_many, prepare_many
 from numba_dequant.backends.dlpack import Bfloat16Array
-from numba_dequant.batch import Batch
 from numba_dequant.errors import (
     DataError,
     DeviceError,

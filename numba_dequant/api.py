@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +27,36 @@ from numba_dequant.arguments import (
 from numba_dequant.backends import host
 from numba_dequant.backends.devices import Place, place_named
 from numba_dequant.backends.dlpack import shareable
-from numba_dequant.batch import Batch, Key
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DeviceError, NumbaDequantError, OutputError
 from numba_dequant.format import Format
 from numba_dequant.formats import format_named
 from numba_dequant.kernels.launch_shape import mapping_named
+
+Key = TypeVar("Key")
+
+
+class Batch(Generic[Key]):
+    """Many tensors that have been checked and given their memory: what is left of `dequantize_many` is to compute.
+
+    Attributes:
+        results: name -> result, which every `run` fills anew.
+    """
+
+    def __init__(self, results: dict[Key, Any], work: Callable[[], object]) -> None:
+        self.results = results
+        self._work = work
+
+    def run(self) -> dict[Key, Any]:
+        """Compute all results, on a GPU by one launch per format, in the order of the stream."""
+        self._work()
+        return self.results
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __repr__(self) -> str:
+        return f"Batch({len(self)} tensors)"
 
 
 def dequantize(

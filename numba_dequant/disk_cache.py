@@ -26,7 +26,7 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from numba_dequant.warn import warn_once
+from numba_dequant.errors import warn_once
 
 VARIABLE = "NUMBA_DEQUANT_CACHE_DIR"
 

@@ -1,8 +1,11 @@
-"""Every error that this package raises on purpose, one class per kind of failure."""
+"""Every error that this package raises on purpose, one class per kind of failure, and how it warns."""
 
 from __future__ import annotations
 
 import reprlib
+import sys
+import warnings
+from functools import lru_cache
 from typing import Any
 
 
@@ -124,3 +127,20 @@ def shown(thing: Any) -> str:
     except Exception:  # a foreign object may fail in any way when it is asked what it is
         return f"an object of type {type(thing).__name__}"
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+def warn(message: str) -> None:
+    """Give a RuntimeWarning that points to the line of the user's code; in a thread of this package there is none."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and (frame.f_globals.get("__package__") or "").partition(".")[0] == _PACKAGE:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+@lru_cache(maxsize=64)
+def warn_once(message: str) -> None:
+    """Give a warning, once per process."""
+    warn(message)

@@ -37,7 +37,7 @@ def test_a_gpu_call_without_the_extra_says_the_one_command(no_gpu_packages, monk
 
 
 def test_a_call_without_a_device_computes_on_the_cpu_and_says_why(no_gpu_packages):
-    from numba_dequant.warn import warn_once
+    from numba_dequant.errors import warn_once
 
     warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="computes on the CPU: no NVIDIA driver was found") as caught:

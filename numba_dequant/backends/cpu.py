@@ -23,12 +23,12 @@ from numba_dequant import bits
 from numba_dequant.backends import reference
 from numba_dequant.backends.devices import n_threads
 from numba_dequant.bits import RUN
+from numba_dequant.errors import warn_once
 from numba_dequant.format import Format
 from numba_dequant.formats import is_built_in, is_passed_on
 from numba_dequant.kernels import native
 from numba_dequant.locks import compile_lock as _lock
 from numba_dequant.locks import compiled_once
-from numba_dequant.warn import warn_once
 
 Span = Callable[[int, int, int, int], None]
 """A compiled function that takes the address of blocks, the first and last of the steps to compute, and an address to

@@ -12,10 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from numba_dequant.errors import DeviceError, shown
+from numba_dequant.errors import DeviceError, shown, warn_once
 from numba_dequant.kernels.gpu_packages import install_command, why_no_packages
 from numba_dequant.locks import compile_lock
-from numba_dequant.warn import warn_once
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.arguments import flat_bytes, host_array
-from numba_dequant.errors import DataError, MissingFileError, NumbaDequantError, OptionError, ReadError, shown
-from numba_dequant.warn import warn
+from numba_dequant.errors import DataError, MissingFileError, NumbaDequantError, OptionError, ReadError, shown, warn
 
 CHANGED = "it has changed since it was opened; reopen it"
 """What errors say of a file that is not the one whose header was read."""

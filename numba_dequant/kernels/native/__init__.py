@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from numba_dequant import disk_cache
+from numba_dequant.errors import warn_once
 from numba_dequant.locks import compiled_once
-from numba_dequant.warn import warn_once
 
 SUM_SIZE = 32
 
