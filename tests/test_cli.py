@@ -40,7 +40,7 @@ def test_verify_other_types(dtype, capsys):
 
 
 def test_verify_says_which_device_and_why(capsys, monkeypatch):
-    monkeypatch.setattr(main.device, "cuda_problem", lambda: "no GPU, says the test")
+    monkeypatch.setattr(main.devices, "cuda_problem", lambda: "no GPU, says the test")
     assert main.main(["verify"]) == 0
     assert "on cpu (no GPU, says the test)" in capsys.readouterr().out
 
@@ -282,7 +282,7 @@ def test_bar(share, text):
     ids=["arch", "format", "nothing"],
 )
 def test_warm_for_nothing(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(main.device, "cuda_problem", lambda: "no GPU, says the test")
+    monkeypatch.setattr(main.devices, "cuda_problem", lambda: "no GPU, says the test")
     assert main.main(["warm", *arguments]) == 2
     assert message in capsys.readouterr().err
 
