@@ -1,7 +1,7 @@
 """The few primitives that every `decode` is made of.
 
 Each is a plain Python function: a reader can step through it, and Numba's CUDA simulator runs it. The CPU and the
-CUDA target replace the bodies by machine instructions (`lowering.py`); a decode need not know.
+CUDA target replace the bodies by machine instructions (`kernels/intrinsics.py`); a decode need not know.
 
 `block` is a one-dimensional array of unsigned integers; `at` counts bytes from its start. The item size of the array
 is the alignment that the caller vouches for: loads are as wide as it allows, and the plain bodies below check it.

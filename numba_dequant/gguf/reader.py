@@ -1,6 +1,6 @@
 """Reading one GGUF file, which may be a shard: its header and its tensor table, with all checks.
 
-The rules are those that `gguf_file` lists.
+The rules are those that `file` lists.
 """
 
 from __future__ import annotations

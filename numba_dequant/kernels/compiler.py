@@ -50,7 +50,7 @@ def cubin(source: Format, dtype: str, mapping: str, capability: tuple[int, int])
 
 
 def ptx(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -> str:
-    """The PTX text of a kernel; mapping "table" is the kernel of `kernels.make_table_kernel`, in tiles."""
+    """The PTX text of a kernel; mapping "table" is the kernel of `make_table_kernel`, in tiles."""
     from numba_dequant.kernels.dequantize import make_kernel, make_table_kernel
 
     if mapping == TABLE:

@@ -1,7 +1,7 @@
 """The CUDA kernels: one template over all formats, written once over `Format.decode`.
 
 A thread block copies a tile of consecutive quant blocks to shared memory, 16 bytes a load; then each thread decodes
-runs of eight elements and writes each with stores of 16 bytes. `mapping.py` says how large a tile is: with a tile of
+runs of eight elements and writes each with stores of 16 bytes. `launch_shape.py` says how large a tile is: with a tile of
 one it is exactly one thread block per quant block.
 
 `compiler.py` compiles these functions for the library's own launches. To launch one the plain Numba way, from a
@@ -68,7 +68,7 @@ def make_kernel(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any, 
 def make_table_kernel(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any, Any, int, Any], None]:
     """The kernel, not compiled, for many tensors of one format: ``kernel(data, table, n_tensors, out)``.
 
-    `table` is that of `mapping.tile_table`, flat.
+    `table` is that of `launch_shape.tile_table`, flat.
     """
     write_tile = _tile_writer(source, dtype, mapping)
     threads = mapping.threads

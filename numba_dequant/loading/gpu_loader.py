@@ -2,7 +2,7 @@
 
 The threads of a load share buffers, each of pinned memory with as much memory on the GPU, and a stream, which it shares
 with others. The stream keeps the order within a buffer, events keep it between streams, the caller's among them, and a
-count that the GPU writes tells when a buffer may be filled again. What the threads do is in `pump`.
+count that the GPU writes tells when a buffer may be filled again. What the threads do is in `native_threads`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The loop of `pump`, in Python that Numba compiles."""
+"""The loop of `loading.native_threads`, in Python that Numba compiles."""
 
 from __future__ import annotations
 
