@@ -1,8 +1,8 @@
 """The CUDA kernels: one template over all formats, written once over `Format.decode`.
 
 A thread block copies a tile of consecutive quant blocks to shared memory, 16 bytes a load; then each thread decodes
-runs of eight elements and writes each with stores of 16 bytes. `launch_shape.py` says how large a tile is: with a tile of
-one it is exactly one thread block per quant block.
+runs of eight elements and writes each with stores of 16 bytes. `launch_shape.py` says how large a tile is: with a tile
+of one it is exactly one thread block per quant block.
 
 `compiler.py` compiles these functions for the library's own launches. To launch one the plain Numba way, from a
 notebook say, take `jit`.

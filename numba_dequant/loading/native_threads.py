@@ -1,8 +1,8 @@
 """Threads that move pieces of files to a GPU, and know nothing of Python.
 
 Sixteen threads that hand Python's lock around for every piece move a quarter of what the bus carries. So their loop,
-`kernels.native.pump_loop`, is compiled. They are the system's own, because one of Python's takes ten times as long to start.
-Python plans pieces while they work, and is told when a tensor is complete.
+`kernels.native.pump_loop`, is compiled. They are the system's own, because one of Python's takes ten times as long to
+start. Python plans pieces while they work, and is told when a tensor is complete.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Moving past strings, in Python that Numba compiles: see `gguf_header.Cursor.skip_strings`."""
+"""Moving past strings, in Python that Numba compiles: see `gguf.header.Cursor.skip_strings`."""
 
 from __future__ import annotations
 
