@@ -17,7 +17,7 @@ import numba_dequant as nd
 from numba_dequant.backends import cuda_driver, devices, gpu
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.kernels.launch_shape import mapping_named
-from numba_dequant.loading import gpu_loader, native_threads, staging
+from numba_dequant.loading import gpu_loader, native_threads
 
 POISON = 0xA5
 
@@ -260,13 +260,13 @@ def installed(kind, monkeypatch):
     monkeypatch.setattr(gpu_loader, "POOL", gpu_loader.BufferPool())
     monkeypatch.setattr(cuda_driver, "current", found)
     monkeypatch.setattr(cuda_driver, "pinned", lambda n_bytes: np.zeros(n_bytes, np.uint8))
+    monkeypatch.setattr(cuda_driver, "is_pinned", lambda host: False)
     monkeypatch.setattr(cuda_driver, "copy_on_device", found.copy_on_device)
     monkeypatch.setattr(gpu, "dequantize_into", found.dequantize_into)
     monkeypatch.setattr(gpu, "capability_of", lambda index: (9, 0))
     monkeypatch.setattr(devices, "cuda_problem", lambda: None)
     monkeypatch.setattr(gpu_loader, "PIECE", 4096)
     monkeypatch.setattr(gpu_loader, "SHARE", 1000)
-    monkeypatch.setattr(staging, "PIECE", 4096)
     threads = n_threads_of_this_process()
     yield found
     gc.collect()

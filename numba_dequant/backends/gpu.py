@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from statistics import median
 from typing import Any
 
@@ -36,8 +35,7 @@ def dequantize(
     call = streams.stream_for(stream, index, (data, out))
     if not isinstance(data, DeviceTensor) and not is_on_gpu(data):
         if not is_pinned_tensor(data):
-            host = host_bytes(data)
-            return load(partial(send, host), host.nbytes, source, dtype, shape, index, out, call, mapping)
+            return load(host_bytes(data), source, dtype, shape, index, out, call, mapping)
         cuda_driver.refuse_capture(call.handle, NO_HOST_DATA)
         data = TORCH.to_gpu(data, index, call.handle)
     with cuda_driver.current(index) as device:
@@ -51,8 +49,7 @@ def dequantize(
 
 
 def load(
-    send_to: Callable[[int, int], None],
-    n_bytes: int,
+    host: NDArray[np.uint8],
     source: Format,
     dtype: str,
     shape: Any,
@@ -61,26 +58,29 @@ def load(
     call: CallStream,
     mapping: str = "tile",
 ) -> Any:
-    """Dequantize bytes that `send_to(pointer, stream)` copies to the GPU; they are freed behind the kernel."""
-    n_elements = source.n_elements(n_bytes)
+    """Dequantize bytes that lie on the host; their copy on the GPU is freed behind the kernel."""
+    n_elements = source.n_elements(host.nbytes)
     with cuda_driver.current(index) as device:
         cuda_driver.refuse_capture(call.handle, NO_HOST_DATA)
         result, target = target_for(source, dtype, n_elements, shape, device, out, call)
-        memory = cuda_driver.allocate(n_bytes, device, call.handle, call.keeper)
-        if n_bytes:
-            send_to(memory.pointer, call.handle)
+        memory = _sent(host, device, call)
         dequantize_into(memory, source, dtype, n_elements, target, call.handle, mapping)
         streams.release(call, index, None, out)
         return result
 
 
-def keep(send_to: Callable[[int, int], None], n_bytes: int, index: int, call: CallStream) -> DeviceTensor:
-    """Bytes that `send_to(pointer, stream)` copies to the GPU, as they are."""
+def keep(host: NDArray[np.uint8], index: int, call: CallStream) -> DeviceTensor:
+    """Bytes that lie on the host, as they are, on the GPU."""
     with cuda_driver.current(index) as device:
-        memory = cuda_driver.allocate(n_bytes, device, call.handle, call.keeper)
-        if n_bytes:
-            send_to(memory.pointer, call.handle)
-        return DeviceTensor(memory, (n_bytes,), cuda_driver.BYTES, call.handle, call.framework)
+        memory = _sent(host, device, call)
+        return DeviceTensor(memory, (host.nbytes,), cuda_driver.BYTES, call.handle, call.framework)
+
+
+def _sent(host: NDArray[np.uint8], device: Device, call: CallStream) -> DeviceBytes:
+    memory = cuda_driver.allocate(host.nbytes, device, call.handle, call.keeper)
+    if host.nbytes:
+        send(host, memory.pointer, call.handle)
+    return memory
 
 
 def is_pinned_tensor(data: Any) -> bool:

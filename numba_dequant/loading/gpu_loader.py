@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from io import RawIOBase
 from typing import Any
 
@@ -32,10 +31,9 @@ from numba_dequant.gguf.file import truncated
 from numba_dequant.kernels.native.records import BUFFER, ENDED, IN_GPU
 from numba_dequant.loading import native_threads
 from numba_dequant.loading.chunks import Part, Piece, cut, interleaved
-from numba_dequant.loading.files import changed, check_unchanged, open_unchanged, read_error
+from numba_dequant.loading.files import changed, check_unchanged, open_unchanged, read_error, read_tensor
 from numba_dequant.loading.python_threads import PATIENCE
 from numba_dequant.loading.requests import QuantizedTensor, Request
-from numba_dequant.loading.staging import Staging
 
 PIECE = 8 << 20
 """Bytes that are sent at a time: each copy costs the bus 2 us."""
@@ -94,7 +92,6 @@ class BufferPool:
 
     def __init__(self) -> None:
         self.idle: dict[int, list[Buffers]] = {}
-        self.staging: dict[int, Staging] = {}
         self._lock = threading.Lock()
 
     def take(self, index: int, device: Device) -> Buffers:
@@ -112,20 +109,10 @@ class BufferPool:
             if all(each is not buffers for each in kept):
                 kept.append(buffers)
 
-    def staging_of(self, index: int) -> Staging:
-        """The buffers of loads without threads."""
-        with self._lock:
-            if index not in self.staging:
-                self.staging[index] = Staging(index)
-            return self.staging[index]
-
     def release(self, index: int | None = None) -> None:
         """Free the idle buffers of one GPU, or of all."""
         with self._lock:
-            chosen = [*self.idle, *self.staging] if index is None else [index]
-            dropped = [self.idle.pop(each, []) for each in chosen]
-            for each in chosen:
-                self.staging.pop(each, None)
+            dropped = [self.idle.pop(each, []) for each in (list(self.idle) if index is None else [index])]
         for kept in dropped:
             while kept:
                 kept.pop().sync()
@@ -169,32 +156,30 @@ def load(
     # Native threads read from files, and know no other byte order.
     is_odd = any(tensor.byte_order == "big" or tensor.source.data is not None for tensor, *_ in requests)
     if is_odd or not native_threads.IS_POSSIBLE or not cuda_driver.can_signal(index):
-        return _load_alone(requests, POOL.staging_of(index), call, watch)
+        return _load_alone(requests, index, call, watch)
     return _Load(requests, index, call, threads or min(n_threads(), USUAL_CREW), prefetch, watch).run()
 
 
 def _load_alone(
-    requests: Sequence[Request], staging: Staging, call: CallStream, watch: Callable[[int], None]
+    requests: Sequence[Request], index: int, call: CallStream, watch: Callable[[int], None]
 ) -> Generator[Any, None, None]:
-    """What `load` does, in this thread, on any system: each tensor is read when it is asked for."""
+    """What `load` does, in this thread, on any system: each tensor is read to the host when it is asked for."""
     done = 0
     for request in requests:
-        result = _staged(request, staging, call)
+        result = _by_the_host(request, index, call)
         done += request.tensor.n_bytes
         watch(done)
         yield result
         del result
 
 
-def _staged(request: Request, staging: Staging, call: CallStream) -> Any:
+def _by_the_host(request: Request, index: int, call: CallStream) -> Any:
     tensor = request.tensor
-    send = partial(staging.send, tensor)
+    host = read_tensor(tensor)
     try:
         if request.dtype is None:
-            data = gpu.keep(send, tensor.n_bytes, staging.index, call)
-            return QuantizedTensor(data, tensor.format, tensor.shape)
-        where = tensor.shape, staging.index, request.out, call
-        return gpu.load(send, tensor.n_bytes, tensor.format, request.dtype, *where)
+            return QuantizedTensor(gpu.keep(host, index, call), tensor.format, tensor.shape)
+        return gpu.load(host, tensor.format, request.dtype, tensor.shape, index, request.out, call)
     except DeviceError as error:
         raise DeviceError(f"{tensor.path}: tensor {tensor.name!r}: {error}") from error
 
