@@ -27,7 +27,6 @@ from numba_dequant.arguments import (
 from numba_dequant.backends import host
 from numba_dequant.backends.devices import Place, place_named
 from numba_dequant.backends.dlpack import shareable
-from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DeviceError, NumbaDequantError, OutputError
 from numba_dequant.format import Format
 from numba_dequant.formats import format_named
@@ -283,7 +282,7 @@ def _prepared(
 ) -> _HostJob:
     n_elements = source.n_elements(data.nbytes)
     asked = result_shape(shape, n_elements, out)
-    kind = source.stored_dtype or numpy_dtype(dtype)
+    kind = source.result_dtype(dtype)
     if out is None:
         n_bytes = n_elements * kind.itemsize
         values = allocated(lambda: np.empty(asked, kind), n_bytes, "the result")

@@ -1,34 +1,63 @@
-"""The output types: float16, bfloat16 and float32."""
+"""The output types, a row each, and by which names people ask for them."""
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from numba_dequant import bits
 from numba_dequant.errors import DtypeError, shown
 from numba_dequant.locks import compile_lock
 
-NAMES = ("float16", "bfloat16", "float32")
+
+@dataclass(frozen=True)
+class OutputType:
+    """What there is to know of an output type. Each target of Numba adds how it rounds to it (`Target.rounds`).
+
+    Attributes:
+        name: as NumPy, ml_dtypes and PyTorch have it.
+        store: the primitive that rounds eight values and writes them.
+        spellings: its other names. "float" is PyTorch's; Python's and NumPy's is float64, and is refused.
+        store_in_pairs: the primitive for two neighbouring runs at once, where that is faster on a GPU.
+        capability: the least compute capability of a GPU that can convert to it.
+    """
+
+    name: str
+    store: Callable[..., None]
+    spellings: tuple[str, ...]
+    store_in_pairs: Callable[..., None] | None = None
+    capability: tuple[int, int] = (0, 0)
+
+
+OUTPUT_TYPES = {
+    each.name: each
+    for each in (
+        OutputType("float16", bits.store_float16, ("fp16", "f16", "half", "f2")),
+        OutputType("bfloat16", bits.store_bfloat16, ("bf16",), capability=(8, 0)),
+        OutputType(
+            "float32", bits.store_float32, ("fp32", "f32", "float", "single", "f4"), bits.store_float32_in_pairs
+        ),
+    )
+}
+
+NAMES = tuple(OUTPUT_TYPES)
 
 DEFAULT = "float16"
 
-_SPELLINGS = {
-    **dict.fromkeys(("float16", "fp16", "f16", "half", "f2"), "float16"),
-    **dict.fromkeys(("bfloat16", "bf16"), "bfloat16"),
-    **dict.fromkeys(("float32", "fp32", "f32", "float", "single", "f4"), "float32"),
-}
-"""What people call the output types. "float" is PyTorch's; Python's and NumPy's is float64, and is refused."""
+_SPELLINGS = {spelling: name for name, each in OUTPUT_TYPES.items() for spelling in (name, *each.spellings)}
 
 
 def dtype_name(dtype: Any) -> str:
     """The name of an output type given by one of its names, or as a NumPy, ml_dtypes or PyTorch dtype.
 
     Raises:
-        DtypeError: it is none of float16, bfloat16 and float32.
+        DtypeError: it is none of `OUTPUT_TYPES`.
     """
     if type(dtype) is str and dtype in NAMES:
         return dtype
@@ -84,12 +113,12 @@ def _refused(dtype: Any, why: str) -> DtypeError:
 
 @lru_cache
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The NumPy dtype of an output type; bfloat16 is that of ml_dtypes."""
+    """The NumPy dtype of an output type; one that NumPy does not have is that of ml_dtypes."""
     kind: Any = name
-    if name == "bfloat16":
+    if not hasattr(np, name):
         with compile_lock:  # a fork waits for the import
             import ml_dtypes
 
-        kind = ml_dtypes.bfloat16
+        kind = getattr(ml_dtypes, name)
     found: np.dtype[Any] = np.dtype(kind)
     return found

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.bits import RUN
+from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DataError, OptionError, ShapeError, shown
 from numba_dequant.explain.bit_map import bit_map, value_range
 from numba_dequant.explain.block_picture import Picture
@@ -168,6 +169,10 @@ class Format:
             return None
         assert self.layout.fields is not None
         return self.layout[0]
+
+    def result_dtype(self, dtype: str) -> np.dtype[Any]:
+        """The NumPy dtype of the values: that of an output type, or the one they are stored in."""
+        return self.stored_dtype or numpy_dtype(dtype)
 
     @cached_property
     def bit_map(self) -> NDArray[np.bool_]:

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant import bits
 from numba_dequant.backends import reference
 from numba_dequant.backends.devices import n_threads
 from numba_dequant.bits import RUN
+from numba_dequant.dtypes import OUTPUT_TYPES
 from numba_dequant.errors import warn_once
 from numba_dequant.format import Format
 from numba_dequant.formats import is_built_in, is_passed_on
@@ -39,8 +39,6 @@ MINIMUM_SHARE = 1 << 17
 
 LARGE_SHARE = 1 << 21
 """Elements beyond which a thread gets several shares, up to four, so that one that is held up does not delay all."""
-
-STORES = {"float16": bits.store_float16, "bfloat16": bits.store_bfloat16, "float32": bits.store_float32}
 
 
 def dequantize_into(
@@ -140,7 +138,7 @@ def is_jit_disabled() -> bool:
 
 @compiled_once
 def _compile(source: Format, dtype: str) -> Span | None:
-    store = STORES[dtype]
+    store = OUTPUT_TYPES[dtype].store
     name = f"dequantize_{source.name}_by_{store.__name__}"
     label, is_kept = f"cpu-{source.name}-{dtype}", is_built_in(source)
     try:

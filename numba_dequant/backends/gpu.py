@@ -15,7 +15,7 @@ from numba_dequant.backends import cuda_driver, streams
 from numba_dequant.backends.cuda_driver import DeviceBytes
 from numba_dequant.backends.device_tensor import DeviceTensor
 from numba_dequant.backends.streams import CallStream
-from numba_dequant.dtypes import numpy_dtype
+from numba_dequant.dtypes import OUTPUT_TYPES
 from numba_dequant.errors import DeviceError, DtypeError, OutputError
 from numba_dequant.format import Format
 from numba_dequant.interop import TORCH, library_of
@@ -112,7 +112,7 @@ def target_for(
 ) -> tuple[Any, DeviceBytes]:
     """What to return, and the memory to write: those of `out`, or new ones once all is checked."""
     asked = result_shape(shape, n_elements, out)
-    kind = source.stored_dtype or numpy_dtype(dtype)
+    kind = source.result_dtype(dtype)
     check_capability(source, dtype, device.device_id)
     if out is not None:
         return out, checked_output(out, memory, kind, asked, n_elements, device, call)
@@ -151,9 +151,12 @@ def check_capability(source: Format, dtype: str, index: int) -> None:
     Raises:
         DtypeError: it cannot.
     """
-    if dtype == "bfloat16" and source.decode is not None and capability_of(index) < (8, 0):
-        found = ".".join(map(str, capability_of(index)))
-        raise DtypeError(f"bfloat16 needs a GPU of compute capability 8.0 or later, this one has {found}; use float16")
+    needed = OUTPUT_TYPES[dtype].capability
+    if needed[0] and source.decode is not None and capability_of(index) < needed:
+        least, found = (".".join(map(str, each)) for each in (needed, capability_of(index)))
+        raise DtypeError(
+            f"{dtype} needs a GPU of compute capability {least} or later, this one has {found}; use float16"
+        )
 
 
 def checked_output(
@@ -255,7 +258,7 @@ def timed(
 ) -> tuple[NDArray[Any], float]:
     """The values, on the host, and the seconds that the kernel took by the GPU's clock: the median of five."""
     with cuda_driver.current(index) as device:
-        kind = source.stored_dtype or numpy_dtype(dtype)
+        kind = source.result_dtype(dtype)
         n_elements = source.n_elements(data.nbytes)
         memory = cuda_driver.allocate(data.nbytes, device, 0)
         target = cuda_driver.allocate(n_elements * kind.itemsize, device, 0)

@@ -180,7 +180,7 @@ def _job(tensor: Tensor, dtype: str, device: Device, call: CallStream) -> _Job:
     gpu.check_capability(tensor.source, dtype, device.device_id)
     n_elements = tensor.source.n_elements(data.n_bytes)
     shape = result_shape(tensor.shape, n_elements, tensor.out)
-    kind = tensor.source.stored_dtype or numpy_dtype(dtype)
+    kind = tensor.source.result_dtype(dtype)
     if tensor.out is None:
         target = DeviceBytes(0, n_elements * kind.itemsize, device.device_id, None)
     else:

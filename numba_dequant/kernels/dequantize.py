@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from numba import config
 
-from numba_dequant import bits
 from numba_dequant.bits import RUN, copy_16_bytes, copy_byte, is_aligned
-from numba_dequant.dtypes import dtype_name
+from numba_dequant.dtypes import OUTPUT_TYPES, dtype_name
 from numba_dequant.format import Format
 from numba_dequant.formats import format_named
 from numba_dequant.kernels.launch_shape import Mapping, mapping_named
@@ -33,12 +32,6 @@ if not IS_SIMULATED:
 int32: Any = np.int32
 int64: Any = np.int64
 uint32: Any = np.uint32
-
-STORES: dict[str, Callable[..., None]] = {
-    "float16": bits.store_float16,
-    "bfloat16": bits.store_bfloat16,
-    "float32": bits.store_float32,
-}
 
 
 def jit(format: str | Format, dtype: Any = "float16", mapping: str = "block") -> Any:
@@ -95,9 +88,9 @@ def make_table_kernel(source: Format, dtype: str, mapping: Mapping) -> Callable[
 
 def _tile_writer(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any, int, int, Any, int, int], None]:
     """What one thread block does: ``write_tile(data, data_start, n_elements, out, out_start, tile)``."""
-    decode, store = source.decode, STORES[dtype]
-    if dtype == "float32" and source.block_size % (2 * RUN) == 0:
-        store = bits.store_float32_in_pairs
+    decode, output_type = source.decode, OUTPUT_TYPES[dtype]
+    has_pairs = source.block_size % (2 * RUN) == 0
+    store = (has_pairs and output_type.store_in_pairs) or output_type.store
     assert decode is not None
     if IS_SIMULATED:
         decode = _quietly(decode)

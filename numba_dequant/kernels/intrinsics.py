@@ -15,6 +15,7 @@ from llvmlite import ir
 from numba.core import types
 
 from numba_dequant import bits
+from numba_dequant.dtypes import OUTPUT_TYPES
 
 BYTE, SHORT, WORD, LONG = (ir.IntType(width) for width in (8, 16, 32, 64))
 FLOAT = ir.FloatType()
@@ -60,10 +61,8 @@ class Target:
     """i64, i32 -> <8 x float>."""
     half_to_float: Emit
     """i16 -> float."""
-    round_to_half: Emit
-    """<8 x float> -> <4 x i32>, two float16 a word."""
-    round_to_brain: Emit
-    """<8 x float> -> <4 x i32>, two bfloat16 a word."""
+    rounds: dict[str, Emit]
+    """By output type of 16 bits: <8 x float> -> <4 x i32>, two values a word."""
     lookup_nibbles: Callable[[ir.IRBuilder, bits.Table, Any], Any]
     """Eight nibbles, a byte each -> their bytes in a table, packed."""
     table_address_space: int
@@ -284,13 +283,10 @@ def install(target: Target) -> None:
         (bits.load_8_brains, SHORT, brain),
     ):
         implement(target, load_eight, EIGHT, (None, types.int64), eight_loads_codegen(target, item, widen))
-    for store, words in (
-        (bits.store_float16, target.round_to_half),
-        (bits.store_bfloat16, target.round_to_brain),
-        (bits.store_float32, lambda builder, values: builder.bitcast(values, EIGHT_WORDS)),
-    ):
+    for name, output_type in OUTPUT_TYPES.items():
         kinds = (None, types.int64, EIGHT, types.int64)
-        implement(target, store, types.none, kinds, store_codegen(words, target.store_alignment))
+        words = target.rounds.get(name, lambda builder, values: builder.bitcast(values, EIGHT_WORDS))
+        implement(target, output_type.store, types.none, kinds, store_codegen(words, target.store_alignment))
     for sign, operation in ((operator.mul, "fmul"), (operator.add, "fadd"), (operator.sub, "fsub")):
         _implement_operator(target, sign, arithmetic_codegen(operation))
 

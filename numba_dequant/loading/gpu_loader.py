@@ -195,8 +195,9 @@ def _check(requests: Sequence[Request], index: int, call: CallStream) -> None:
                 if request.dtype is not None:
                     gpu.check_capability(source, request.dtype, index)
                 if request.out is not None:
+                    assert request.dtype is not None  # `requests` refuses `out` for bytes that are kept
                     shape, n_elements = request.tensor.shape, request.tensor.n_elements
-                    kind = source.stored_dtype or numpy_dtype(request.dtype or "")
+                    kind = source.result_dtype(request.dtype)
                     out = gpu.checked_output(request.out, None, kind, shape, n_elements, device, call)
                     outputs.append(Memory(out.pointer, out.pointer + out.n_bytes, request.tensor.name, is_out=True))
             except NumbaDequantError as error:

@@ -12,7 +12,6 @@ from numba_dequant.arguments import after_writing, check_apart, host_output, mem
 from numba_dequant.backends import host
 from numba_dequant.backends.devices import Place, n_threads
 from numba_dequant.backends.dlpack import shareable
-from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DeviceError, OutputError
 from numba_dequant.loading.chunks import Part, Piece
 from numba_dequant.loading.files import allocate
@@ -61,7 +60,7 @@ def _output(request: Request, place: Place) -> NDArray[Any]:
 def _kind(request: Request) -> np.dtype[Any]:
     if request.dtype is None:
         return np.dtype(np.uint8)
-    return request.tensor.format.stored_dtype or numpy_dtype(request.dtype)
+    return request.tensor.format.result_dtype(request.dtype)
 
 
 class _Results:
