@@ -26,11 +26,12 @@ mark("import numpy")
 import numba_dequant as nd
 mark("import numba_dequant")
 from numba_dequant.backends import gpu, cuda_driver
+from numba_dequant.kernels import compiler
 mark("import cuda.core")
 with cuda_driver.current(0) as device:
     capability = gpu.capability_of(0)
     mark("driver and context")
-    gpu.load_kernel(nd.FORMATS["Q4_K"], "float16", "tile", capability)
+    gpu.load_kernel(compiler.dequantize_kernel(nd.FORMATS["Q4_K"], "float16"), capability)
     mark("kernel load")
     cuda_driver.allocate(1 << 22, device, 0)
     mark("memory pool")
@@ -72,7 +73,7 @@ def test_compile(benchmark, empty_cache, name):
     from numba_dequant.kernels import compiler
 
     compiler.function_ptx(lambda data, number, out: None, (9, 0))
-    code = benchmark.pedantic(compiler.cubin, (nd.FORMATS[name], "float16", "tile", (9, 0)))[1]
+    code = benchmark.pedantic(compiler.cubin, (compiler.dequantize_kernel(nd.FORMATS[name], "float16"), (9, 0)))[1]
     assert code.startswith(b"\x7fELF")
     assert len(list(empty_cache.iterdir())) == 1
 

@@ -168,15 +168,15 @@ def check_ptx() -> str:
     from numba_dequant.kernels import compiler
 
     formats = [source for source in nd.FORMATS.values() if source.decode]
-    kernels = [(source, DTYPES[number % 3], "tile") for number, source in enumerate(formats)]
-    kernels.append((nd.FORMATS["Q4_K"], "float16", "table"))
-    for source, dtype, mapping in kernels:
-        text = compiler.ptx(source, dtype, mapping, (9, 0))
+    kernels = [compiler.dequantize_kernel(source, DTYPES[number % 3]) for number, source in enumerate(formats)]
+    kernels.append(compiler.batch_kernel(nd.FORMATS["Q4_K"], "float16"))
+    for kernel in kernels:
+        text = compiler.ptx(kernel, (9, 0))
         found = faults(text)
         if not compiler.assemble(text, (9, 0)).startswith(b"\x7fELF"):
             found.append("no machine code")
         if found:
-            raise AssertionError(f"{source.name} to {dtype}: {', '.join(found)}")
+            raise AssertionError(f"{kernel.label}: {', '.join(found)}")
     return f"{len(kernels)} of {len(kernels)}"
 
 

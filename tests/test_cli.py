@@ -226,7 +226,7 @@ def test_warm_and_cache(empty_store, capsys):
     shown = capsys.readouterr().out
     assert "11 entries" in shown
     assert "native" in shown.split()
-    for label in ("cpu-Q8_0-float32", "sm90-Q4_K-float32-tile", "sm80-Q8_0-float32-table"):
+    for label in ("cpu-Q8_0-float32", "sm90-Q4_K-float32-tile", "sm80-Q8_0-float32-batch"):
         assert label in shown
     # What is warm is not compiled again.
     written = {entry: entry.stat().st_mtime_ns for entry in empty_store.iterdir()}
@@ -291,7 +291,8 @@ def test_warm_for_nothing(arguments, message, capsys, monkeypatch):
 def test_a_kernel_entry_that_is_damaged_is_rebuilt(empty_store):
     from numba_dequant.kernels import compiler
 
-    first = compiler.cubin(nd.FORMATS["Q8_0"], "float16", "tile", (9, 0))
+    kernel = compiler.dequantize_kernel(nd.FORMATS["Q8_0"], "float16")
+    first = compiler.cubin(kernel, (9, 0))
     (entry,) = empty_store.iterdir()
     entry.write_bytes(entry.read_bytes()[:-7])
-    assert compiler.cubin(nd.FORMATS["Q8_0"], "float16", "tile", (9, 0))[1][:4] == first[1][:4] == b"\x7fELF"
+    assert compiler.cubin(kernel, (9, 0))[1][:4] == first[1][:4] == b"\x7fELF"

@@ -308,7 +308,6 @@ class TestGraphs:
             call(data)
         else:
             gpu.load_kernel.cache_clear()
-            gpu._load_kernel.cache_clear()
             gpu.launcher.cache_clear()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -81,7 +81,7 @@ for device in ("reference", "cpu"):
 assert main.main(["verify", "--device", "cpu"]) == 0
 assert main.main(["show", "Q4_K"]) == 0
 try:
-    compiler.cubin(nd.FORMATS["Q8_0"], "float16", "tile", (9, 0))
+    compiler.cubin(compiler.dequantize_kernel(nd.FORMATS["Q8_0"], "float16"), (9, 0))
 except nd.DeviceError as error:
     assert "numba-cuda is not installed; run: pip install" in str(error), error
 else:

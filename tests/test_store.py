@@ -38,7 +38,7 @@ def compute():
 
 
 def compile_kernel():
-    name, code = compiler.cubin(nd.FORMATS["Q8_0"], "float16", "tile", (9, 0))
+    name, code = compiler.cubin(compiler.dequantize_kernel(nd.FORMATS["Q8_0"], "float16"), (9, 0))
     return name, code[:4]
 
 

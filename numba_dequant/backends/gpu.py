@@ -20,8 +20,9 @@ from numba_dequant.errors import DeviceError, DtypeError, OutputError
 from numba_dequant.format import Format
 from numba_dequant.interop import TORCH, library_of
 from numba_dequant.kernels import compiler
+from numba_dequant.kernels.compiler import KernelSpec
 from numba_dequant.kernels.launch_shape import Mapping, mapping_named
-from numba_dequant.locks import compile_lock
+from numba_dequant.locks import compiled_once
 
 LARGEST_GRID = 2**31 - 1
 
@@ -230,7 +231,7 @@ def capability_of(index: int) -> tuple[int, int]:
 @lru_cache(maxsize=1024)
 def launcher(source: Format, dtype: str, mapping: str, device: int, stream: int) -> tuple[Stream, Kernel, Mapping]:
     """What every launch of a kernel on a stream has in common."""
-    kernel = load_kernel(source, dtype, mapping, capability_of(device))
+    kernel = load_kernel(compiler.dequantize_kernel(source, dtype, mapping), capability_of(device))
     return cuda_driver.stream_on(device, stream), kernel, mapping_named(mapping, source)
 
 
@@ -240,17 +241,12 @@ def launch_config(thread_blocks: int, threads: int) -> LaunchConfig:
     return LaunchConfig(grid=thread_blocks, block=threads)
 
 
-@cache
-def load_kernel(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -> Kernel:
+@compiled_once
+def load_kernel(kernel: KernelSpec, capability: tuple[int, int]) -> Kernel:
     """A kernel ready to launch on GPUs of a compute capability, compiled if it must be."""
-    with compile_lock, cuda_driver.allowed_in_capture():  # another thread may be compiling it
-        return _load_kernel(source, dtype, mapping, capability)
-
-
-@cache
-def _load_kernel(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -> Kernel:
-    name, code = compiler.cubin(source, dtype, mapping, capability)
-    return ObjectCode.from_cubin(code).get_kernel(name)
+    with cuda_driver.allowed_in_capture():
+        name, code = compiler.cubin(kernel, capability)
+        return ObjectCode.from_cubin(code).get_kernel(name)
 
 
 def timed(

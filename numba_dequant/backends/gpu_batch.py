@@ -30,7 +30,7 @@ from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import NumbaDequantError
 from numba_dequant.format import Format
 from numba_dequant.interop import TORCH, library_of
-from numba_dequant.kernels.compiler import TABLE
+from numba_dequant.kernels.compiler import batch_kernel
 from numba_dequant.kernels.launch_shape import mapping_named, tile_table
 
 SHARED_MEMORY = 64 << 20
@@ -228,7 +228,7 @@ def _steps(jobs: list[_Job], dtype: str, device: Device, call: CallStream) -> tu
         return steps, None
     groups = list(by_source.values())
     index = device.device_id
-    kernels = [gpu.load_kernel(group[0].source, dtype, TABLE, gpu.capability_of(index)) for group in groups]
+    kernels = [gpu.load_kernel(batch_kernel(group[0].source, dtype), gpu.capability_of(index)) for group in groups]
     tables = [_table(group, numpy_dtype(dtype).itemsize) for group in groups]
     packed = np.concatenate([table.reshape(-1) for table, _ in tables])
     memory = gpu.new_memory(packed.nbytes, device, call)

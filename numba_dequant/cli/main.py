@@ -280,7 +280,7 @@ def _warm(options: argparse.Namespace) -> int:
         from numba_dequant.backends import gpu
 
         capabilities = [gpu.capability_of(0)]
-    tasks = warm.tasks([source.name for source in sources], dtypes, capabilities, on_cpu=options.cpu)
+    tasks = warm.tasks(sources, dtypes, capabilities, on_cpu=options.cpu)
     with tqdm(total=len(tasks), unit="kernel", disable=None, leave=False) as bar:
         n_kept = 0
         for is_kept in warm.compile_all(tasks):

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 from cuda.bindings import driver
-from cuda.core import Device, Event, Kernel, LaunchConfig, ObjectCode, launch
+from cuda.core import Device, Event, Kernel, LaunchConfig, launch
 
 from numba_dequant.api import dequantize
 from numba_dequant.backends import cuda_driver, gpu
 from numba_dequant.backends.device_tensor import DeviceTensor
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.format import Format
-from numba_dequant.kernels import compiler
+from numba_dequant.kernels.compiler import copy_kernel
 from numba_dequant.kernels.launch_shape import Mapping, mapping_named
 from numba_dequant.verify import check_same
 from numba_dequant.version import VERSION
@@ -187,7 +187,7 @@ class Workload:
             n_loads, rest = divmod(tile_elements * self.source.type_size, 16 * self.source.block_size)
             if rest or self.n_elements % tile_elements or (is_staged and n_loads > LARGEST_STAGE):
                 continue
-            kernel = _moving_kernel(stores, threads, is_staged, capability)
+            kernel = gpu.load_kernel(copy_kernel(stores, threads, LARGEST_STAGE if is_staged else 0), capability)
             config = LaunchConfig(grid=self.n_elements // tile_elements, block=threads)
 
             def move(config: LaunchConfig = config, kernel: Kernel = kernel, n_loads: int = n_loads) -> None:
@@ -224,14 +224,6 @@ def _in_one(n_bytes: int, count: int, device: Device) -> list[cuda_driver.Device
     whole = cuda_driver.allocate(step * count, device, 0)
     pointers = range(whole.pointer, whole.pointer + step * count, step)
     return [cuda_driver.DeviceBytes(pointer, n_bytes, device.device_id, whole.owner) for pointer in pointers]
-
-
-@cache
-def _moving_kernel(stores: int, threads: int, is_staged: bool, capability: tuple[int, int]) -> Kernel:
-    from numba_dequant.kernels.copy import make_moving_kernel
-
-    text = compiler.function_ptx(make_moving_kernel(stores, threads, LARGEST_STAGE if is_staged else 0), capability)
-    return ObjectCode.from_cubin(compiler.assemble(text, capability)).get_kernel(compiler.entry_point(text))
 
 
 def machine(device: Device | None = None) -> dict[str, Any]:

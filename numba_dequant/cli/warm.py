@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import active_children, get_context
+from typing import Any
 
 from numba_dequant import disk_cache
+from numba_dequant.backends import cpu
 from numba_dequant.backends.devices import n_threads
 from numba_dequant.errors import DeviceError
-from numba_dequant.formats import format_named
-from numba_dequant.kernels import native
+from numba_dequant.format import Format
+from numba_dequant.kernels import compiler, native
 from numba_dequant.loading import native_threads
 
 LARGEST_POOL = 8
@@ -22,24 +24,11 @@ LARGEST_POOL = 8
 
 
 @dataclass(frozen=True)
-class NativeTask:
-    """The functions of `native`: the loop that loads models to GPUs is one."""
-
-    def run(self) -> bool:
-        """Compile it, and say whether it is kept."""
-        n_failed = len(disk_cache.not_kept)
-        native.keep()
-        return len(disk_cache.not_kept) == n_failed
-
-
-@dataclass(frozen=True)
 class Task:
-    """One function to compile: a kernel for GPUs of a compute capability, or else that of the CPU path."""
+    """Something to compile: `work` does it, and keeps it on disk if that is possible."""
 
-    format: str
-    dtype: str
-    capability: tuple[int, int] | None = None
-    mapping: str = ""
+    work: Callable[..., object]
+    arguments: tuple[Any, ...] = ()
 
     def run(self) -> bool:
         """Compile it, and say whether it is kept.
@@ -47,32 +36,26 @@ class Task:
         Raises:
             DeviceError: the CUDA toolkit is missing, or does not know such GPUs.
         """
-        source, n_failed = format_named(self.format), len(disk_cache.not_kept)
-        if self.capability is None:
-            from numba_dequant.backends import cpu
-
-            cpu.compiled(source, self.dtype)
-        else:
-            from numba_dequant.kernels import compiler
-
-            compiler.cubin(source, self.dtype, self.mapping, self.capability)
+        n_failed = len(disk_cache.not_kept)
+        self.work(*self.arguments)
         return len(disk_cache.not_kept) == n_failed
 
 
 def tasks(
-    formats: list[str], dtypes: list[str], capabilities: list[tuple[int, int]], *, on_cpu: bool
-) -> list[Task | NativeTask]:
+    formats: Sequence[Format], dtypes: list[str], capabilities: list[tuple[int, int]], *, on_cpu: bool
+) -> list[Task]:
     """What is needed for these formats and output types, for one tensor and for many."""
-    found: list[Task | NativeTask] = [NativeTask()] if capabilities and native_threads.IS_POSSIBLE else []
-    for name in formats:
+    found = [Task(native.keep)] if capabilities and native_threads.IS_POSSIBLE else []
+    for source in formats:
         for dtype in dtypes:
             if on_cpu:
-                found.append(Task(name, dtype))
-            found += [Task(name, dtype, gpu, mapping) for gpu in capabilities for mapping in ("tile", "table")]
+                found.append(Task(cpu.compiled, (source, dtype)))
+            kernels = compiler.dequantize_kernel(source, dtype), compiler.batch_kernel(source, dtype)
+            found += [Task(compiler.cubin, (kernel, gpu)) for gpu in capabilities for kernel in kernels]
     return found
 
 
-def compile_all(tasks: Sequence[Task | NativeTask]) -> Iterator[bool]:
+def compile_all(tasks: Sequence[Task]) -> Iterator[bool]:
     """Run the tasks, and yield for each, when it is done, whether it is kept.
 
     Raises:

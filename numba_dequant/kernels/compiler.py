@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import lru_cache
+from importlib import import_module
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba_dequant import disk_cache
 from numba_dequant.errors import DeviceError
@@ -20,43 +21,81 @@ from numba_dequant.kernels.gpu_packages import install_command
 from numba_dequant.kernels.launch_shape import mapping_named
 from numba_dequant.locks import compile_lock
 
-TABLE = "table"
-"""In place of a mapping: the kernel that takes many tensors."""
-
 TOOLCHAIN = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink", "cuda-core")
 
 
-def cubin(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -> tuple[str, bytes]:
+class KernelSpec(NamedTuple):
+    """A kernel to compile: what makes it, and how it is called.
+
+    Attributes:
+        label: what its code is called on disk.
+        maker: "module.function" of this folder, which makes the kernel; it is imported when there is no code on disk.
+        options: what `maker` takes.
+        parameters: the kernel's own, "data", "table" or "number" each.
+    """
+
+    label: str
+    maker: str
+    options: tuple[Any, ...]
+    parameters: tuple[str, ...] = ("data", "number", "data")
+
+    def make(self) -> Callable[..., None]:
+        """The kernel, not compiled."""
+        module, _, function = self.maker.partition(".")
+        made: Callable[..., None] = getattr(import_module(f"numba_dequant.kernels.{module}"), function)(*self.options)
+        return made
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether its code depends on nothing but this package, so that it may be kept on disk."""
+        return all(is_built_in(option) for option in self.options if isinstance(option, Format))
+
+
+def dequantize_kernel(source: Format, dtype: str, mapping: str = "tile") -> KernelSpec:
+    """The kernel for one tensor: ``kernel(data, n_elements, out)``."""
+    options = source, dtype, mapping_named(mapping, source)
+    return KernelSpec(f"{source.name}-{dtype}-{mapping}", "dequantize.make_kernel", options)
+
+
+def batch_kernel(source: Format, dtype: str) -> KernelSpec:
+    """The kernel for many tensors of one format: ``kernel(data, table, n_tensors, out)``."""
+    options = source, dtype, mapping_named("tile", source)
+    parameters = "data", "table", "number", "data"
+    return KernelSpec(f"{source.name}-{dtype}-batch", "dequantize.make_table_kernel", options, parameters)
+
+
+def copy_kernel(stores: int, threads: int, stage: int) -> KernelSpec:
+    """A kernel that only moves bytes: ``kernel(data, n_loads, out)``."""
+    return KernelSpec(f"copy-{stores}-{threads}-{stage}", "copy.make_moving_kernel", (stores, threads, stage))
+
+
+def cubin(kernel: KernelSpec, capability: tuple[int, int]) -> tuple[str, bytes]:
     """The entry point's name and the machine code of a kernel, for GPUs of a compute capability.
 
     Raises:
         DeviceError: the CUDA toolkit is missing, or does not know such GPUs.
     """
-    is_ours = is_built_in(source)
-    label = f"sm{capability[0]}{capability[1]}-{source.name}-{dtype}-{mapping}"
+    label = f"sm{capability[0]}{capability[1]}-{kernel.label}"
     entry = disk_cache.entry_name(label, disk_cache.versions(*TOOLCHAIN))
-    kept = disk_cache.read(entry) if is_ours else None
+    kept = disk_cache.read(entry) if kernel.is_kept else None
     if kept is None or b"\0\x7fELF" not in kept:
         try:
-            text = ptx(source, dtype, mapping, capability)
+            text = ptx(kernel, capability)
             kept = entry_point(text).encode() + b"\0" + assemble(text, capability)
         except Exception as error:
             reason = (str(error) or type(error).__name__).strip().splitlines()[0]
             raise DeviceError(f"the CUDA toolkit cannot compile {label} for this kind of GPU: {reason}") from error
-        if is_ours:
+        if kernel.is_kept:
             disk_cache.write(entry, kept)
     name, code = kept.split(b"\0", 1)
     return name.decode(), code
 
 
-def ptx(source: Format, dtype: str, mapping: str, capability: tuple[int, int]) -> str:
-    """The PTX text of a kernel; mapping "table" is the kernel of `make_table_kernel`, in tiles."""
-    from numba_dequant.kernels.dequantize import make_kernel, make_table_kernel
-
-    if mapping == TABLE:
-        kernel = make_table_kernel(source, dtype, mapping_named("tile", source))
-        return function_ptx(kernel, capability, "data", "table", "number", "data")
-    return function_ptx(make_kernel(source, dtype, mapping_named(mapping, source)), capability)
+def ptx(kernel: KernelSpec, capability: tuple[int, int]) -> str:
+    """The PTX text of a kernel."""
+    with compile_lock:  # a fork waits for the import
+        made = kernel.make()
+    return function_ptx(made, capability, *kernel.parameters)
 
 
 def function_ptx(kernel: Callable[..., None], capability: tuple[int, int], *kinds: Any) -> str:
