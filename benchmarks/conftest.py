@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 import pytest
 
 from numba_dequant import FORMATS
-from numba_dequant.backends.devices import cuda_problem, is_simulated
+from numba_dequant.backends.devices import is_simulated, why_no_cuda
 
 QUANTIZED = [name for name, source in FORMATS.items() if source.block_size > 1]
 DTYPES = ["float16", "bfloat16", "float32"]
 
-NO_GPU = "the CUDA simulator is on" if is_simulated() else cuda_problem()
+NO_GPU = "the CUDA simulator is on" if is_simulated() else why_no_cuda()
 if NO_GPU is None:
     from cuda.core import Device
 
@@ -49,7 +49,7 @@ def gpu_time():
 @pytest.fixture(scope="session")
 def _first_gpu():
     global _gpu  # noqa: PLW0603 a timer takes no arguments
-    with cuda_driver.current(0) as device:
+    with cuda_driver.active_gpu(0) as device:
         _gpu = Gpu(device, measure.GpuClock(device))
         yield _gpu
 
@@ -63,12 +63,12 @@ def gpu(request):
     return found
 
 
-def note(benchmark, moved, roof=None, **more):
+def note(benchmark, bytes_moved, roof=None, **more):
     """Add to a result what it means: GB/s of bytes read and written, the roof of this run, and the share of it."""
-    benchmark.extra_info |= more | {"bytes": moved}
+    benchmark.extra_info |= more | {"bytes": bytes_moved}
     if not benchmark.enabled:
         return
-    speed = moved / benchmark.stats.stats.median
+    speed = bytes_moved / benchmark.stats.stats.median
     benchmark.extra_info["GB/s"] = speed / 1e9
     if roof:
         benchmark.extra_info |= {"roof GB/s": roof / 1e9, "share": speed / roof}

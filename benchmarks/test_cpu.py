@@ -9,7 +9,7 @@ from conftest import QUANTIZED, note
 
 import numba_dequant as nd
 from numba_dequant.backends.devices import n_threads
-from numba_dequant.verify import check_same
+from numba_dequant.verify import assert_bit_identical
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "data" / "golden"
 ROWS = 64
@@ -30,7 +30,7 @@ def test_cpu(benchmark, name):
     data = realistic(name, n_elements)
     out = np.empty(n_elements, np.float16)
     nd.dequantize(data, name, device="cpu", out=out)
-    check_same(out, nd.dequantize(data, name, device="reference"), name)
+    assert_bit_identical(out, nd.dequantize(data, name, device="reference"), name)
     benchmark.pedantic(nd.dequantize, (data, name), {"device": "cpu", "out": out}, rounds=9, warmup_rounds=1)
     note(benchmark, data.nbytes + out.nbytes, elements=n_elements, threads=n_threads())
 
@@ -41,5 +41,5 @@ def test_gguf_py(benchmark, name):
     data = realistic(name, n_elements)
     kind = gguf.GGMLQuantizationType[name]
     found = benchmark.pedantic(lambda: gguf.dequantize(data, kind).astype(np.float16), rounds=3)
-    check_same(found.reshape(-1), nd.dequantize(data, name, device="reference"), name)
+    assert_bit_identical(found.reshape(-1), nd.dequantize(data, name, device="reference"), name)
     note(benchmark, data.nbytes + found.nbytes, elements=n_elements, threads=1)

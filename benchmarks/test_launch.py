@@ -13,7 +13,7 @@ def call(way, data, gpu):
     from numba_dequant.backends import cuda_driver
     from numba_dequant.backends import gpu as launcher
     from numba_dequant.kernels.dequantize import jit
-    from numba_dequant.kernels.launch_shape import mapping_named
+    from numba_dequant.kernels.launch_shape import launch_shape
 
     source = nd.FORMATS["Q4_K"]
     tensor = nd.dequantize(data.view(np.int8), "I8", device="cuda")
@@ -32,7 +32,7 @@ def call(way, data, gpu):
         return lambda: nd.dequantize(blocks, source, out=target)
     from numba import cuda
 
-    shape = mapping_named("tile", source)
+    shape = launch_shape("tile", source)
     kernel = jit(source, mapping="tile")[1, shape.threads]
     blocks, target = cuda.as_cuda_array(tensor).view(np.uint8), cuda.as_cuda_array(out)
     return lambda: kernel(blocks, out.size, target)

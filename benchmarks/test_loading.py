@@ -16,7 +16,7 @@ from conftest import note
 
 import numba_dequant as nd
 from numba_dequant.backends.devices import n_threads
-from numba_dequant.verify import check_same
+from numba_dequant.verify import assert_bit_identical
 
 SMALL = {"n_layers": 1, "n_vocab": 1024}
 """What a model is reduced to where nothing is timed."""
@@ -95,7 +95,7 @@ def test_load_cpu(benchmark, written, name, mix):
             return values
 
         last = list(model.tensors)[-1]
-        check_same(walk(), model.load(last, device="reference"), last)
+        assert_bit_identical(walk(), model.load(last, device="reference"), last)
         benchmark.pedantic(walk, rounds=5, warmup_rounds=1)
         n_bytes = sum(tensor.n_bytes for tensor in model.tensors.values())
         n_elements = sum(tensor.n_elements for tensor in model.tensors.values())
@@ -171,7 +171,7 @@ def test_load_gpu(benchmark, gpu, bus, written, twin, name, mix, way):
         for tensor in (next(iter(found)), list(found)[-1]):
             rows = slice(0, 64)
             expected = nd.open(path).load(tensor, device="reference", rows=rows)
-            check_same(found[tensor].copy_to_host()[rows], expected, tensor)
+            assert_bit_identical(found[tensor].copy_to_host()[rows], expected, tensor)
         del found
     rounds = {"ours": 25, "gguf-py": 1}.get(way, 9)
     benchmark.pedantic(load, setup=let_go, rounds=rounds, warmup_rounds=way != "gguf-py")
@@ -287,6 +287,6 @@ def test_load_gguf_py(benchmark, written):
     found = benchmark.pedantic(read_by_gguf_py, (path,), rounds=1)
     expected = nd.load(path, device="cpu", progress=False)
     for name, values in expected.items():
-        check_same(found[name].reshape(-1), values.reshape(-1), name)
+        assert_bit_identical(found[name].reshape(-1), values.reshape(-1), name)
     n_bytes = sum(tensor.n_bytes for tensor in nd.open(path).tensors.values())
     note(benchmark, n_bytes + sum(values.nbytes for values in expected.values()), file_bytes=n_bytes, threads=1)

@@ -11,7 +11,7 @@ import pytest
 from conftest import gpu_time, note
 
 import numba_dequant as nd
-from numba_dequant.verify import check_same
+from numba_dequant.verify import assert_bit_identical
 
 LAYER = [
     *[("F32", (256,))] * 2, *[("F32", (640,))] * 4,
@@ -57,7 +57,7 @@ class Model:
         for number, (blocks, name, shape) in self.host.items():
             if math.prod(shape) < 1 << 22:
                 expected = nd.dequantize(blocks, name, shape=shape, device="reference")
-                check_same(found[number].copy_to_host(), expected, f"tensor {number}, {name}")
+                assert_bit_identical(found[number].copy_to_host(), expected, f"tensor {number}, {name}")
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -21,6 +21,6 @@ def test_size(benchmark, gpu, name, n_elements):
     work = Workload(nd.FORMATS[name], "float16", n_elements, gpu.device)
     work.check()
     benchmark.pedantic(work, rounds=9, iterations=16 if n_elements < 1 << 26 else 4, warmup_rounds=1)
-    note(benchmark, work.moved, gpu.roof(work), elements=work.n_elements)
+    note(benchmark, work.bytes_moved, gpu.roof(work), elements=work.n_elements)
     if benchmark.enabled:
         benchmark.extra_info["ps per element"] = benchmark.stats.stats.median / work.n_elements * 1e12

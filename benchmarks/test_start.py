@@ -28,7 +28,7 @@ mark("import numba_dequant")
 from numba_dequant.backends import gpu, cuda_driver
 from numba_dequant.kernels import compiler
 mark("import cuda.core")
-with cuda_driver.current(0) as device:
+with cuda_driver.active_gpu(0) as device:
     capability = gpu.capability_of(0)
     mark("driver and context")
     gpu.load_kernel(compiler.dequantize_kernel(nd.FORMATS["Q4_K"], "float16"), capability)

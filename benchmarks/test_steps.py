@@ -24,4 +24,4 @@ def test_step(benchmark, gpu, step):
     work.check()
     roof = gpu.roof(work)
     benchmark.pedantic(work, rounds=9, iterations=4, warmup_rounds=1)
-    note(benchmark, work.moved, roof, elements=work.n_elements)
+    note(benchmark, work.bytes_moved, roof, elements=work.n_elements)

@@ -10,7 +10,7 @@ from conftest import DTYPES, QUANTIZED, gpu_time, note
 
 import numba_dequant as nd
 from numba_dequant.kernels.launch_shape import MAPPINGS
-from numba_dequant.verify import check_same
+from numba_dequant.verify import assert_bit_identical
 
 N_ELEMENTS, N_ELEMENTS_OF_PYTORCH = 1 << 28, 1 << 26
 
@@ -45,7 +45,7 @@ def test_kernel(benchmark, gpu, name, dtype, mapping):
     work.check()
     roof = gpu.roof(work)
     benchmark.pedantic(work, **ROUNDS)
-    note(benchmark, work.moved, roof, elements=work.n_elements)
+    note(benchmark, work.bytes_moved, roof, elements=work.n_elements)
 
 
 @pytest.mark.skipif(torch is None, reason="PyTorch is not installed")
@@ -55,7 +55,7 @@ def test_eager_pytorch(benchmark, gpu, name):
     piece = np.random.default_rng(0).integers(0, 256, (1 << 12, source.type_size), np.uint8)
     dequantize = DEQUANTIZERS[name]
     found = dequantize(torch.from_numpy(piece).cuda(), torch.float16).cpu().numpy().reshape(-1)
-    check_same(found, nd.dequantize(piece, source, device="reference"), name)
+    assert_bit_identical(found, nd.dequantize(piece, source, device="reference"), name)
     blocks = torch.from_numpy(piece).cuda().repeat(N_ELEMENTS_OF_PYTORCH // source.block_size >> 12, 1)
     benchmark.pedantic(dequantize, (blocks, torch.float16), rounds=5, iterations=2, warmup_rounds=1)
     note(benchmark, blocks.numel() + 2 * N_ELEMENTS_OF_PYTORCH, elements=N_ELEMENTS_OF_PYTORCH)

@@ -19,18 +19,18 @@ from numba_dequant.arguments import (
     host_output,
     is_on_gpu,
     memory_of_array,
-    named,
-    named_tensors,
     output_type,
+    parse_tensors,
     result_shape,
+    with_tensor_name,
 )
 from numba_dequant.backends import host
-from numba_dequant.backends.devices import Place, place_named
+from numba_dequant.backends.devices import Place, parse_device
 from numba_dequant.backends.dlpack import shareable
 from numba_dequant.errors import DeviceError, NumbaDequantError, OutputError
 from numba_dequant.format import Format
 from numba_dequant.formats import format_named
-from numba_dequant.kernels.launch_shape import mapping_named
+from numba_dequant.kernels.launch_shape import launch_shape
 
 Key = TypeVar("Key")
 
@@ -110,8 +110,8 @@ def dequantize(
     """
     source = format_named(format)
     name = output_type(dtype, data, out)
-    mapping_named(mapping, source)
-    place = _place_for(data if is_on_gpu(data) else None, device, stream)
+    launch_shape(mapping, source)
+    place = _device_for(data if is_on_gpu(data) else None, device, stream)
     if place.kind == "cuda":
         from numba_dequant.backends.gpu import dequantize as dequantize_on_gpu
 
@@ -186,11 +186,11 @@ def prepare_many(
     Raises:
         UnknownFormatError, DtypeError, DataError, ShapeError, OutputError, DeviceError: as `dequantize_many` does.
     """
-    entries = named_tensors(tensors, out)
+    entries = parse_tensors(tensors, out)
     first = entries[0] if entries else None
     name = output_type(dtype, first and first.data, first and first.out)
     on_gpu = next((entry.data for entry in entries if is_on_gpu(entry.data)), None)
-    place = _place_for(on_gpu, device, stream)
+    place = _device_for(on_gpu, device, stream)
     if place.kind == "cuda":
         from numba_dequant.backends import gpu_batch
 
@@ -201,7 +201,7 @@ def prepare_many(
             data = host_array(entry.data)
             jobs[entry.name] = _prepared(data, entry.source, name, entry.shape, place, entry.out, "tile")
         except NumbaDequantError as error:
-            raise named(error, entry.name) from error
+            raise with_tensor_name(error, entry.name) from error
     if out is not None:
         check_apart(memory for name, job in jobs.items() for memory in job.memory(name))
 
@@ -212,13 +212,13 @@ def prepare_many(
     return Batch({name: job.result for name, job in jobs.items()}, compute)
 
 
-def _place_for(on_gpu: Any, device: Any, stream: Any) -> Place:
+def _device_for(on_gpu: Any, device: Any, stream: Any) -> Place:
     """Where to compute, given data that lies on a GPU, if any does."""
     if on_gpu is not None and device is None:
         from numba_dequant.backends.cuda_driver import device_of
 
         device = f"cuda:{device_of(on_gpu)}"
-    place = place_named(device)
+    place = parse_device(device)
     if place.kind == "cuda":
         return place
     if on_gpu is not None:

@@ -24,7 +24,7 @@ from numba_dequant.format import Format, whole_number
 from numba_dequant.formats import format_named
 from numba_dequant.interop import TORCH, library_of
 
-MOST_DIMENSIONS = 64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
+MAX_DIMENSIONS = 64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
 """Of a NumPy array."""
 
 
@@ -39,7 +39,7 @@ class Tensor:
     out: Any = None
 
 
-def named_tensors(tensors: Any, out: Any) -> list[Tensor]:
+def parse_tensors(tensors: Any, out: Any) -> list[Tensor]:
     """The tensors that were given as name -> (data, format) or (data, format, shape), with name -> `out`.
 
     Raises:
@@ -62,7 +62,7 @@ def named_tensors(tensors: Any, out: Any) -> list[Tensor]:
         try:
             known = format_named(source)
         except NumbaDequantError as error:
-            raise named(error, name) from error
+            raise with_tensor_name(error, name) from error
         found.append(Tensor(name, data, known, shape[0] if shape else None, outputs[name] if outputs else None))
     return found
 
@@ -81,7 +81,7 @@ def output_mapping(out: Any) -> dict[Any, Any]:
     raise OutputError(f"out must be a mapping, name -> array, got {shown(out)}")
 
 
-def named(error: NumbaDequantError, name: Any) -> NumbaDequantError:
+def with_tensor_name(error: NumbaDequantError, name: Any) -> NumbaDequantError:
     """The same error, saying with which tensor it is."""
     return type(error)(f"tensor {shown(name)}: {error}")
 
@@ -214,8 +214,8 @@ def result_shape(shape: Any, n_elements: int, out: Any) -> tuple[int, ...]:
         except Exception:  # what is wrong with `out` is said where it is looked at
             return (n_elements,)
     asked = shape if type(shape) is tuple and all(type(extent) is int for extent in shape) else _extents(shape)
-    if len(asked) > MOST_DIMENSIONS:
-        raise ShapeError(f"shape has {len(asked)} dimensions; an array has {MOST_DIMENSIONS} at most")
+    if len(asked) > MAX_DIMENSIONS:
+        raise ShapeError(f"shape has {len(asked)} dimensions; an array has {MAX_DIMENSIONS} at most")
     if asked.count(-1) == 1:
         rest = -math.prod(asked)
         if rest <= 0 or n_elements % rest:
@@ -241,7 +241,7 @@ def _extents(shape: Any) -> tuple[int, ...]:
             if not isinstance(shape, Sequence) and not getattr(shape, "ndim", 0):
                 shape = (shape,)
         # More than that is refused anyway, and may be a whole tensor.
-        shape = shape[: MOST_DIMENSIONS + 1]
+        shape = shape[: MAX_DIMENSIONS + 1]
         found = tuple(map(whole_number, shape.tolist() if hasattr(shape, "tolist") else shape))
     except Exception:  # a foreign object may fail in any way
         found = (None,)

@@ -78,7 +78,7 @@ def half(bits: int) -> np.float32:
     return np.float32(np.uint16(bits).view(np.float16))
 
 
-def brain(bits: int) -> np.float32:
+def bf16(bits: int) -> np.float32:
     """The value of a bfloat16, given its 16 bits."""
     return _as_float32(bits << 16)
 
@@ -123,9 +123,9 @@ def load_8_halves(block: Any, at: int) -> NDArray[np.float32]:
     return np.array([half(load_u16(block, at + 2 * index)) for index in range(8)])
 
 
-def load_8_brains(block: Any, at: int) -> NDArray[np.float32]:
+def load_8_bf16(block: Any, at: int) -> NDArray[np.float32]:
     """Eight bfloat16, from 16 bytes, as float32."""
-    return np.array([brain(load_u16(block, at + 2 * index)) for index in range(8)])
+    return np.array([bf16(load_u16(block, at + 2 * index)) for index in range(8)])
 
 
 def store_float16(out: Any, index: int, values: Any, count: int) -> None:

@@ -67,7 +67,7 @@ def directory() -> Path:
 
 
 @lru_cache
-def package_digest() -> str:
+def source_digest() -> str:
     """A digest of this package's own source: compiled code is only as good as the source that it came from."""
     root = os.path.dirname(__file__)
     paths = _sources(root)
@@ -90,9 +90,9 @@ def _sources(folder: str) -> list[str]:
     return paths
 
 
-def entry_name(label: str, *parts: object) -> str:
+def cache_key(label: str, *parts: object) -> str:
     """The name of the entry for `label` that depends on all of `parts` and on this package's source."""
-    text = "\0".join([label, package_digest(), *map(str, parts)])
+    text = "\0".join([label, source_digest(), *map(str, parts)])
     return f"{label}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 

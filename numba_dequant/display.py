@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-MOST_ROWS = 500
+MAX_ROWS = 500
 """Rows of a table in a notebook."""
 
-MOST_LINES = 60
+MAX_LINES = 60
 """Rows of a table that is printed unasked."""
 
 WIDEST_NAME = 100
@@ -71,6 +71,6 @@ def html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         inside = "".join(f"<{tag} style='text-align:left'>{escape(cell)}</{tag}>" for cell in cells)
         return f"<tr>{inside}</tr>"
 
-    body = "".join(line(row, "td") for row in rows[:MOST_ROWS])
-    more = f"<p>and {len(rows) - MOST_ROWS:,} more</p>" if len(rows) > MOST_ROWS else ""
+    body = "".join(line(row, "td") for row in rows[:MAX_ROWS])
+    more = f"<p>and {len(rows) - MAX_ROWS:,} more</p>" if len(rows) > MAX_ROWS else ""
     return f"<table>{line(head, 'th')}{body}</table>{more}"

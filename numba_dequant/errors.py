@@ -106,11 +106,11 @@ class GgufError(NumbaDequantError, ValueError):
         return type(self), (self.path, self.field, self.offset, self.found, self.allowed)
 
 
-MOST_SHOWN = 120
+MAX_SHOWN = 120
 """Characters of a wrong argument that an error message shows."""
 
 _repr = reprlib.Repr()
-_repr.maxother = _repr.maxstring = _repr.maxlong = MOST_SHOWN
+_repr.maxother = _repr.maxstring = _repr.maxlong = MAX_SHOWN
 
 
 def shown(thing: Any) -> str:
@@ -119,14 +119,14 @@ def shown(thing: Any) -> str:
         if isinstance(thing, int) and not -(10**40) < thing < 10**40:
             return f"an int of {thing.bit_length()} bits"
         if isinstance(thing, (str, bytes, bytearray)):
-            text = repr(thing[:MOST_SHOWN])
-            return text if len(thing) <= MOST_SHOWN else f"{text}..."
+            text = repr(thing[:MAX_SHOWN])
+            return text if len(thing) <= MAX_SHOWN else f"{text}..."
         if hasattr(thing, "shape") and hasattr(thing, "dtype") and not isinstance(thing, type):
             return f"{type(thing).__name__} of shape {tuple(thing.shape)}"
         text = " ".join(_repr.repr(thing).split())
     except Exception:  # a foreign object may fail in any way when it is asked what it is
         return f"an object of type {type(thing).__name__}"
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 _PACKAGE = __name__.partition(".")[0]

@@ -20,7 +20,7 @@ from numba_dequant.bits import RUN
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DataError, OptionError, ShapeError, shown
 from numba_dequant.explain.bit_map import bit_map, value_range
-from numba_dequant.explain.block_picture import Picture
+from numba_dequant.explain.block_picture import BlockPicture
 
 Dequantize: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
 Decode: TypeAlias = Callable[[Any, int, int], Any]
@@ -203,7 +203,7 @@ class Format:
         assert self.dequantize is not None
         return value_range(self.layout, self.block_size, self.dequantize, bits)
 
-    def picture(self, element: int | None = None, raw: NDArray[np.uint8] | None = None) -> Picture:
+    def picture(self, element: int | None = None, raw: NDArray[np.uint8] | None = None) -> BlockPicture:
         """A picture of a block, and of the bits that decide one of its elements; with `raw`, of a block of these bytes.
 
         >>> from numba_dequant import FORMATS
@@ -230,7 +230,7 @@ class Format:
         if raw is not None and not is_block:
             found = f"{raw.dtype} of shape {raw.shape}" if isinstance(raw, np.ndarray) else shown(raw)
             raise DataError(f"raw is one block of {self.name}: uint8 of shape ({self.type_size},), not {found}")
-        return Picture(title, self.layout, bits, element, raw)
+        return BlockPicture(title, self.layout, bits, element, raw)
 
     @property
     def description(self) -> str:

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from numba_dequant import display
 from numba_dequant.arguments import flag_option, output_type, whole_option
-from numba_dequant.backends.devices import Place, place_named
+from numba_dequant.backends.devices import Place, parse_device
 from numba_dequant.errors import DeviceError, OutputError
 from numba_dequant.gguf.file import GgufFile, TensorInfo, TensorTable, open_gguf
 from numba_dequant.gguf.metadata import Metadata
 from numba_dequant.loading.files import check_complete, map_tensor, read_tensor
 from numba_dequant.loading.progress import Progress, Reporter
-from numba_dequant.loading.requests import Request, Select, requests, rows_of, tensor_named
+from numba_dequant.loading.requests import Request, Select, plan_requests, slice_rows, tensor_named
 from numba_dequant.locks import compile_lock
 
 Callback = Callable[[Progress], object] | None
@@ -97,8 +97,8 @@ class Model:
         kept = flag_option("keep_quantized", keep_quantized)
         if kept and out is not None:
             raise OutputError("out is for dequantized values; drop it, or keep_quantized")
-        request = Request(rows_of(tensor_named(self.tensors, name), rows), None if kept else kind, out)
-        results = self._results([request], place_named(device), stream, threads, None, lambda bytes_done: None)
+        request = Request(slice_rows(tensor_named(self.tensors, name), rows), None if kept else kind, out)
+        results = self._results([request], parse_device(device), stream, threads, None, lambda bytes_done: None)
         return next(results)
 
     def load_all(
@@ -138,8 +138,8 @@ class Model:
             OutputError, OptionError: what is wrong with `out` and the other arguments. Nothing has been read then.
             GgufError, ReadError, DeviceError: as for `load`. Nothing that was loaded is kept then.
         """
-        chosen = requests(self.tensors, select, dtype, out, keep_quantized=keep_quantized)
-        loaded = self._named(chosen, place_named(device), stream, threads, None, progress, callback)
+        chosen = plan_requests(self.tensors, select, dtype, out, keep_quantized=keep_quantized)
+        loaded = self._named(chosen, parse_device(device), stream, threads, None, progress, callback)
         return dict(loaded)
 
     def stream(
@@ -174,9 +174,9 @@ class Model:
             threads: as for `load_all`.
             callback: as for `load_all`.
         """
-        chosen = requests(self.tensors, select, dtype, None, keep_quantized=keep_quantized)
+        chosen = plan_requests(self.tensors, select, dtype, None, keep_quantized=keep_quantized)
         ahead = whole_option("prefetch", prefetch, 0)
-        return self._named(chosen, place_named(device), stream, threads, ahead, progress, callback)
+        return self._named(chosen, parse_device(device), stream, threads, ahead, progress, callback)
 
     def read(self, name: str | TensorInfo, *, mmap: bool = False) -> NDArray[np.uint8]:
         """The compressed bytes of one tensor, in this machine's byte order: read, and yours to keep.
@@ -318,7 +318,7 @@ def release_buffers(device: Any = None) -> None:
     Raises:
         DeviceError: there is no such GPU.
     """
-    place = None if device is None else place_named(device)
+    place = None if device is None else parse_device(device)
     if "numba_dequant.loading.gpu_loader" in sys.modules:
         from numba_dequant.loading import gpu_loader
 

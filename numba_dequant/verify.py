@@ -50,7 +50,7 @@ def verify(model: Model, place: Place, dtype: str = "float16", progress: Callabl
         expected = dequantize(data, tensor.format, dtype, tensor.shape, "reference")
         found, seconds = _timed(data, tensor.format, dtype, tensor.shape, place)
         row = rows.setdefault(tensor.format.name, Row(tensor.format))
-        different, worst = difference(found, expected)
+        different, worst = count_mismatches(found, expected)
         row.tensors += 1
         row.elements += expected.size
         row.bytes_in += data.size
@@ -69,7 +69,7 @@ def _timed(
     if place.kind == "cuda":
         from numba_dequant.backends import gpu
 
-        return gpu.timed(data, source, dtype, shape, place.index)
+        return gpu.time_kernel(data, source, dtype, shape, place.index)
     dequantize(data[: source.type_size], source, dtype, device=str(place))  # compiles
     start = time.perf_counter()
     found = dequantize(data, source, dtype, shape, str(place))
@@ -77,18 +77,18 @@ def _timed(
     return found.copy_to_host() if place.kind == "simulator" else found, seconds
 
 
-def check_same(found: NDArray[Any], expected: NDArray[Any], what: str) -> None:
+def assert_bit_identical(found: NDArray[Any], expected: NDArray[Any], what: str) -> None:
     """Check that every bit agrees, NaN aside.
 
     Raises:
         DeviceError: one does not.
     """
-    wrong, worst = difference(found, expected)
+    wrong, worst = count_mismatches(found, expected)
     if wrong:
         raise DeviceError(f"{wrong:,} of {expected.size:,} elements of {what} are wrong, by up to {worst:g}")
 
 
-def difference(found: NDArray[Any], expected: NDArray[Any]) -> tuple[int, float]:
+def count_mismatches(found: NDArray[Any], expected: NDArray[Any]) -> tuple[int, float]:
     """How many elements differ in any bit, NaN aside, and by how much the worst one does."""
     if found.dtype.kind in "iu":
         different = found != expected

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from numba_dequant import FORMATS
-from numba_dequant.backends.devices import cuda_problem, is_simulated
+from numba_dequant.backends.devices import is_simulated, why_no_cuda
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.kernels import compiler
 from numba_dequant.kernels.gpu_packages import is_there
@@ -27,13 +27,13 @@ DTYPES = ["float16", "bfloat16", "float32"]
 
 
 def pytest_collection_modifyitems(config, items):
-    problem = "the CUDA simulator is on" if is_simulated() else cuda_problem()
+    problem = "the CUDA simulator is on" if is_simulated() else why_no_cuda()
     asked = config.option.markexpr
     if problem and "gpu" in asked and "not gpu" not in asked:
         # Who asks for these tests and no others must not take "all skipped" for a success.
         raise pytest.UsageError(f"-m {asked!r}, but there is no GPU that can be used: {problem}")
     no_toolkit = (
-        next((item for item in items if item.get_closest_marker("toolkit")), None) and compiler.toolkit_problem()
+        next((item for item in items if item.get_closest_marker("toolkit")), None) and compiler.why_no_toolkit()
     )
     for item in items:
         if no_toolkit and item.get_closest_marker("toolkit"):

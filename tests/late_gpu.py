@@ -16,7 +16,7 @@ from faults import n_threads_of_this_process
 import numba_dequant as nd
 from numba_dequant.backends import cuda_driver, devices, gpu
 from numba_dequant.dtypes import numpy_dtype
-from numba_dequant.kernels.launch_shape import mapping_named
+from numba_dequant.kernels.launch_shape import launch_shape
 from numba_dequant.loading import gpu_loader, native_threads
 
 POISON = 0xA5
@@ -138,7 +138,7 @@ class LateGpu:
         first, n_elements, out = (
             ctypes.c_int64.from_address(where).value for where in at(arguments, 24).view(np.int64).tolist()
         )
-        assert grid == mapping_named("tile", source).thread_blocks(n_elements)
+        assert grid == launch_shape("tile", source).thread_blocks(n_elements)
         data = cuda_driver.DeviceBytes(first, source.n_bytes((n_elements,)), 0, None)
         n_bytes = n_elements * np.dtype(numpy_dtype(dtype)).itemsize
         self.dequantize_into(data, source, dtype, n_elements, cuda_driver.DeviceBytes(out, n_bytes, 0, None), stream)
@@ -146,7 +146,7 @@ class LateGpu:
 
     def launcher(self, source, dtype, mapping, index, stream):
         self.kernels.append((source, dtype))
-        return None, SimpleNamespace(handle=len(self.kernels)), mapping_named(mapping, source)
+        return None, SimpleNamespace(handle=len(self.kernels)), launch_shape(mapping, source)
 
     def queue(self, stream, work, pointer=0, n_bytes=0, awaited=None):
         with self.lock:
@@ -249,22 +249,22 @@ def installed(kind, monkeypatch):
     found = LateGpu(str(kind))
     for name in ("allocate", "copy_to_device", "copy_to_host", "create_stream", "wait_for"):
         monkeypatch.setattr(cuda_driver, name, getattr(found, name))
-    monkeypatch.setattr(cuda_driver, "record", found.new_event)
+    monkeypatch.setattr(cuda_driver, "record_event", found.new_event)
     monkeypatch.setattr(cuda_driver, "context_of", lambda device: 1)
-    monkeypatch.setattr(cuda_driver, "can_signal", lambda index: kind != "no signals")
-    monkeypatch.setattr(cuda_driver, "check", lambda stream: None)
+    monkeypatch.setattr(cuda_driver, "supports_stream_write", lambda index: kind != "no signals")
+    monkeypatch.setattr(cuda_driver, "raise_if_failed", lambda stream: None)
     monkeypatch.setattr(cuda_driver, "refuse_capture", lambda stream, what: None)
     monkeypatch.setattr(gpu, "launcher", found.launcher)
     monkeypatch.setattr(native_threads, "calls", lambda: found.calls)
-    monkeypatch.setattr(native_threads, "IS_POSSIBLE", kind != "alone")
+    monkeypatch.setattr(native_threads, "IS_SUPPORTED", kind != "alone")
     monkeypatch.setattr(gpu_loader, "POOL", gpu_loader.BufferPool())
-    monkeypatch.setattr(cuda_driver, "current", found)
+    monkeypatch.setattr(cuda_driver, "active_gpu", found)
     monkeypatch.setattr(cuda_driver, "pinned", lambda n_bytes: np.zeros(n_bytes, np.uint8))
     monkeypatch.setattr(cuda_driver, "is_pinned", lambda host: False)
     monkeypatch.setattr(cuda_driver, "copy_on_device", found.copy_on_device)
     monkeypatch.setattr(gpu, "dequantize_into", found.dequantize_into)
     monkeypatch.setattr(gpu, "capability_of", lambda index: (9, 0))
-    monkeypatch.setattr(devices, "cuda_problem", lambda: None)
+    monkeypatch.setattr(devices, "why_no_cuda", lambda: None)
     monkeypatch.setattr(gpu_loader, "PIECE", 4096)
     monkeypatch.setattr(gpu_loader, "SHARE", 1000)
     threads = n_threads_of_this_process()

@@ -22,7 +22,7 @@ TENSORS = {
 
 def has_threads():
     """Whether threads read, as they do where a system and a driver have what they need."""
-    return native_threads.IS_POSSIBLE and cuda_driver.can_signal(0)
+    return native_threads.IS_SUPPORTED and cuda_driver.supports_stream_write(0)
 
 
 def kept_bytes():
@@ -30,7 +30,7 @@ def kept_bytes():
     return sum(len(buffers) for kept in gpu_loader.POOL.idle.values() for buffers in kept) * 4096
 
 
-MOST_BYTES = gpu_loader.BUFFERS * 4096
+MAX_BYTES = gpu_loader.BUFFERS * 4096
 """GPU memory that a load takes for itself."""
 
 

@@ -127,7 +127,7 @@ def test_no_device_given_and_no_gpu_says_so_once():
 import warnings
 import numba_dequant as nd
 from numba_dequant.backends import devices
-devices.cuda_problem = lambda: "no GPU, says the test"
+devices.why_no_cuda = lambda: "no GPU, says the test"
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(3):

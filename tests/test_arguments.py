@@ -16,8 +16,8 @@ import pytest
 from conftest import assert_same_bits, random_blocks, write_model
 
 import numba_dequant as nd
-from numba_dequant.arguments import MOST_DIMENSIONS, Memory, check_apart, is_on_gpu
-from numba_dequant.backends.devices import Place, place_named
+from numba_dequant.arguments import MAX_DIMENSIONS, Memory, check_apart, is_on_gpu
+from numba_dequant.backends.devices import Place, parse_device
 from numba_dequant.dtypes import dtype_name
 from numba_dequant.formats import format_named
 
@@ -206,7 +206,7 @@ class TestDevice:
         ["cpu", "CPU", " cpu", "cpu:0", Named("cpu"), np.str_("cpu"), device_of_library("jaxlib.xla", platform="cpu")],
     )
     def test_every_way_to_say_cpu(self, device, model):
-        assert place_named(device) == Place("cpu")
+        assert parse_device(device) == Place("cpu")
         assert_same_bits(dequantize(device=device), EXPECTED)
         assert list(model.load_all(device=device)) == list(TENSORS)
 
@@ -228,8 +228,8 @@ class TestDevice:
         ],
     )
     def test_every_way_to_say_a_gpu(self, device, index, monkeypatch):
-        monkeypatch.setattr("numba_dequant.backends.devices.cuda_problem", lambda: None)
-        place = place_named(device)
+        monkeypatch.setattr("numba_dequant.backends.devices.why_no_cuda", lambda: None)
+        place = parse_device(device)
         assert place.kind in ("cuda", "simulator")
         assert place.index == index
 
@@ -315,8 +315,8 @@ class TestShape:
             (np.ones(10**6, np.int8), "whole numbers|dimensions"),
             ((10**5000, 1), "does not have as many"),
             ((2**63, 1), "does not have as many"),
-            ((1,) * MOST_DIMENSIONS + (192,), f"an array has {MOST_DIMENSIONS} at most"),
-            ([1] * 10**6, f"an array has {MOST_DIMENSIONS} at most"),
+            ((1,) * MAX_DIMENSIONS + (192,), f"an array has {MAX_DIMENSIONS} at most"),
+            ([1] * 10**6, f"an array has {MAX_DIMENSIONS} at most"),
         ],
         ids=range(18),
     )
@@ -326,7 +326,7 @@ class TestShape:
         assert len(str(raised.value)) < 300
 
     def test_as_many_dimensions_as_numpy_has(self):
-        shape = (1,) * (MOST_DIMENSIONS - 1) + (192,)
+        shape = (1,) * (MAX_DIMENSIONS - 1) + (192,)
         assert dequantize(shape=shape).shape == shape
 
     @pytest.mark.parametrize("shape", [(0, 2**62, 2**62), (2**63, 0), (0, 2**60), (10**5000, 0)], ids=range(4))

@@ -40,7 +40,7 @@ def test_verify_other_types(dtype, capsys):
 
 
 def test_verify_says_which_device_and_why(capsys, monkeypatch):
-    monkeypatch.setattr(main.devices, "cuda_problem", lambda: "no GPU, says the test")
+    monkeypatch.setattr(main.devices, "why_no_cuda", lambda: "no GPU, says the test")
     assert main.main(["verify"]) == 0
     assert "on cpu (no GPU, says the test)" in capsys.readouterr().out
 
@@ -74,7 +74,7 @@ def test_verify_finds_a_wrong_bit(tmp_path, capsys, monkeypatch):
     ids=["same", "value", "sign of zero", "both NaN", "one NaN"],
 )
 def test_difference(found, expected, count, worst):
-    assert verify.difference(np.array(found, np.float16), np.array(expected, np.float16)) == (count, worst)
+    assert verify.count_mismatches(np.array(found, np.float16), np.array(expected, np.float16)) == (count, worst)
 
 
 def test_info(tmp_path):
@@ -282,7 +282,7 @@ def test_bar(share, text):
     ids=["arch", "format", "nothing"],
 )
 def test_warm_for_nothing(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(main.devices, "cuda_problem", lambda: "no GPU, says the test")
+    monkeypatch.setattr(main.devices, "why_no_cuda", lambda: "no GPU, says the test")
     assert main.main(["warm", *arguments]) == 2
     assert message in capsys.readouterr().err
 

@@ -30,8 +30,8 @@ def test_the_first_example_of_the_readme(tmp_path, monkeypatch, capsys):
     tensors = {"blk.0.attn_q.weight": ("Q4_K", (4, 256), random_blocks("Q4_K", 4))}
     write_model(tmp_path / "model.gguf", tensors, [("general.architecture", "llama")])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("numba_dequant.backends.devices.cuda_problem", lambda: None)
-    monkeypatch.setattr("numba_dequant.model.place_named", lambda _: nd.backends.devices.Place("cpu"))
+    monkeypatch.setattr("numba_dequant.backends.devices.why_no_cuda", lambda: None)
+    monkeypatch.setattr("numba_dequant.model.parse_device", lambda _: nd.backends.devices.Place("cpu"))
     names = {}
     exec(code, names)
     assert capsys.readouterr().out == "llama\n(4, 256)\nblk.0.attn_q.weight (4, 256)\n"

@@ -308,7 +308,7 @@ def test_strings_are_passed_alike_by_compiled_code_and_by_numpy(monkeypatch, win
     items = [bytes(rng.integers(32, 127, length, np.uint8)) for length in lengths]
     data = gguf([], [value("a", STRING, items), value("behind", INT32, 7)])
     monkeypatch.setattr(header, "WINDOW", window)
-    native.keep()
+    native.ensure_compiled()
     for is_loaded in (True, False):
         with monkeypatch.context() as patch:
             patch.setattr(native, "is_loaded", lambda answer=is_loaded: answer)

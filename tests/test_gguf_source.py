@@ -329,18 +329,18 @@ def test_a_disk_where_reading_changes_the_time_is_read(tmp_path, monkeypatch):
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf([("t", (n_rows, 64), "Q8_0", data.tobytes())]))
     model = nd.open(path)
-    real, real_header = source.stamp_of, source.Source._has_same_header
+    real, real_header = source.identity_of, source.Source._has_same_header
     clock = iter(range(1 << 30))
 
-    def stamp_of(file):
-        return real(file)._replace(modified=next(clock))
+    def identity_of(file):
+        return real(file)._replace(mtime_ns=next(clock))
 
     def has_same_header(self, file):
         headers.append(None)
         return real_header(self, file)
 
     monkeypatch.setattr(host_loader, "PIECE", 64 * 68)
-    monkeypatch.setattr(source, "stamp_of", stamp_of)
+    monkeypatch.setattr(source, "identity_of", identity_of)
     monkeypatch.setattr(source.Source, "_has_same_header", has_same_header)
     expected = nd.dequantize(data, "Q8_0", shape=(n_rows, 64), device="reference")
     with pytest.warns(RuntimeWarning) as warned:

@@ -7,13 +7,13 @@ import pytest
 from conftest import DATA, DECODED, DTYPES, GOLDEN, QUANTIZED, assert_same_bits, golden, random_blocks, rounded
 
 import numba_dequant as nd
-from numba_dequant.backends.devices import cuda_problem, is_simulated
+from numba_dequant.backends.devices import is_simulated, why_no_cuda
 from numba_dequant.cli.main import SAMPLE
-from numba_dequant.kernels.launch_shape import MAPPINGS, mapping_named
+from numba_dequant.kernels.launch_shape import MAPPINGS, launch_shape
 
 pytestmark = pytest.mark.gpu
 
-if cuda_problem() is None and not is_simulated():
+if why_no_cuda() is None and not is_simulated():
     from cuda.core import Device
 
     from numba_dequant.backends import cuda_driver, gpu
@@ -22,14 +22,14 @@ if cuda_problem() is None and not is_simulated():
 
 def poisoned(n_bytes):
     """Device memory that holds no value a kernel would write by chance."""
-    with cuda_driver.current(0) as device:
+    with cuda_driver.active_gpu(0) as device:
         memory = cuda_driver.allocate(n_bytes, device, 0)
-        cuda_driver.fill(memory, 0xA5, 0)
+        cuda_driver.memset(memory, 0xA5, 0)
         return memory
 
 
 def on_gpu(data):
-    with cuda_driver.current(0) as device:
+    with cuda_driver.active_gpu(0) as device:
         memory = cuda_driver.allocate(data.nbytes, device, 0)
         if data.nbytes:
             gpu.send(data.reshape(-1).view(np.uint8), memory.pointer, 0)
@@ -43,7 +43,7 @@ def run(data, name, dtype="float16", mapping="tile", shift=0, out_shift=0):
     itemsize = 4 if dtype == "float32" else 2
     room = on_gpu(np.concatenate([np.zeros(shift, np.uint8), data]))
     target = poisoned(n * itemsize + 64)
-    with cuda_driver.current(0):
+    with cuda_driver.active_gpu(0):
         gpu.dequantize_into(
             cuda_driver.DeviceBytes(room.pointer + shift, data.size, 0, room),
             source, dtype, n,
@@ -69,7 +69,7 @@ def test_golden(name, mapping, dtype):
 @pytest.mark.parametrize("name", DECODED)
 def test_sizes_around_a_tile(name, mapping):
     source = nd.FORMATS[name]
-    tile = mapping_named(mapping, source).tile_elements // source.block_size
+    tile = launch_shape(mapping, source).tile_elements // source.block_size
     for n_blocks in (0, 1, tile - 1, tile, tile + 1, 5 * tile + 3):
         data = random_blocks(name, n_blocks)
         assert_same_bits(run(data, name, mapping=mapping), nd.dequantize(data, name, device="reference"))
@@ -111,7 +111,7 @@ def test_one_thread_block_per_quant_block_the_numba_way():
     from numba import cuda
 
     data = random_blocks("Q4_K", 9)
-    shape = mapping_named("block", nd.FORMATS["Q4_K"])
+    shape = launch_shape("block", nd.FORMATS["Q4_K"])
     out = cuda.to_device(np.full(9 * 256, 77, np.float16))
     jit("Q4_K")[shape.thread_blocks(out.size), shape.threads](cuda.to_device(data), out.size, out)
     assert_same_bits(out.copy_to_host(), nd.dequantize(data, "Q4_K", device="reference"))
@@ -233,7 +233,7 @@ class TestStreams:
 
         expected = nd.dequantize(self.data, "Q8_0", device="reference")
         torch_stream = torch.cuda.Stream()
-        with cuda_driver.current(0) as device:
+        with cuda_driver.active_gpu(0) as device:
             core = device.create_stream()
         for stream in (None, 0, 1, torch_stream, torch_stream.cuda_stream, cupy.cuda.Stream(), cuda.stream(), core):
             tensor = nd.dequantize(self.data, "Q8_0", device="cuda", stream=stream)
@@ -274,7 +274,7 @@ def test_pinned_memory_may_be_changed_at_once():
 
 
 def runtime_pinned(n_bytes):
-    with cuda_driver.current(0):
+    with cuda_driver.active_gpu(0):
         return cuda_driver.pinned(n_bytes)
 
 
@@ -320,8 +320,9 @@ def test_the_caller_s_context_is_put_back():
 
 
 def test_out_of_memory():
-    with pytest.raises(nd.DeviceError, match=r"out of memory: .* bytes were asked for"), cuda_driver.current(0) as gpu0:
-        cuda_driver.allocate(1 << 45, gpu0, 0)
+    message = r"out of memory: .* bytes were asked for"
+    with pytest.raises(nd.DeviceError, match=message), cuda_driver.active_gpu(0) as device:
+        cuda_driver.allocate(1 << 45, device, 0)
     assert nd.dequantize(bytes(34), "Q8_0", device="cuda").size == 32
 
 
@@ -330,7 +331,7 @@ def test_memory_comes_back():
 
     def free():
         gc.collect()
-        with cuda_driver.current(0) as device:
+        with cuda_driver.active_gpu(0) as device:
             device.sync()
             return int(driver.cuMemGetInfo()[1])
 

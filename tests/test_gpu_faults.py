@@ -83,7 +83,7 @@ def nothing_but_a_header():
 def state(n_threads=None):
     """GPU memory in use, threads (which may take a moment to get down to a number), open files."""
     gc.collect()
-    with cuda_driver.current(0) as device:
+    with cuda_driver.active_gpu(0) as device:
         device.sync()
         _, pool = driver.cuDeviceGetDefaultMemPool(0)
         _, used = driver.cuMemPoolGetAttribute(pool, driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_USED_MEM_CURRENT)
@@ -265,7 +265,7 @@ def test_two_hundred_loads_with_faults(path, monkeypatch):
 
 
 def test_the_next_load_reuses_what_it_keeps(path):
-    with cuda_driver.current(0):
+    with cuda_driver.active_gpu(0):
         nd.load(path, device="cuda", threads=2)
         (kept,) = gpu_loader.POOL.idle[0]
         count = len(kept)

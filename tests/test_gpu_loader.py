@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import assert_same_bits, random_blocks, write_model
 from late_gpu import POISON
-from small_model import MOST_BYTES, TENSORS, assert_loads, assert_right, has_threads, kept_bytes
+from small_model import MAX_BYTES, TENSORS, assert_loads, assert_right, has_threads, kept_bytes
 
 import numba_dequant as nd
 from numba_dequant.loading import gpu_loader, requests
@@ -27,7 +27,7 @@ def test_everything(model, late, threads, stream):
         assert list(found) == list(TENSORS)
         for name, tensor in found.items():
             assert_right(tensor, name)
-    assert kept_bytes() <= MOST_BYTES
+    assert kept_bytes() <= MAX_BYTES
     del found, tensor
     gc.collect()
     assert late.in_use == kept_bytes()
@@ -46,7 +46,7 @@ def test_no_tensor_takes_memory_before_its_turn(tmp_path, late, threads):
         walk = model.stream(device="cuda", threads=threads, prefetch=0)
         before = late.in_use
         _, first = next(walk)
-        assert late.in_use - before - MOST_BYTES <= first.nbytes
+        assert late.in_use - before - MAX_BYTES <= first.nbytes
         walk.close()
 
 
@@ -132,14 +132,14 @@ def test_two_loads_at_once(model, late, threads):
     for (name, one), (_, other) in zip(first, second, strict=True):
         assert_right(one, name)
         assert_right(other, name)
-    assert kept_bytes() <= 2 * MOST_BYTES
+    assert kept_bytes() <= 2 * MAX_BYTES
 
 
 @pytest.mark.parametrize("select", [None, "*.norm", ["a.q", "b.k"]])
 @pytest.mark.parametrize("prefetch", [None, 2])
 def test_what_is_reported_is_what_was_asked_for(model, late, select, prefetch):
     """Neither the bytes between two tensors nor those between two pieces."""
-    chosen = requests.requests(model.tensors, select, "float16", None, keep_quantized=False)
+    chosen = requests.plan_requests(model.tensors, select, "float16", None, keep_quantized=False)
     reports = []
     for _ in gpu_loader.load(chosen, 0, None, 3, prefetch, reports.append):
         pass

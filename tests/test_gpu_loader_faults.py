@@ -131,7 +131,7 @@ def test_ctrl_c_while_a_load_is_being_stopped(model, late, monkeypatch, step):
     walk = model.stream(device="cuda", threads=3, prefetch=6)
     next(walk)
     with monkeypatch.context() as patch:
-        patch.setattr(native_threads.Pump, step, lambda self: signal.raise_signal(signal.SIGINT))
+        patch.setattr(native_threads.ReaderThreads, step, lambda self: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             walk.close()
     del walk

@@ -13,12 +13,12 @@ import pytest
 from conftest import assert_same_bits, random_blocks
 
 import numba_dequant as nd
-from numba_dequant.backends.devices import cuda_problem, is_simulated
+from numba_dequant.backends.devices import is_simulated, why_no_cuda
 
 pytestmark = pytest.mark.gpu
 torch = pytest.importorskip("torch")
 
-if cuda_problem() is None and not is_simulated():
+if why_no_cuda() is None and not is_simulated():
     from numba_dequant.backends import cuda_driver, gpu
 
 BUSY = 2_000_000
@@ -280,7 +280,7 @@ class TestPinnedTensors:
             assert_same_bits(nd.dequantize(data, "Q8_0", device="cuda", stream=stream).copy_to_host(), expected)
 
     def test_other_pinned_memory_may_be_changed_at_once(self, expected):
-        with cuda_driver.current(0):
+        with cuda_driver.active_gpu(0):
             buffer = cuda_driver.pinned(HOST.size)
         buffer[:] = HOST
         stream = torch.cuda.Stream()

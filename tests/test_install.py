@@ -19,9 +19,9 @@ def no_gpu_packages(monkeypatch):
     monkeypatch.setattr(gpu_packages, "is_there", lambda module: False)
     monkeypatch.setattr(gpu_packages, "driver_version", lambda: 0)
     monkeypatch.setattr(devices.sys, "platform", "linux")
-    devices.cuda_problem.cache_clear()
+    devices.why_no_cuda.cache_clear()
     yield
-    devices.cuda_problem.cache_clear()
+    devices.why_no_cuda.cache_clear()
 
 
 @pytest.mark.parametrize(

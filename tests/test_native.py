@@ -50,10 +50,10 @@ def test_it_needs_nothing_but_what_it_is_given():
 
 
 def test_it_is_compiled_once(not_loaded, monkeypatch):
-    native.keep()
+    native.ensure_compiled()
     native._own_functions.cache_clear()
     monkeypatch.setattr(compiling, "compile_function", None)
-    native.keep()
+    native.ensure_compiled()
 
 
 def test_two_threads_load_it_once(not_loaded, monkeypatch):

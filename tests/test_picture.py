@@ -159,7 +159,7 @@ def test_ranges_that_are_known():
 
 def test_a_name_does_not_get_into_the_markup():
     layout = nd.format.block_layout(d="f2", qs=("u1", 16))
-    drawn = block_picture.Picture("<b>&", layout, nd.FORMATS["Q4_0"].bit_map)
+    drawn = block_picture.BlockPicture("<b>&", layout, nd.FORMATS["Q4_0"].bit_map)
     assert "<b>" not in drawn.svg
     ET.fromstring(drawn.svg)
 

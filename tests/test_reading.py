@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import numba_dequant as nd
 from numba_dequant.gguf.source import Source
 from numba_dequant.loading import files
-from numba_dequant.loading.chunks import cut, interleaved
+from numba_dequant.loading.chunks import plan_chunks, round_robin_by_disk
 from numba_dequant.loading.python_threads import Pipeline
 
 FORMATS = ["Q8_0", "Q4_K", "F32", "I8"]
@@ -47,7 +47,7 @@ def test_pieces_cover_every_byte_once(tensors, largest, in_turn, data):
         offset += n_bytes
     order = data.draw(st.permutations(range(len(infos))))
     covered = [[] for _ in infos]
-    for piece in cut(infos, order, largest, in_turn=in_turn):
+    for piece in plan_chunks(infos, order, largest, in_turn=in_turn):
         if in_turn:
             assert all(part.n_bytes == infos[part.index].n_bytes for part in piece.parts[1:])
         assert piece.n_bytes <= largest
@@ -77,7 +77,7 @@ def test_pieces_of_a_large_tensor_share_no_page(name):
         place = ("file", offset, source.n_bytes(shape), rows * shape[1], "little", ())
         infos.append(nd.gguf.file.TensorInfo(str(number), source, shape, *place))
         offset += -(-source.n_bytes(shape) // 32) * 32
-    pieces = list(cut(infos, range(2), largest))
+    pieces = list(plan_chunks(infos, range(2), largest))
     within = [piece for piece in pieces if piece.parts[0].start]
     assert len(within) > 2
     assert all(piece.offset % 4096 == 0 for piece in within)
@@ -96,7 +96,7 @@ def test_a_read_error_names_the_tensor_that_it_lies_in(tmp_path, monkeypatch):
             return super().readinto(data[: end - self.tell()])
 
     monkeypatch.setattr(files, "open_unchanged", lambda tensor: Disk(tensor.path))
-    [piece] = cut(infos, range(2), 1 << 20)
+    [piece] = plan_chunks(infos, range(2), 1 << 20)
     with files.Files() as opened, pytest.raises(nd.ReadError, match=f"tensor 'large' at byte {end}: Input/output"):
         opened.read(piece, infos, np.empty(1 << 20, np.uint8))
 
@@ -254,8 +254,8 @@ def test_disks_are_read_in_turn(model):
             source.stamp = tensor.source.stamp._replace(disk=disk)
         return [tensor._replace(source=sources[disk]) for disk in disks]
 
-    assert interleaved(on_disks(1, 1, 1, 1, 2, 2)) == [0, 4, 1, 2, 5, 3]
-    assert interleaved(on_disks(1, 1, 1, 1, 1, 1)) == list(range(6))
+    assert round_robin_by_disk(on_disks(1, 1, 1, 1, 2, 2)) == [0, 4, 1, 2, 5, 3]
+    assert round_robin_by_disk(on_disks(1, 1, 1, 1, 1, 1)) == list(range(6))
 
 
 def test_files_stay_open_no_longer_than_needed(model):

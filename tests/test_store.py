@@ -141,10 +141,10 @@ for name in sys.argv[1:]:
 
 
 def test_the_name_depends_on_source_and_parts(monkeypatch):
-    name = disk_cache.entry_name("label", "1.0")
-    assert name != disk_cache.entry_name("label", "1.1")
-    monkeypatch.setattr(disk_cache, "package_digest", lambda: "another source")
-    assert name != disk_cache.entry_name("label", "1.0")
+    name = disk_cache.cache_key("label", "1.0")
+    assert name != disk_cache.cache_key("label", "1.1")
+    monkeypatch.setattr(disk_cache, "source_digest", lambda: "another source")
+    assert name != disk_cache.cache_key("label", "1.0")
 
 
 @with_modes

@@ -27,7 +27,7 @@ from cuda.core import (
 from cuda.core.utils import StridedMemoryView
 from numpy.typing import NDArray
 
-from numba_dequant.backends.dlpack import say_bfloat16
+from numba_dequant.backends.dlpack import patch_dlpack_dtype
 from numba_dequant.errors import DataError, DeviceError, shown
 from numba_dequant.interop import TORCH, libraries_with_streams, library_of, library_that_captures
 
@@ -126,7 +126,7 @@ class _GpusOfThread(threading.local):
 _gpus = _GpusOfThread()
 
 
-class current:
+class active_gpu:
     """Make a GPU the current one, and put back what was.
 
     A class, because what `contextlib` makes of a generator takes as long as allocating memory.
@@ -203,7 +203,7 @@ def create_stream(device: Device) -> Stream:
     return device.create_stream()
 
 
-def record(device: int, handle: int) -> Event:
+def record_event(device: int, handle: int) -> Event:
     """The point that a stream has been asked to get to so far."""
     return stream_on(device, handle).record()
 
@@ -216,15 +216,15 @@ def timed_event() -> EventOptions:
         return EventOptions(enable_timing=True)
 
 
-def wait_for(stream: int, event: Event) -> None:
+def stream_wait_event(stream: int, event: Event) -> None:
     """Let a stream wait for an event, without stopping the host."""
     _check(driver.cuStreamWaitEvent(stream, int(event.handle), 0))
 
 
 @lru_cache
-def can_signal(index: int) -> bool:
+def supports_stream_write(index: int) -> bool:
     """Whether a stream of a GPU can write to pinned memory: not every system's driver lets it."""
-    with current(index) as device:
+    with active_gpu(index) as device:
         flag, stream = pinned(4).view(np.uint32), create_stream(device)
         flag[0] = 0
         code, *_ = driver.cuStreamWriteValue32(int(stream.handle), flag.ctypes.data, 1, 0)
@@ -232,7 +232,7 @@ def can_signal(index: int) -> bool:
         return code == driver.CUresult.CUDA_SUCCESS and bool(flag[0])
 
 
-def check(stream: int) -> None:
+def raise_if_failed(stream: int) -> None:
     """Check that a stream has not failed; it may be busy.
 
     Raises:
@@ -253,7 +253,7 @@ def message_of(code: int) -> str:
     return f"the CUDA driver says {driver.CUresult(code).name}"
 
 
-def view(thing: Any, stream: int) -> DeviceBytes:
+def device_view(thing: Any, stream: int) -> DeviceBytes:
     """The device memory of an array, which is not copied; work on `stream` will wait for what fills it.
 
     Raises:
@@ -317,7 +317,7 @@ class PoolMemory:
         # A CUDA graph that is being captured will use it whenever it is launched: its owner keeps the memory.
         if stream != self.stream and not is_capturing(stream):
             with allowed_in_capture():
-                self._note(stream, record(self.device, stream), None)
+                self._note(stream, record_event(self.device, stream), None)
 
     def lend(self, stream: int, keeper: Any) -> None:
         """Note that somebody may use this memory on another stream until it is dropped."""
@@ -352,12 +352,12 @@ class PoolMemory:
 
     def _wait_for_others(self) -> None:
         assert self._others is not None
-        with current(self.device):
+        with active_gpu(self.device):
             for stream, (event, _) in self._others.items():
                 if event is not None:
-                    wait_for(self.stream, event)
+                    stream_wait_event(self.stream, event)
                 elif not is_capturing(stream):
-                    wait(self.stream, stream)
+                    stream_wait_stream(self.stream, stream)
 
 
 def _may_free(stream: int) -> bool:
@@ -474,7 +474,7 @@ def keep_until_done(device: int, stream: int, thing: Any) -> None:
     with _kept_lock, allowed_in_capture():
         while _kept and _kept[0][0].is_done:
             done.append(_kept.popleft())
-        _kept.append((record(device, stream), thing))
+        _kept.append((record_event(device, stream), thing))
     done.clear()  # without the lock: what is dropped may call us
 
 
@@ -560,7 +560,7 @@ def copy_on_device(target: int, source: int, n_bytes: int, stream: int) -> None:
     _check(driver.cuMemcpyDtoDAsync(target, source, n_bytes, stream))
 
 
-def fill(memory: DeviceBytes, value: int, stream: int) -> None:
+def memset(memory: DeviceBytes, value: int, stream: int) -> None:
     """Queue setting every byte to the same value."""
     _check(driver.cuMemsetD8Async(memory.pointer, value, memory.n_bytes, stream))
 
@@ -570,7 +570,7 @@ def synchronize(stream: int) -> None:
     _check(driver.cuStreamSynchronize(stream))
 
 
-def wait(waiting: int, awaited: int) -> None:
+def stream_wait_stream(waiting: int, awaited: int) -> None:
     """Let one stream wait for what has been asked of another so far, without stopping the host.
 
     Raises:
@@ -598,13 +598,13 @@ def export(
     memory: DeviceBytes, shape: tuple[int, ...], dtype: np.dtype[Any], max_version: tuple[int, int] | None
 ) -> object:
     """A DLPack capsule that shares memory of ours and keeps it alive."""
-    is_brain = dtype.name == "bfloat16"
-    kind = np.dtype(np.uint16) if is_brain else dtype
+    is_bf16 = dtype.name == "bfloat16"
+    kind = np.dtype(np.uint16) if is_bf16 else dtype
     piece = Buffer.from_handle(memory.pointer, memory.n_bytes, owner=memory.owner)
     whole = StridedMemoryView.from_buffer(piece, shape, itemsize=kind.itemsize, dtype=kind)
     capsule = whole.__dlpack__(stream=-1, max_version=max_version)
-    if is_brain:
-        say_bfloat16(capsule)
+    if is_bf16:
+        patch_dlpack_dtype(capsule)
     return capsule
 
 

@@ -76,7 +76,7 @@ class DeviceTensor:
             DeviceError: a CUDA graph is being captured on the tensor's stream.
         """
         host = np.empty(self.shape, self.dtype)
-        with cuda_driver.current(self.device):
+        with cuda_driver.active_gpu(self.device):
             cuda_driver.refuse_capture(self.stream, "values cannot be copied to the host before it runs")
             cuda_driver.copy_to_host(host, self.memory.pointer, self.stream)
         return shareable(host)
@@ -120,8 +120,8 @@ class DeviceTensor:
         """Let a stream use the values: it waits for them now, and their memory waits for it when it is dropped."""
         if stream == self.stream:
             return
-        with cuda_driver.current(self.device):
-            cuda_driver.wait(stream, self.stream)
+        with cuda_driver.active_gpu(self.device):
+            cuda_driver.stream_wait_stream(stream, self.stream)
             lives_on, keeper = cuda_driver.keeper_of(stream, self.device)
             if lives_on:
                 self.memory.owner.lend(stream, keeper)
@@ -133,7 +133,7 @@ class DeviceTensor:
         return DeviceTensor(replace(self.memory), self.shape, self.dtype, self.stream, self.framework)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DeviceTensor:
-        with cuda_driver.current(self.device) as device:
+        with cuda_driver.active_gpu(self.device) as device:
             memory = cuda_driver.allocate(self.nbytes, device, self.stream)
             if self.size:
                 cuda_driver.copy_on_device(memory.pointer, self.ptr, self.nbytes, self.stream)

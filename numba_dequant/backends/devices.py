@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from numba_dequant.errors import DeviceError, shown, warn_once
-from numba_dequant.kernels.gpu_packages import install_command, why_no_packages
+from numba_dequant.kernels.gpu_packages import install_command, why_no_gpu_packages
 from numba_dequant.locks import compile_lock
 
 
@@ -28,7 +28,7 @@ class Place:
         return f"cuda:{self.index}" if self.kind in ("cuda", "simulator") else self.kind
 
 
-def place_named(device: Any) -> Place:
+def parse_device(device: Any) -> Place:
     """The device of that name; None is the first GPU where one can be used, and otherwise the CPU.
 
     It may be a name in any case, the ordinal of a GPU, or a device of PyTorch, JAX, CuPy, Numba or cuda.core.
@@ -37,10 +37,10 @@ def place_named(device: Any) -> Place:
         DeviceError: there is no such device, or no GPU can be used.
     """
     if device is None:
-        problem = cuda_problem()
+        problem = why_no_cuda()
         if problem is None:
             return _gpu(0)
-        _say_once(problem)
+        _warn_once(problem)
         return Place("cpu")
     place = _place_of(device if type(device) is str else _name_of(device))
     if place is None:
@@ -48,7 +48,7 @@ def place_named(device: Any) -> Place:
             f"unknown device {shown(device)}; choose 'reference', 'cpu', 'cuda', 'cuda:1', ... or None{_hint(device)}"
         )
     if place.kind == "cuda":
-        problem = cuda_problem()
+        problem = why_no_cuda()
         if problem is not None:
             raise DeviceError(f"device {shown(device)} cannot be used: {problem}")
     return place
@@ -115,13 +115,13 @@ def is_simulated() -> bool:
 
 
 @lru_cache(maxsize=1)
-def cuda_problem() -> str | None:
+def why_no_cuda() -> str | None:
     """Why no GPU can be used here, or None if one can."""
     if is_simulated():
         return None
     if sys.platform == "darwin":
         return "there is no CUDA on macOS"
-    missing = why_no_packages()
+    missing = why_no_gpu_packages()
     if missing is not None:
         return missing
     try:
@@ -135,7 +135,7 @@ def cuda_problem() -> str | None:
         return str(error)
     from numba_dequant.kernels import compiler
 
-    return compiler.toolkit_problem()
+    return compiler.why_no_toolkit()
 
 
 def n_threads() -> int:
@@ -145,5 +145,5 @@ def n_threads() -> int:
     return os.cpu_count() or 1
 
 
-def _say_once(problem: str) -> None:
+def _warn_once(problem: str) -> None:
     warn_once(f"numba_dequant computes on the CPU: {problem}")

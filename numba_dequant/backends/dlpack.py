@@ -38,7 +38,7 @@ class Bfloat16Array(np.ndarray[Any, Any]):
             if options.get("dl_device") not in (None, self.__dlpack_device__()):
                 raise BufferError("the array lies on the CPU, and is not copied elsewhere") from None
             capsule = bits.__dlpack__(stream=options.get("stream"))
-        say_bfloat16(capsule)
+        patch_dlpack_dtype(capsule)
         return capsule
 
     def __array_wrap__(self, array: NDArray[Any], context: Any = None, return_scalar: bool = False) -> Any:
@@ -57,7 +57,7 @@ def shareable(array: NDArray[Any]) -> NDArray[Any]:
     return array.view(Bfloat16Array) if array.dtype == numpy_dtype("bfloat16") else array
 
 
-def say_bfloat16(capsule: object) -> None:
+def patch_dlpack_dtype(capsule: object) -> None:
     """Correct the type in a capsule of uint16, which nobody has seen yet."""
     # The DLTensor starts the old kind of capsule; the new kind puts a version (8 bytes), a context, a deleter and flags
     # (8) before it. Within it, the type's code follows a pointer, a device (8) and the number of dimensions (4).

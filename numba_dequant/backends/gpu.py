@@ -21,10 +21,10 @@ from numba_dequant.format import Format
 from numba_dequant.interop import TORCH, library_of
 from numba_dequant.kernels import compiler
 from numba_dequant.kernels.compiler import KernelSpec
-from numba_dequant.kernels.launch_shape import Mapping, mapping_named
+from numba_dequant.kernels.launch_shape import Mapping, launch_shape
 from numba_dequant.locks import compiled_once
 
-LARGEST_GRID = 2**31 - 1
+MAX_GRID = 2**31 - 1
 
 NO_HOST_DATA = "data on the host cannot be part of it; copy the data to the GPU before the capture"
 
@@ -39,7 +39,7 @@ def dequantize(
             return load(host_bytes(data), source, dtype, shape, index, out, call, mapping)
         cuda_driver.refuse_capture(call.handle, NO_HOST_DATA)
         data = TORCH.to_gpu(data, index, call.handle)
-    with cuda_driver.current(index) as device:
+    with cuda_driver.active_gpu(index) as device:
         memory = streams.memory_of(data, call)
         check_place(memory, device)
         n_elements = source.n_elements(memory.n_bytes)
@@ -61,7 +61,7 @@ def load(
 ) -> Any:
     """Dequantize bytes that lie on the host; their copy on the GPU is freed behind the kernel."""
     n_elements = source.n_elements(host.nbytes)
-    with cuda_driver.current(index) as device:
+    with cuda_driver.active_gpu(index) as device:
         cuda_driver.refuse_capture(call.handle, NO_HOST_DATA)
         result, target = target_for(source, dtype, n_elements, shape, device, out, call)
         memory = _sent(host, device, call)
@@ -70,9 +70,9 @@ def load(
         return result
 
 
-def keep(host: NDArray[np.uint8], index: int, call: CallStream) -> DeviceTensor:
+def upload(host: NDArray[np.uint8], index: int, call: CallStream) -> DeviceTensor:
     """Bytes that lie on the host, as they are, on the GPU."""
-    with cuda_driver.current(index) as device:
+    with cuda_driver.active_gpu(index) as device:
         memory = _sent(host, device, call)
         return DeviceTensor(memory, (host.nbytes,), cuda_driver.BYTES, call.handle, call.framework)
 
@@ -209,7 +209,7 @@ def dequantize_into(
         cuda_driver.refuse_capture(stream, "out lies at an address that is not a multiple of 16; pass one that does")
         target = cuda_driver.allocate(out.n_bytes, Device(data.device), stream)
     queue, kernel, shape = launcher(source, dtype, mapping, data.device, stream)
-    step = LARGEST_GRID * shape.tile_elements
+    step = MAX_GRID * shape.tile_elements
     for first in range(0, n_elements, step):
         count = min(step, n_elements - first)
         start = data.pointer + first // source.block_size * source.type_size
@@ -224,7 +224,7 @@ def dequantize_into(
 @cache
 def capability_of(index: int) -> tuple[int, int]:
     """Compute capability of a GPU."""
-    with cuda_driver.current(index) as device:
+    with cuda_driver.active_gpu(index) as device:
         return device.compute_capability.major, device.compute_capability.minor
 
 
@@ -232,7 +232,7 @@ def capability_of(index: int) -> tuple[int, int]:
 def launcher(source: Format, dtype: str, mapping: str, device: int, stream: int) -> tuple[Stream, Kernel, Mapping]:
     """What every launch of a kernel on a stream has in common."""
     kernel = load_kernel(compiler.dequantize_kernel(source, dtype, mapping), capability_of(device))
-    return cuda_driver.stream_on(device, stream), kernel, mapping_named(mapping, source)
+    return cuda_driver.stream_on(device, stream), kernel, launch_shape(mapping, source)
 
 
 @lru_cache(maxsize=256)
@@ -249,11 +249,11 @@ def load_kernel(kernel: KernelSpec, capability: tuple[int, int]) -> Kernel:
         return ObjectCode.from_cubin(code).get_kernel(name)
 
 
-def timed(
+def time_kernel(
     data: NDArray[np.uint8], source: Format, dtype: str, shape: tuple[int, ...], index: int
 ) -> tuple[NDArray[Any], float]:
     """The values, on the host, and the seconds that the kernel took by the GPU's clock: the median of five."""
-    with cuda_driver.current(index) as device:
+    with cuda_driver.active_gpu(index) as device:
         kind = source.result_dtype(dtype)
         n_elements = source.n_elements(data.nbytes)
         memory = cuda_driver.allocate(data.nbytes, device, 0)

@@ -19,8 +19,8 @@ from numba_dequant.arguments import (
     check_apart,
     host_bytes,
     is_on_gpu,
-    named,
     result_shape,
+    with_tensor_name,
 )
 from numba_dequant.backends import cuda_driver, gpu, streams
 from numba_dequant.backends.cuda_driver import DeviceBytes
@@ -31,7 +31,7 @@ from numba_dequant.errors import NumbaDequantError
 from numba_dequant.format import Format
 from numba_dequant.interop import TORCH, library_of
 from numba_dequant.kernels.compiler import batch_kernel
-from numba_dequant.kernels.launch_shape import mapping_named, tile_table
+from numba_dequant.kernels.launch_shape import launch_shape, tile_directory
 
 SHARED_MEMORY = 64 << 20
 """Tensors share pieces of device memory of up to so many bytes: getting one costs as much as launching a kernel."""
@@ -73,14 +73,14 @@ def prepare(tensors: list[Tensor], dtype: str, index: int, stream: Any) -> tuple
     """The results of `numba_dequant.prepare_many` on CUDA device `index`, and what queues the work that fills them."""
     given = [thing for tensor in tensors for thing in (tensor.data, tensor.out) if thing is not None]
     call = streams.stream_for(stream, index, given)
-    with cuda_driver.current(index) as device:
+    with cuda_driver.active_gpu(index) as device:
         cuda_driver.refuse_capture(call.handle, "a batch cannot be prepared during the capture; prepare it before")
         jobs = {}
         for tensor in tensors:
             try:
                 jobs[tensor.name] = _job(tensor, dtype, device, call)
             except NumbaDequantError as error:
-                raise named(error, tensor.name) from error
+                raise with_tensor_name(error, tensor.name) from error
         if any(tensor.out is not None for tensor in tensors):
             check_apart(memory for name, job in jobs.items() for memory in job.memory(name))
         _allocate([job.data for job in jobs.values() if job.host is not None], device, call)
@@ -119,26 +119,26 @@ class _Run:
         self._owners = list(owners.values())
         self._results = [job.result for job in jobs if isinstance(job.result, DeviceTensor)]
         self._outs = [job.result for job in jobs if not isinstance(job.result, DeviceTensor)]
-        self._uploaded: Event | None = cuda_driver.record(index, call.handle)
+        self._uploaded: Event | None = cuda_driver.record_event(index, call.handle)
         self._last = call.handle
         self._used = {call.handle}
 
     def __call__(self) -> None:
         call, index = self._call, self._index
         handle = call.framework.current_stream(index) if call.framework is not None else call.handle
-        with cuda_driver.current(index):
+        with cuda_driver.active_gpu(index):
             if handle != call.handle:
                 self._wait_for_uploads()
             others = [library.current_stream(index) for library in self._others]
             for other in others:
-                cuda_driver.wait(handle, other)
+                cuda_driver.stream_wait_stream(handle, other)
             for step in self._steps:
                 step(handle)
             for out in self._outs:
                 after_writing(out)
             if not call.is_named:
                 for other in others:
-                    cuda_driver.wait(other, handle)
+                    cuda_driver.stream_wait_stream(other, handle)
             if handle != self._last:
                 self._last = handle
                 self._used.add(handle)
@@ -147,7 +147,7 @@ class _Run:
 
     def __del__(self) -> None:
         # The streams may still be at work on what is dropped with this, and on results that live on.
-        with suppress(Exception), cuda_driver.current(self._index):  # the interpreter may be ending
+        with suppress(Exception), cuda_driver.active_gpu(self._index):  # the interpreter may be ending
             for handle in self._used:
                 for owner in self._owners:
                     owner.used_on(handle)
@@ -235,7 +235,7 @@ def _steps(jobs: list[_Job], dtype: str, device: Device, call: CallStream) -> tu
     gpu.send(packed.view(np.uint8), memory.pointer, call.handle)
     place = memory.pointer
     for group, kernel, (table, n_tiles) in zip(groups, kernels, tables, strict=True):
-        config = gpu.launch_config(n_tiles, mapping_named("tile", group[0].source).threads)
+        config = gpu.launch_config(n_tiles, launch_shape("tile", group[0].source).threads)
         steps.append(partial(_launch, index, config, kernel, place, len(group)))
         place += table.nbytes
     return steps, memory
@@ -249,4 +249,4 @@ def _launch(index: int, config: LaunchConfig, kernel: Kernel, table: int, n_tens
 def _table(jobs: list[_Job], itemsize: int) -> tuple[NDArray[np.int64], int]:
     numbers = [(job.data.pointer, job.target.pointer, job.n_elements) for job in jobs]
     data, targets, n_elements = np.array(numbers, np.int64).T
-    return tile_table(mapping_named("tile", jobs[0].source), data, targets // itemsize, n_elements)
+    return tile_directory(launch_shape("tile", jobs[0].source), data, targets // itemsize, n_elements)

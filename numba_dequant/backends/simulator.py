@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from numba_dequant.format import Format
 from numba_dequant.kernels.dequantize import make_kernel
-from numba_dequant.kernels.launch_shape import mapping_named
+from numba_dequant.kernels.launch_shape import launch_shape
 from numba_dequant.kernels.numba_cuda import cuda
 
 
@@ -39,7 +39,7 @@ def dequantize_into(data: NDArray[np.uint8], source: Format, dtype: str, out: ND
     """Run the kernel, thread by thread, over host arrays."""
     if not out.size:
         return
-    shape = mapping_named(mapping, source)
+    shape = launch_shape(mapping, source)
     kernel = cuda.jit(make_kernel(source, dtype, shape))
     on_device = cuda.to_device(out)
     kernel[shape.thread_blocks(out.size), shape.threads](cuda.to_device(data), out.size, on_device)

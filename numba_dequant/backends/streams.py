@@ -75,16 +75,16 @@ def memory_of(thing: Any, call: CallStream) -> cuda_driver.DeviceBytes:
     """
     if isinstance(thing, DeviceTensor):
         if thing.stream != call.handle:
-            with cuda_driver.current(thing.device):
-                cuda_driver.wait(call.handle, thing.stream)
+            with cuda_driver.active_gpu(thing.device):
+                cuda_driver.stream_wait_stream(call.handle, thing.stream)
         return thing.memory
     library = library_of(thing)
     if library is None:
-        return cuda_driver.view(thing, call.handle)
+        return cuda_driver.device_view(thing, call.handle)
     found = library.view(thing)
     if library is not call.framework:
-        with cuda_driver.current(found.device):
-            cuda_driver.wait(call.handle, library.current_stream(found.device))
+        with cuda_driver.active_gpu(found.device):
+            cuda_driver.stream_wait_stream(call.handle, library.current_stream(found.device))
     if found.is_copy:
         # The copy is this call's alone, and its memory is the library's.
         let_go(found.array, library, found.device, call)
@@ -119,7 +119,7 @@ def let_go(array: Any, library: Library, index: int, call: CallStream) -> None:
         return
     if not call.is_named:
         # Two libraries share this call. The one whose stream it is not goes on only when the call is done.
-        cuda_driver.wait(current, call.handle)
+        cuda_driver.stream_wait_stream(current, call.handle)
     elif library is TORCH:
         TORCH.record_stream(array, index, call.handle)
     else:

@@ -14,7 +14,7 @@ from numba_dequant.api import dequantize
 from numba_dequant.backends.devices import Place, n_threads
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.format import Format
-from numba_dequant.verify import check_same
+from numba_dequant.verify import assert_bit_identical
 
 GPU_ELEMENTS, CPU_ELEMENTS = 1 << 26, 1 << 22
 BAR = 40
@@ -46,13 +46,13 @@ def _on_gpu(index: int, sources: list[Format], dtype: str, progress: Callable[[]
     from numba_dequant.backends import cuda_driver
     from numba_dequant.cli.measure import GpuClock, Workload
 
-    with cuda_driver.current(index) as device:
+    with cuda_driver.active_gpu(index) as device:
         clock = GpuClock(device)
         rows = []
         for source in sources:
             work = Workload(source, dtype, GPU_ELEMENTS, device)
             work.check()
-            rows.append(Row(source, work.moved / clock.seconds(work), work.roof(clock)))
+            rows.append(Row(source, work.bytes_moved / clock.seconds(work), work.roof(clock)))
             progress()
         copy = clock.copy_speed()
         return f"{device.name}, {GPU_ELEMENTS:,} elements to {dtype}; device copy {copy / 1e9:.0f} GB/s", rows
@@ -65,7 +65,7 @@ def _on_cpu(sources: list[Format], dtype: str, progress: Callable[[], object]) -
         data = np.random.default_rng(0).integers(0, 256, CPU_ELEMENTS // source.block_size * source.type_size, np.uint8)
         out = np.empty(CPU_ELEMENTS, kind)
         dequantize(data, source, dtype, device="cpu", out=out)
-        check_same(out, dequantize(data, source, dtype, device="reference"), f"{source.name} to {dtype}")
+        assert_bit_identical(out, dequantize(data, source, dtype, device="reference"), f"{source.name} to {dtype}")
         seconds = _seconds(partial(dequantize, data, source, dtype, device="cpu", out=out))
         rows.append(Row(source, (data.nbytes + out.nbytes) / seconds, 0.0))
         progress()

@@ -207,8 +207,8 @@ def _formats(names: str | None, otherwise: list[nd.Format]) -> list[nd.Format]:
 
 def _place(name: str | None) -> tuple[devices.Place, str | None]:
     """The device of that name, or the best one and why it is not a GPU."""
-    problem = devices.cuda_problem() if name is None else None
-    return devices.place_named(("cpu" if problem else "cuda:0") if name is None else name), problem
+    problem = devices.why_no_cuda() if name is None else None
+    return devices.parse_device(("cpu" if problem else "cuda:0") if name is None else name), problem
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -274,7 +274,7 @@ def _warm(options: argparse.Namespace) -> int:
     dtypes = options.dtype or ["float16"]
     capabilities = [_capability(arch) for arch in options.arch]
     if not capabilities and not options.cpu:
-        problem = "the CUDA simulator compiles nothing" if devices.is_simulated() else devices.cuda_problem()
+        problem = "the CUDA simulator compiles nothing" if devices.is_simulated() else devices.why_no_cuda()
         if problem:
             return _fail(f"{problem}; name a GPU with --arch, or take --cpu")
         from numba_dequant.backends import gpu

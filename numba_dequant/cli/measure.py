@@ -19,8 +19,8 @@ from numba_dequant.backends.device_tensor import DeviceTensor
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.format import Format
 from numba_dequant.kernels.compiler import copy_kernel
-from numba_dequant.kernels.launch_shape import Mapping, mapping_named
-from numba_dequant.verify import check_same
+from numba_dequant.kernels.launch_shape import Mapping, launch_shape
+from numba_dequant.verify import assert_bit_identical
 from numba_dequant.version import VERSION
 
 ROUNDS, LAUNCHES = 9, 4
@@ -29,7 +29,7 @@ ROUNDS, LAUNCHES = 9, 4
 UNCACHED = 256 << 20
 """Bytes that a GPU's cache does not hold: buffers that are used in turn cover at least so many."""
 
-MOST_TURNS = 1 << 10
+MAX_TURNS = 1 << 10
 """Buffers to use in turn at most: where they are so small, launching is all that takes time."""
 
 HEAD_START = 1 << 30
@@ -41,7 +41,7 @@ CHECKED = 1 << 18
 ROOF_SHAPES = [(1, 256), (2, 256), (4, 256), (8, 256), (2, 128), (4, 128)]
 """Stores of 16 bytes per thread, and threads per thread block, of the kernels that only move bytes."""
 
-LARGEST_STAGE = 512
+MAX_STAGE = 512
 """Loads of 16 bytes that a thread block of those kernels can hold in shared memory."""
 
 
@@ -101,7 +101,7 @@ class Workload:
         source: their format.
         dtype: the output type.
         n_elements: how many.
-        moved: bytes that one call reads and writes.
+        bytes_moved: bytes that one call reads and writes.
     """
 
     def __init__(
@@ -128,8 +128,8 @@ class Workload:
         self.n_elements = n_blocks * source.block_size
         self.itemsize = numpy_dtype(dtype).itemsize
         n_read, n_written = n_blocks * source.type_size, self.n_elements * self.itemsize
-        self.moved = n_read + n_written
-        turns = min(max(2, -(-UNCACHED // self.moved)), MOST_TURNS)
+        self.bytes_moved = n_read + n_written
+        turns = min(max(2, -(-UNCACHED // self.bytes_moved)), MAX_TURNS)
         self._sources, self._targets = _in_one(n_read, turns, device), _in_one(n_written, turns, device)
         self._turn = 0
         piece = np.random.default_rng(0).integers(0, 256, min(n_read, 1 << 24), np.uint8)
@@ -160,7 +160,7 @@ class Workload:
         """
         self._turn = -1
         source, target = self._sources[0], self._targets[0]
-        cuda_driver.fill(target, 0xA5, 0)
+        cuda_driver.memset(target, 0xA5, 0)
         self()
         n_blocks = self.n_elements // self.source.block_size
         count = min(n_blocks, max(CHECKED // self.source.block_size, 1))
@@ -170,7 +170,7 @@ class Workload:
             expected = dequantize(blocks, self.source, self.dtype, device="reference")
             found = np.empty_like(expected)
             cuda_driver.copy_to_host(found, target.pointer + first * self.source.block_size * self.itemsize, 0)
-            check_same(found, expected, f"{self.source.name} to {self.dtype}, mapping {self.mapping}")
+            assert_bit_identical(found, expected, f"{self.source.name} to {self.dtype}, mapping {self.mapping}")
 
     def roof(self, clock: GpuClock) -> float:
         """Bytes per second of the fastest kernel that reads and writes as many bytes and does nothing else.
@@ -179,22 +179,22 @@ class Workload:
         """
         capability = gpu.capability_of(self._sources[0].device)
         shapes = [(stores, threads, False) for stores, threads in ROOF_SHAPES]
-        tile = mapping_named("tile", self.source)
+        tile = launch_shape("tile", self.source)
         shapes.append((tile.tile_elements * self.itemsize // 16 // tile.threads, tile.threads, True))
         best = 0.0
         for stores, threads, is_staged in shapes:
             tile_elements = stores * threads * 16 // self.itemsize
             n_loads, rest = divmod(tile_elements * self.source.type_size, 16 * self.source.block_size)
-            if rest or self.n_elements % tile_elements or (is_staged and n_loads > LARGEST_STAGE):
+            if rest or self.n_elements % tile_elements or (is_staged and n_loads > MAX_STAGE):
                 continue
-            kernel = gpu.load_kernel(copy_kernel(stores, threads, LARGEST_STAGE if is_staged else 0), capability)
+            kernel = gpu.load_kernel(copy_kernel(stores, threads, MAX_STAGE if is_staged else 0), capability)
             config = LaunchConfig(grid=self.n_elements // tile_elements, block=threads)
 
             def move(config: LaunchConfig = config, kernel: Kernel = kernel, n_loads: int = n_loads) -> None:
                 source, target = self.buffers()
                 launch(cuda_driver.stream_on(source.device, 0), config, kernel, source.pointer, n_loads, target.pointer)
 
-            best = max(best, self.moved / clock.seconds(move))
+            best = max(best, self.bytes_moved / clock.seconds(move))
         return best
 
 

@@ -19,7 +19,7 @@ from numba_dequant.format import Format
 from numba_dequant.kernels import compiler, native
 from numba_dequant.loading import native_threads
 
-LARGEST_POOL = 8
+MAX_POOL = 8
 """Processes, of which each takes a second and 0.3 GB to start."""
 
 
@@ -45,7 +45,7 @@ def tasks(
     formats: Sequence[Format], dtypes: list[str], capabilities: list[tuple[int, int]], *, on_cpu: bool
 ) -> list[Task]:
     """What is needed for these formats and output types, for one tensor and for many."""
-    found = [Task(native.keep)] if capabilities and native_threads.IS_POSSIBLE else []
+    found = [Task(native.ensure_compiled)] if capabilities and native_threads.IS_SUPPORTED else []
     for source in formats:
         for dtype in dtypes:
             if on_cpu:
@@ -61,7 +61,7 @@ def compile_all(tasks: Sequence[Task]) -> Iterator[bool]:
     Raises:
         DeviceError: as `Task.run` does, or a process was killed; the other tasks are then given up.
     """
-    n_processes = min(n_threads(), LARGEST_POOL, len(tasks))
+    n_processes = min(n_threads(), MAX_POOL, len(tasks))
     if n_processes < 2:
         for task in tasks:
             yield task.run()

@@ -28,7 +28,7 @@ grows by one seldom changes the last value of a point."""
 IDLE_ROUNDS = 4
 """Rounds after which a bit without any effect is taken to have none."""
 
-MOST_ROUNDS = 32
+MAX_ROUNDS = 32
 
 
 def bit_map(layout: np.dtype[np.void], block_size: int, dequantize: Dequantize, seed: int = 0) -> NDArray[np.bool_]:
@@ -48,7 +48,7 @@ def bit_map(layout: np.dtype[np.void], block_size: int, dequantize: Dequantize, 
                 seen[bit] += np.where(np.repeat(_runs(seen[bit]), RUN)[:block_size], changed, 0)
 
     try_flips(FIRST_BLOCKS, [[bit] for bit in range(len(seen))])
-    for number in range(MOST_ROUNDS):
+    for number in range(MAX_ROUNDS):
         rarest = np.where(seen, seen, SIGHTINGS).min(axis=1)
         is_idle = ~seen.any(axis=1)
         pending = np.flatnonzero((rarest < SIGHTINGS) | (is_idle & (number < IDLE_ROUNDS)))

@@ -28,7 +28,7 @@ INK = "<style>svg { color: #1f2328 } @media (prefers-color-scheme: dark) { svg {
 """A picture in a file of its own knows nothing of the page around it."""
 
 
-MOST_LETTERS = 8
+MAX_LETTERS = 8
 """Letters of a name that a box has room for."""
 
 
@@ -62,11 +62,11 @@ class Field:
         """The same in a few letters: the name where the field begins, then numbers where items do."""
         item, rest = divmod(byte - self.start, self.item_size)
         if byte == self.start:
-            return self.name if len(self.name) <= MOST_LETTERS else f"{self.name[: MOST_LETTERS - 1]}…"
+            return self.name if len(self.name) <= MAX_LETTERS else f"{self.name[: MAX_LETTERS - 1]}…"
         return "" if rest else str(item)
 
 
-class Picture:
+class BlockPicture:
     """A picture of a block, which notebooks show and `print` prints.
 
     Attributes:
@@ -134,7 +134,7 @@ def _field(layout: np.dtype[np.void], name: str, bits: NDArray[np.bool_]) -> Fie
     return Field(name, start, kind.itemsize, what, kind.base.itemsize, _decides(decided, bits.shape[1]))
 
 
-def _key(picture: Picture) -> str:
+def _key(picture: BlockPicture) -> str:
     """What the marks in the boxes mean."""
     if picture.element is None:
         return "dark bits decide one element, grey ones up to 8, light ones more, outlined ones none"
@@ -152,7 +152,7 @@ def _decides(counts: NDArray[Any], block_size: int) -> str:
     return f"{least} to {most} elements"
 
 
-def _svg(picture: Picture, bits: NDArray[np.bool_], n_bytes: int) -> Iterator[str]:
+def _svg(picture: BlockPicture, bits: NDArray[np.bool_], n_bytes: int) -> Iterator[str]:
     n_rows = -(-n_bytes // BYTES_PER_ROW)
     columns = min(n_bytes, BYTES_PER_ROW)
     top = 30
@@ -194,7 +194,7 @@ def _legend_row(item: Field) -> tuple[str, str, str, str]:
 
 
 def _byte(
-    picture: Picture, bits: NDArray[np.bool_], colour: str, item: Field, byte: int, x: float, y: float
+    picture: BlockPicture, bits: NDArray[np.bool_], colour: str, item: Field, byte: int, x: float, y: float
 ) -> Iterator[str]:
     """A byte: what it is or holds, and below it the bits, the highest first."""
     element, raw = picture.element, picture.raw
@@ -230,7 +230,7 @@ def _byte(
         )
 
 
-def _fields(picture: Picture) -> Iterator[str]:
+def _fields(picture: BlockPicture) -> Iterator[str]:
     names = max(len(item.name) for item in picture.fields)
     kinds = max(len(item.kind) for item in picture.fields)
     for item in picture.fields:
@@ -239,7 +239,7 @@ def _fields(picture: Picture) -> Iterator[str]:
         yield f"  {item.name.ljust(names)}  {where:>7}  {item.kind.ljust(kinds)}  a bit decides {item.decides}"
 
 
-def _bytes(picture: Picture, bits: NDArray[np.bool_]) -> Iterator[str]:
+def _bytes(picture: BlockPicture, bits: NDArray[np.bool_]) -> Iterator[str]:
     if picture.raw is not None or picture.element is None:
         yield from _rows(picture)
     if picture.element is None:
@@ -252,7 +252,7 @@ def _bytes(picture: Picture, bits: NDArray[np.bool_]) -> Iterator[str]:
                 yield f"  byte {byte:>3}  {_bits(picture, byte, lit)}  {item.label(byte)}"
 
 
-def _rows(picture: Picture) -> Iterator[str]:
+def _rows(picture: BlockPicture) -> Iterator[str]:
     """The bytes in rows: what they hold, or the first letters of their fields."""
     if picture.raw is not None:
         cells = [f"{byte:02x}" for byte in picture.raw]
@@ -262,7 +262,7 @@ def _rows(picture: Picture) -> Iterator[str]:
         yield f"  {start:>4}  {' '.join(cells[start : start + BYTES_PER_ROW])}".rstrip()
 
 
-def _bits(picture: Picture, byte: int, lit: NDArray[np.bool_]) -> str:
+def _bits(picture: BlockPicture, byte: int, lit: NDArray[np.bool_]) -> str:
     """Bits of a byte that decide an element; of a real block, what they are."""
     if picture.raw is None:
         return "".join("█" if is_lit else "·" for is_lit in lit[::-1])

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from numba_dequant.arguments import host_bytes
 from numba_dequant.bits import RUN
 from numba_dequant.errors import DataError, ShapeError, shown
-from numba_dequant.explain.block_picture import Picture
+from numba_dequant.explain.block_picture import BlockPicture
 from numba_dequant.explain.trace import watch
 from numba_dequant.format import Format, element_of, whole_number
 from numba_dequant.formats import format_named
@@ -49,7 +49,7 @@ class Explanation:
             self.values: NDArray[np.float32] = source.dequantize(record).reshape(-1)
             # The alignment is what a kernel vouches for.
             self.steps = watch(source.decode, raw.view(f"u{source.alignment}"), element // RUN)
-        self.picture: Picture | None = None if is_plain else source.picture(element, raw)
+        self.picture: BlockPicture | None = None if is_plain else source.picture(element, raw)
 
     @property
     def run(self) -> NDArray[np.float32]:

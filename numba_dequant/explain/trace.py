@@ -22,7 +22,7 @@ MASK = re.compile(r"0x([0-9A-F]{8}(?:[0-9A-F]{8})?)\b")
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedBytes:
     """Bytes in an integer.
 
     Attributes:
@@ -39,17 +39,17 @@ class Packed:
         return "  ".join(map(str, np.frombuffer(raw, np.int8 if self.is_signed else np.uint8).tolist()))
 
 
-EIGHT = Packed(8)
+EIGHT = PackedBytes(8)
 RESULTS = {
     "load_8_bytes": EIGHT,
     "spread_bits": EIGHT,
-    "negate_bytes": Packed(8, is_signed=True),
-    "lookup_nibbles": Packed(8, is_signed=True),
+    "negate_bytes": PackedBytes(8, is_signed=True),
+    "lookup_nibbles": PackedBytes(8, is_signed=True),
 }
 """What functions that a decode calls pack into an integer."""
 
 
-def _text(value: Any, packed: Packed | None) -> str:
+def _text(value: Any, packed: PackedBytes | None) -> str:
     if isinstance(value, np.ndarray):
         return "  ".join(f"{item:.6g}" for item in value)
     if isinstance(value, (float, np.floating)):
@@ -71,7 +71,7 @@ class Call:
 
     label: str
     value: Any
-    packed: Packed | None
+    packed: PackedBytes | None
 
     @property
     def shown(self) -> str:
@@ -101,7 +101,7 @@ class Step:
         return _text(self.value, self._packed)
 
     @property
-    def _packed(self) -> Packed | None:
+    def _packed(self) -> PackedBytes | None:
         if not isinstance(self.value, (int, np.integer)):
             return None
         if self.calls and self.calls[-1].value is self.value:
@@ -109,12 +109,12 @@ class Step:
         masks: list[int] = [len(digits) // 2 for digits in MASK.findall(self.source)]
         if abs(int(self.value)) >= 1 << 32 or 8 in masks:
             return EIGHT
-        return Packed(max(masks)) if masks else None
+        return PackedBytes(max(masks)) if masks else None
 
 
 def watch(decode: Callable[..., Any], block: NDArray[Any], run: int) -> list[Step]:
     """What a `decode` gives names to for a run of a block, in the order in which it does, and what it returns."""
-    watcher = _Watcher(decode)
+    watcher = _Tracer(decode)
     before = sys.gettrace()
     sys.settrace(watcher.of_frame)
     try:
@@ -124,7 +124,7 @@ def watch(decode: Callable[..., Any], block: NDArray[Any], run: int) -> list[Ste
     return watcher.steps
 
 
-class _Watcher:
+class _Tracer:
     """Notes what a `decode` does, for `sys.settrace`."""
 
     def __init__(self, decode: Callable[..., Any]) -> None:
@@ -149,7 +149,7 @@ class _Watcher:
         label = f"{name}({', '.join(map(self._argument, given))})"
         packed = RESULTS.get(name)
         if name == "lookup" and given[0].items.itemsize > 1:
-            packed = Packed(given[0].items.itemsize, is_signed=True)
+            packed = PackedBytes(given[0].items.itemsize, is_signed=True)
 
         def within(frame: FrameType, event: str, argument: Any) -> Any:
             if event == "return":

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import load_8_brains
+from numba_dequant.bits import load_8_bf16
 from numba_dequant.format import Format, block_layout
 
 LAYOUT = block_layout(x="u2")
@@ -16,7 +16,7 @@ def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def decode(block: Any, at: int, run: int) -> Any:
-    return load_8_brains(block, at)
+    return load_8_bf16(block, at)
 
 
 BF16 = Format("BF16", 30, 1, LAYOUT, "plain bfloat16, the upper half of a float32", dequantize, decode)

@@ -33,13 +33,13 @@ from typing import Any, NoReturn
 from numba_dequant.arguments import flag_option, whole_option
 from numba_dequant.errors import GgufError, MissingFileError, OptionError
 from numba_dequant.gguf.metadata import MetadataArray
-from numba_dequant.gguf.reader import MOST_DIMENSIONS, MOST_ELEMENTS, read_file
+from numba_dequant.gguf.reader import MAX_DIMENSIONS, MAX_ELEMENTS, read_file
 from numba_dequant.gguf.source import source_of
 from numba_dequant.gguf.tensors import GgufFile, TensorInfo, TensorTable, truncated
 
 __all__ = ["GgufFile", "TensorInfo", "TensorTable", "open_gguf", "truncated"]
 
-MOST_SHARDS = 65535
+MAX_SHARDS = 65535
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 """What ComfyUI-GGUF puts before the name of a tensor that it has reshaped, to make the key of the shape it had."""
 
@@ -138,8 +138,8 @@ def _joined(shards: Sequence[GgufFile], missing: tuple[str, ...] = ()) -> GgufFi
 
 def _split_number(file: GgufFile, key: str, missing: int) -> int:
     value = file.metadata.get(key, missing)
-    if key == "split.count" and not 0 <= value <= MOST_SHARDS:
-        raise GgufError(file.path, f"metadata {key!r}", None, value, f"a number up to {MOST_SHARDS}")
+    if key == "split.count" and not 0 <= value <= MAX_SHARDS:
+        raise GgufError(file.path, f"metadata {key!r}", None, value, f"a number up to {MAX_SHARDS}")
     return int(value)
 
 
@@ -178,15 +178,15 @@ def _original_shape(file: GgufFile, key: str, tensor: TensorInfo) -> tuple[int, 
     """The shape that a key holds, rows first."""
 
     def fail(found: object) -> NoReturn:
-        allowed = f"up to {MOST_DIMENSIONS} integers whose product is {tensor.n_elements}"
+        allowed = f"up to {MAX_DIMENSIONS} integers whose product is {tensor.n_elements}"
         raise GgufError(file.path, f"metadata {key!r}", getattr(stored, "offset", None), found, allowed)
 
     stored = file.metadata[key]
-    if not isinstance(stored, MetadataArray) or not stored.is_of_integers or len(stored) > MOST_DIMENSIONS:
+    if not isinstance(stored, MetadataArray) or not stored.is_of_integers or len(stored) > MAX_DIMENSIONS:
         fail(f"{len(stored):,} items" if isinstance(stored, MetadataArray) else f"a {type(stored).__name__}")
     shape = tuple(stored.to_list())
     if any(extent < 0 for extent in shape) or math.prod(shape) != tensor.n_elements:
         fail(shape)
-    if math.prod(extent or 1 for extent in shape) >= MOST_ELEMENTS:
+    if math.prod(extent or 1 for extent in shape) >= MAX_ELEMENTS:
         fail(shape)
     return shape

@@ -26,10 +26,10 @@ WINDOW = 1 << 20
 SMALL_WINDOW = 1 << 12
 """Bytes that are read first where something has been passed over: perhaps only a few of them are needed."""
 
-LARGEST_KEY = 65535
+MAX_KEY = 65535
 """Bytes of a key, and of the name of a tensor."""
 
-LARGEST_STRING = 1 << 26
+MAX_STRING = 1 << 26
 """Bytes of a single string: a chat template has thousands, a whole vocabulary as JSON some millions."""
 
 UINT32, BOOL, STRING, ARRAY = 4, 7, 8, 9
@@ -67,7 +67,7 @@ class Cursor:
         self._window_start = position
         self._next_window = WINDOW if is_first else SMALL_WINDOW
         self._links_of = -1
-        # Places in the window, which is never larger than `LARGEST_STRING`.
+        # Places in the window, which is never larger than `MAX_STRING`.
         self._starts = self._ends = np.empty(0, np.int32)
         self._chain_ends = np.empty(0, np.int64)
 
@@ -145,23 +145,23 @@ class Cursor:
 
     def name(self, field: str) -> str:
         """The next string, a key or a name of a tensor: UTF-8, of which NULs at the end are no part."""
-        length = self.string_length(field, LARGEST_KEY)
+        length = self.string_length(field, MAX_KEY)
         raw = self.take(length, field).rstrip(b"\0")
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
             self.fail(field, self.position - length + error.start, f"byte {raw[error.start]:#04x}", "UTF-8")
 
-    def string_length(self, field: str, largest: int = LARGEST_STRING) -> int:
+    def string_length(self, field: str, largest: int = MAX_STRING) -> int:
         """The length of the next string, of which nothing has been read or allocated yet."""
         length = self.u64(field)
         if length > largest:
             self.fail(f"{field} length", self.position - 8, length, f"at most {largest}")
         return length
 
-    def item(self, field: str, most: int = LARGEST_STRING) -> str:
+    def item(self, field: str, most: int = MAX_STRING) -> str:
         """The next string, an item of an array: as it stands, except for what is not UTF-8; of a long one the start."""
-        length = self.string_length(field, LARGEST_STRING)
+        length = self.string_length(field, MAX_STRING)
         raw = self.take(min(length, most), field)
         self.position += length - len(raw)
         return raw.decode(errors="replace")
@@ -202,7 +202,7 @@ class Cursor:
     def _skip_singly(self, count: int, field: str) -> None:
         unpack = _record(self.byte_order, "Q").unpack_from
         while count:
-            length = self.string_length(field, LARGEST_STRING)
+            length = self.string_length(field, MAX_STRING)
             self.need(length, f"{field} length", self.position - 8, length)
             self.position += length
             count -= 1

@@ -14,7 +14,7 @@ from numba_dequant.gguf.header import (
     ARRAY,
     BOOL,
     INTEGERS,
-    LARGEST_STRING,
+    MAX_STRING,
     NUMBERS,
     STRING,
     ByteOrder,
@@ -25,10 +25,10 @@ from numba_dequant.gguf.source import Source, read_error
 LONG_STRING = 1 << 20
 """Bytes beyond which a string stays in the file until it is looked at: a file may hold any number of them."""
 
-MOST_ITEMS = 1 << 26
+MAX_ITEMS = 1 << 26
 """Items of an array; GGML has the same limit."""
 
-MOST_KEPT_ITEMS = 1 << 20
+MAX_KEPT_ITEMS = 1 << 20
 """Items of an array that are read together once several of them have been asked for one by one."""
 
 SHOWN_ITEMS, SHOWN_CHARACTERS = 3, 60
@@ -76,7 +76,7 @@ class LongString:
         self._offset, self._length = cursor.position - length, length
         self._byte_order = cursor.byte_order
 
-    def read(self, most: int = LARGEST_STRING) -> str:
+    def read(self, most: int = MAX_STRING) -> str:
         """The string, or what its first bytes say."""
         with _reopened(self._source, self._key, self._offset, self._byte_order) as cursor:
             return _decoded(cursor.take(min(self._length, most), "metadata {!r}"))
@@ -128,7 +128,7 @@ class MetadataArray(list[Any]):
             self._items = self._read(0, self._length)
         return self._items
 
-    def _read(self, start: int, stop: int, most: int = LARGEST_STRING) -> list[Any]:
+    def _read(self, start: int, stop: int, most: int = MAX_STRING) -> list[Any]:
         """The items from `start` on, up to `stop`; of strings the first `most` bytes."""
         if stop <= start:
             return []
@@ -155,7 +155,7 @@ class MetadataArray(list[Any]):
         indices = range(self._length)[index]
         # Opening the file for each item would take long where somebody counts through them.
         self._looks += 1
-        if self._items is not None or (self._looks > 8 and self._length <= MOST_KEPT_ITEMS):
+        if self._items is not None or (self._looks > 8 and self._length <= MAX_KEPT_ITEMS):
             return self._all()[index]
         if isinstance(indices, int):
             return self._read(indices, indices + 1)[0]
@@ -277,8 +277,8 @@ def _read_array(cursor: Cursor, key: str) -> MetadataArray:
         cursor.fail(f"{field} item type", at, kind, "0 to 8 and 10 to 12 (no arrays within arrays)")
     at = cursor.position
     length = cursor.u64(f"{field} length")
-    if length > MOST_ITEMS:
-        cursor.fail(f"{field} length", at, length, f"at most {MOST_ITEMS} items")
+    if length > MAX_ITEMS:
+        cursor.fail(f"{field} length", at, length, f"at most {MAX_ITEMS} items")
     n_bytes = length * (8 if kind == STRING else np.dtype(NUMBERS[kind]).itemsize)
     cursor.need(n_bytes, f"{field} length", at, length)
     array = MetadataArray(cursor, key, kind, length)

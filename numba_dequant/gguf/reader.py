@@ -18,15 +18,15 @@ from numba_dequant.gguf.source import NotRegularFileError, Source, read_error
 from numba_dequant.gguf.tensors import GgufFile, TensorInfo, TensorTable, truncated
 
 DEFAULT_ALIGNMENT = 32
-LARGEST_ALIGNMENT = 1 << 20
-MOST_DIMENSIONS = 8
-_ENTRY = tuple(f"{n_dimensions}QIQ" for n_dimensions in range(MOST_DIMENSIONS + 1))
+MAX_ALIGNMENT = 1 << 20
+MAX_DIMENSIONS = 8
+_ENTRY = tuple(f"{n_dimensions}QIQ" for n_dimensions in range(MAX_DIMENSIONS + 1))
 """What follows the number of dimensions: each of them, a type and an offset."""
-MOST_ELEMENTS = 1 << 60
+MAX_ELEMENTS = 1 << 60
 """Elements that no tensor has: NumPy counts bytes up to 2**63, and an element may take 8."""
-SMALLEST_ENTRY = 13
+MIN_ENTRY = 13
 """Bytes that a metadata entry takes at least: the length of its key, its type, and one byte."""
-SMALLEST_TENSOR = 24
+MIN_TENSOR = 24
 """Bytes that an entry of the tensor table takes at least: the length of its name, its dimensions, type and offset."""
 SPLIT_KEYS = frozenset({"split.no", "split.count", "split.tensors.count"})
 
@@ -57,8 +57,8 @@ def _read_header(cursor: Cursor, *, allow_truncated: bool) -> GgufFile:
     start = cursor.position
     _check_magic(cursor)
     version = _read_version(cursor)
-    n_tensors = _read_count(cursor, "tensor count", SMALLEST_TENSOR)
-    n_entries = _read_count(cursor, "metadata count", SMALLEST_ENTRY)
+    n_tensors = _read_count(cursor, "tensor count", MIN_TENSOR)
+    n_entries = _read_count(cursor, "metadata count", MIN_ENTRY)
     metadata, alignment = _read_metadata(cursor, n_entries)
     entries = _read_table(cursor, n_tensors)
     data_start = start + _padded(cursor.position - start, alignment)
@@ -126,7 +126,7 @@ def _read_metadata(cursor: Cursor, n_entries: int) -> tuple[Metadata, int]:
         at = cursor.position
         kind, value = read_value(cursor, key)
         if key == "general.alignment":
-            is_sound = kind == UINT32 and 0 < value <= LARGEST_ALIGNMENT and value & (value - 1) == 0
+            is_sound = kind == UINT32 and 0 < value <= MAX_ALIGNMENT and value & (value - 1) == 0
             if not is_sound:
                 found = value if kind == UINT32 else f"a value of type {kind}"
                 cursor.fail("metadata 'general.alignment'", at, found, "a uint32, a power of two up to 1 MiB")
@@ -168,12 +168,12 @@ def _read_entry(cursor: Cursor, name: str) -> _Entry:
     cursor.subject = name
     n_dimensions = cursor.u32("tensor {!r} number of dimensions")
     shape_at = cursor.position
-    if n_dimensions > MOST_DIMENSIONS:
-        allowed = f"at most {MOST_DIMENSIONS}"
+    if n_dimensions > MAX_DIMENSIONS:
+        allowed = f"at most {MAX_DIMENSIONS}"
         cursor.fail("tensor {!r} number of dimensions", shape_at - 4, n_dimensions, allowed)
     *extents, ggml_id, offset = cursor.numbers(_ENTRY[n_dimensions], "tensor {!r} dimensions, type and offset")
     shape = tuple(extents[::-1])
-    if math.prod(extent or 1 for extent in shape) >= MOST_ELEMENTS:
+    if math.prod(extent or 1 for extent in shape) >= MAX_ELEMENTS:
         allowed = "fewer than 2**60 elements, where a dimension of 0 counts as 1: NumPy holds no more"
         cursor.fail("tensor {!r} dimensions", shape_at, shape, allowed)
     try:

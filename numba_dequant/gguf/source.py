@@ -50,19 +50,19 @@ KINDS = (
 )
 
 
-class Stamp(NamedTuple):
+class FileIdentity(NamedTuple):
     """What the system says of a file: its size in bytes, when it was written to, its number and that of its disk."""
 
     size: int
-    modified: int
-    number: int
-    disk: int
+    mtime_ns: int
+    inode: int
+    device: int
 
 
-def stamp_of(file: io.RawIOBase) -> Stamp:
-    """The stamp of an open file."""
+def identity_of(file: io.RawIOBase) -> FileIdentity:
+    """What the system says of an open file."""
     found = os.fstat(file.fileno())
-    return Stamp(found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev)
+    return FileIdentity(found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev)
 
 
 class NotRegularFileError(OSError):
@@ -179,7 +179,7 @@ class Source:
 
     def __init__(self, name: str, path: str = "", data: NDArray[np.uint8] | None = None) -> None:
         self.name, self.path, self.data = name, path, data
-        self.stamp = Stamp(0 if data is None else data.size, 0, 0, 0)
+        self.stamp = FileIdentity(0 if data is None else data.size, 0, 0, 0)
         self.header: list[tuple[int, int, tuple[int, int, int]]] = []
         self.may_grow = False
         self._accepted = self.stamp
@@ -212,20 +212,20 @@ class Source:
         """
         file = self.open()
         if self.data is None:
-            self.stamp = self._accepted = stamp_of(file)
+            self.stamp = self._accepted = identity_of(file)
         self.header.clear()
         return file
 
     def size(self, file: io.RawIOBase) -> int:
         """Bytes in an open file of this source."""
-        return self.data.size if self.data is not None else stamp_of(file).size
+        return self.data.size if self.data is not None else identity_of(file).size
 
     def is_cut_short(self, file: io.RawIOBase) -> bool:
         """Whether an open file is the one whose header was read, and has become shorter."""
         if self.data is not None:
             return False
-        stamp, known = stamp_of(file), self.stamp
-        return (stamp.number, stamp.disk) == (known.number, known.disk) and stamp.size < known.size
+        stamp, known = identity_of(file), self.stamp
+        return (stamp.inode, stamp.device) == (known.inode, known.device) and stamp.size < known.size
 
     def is_unchanged(self, file: io.RawIOBase) -> bool:
         """Whether an open file is the one whose header was read, and has not been written to as far as can be told.
@@ -241,13 +241,13 @@ class Source:
         """
         if self.data is not None:
             return True
-        stamp = stamp_of(file)
+        stamp = identity_of(file)
         if stamp == self._accepted:
             return True
         known = self.stamp
         has_grown = self.may_grow and stamp.size > known.size
-        has_new_time = stamp.modified != known.modified
-        has_new_number = (stamp.number, stamp.disk) != (known.number, known.disk)
+        has_new_time = stamp.mtime_ns != known.mtime_ns
+        has_new_number = (stamp.inode, stamp.device) != (known.inode, known.device)
         if (stamp.size != known.size and not has_grown) or (has_new_number and has_new_time):
             return False
         # Where reading changes the time, each piece would have the whole header read again.
@@ -263,7 +263,7 @@ class Source:
                 f"{self.name}: its time stamp has changed since it was opened, its size and its header have not; it is "
                 "taken for the same file. Reopen it if its tensors may have been written to"
             )
-        if time.time_ns() - stamp.modified > LONGEST_WRITE:
+        if time.time_ns() - stamp.mtime_ns > LONGEST_WRITE:
             self._accepted = stamp
         return True
 

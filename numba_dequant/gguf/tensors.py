@@ -17,7 +17,7 @@ from numba_dequant.gguf.header import ByteOrder
 from numba_dequant.gguf.metadata import Metadata
 from numba_dequant.gguf.source import Source
 
-MOST_COMPARED, COMPARED_NAMES, COMPARED_CHARACTERS = 50_000, 500, 200
+MAX_COMPARED, COMPARED_NAMES, COMPARED_CHARACTERS = 50_000, 500, 200
 """Names of a table that are looked at when a name is not in it, those of them that are compared closely, and their
 length: all of a hostile file's would take hours."""
 
@@ -79,7 +79,7 @@ class TensorTable(Mapping[str, TensorInfo]):
     def _near(self, name: str) -> list[str]:
         if len(name) > COMPARED_CHARACTERS:
             return []
-        names = [each for each in islice(self._tensors, MOST_COMPARED) if len(each) <= COMPARED_CHARACTERS]
+        names = [each for each in islice(self._tensors, MAX_COMPARED) if len(each) <= COMPARED_CHARACTERS]
         if len(names) > COMPARED_NAMES:
             # A difference in one place leaves what is before it, or what is behind it, where it was.
             backward = name[::-1]
@@ -108,7 +108,7 @@ class TensorTable(Mapping[str, TensorInfo]):
         if not self:
             return "no tensors"
         rows = display.tensor_rows(self.values())
-        return display.text(display.TENSOR_HEAD, rows, display.TENSOR_SIDES, display.MOST_LINES)
+        return display.text(display.TENSOR_HEAD, rows, display.TENSOR_SIDES, display.MAX_LINES)
 
 
 @dataclass(frozen=True)

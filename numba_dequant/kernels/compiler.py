@@ -18,7 +18,7 @@ from numba_dequant.errors import DeviceError
 from numba_dequant.format import Format
 from numba_dequant.formats import is_built_in
 from numba_dequant.kernels.gpu_packages import install_command
-from numba_dequant.kernels.launch_shape import mapping_named
+from numba_dequant.kernels.launch_shape import launch_shape
 from numba_dequant.locks import compile_lock
 
 TOOLCHAIN = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink", "cuda-core")
@@ -53,20 +53,20 @@ class KernelSpec(NamedTuple):
 
 def dequantize_kernel(source: Format, dtype: str, mapping: str = "tile") -> KernelSpec:
     """The kernel for one tensor: ``kernel(data, n_elements, out)``."""
-    options = source, dtype, mapping_named(mapping, source)
+    options = source, dtype, launch_shape(mapping, source)
     return KernelSpec(f"{source.name}-{dtype}-{mapping}", "dequantize.make_kernel", options)
 
 
 def batch_kernel(source: Format, dtype: str) -> KernelSpec:
     """The kernel for many tensors of one format: ``kernel(data, table, n_tensors, out)``."""
-    options = source, dtype, mapping_named("tile", source)
+    options = source, dtype, launch_shape("tile", source)
     parameters = "data", "table", "number", "data"
-    return KernelSpec(f"{source.name}-{dtype}-batch", "dequantize.make_table_kernel", options, parameters)
+    return KernelSpec(f"{source.name}-{dtype}-batch", "dequantize.make_batch_kernel", options, parameters)
 
 
 def copy_kernel(stores: int, threads: int, stage: int) -> KernelSpec:
     """A kernel that only moves bytes: ``kernel(data, n_loads, out)``."""
-    return KernelSpec(f"copy-{stores}-{threads}-{stage}", "copy.make_moving_kernel", (stores, threads, stage))
+    return KernelSpec(f"copy-{stores}-{threads}-{stage}", "copy.make_copy_kernel", (stores, threads, stage))
 
 
 def cubin(kernel: KernelSpec, capability: tuple[int, int]) -> tuple[str, bytes]:
@@ -76,7 +76,7 @@ def cubin(kernel: KernelSpec, capability: tuple[int, int]) -> tuple[str, bytes]:
         DeviceError: the CUDA toolkit is missing, or does not know such GPUs.
     """
     label = f"sm{capability[0]}{capability[1]}-{kernel.label}"
-    entry = disk_cache.entry_name(label, disk_cache.versions(*TOOLCHAIN))
+    entry = disk_cache.cache_key(label, disk_cache.versions(*TOOLCHAIN))
     kept = disk_cache.read(entry) if kernel.is_kept else None
     if kept is None or b"\0\x7fELF" not in kept:
         try:
@@ -156,12 +156,12 @@ def assemble(text: str, capability: tuple[int, int]) -> bytes:
 
 
 @lru_cache(maxsize=1)
-def toolkit_problem() -> str | None:
+def why_no_toolkit() -> str | None:
     """Why kernels cannot be compiled here, or None if they can.
 
     Loading the toolkit takes a while, so that it was found is kept on disk.
     """
-    entry = disk_cache.entry_name("toolkit", disk_cache.versions(*TOOLCHAIN))
+    entry = disk_cache.cache_key("toolkit", disk_cache.versions(*TOOLCHAIN))
     if disk_cache.read(entry) is not None:
         return None
     try:

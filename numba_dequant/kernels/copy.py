@@ -15,7 +15,7 @@ int32: Any = np.int32
 int64: Any = np.int64
 
 
-def make_moving_kernel(stores: int, threads: int, stage: int = 0) -> Callable[[Any, int, Any], None]:
+def make_copy_kernel(stores: int, threads: int, stage: int = 0) -> Callable[[Any, int, Any], None]:
     """A kernel, not compiled: ``kernel(data, n_loads, out)``.
 
     A thread block of so many threads writes `stores` times 16 bytes a thread, for which it reads `n_loads` times 16

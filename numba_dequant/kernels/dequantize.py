@@ -20,7 +20,7 @@ from numba_dequant.bits import RUN, copy_16_bytes, copy_byte, is_aligned
 from numba_dequant.dtypes import OUTPUT_TYPES, dtype_name
 from numba_dequant.format import Format
 from numba_dequant.formats import format_named
-from numba_dequant.kernels.launch_shape import Mapping, mapping_named
+from numba_dequant.kernels.launch_shape import Mapping, launch_shape
 from numba_dequant.kernels.numba_cuda import cuda
 
 IS_SIMULATED = bool(config.ENABLE_CUDASIM)
@@ -38,14 +38,14 @@ def jit(format: str | Format, dtype: Any = "float16", mapping: str = "block") ->
     """A kernel as a `numba.cuda` dispatcher, to launch the plain Numba way.
 
     Its arguments are the compressed bytes (uint8), the number of elements to write, and the output: a flat array of
-    the output type, or of unsigned integers of its size for bfloat16. `mapping_named(mapping, format)` has the
+    the output type, or of unsigned integers of its size for bfloat16. `launch_shape(mapping, format)` has the
     numbers of a launch:
 
-    >>> shape = mapping_named("block", FORMATS["Q8_0"])                               # doctest: +SKIP
+    >>> shape = launch_shape("block", FORMATS["Q8_0"])                               # doctest: +SKIP
     >>> jit("Q8_0")[shape.thread_blocks(n), shape.threads](data, n, out)              # doctest: +SKIP
     """
     source = format_named(format)
-    return cuda.jit(make_kernel(source, dtype_name(dtype), mapping_named(mapping, source)))
+    return cuda.jit(make_kernel(source, dtype_name(dtype), launch_shape(mapping, source)))
 
 
 def make_kernel(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any, int, Any], None]:
@@ -58,10 +58,10 @@ def make_kernel(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any, 
     return _named(dequantize, f"dequantize_{source.name}")
 
 
-def make_table_kernel(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any, Any, int, Any], None]:
+def make_batch_kernel(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any, Any, int, Any], None]:
     """The kernel, not compiled, for many tensors of one format: ``kernel(data, table, n_tensors, out)``.
 
-    `table` is that of `launch_shape.tile_table`, flat.
+    `table` is that of `launch_shape.tile_directory`, flat.
     """
     write_tile = _tile_writer(source, dtype, mapping)
     threads = mapping.threads

@@ -11,7 +11,7 @@ GPU_PACKAGES = {"numba-cuda": "numba_cuda", "cuda-core": "cuda.core"}
 """What only a GPU needs, and the modules by which it is found."""
 
 
-def why_no_packages() -> str | None:
+def why_no_gpu_packages() -> str | None:
     """What is missing for a GPU, with the command that installs it; None if everything is installed."""
     missing = [package for package, module in GPU_PACKAGES.items() if not is_there(module)]
     if not missing:

@@ -227,7 +227,7 @@ def emit(function: Emit) -> Codegen:
     return codegen
 
 
-def brain(builder: ir.IRBuilder, number: Any) -> Any:
+def bf16(builder: ir.IRBuilder, number: Any) -> Any:
     """i16 -> float, of which it is the upper half; or eight of them."""
     if isinstance(number.type, ir.VectorType):
         return builder.bitcast(builder.shl(builder.zext(number, EIGHT_WORDS), splat(16)), EIGHT_FLOATS)
@@ -266,7 +266,7 @@ def install(target: Target) -> None:
         implement(target, load, types.int64, (None, types.int64), load_codegen(target, width, signed))
     for convert, kind, codegen in (
         (bits.half, types.uint16, emit(target.half_to_float)),
-        (bits.brain, types.uint16, emit(brain)),
+        (bits.bf16, types.uint16, emit(bf16)),
         (bits.single, types.uint32, emit(single)),
         (bits.to_float, types.int32, emit(to_float)),
     ):
@@ -280,7 +280,7 @@ def install(target: Target) -> None:
     for load_eight, item, widen in (
         (bits.load_8_floats, WORD, single),
         (bits.load_8_halves, SHORT, target.half_to_float),
-        (bits.load_8_brains, SHORT, brain),
+        (bits.load_8_bf16, SHORT, bf16),
     ):
         implement(target, load_eight, EIGHT, (None, types.int64), eight_loads_codegen(target, item, widen))
     for name, output_type in OUTPUT_TYPES.items():

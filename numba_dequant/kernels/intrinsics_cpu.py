@@ -59,7 +59,7 @@ def half_to_float(builder: ir.IRBuilder, number: Any) -> Any:
     return builder.bitcast(builder.or_(value, sign), floats)
 
 
-def round_to_half(builder: ir.IRBuilder, values: Any) -> Any:
+def round_to_fp16(builder: ir.IRBuilder, values: Any) -> Any:
     """<8 x float> -> <4 x i32>."""
     number = builder.bitcast(values, EIGHT_WORDS)
     size = builder.and_(number, splat(0x7FFFFFFF))
@@ -78,7 +78,7 @@ def round_to_half(builder: ir.IRBuilder, values: Any) -> Any:
     return _pack(builder, builder.or_(value, sign))
 
 
-def round_to_brain(builder: ir.IRBuilder, values: Any) -> Any:
+def round_to_bf16(builder: ir.IRBuilder, values: Any) -> Any:
     """<8 x float> -> <4 x i32>."""
     number = builder.bitcast(values, EIGHT_WORDS)
     odd = builder.and_(builder.lshr(number, splat(16)), splat(1))
@@ -102,7 +102,7 @@ target = intrinsics.Target(
     signed_bytes=signed_bytes,
     centred_bytes=centred_bytes,
     half_to_float=half_to_float,
-    rounds={"float16": round_to_half, "bfloat16": round_to_brain},
+    rounds={"float16": round_to_fp16, "bfloat16": round_to_bf16},
     lookup_nibbles=intrinsics.lookup_nibbles_by_loads,
     table_address_space=0,
     loads_are_invariant=True,

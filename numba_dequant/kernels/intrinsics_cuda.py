@@ -53,13 +53,13 @@ def half_to_float(builder: ir.IRBuilder, number: Any) -> Any:
     return _instruction(builder, "cvt.f32.f16 $0, $1;", FLOAT, "=f,h", [number])
 
 
-def round_to_half(builder: ir.IRBuilder, values: Any) -> Any:
+def round_to_fp16(builder: ir.IRBuilder, values: Any) -> Any:
     """<8 x float> -> <4 x i32>. The assembler makes one instruction of the three where the GPU has it."""
     halves = "cvt.rn.f16.f32 low, $1; cvt.rn.f16.f32 high, $2;"
     return _round_pairs(builder, "{.reg .b16 low, high; " + halves + " mov.b32 $0, {low, high};}", values)
 
 
-def round_to_brain(builder: ir.IRBuilder, values: Any) -> Any:
+def round_to_bf16(builder: ir.IRBuilder, values: Any) -> Any:
     """<8 x float> -> <4 x i32>."""
     return _round_pairs(builder, "cvt.rn.bf16x2.f32 $0, $2, $1;", values)
 
@@ -122,7 +122,7 @@ target = intrinsics.Target(
     signed_bytes=signed_bytes,
     centred_bytes=centred_bytes,
     half_to_float=half_to_float,
-    rounds={"float16": round_to_half, "bfloat16": round_to_brain},
+    rounds={"float16": round_to_fp16, "bfloat16": round_to_bf16},
     lookup_nibbles=lookup_nibbles,
     table_address_space=GLOBAL_MEMORY,
     loads_are_invariant=False,

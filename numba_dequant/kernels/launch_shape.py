@@ -36,7 +36,7 @@ class Mapping:
         return -(-n_elements // self.tile_elements)
 
 
-def mapping_named(name: str, source: Format) -> Mapping:
+def launch_shape(name: str, source: Format) -> Mapping:
     """The mapping of that name for a format.
 
     ``"tile"`` gives a thread block a tile of consecutive quant blocks, 4096 elements: the fast one.
@@ -60,7 +60,7 @@ def _mapping(name: str, source: Format) -> Mapping:
     return Mapping(elements, -(-elements // (TILE_RUNS * RUN)), TILE_RUNS)
 
 
-def tile_table(
+def tile_directory(
     mapping: Mapping, data_starts: NDArray[np.int64], out_starts: NDArray[np.int64], n_elements: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], int]:
     """The table of a launch over many tensors, none of them empty, and the number of its tiles.

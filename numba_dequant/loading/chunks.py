@@ -11,7 +11,7 @@ from numba_dequant.bits import RUN
 from numba_dequant.format import Format
 from numba_dequant.gguf.file import TensorInfo
 
-LARGEST_GAP = 1 << 16
+MAX_GAP = 1 << 16
 """Bytes between two tensors that are rather read along than left out."""
 
 ALIGNMENT = 32
@@ -22,7 +22,7 @@ PAGE = 4096
 
 
 @dataclass(slots=True)
-class Part:
+class TensorSlice:
     """Whole runs of one tensor within a piece.
 
     Attributes:
@@ -39,25 +39,27 @@ class Part:
 
 
 @dataclass(slots=True)
-class Piece:
+class Chunk:
     """Bytes of one file that are read together: part of a large tensor, or of several that are neighbours."""
 
     path: str
     offset: int
     n_bytes: int = 0
-    parts: list[Part] = field(default_factory=list)
+    parts: list[TensorSlice] = field(default_factory=list)
 
     def index_at(self, offset: int) -> int:
         """Which tensor a byte of the file belongs to."""
         return next(part.index for part in reversed(self.parts) if self.offset + part.at <= offset)
 
 
-def cut(tensors: Sequence[TensorInfo], order: Sequence[int], largest: int, *, in_turn: bool = False) -> Iterator[Piece]:
+def plan_chunks(
+    tensors: Sequence[TensorInfo], order: Sequence[int], largest: int, *, in_turn: bool = False
+) -> Iterator[Chunk]:
     """Pieces of at most `largest` bytes that cover tensors in that order; neighbours share one.
 
     With `in_turn` no large tensor begins in a piece of the one before it: its memory is not needed before its turn.
     """
-    piece: Piece | None = None
+    piece: Chunk | None = None
     for index in order:
         tensor = tensors[index]
         n_bytes, smallest = tensor.n_bytes, largest // 8
@@ -76,16 +78,16 @@ def cut(tensors: Sequence[TensorInfo], order: Sequence[int], largest: int, *, in
                 continue
             if piece is None:
                 end = max(end, min(start + grain, n_bytes))
-                piece = Piece(tensor.path, offset)
-            piece.parts.append(Part(index, start, at, end - start))
+                piece = Chunk(tensor.path, offset)
+            piece.parts.append(TensorSlice(index, start, at, end - start))
             piece.n_bytes = at + end - start
             start = end
     if piece is not None:
         yield piece
 
 
-def _follows(piece: Piece, path: str, offset: int) -> bool:
-    return path == piece.path and 0 <= offset - piece.offset - piece.n_bytes <= LARGEST_GAP
+def _follows(piece: Chunk, path: str, offset: int) -> bool:
+    return path == piece.path and 0 <= offset - piece.offset - piece.n_bytes <= MAX_GAP
 
 
 def _ends(tensor: TensorInfo, longest: int) -> tuple[int, int, int]:
@@ -109,11 +111,11 @@ def _grain(source: Format) -> tuple[int, int, int]:
     return grain, common, pow(grain // common, -1, PAGE // common)
 
 
-def interleaved(tensors: Sequence[TensorInfo]) -> list[int]:
+def round_robin_by_disk(tensors: Sequence[TensorInfo]) -> list[int]:
     """An order in which the tensors of several disks are read in turn: each is kept busy."""
     queues: dict[int, list[int]] = {}
     for index, tensor in enumerate(tensors):
-        queues.setdefault(tensor.source.stamp.disk, []).append(index)
+        queues.setdefault(tensor.source.stamp.device, []).append(index)
     if len(queues) == 1:
         return list(range(len(tensors)))
     # Where a queue has got to, as a share of its bytes, is when each of its tensors is due.

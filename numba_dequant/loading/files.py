@@ -17,7 +17,7 @@ from numba_dequant.errors import DeviceError, ReadError
 from numba_dequant.gguf.source import CHANGED, read_into
 from numba_dequant.gguf.source import read_error as error_of_system
 from numba_dequant.gguf.tensors import TensorInfo, truncated
-from numba_dequant.loading.chunks import Part, Piece
+from numba_dequant.loading.chunks import Chunk, TensorSlice
 
 
 class Files:
@@ -33,7 +33,7 @@ class Files:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def read(self, piece: Piece, tensors: Sequence[TensorInfo], room: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def read(self, piece: Chunk, tensors: Sequence[TensorInfo], room: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Read a piece to the start of `room`.
 
         Raises:
@@ -135,7 +135,7 @@ def read_tensor(tensor: TensorInfo) -> NDArray[np.uint8]:
     room = allocate(tensor, (tensor.n_bytes,), np.dtype(np.uint8))
     if not tensor.n_bytes:
         return room
-    piece = Piece(tensor.path, tensor.offset, tensor.n_bytes, [Part(0, 0, 0, tensor.n_bytes)])
+    piece = Chunk(tensor.path, tensor.offset, tensor.n_bytes, [TensorSlice(0, 0, 0, tensor.n_bytes)])
     with Files() as files:
         return files.read(piece, [tensor], room)
 

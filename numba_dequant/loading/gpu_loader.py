@@ -19,7 +19,7 @@ import numpy as np
 from cuda.core import Device, Stream
 from numpy.typing import NDArray
 
-from numba_dequant.arguments import Memory, check_apart, named
+from numba_dequant.arguments import Memory, check_apart, with_tensor_name
 from numba_dequant.backends import cuda_driver, gpu, streams
 from numba_dequant.backends.cuda_driver import DeviceBytes
 from numba_dequant.backends.device_tensor import DeviceTensor
@@ -28,11 +28,11 @@ from numba_dequant.backends.streams import CallStream
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DeviceError, NumbaDequantError
 from numba_dequant.gguf.file import truncated
-from numba_dequant.kernels.native.records import BUFFER, ENDED, IN_GPU
+from numba_dequant.kernels.native.records import BUFFER, END_OF_FILE, FAULT_GPU
 from numba_dequant.loading import native_threads
-from numba_dequant.loading.chunks import Part, Piece, cut, interleaved
+from numba_dequant.loading.chunks import Chunk, TensorSlice, plan_chunks, round_robin_by_disk
 from numba_dequant.loading.files import changed, check_unchanged, open_unchanged, read_error, read_tensor
-from numba_dequant.loading.python_threads import PATIENCE
+from numba_dequant.loading.python_threads import POLL_SECONDS
 from numba_dequant.loading.requests import QuantizedTensor, Request
 
 PIECE = 8 << 20
@@ -47,10 +47,10 @@ BUFFERS = 8
 STREAMS = 2
 """Streams that buffers share: while one dequantizes, the other copies. With more, a GPU loses time between them."""
 
-USUAL_CREW = 12
+DEFAULT_THREADS = 12
 """Threads at most, unless more are asked for: these read faster than the bus carries."""
 
-LARGEST_BATCH = 32
+MAX_BATCH = 32
 """Pieces that are planned before the threads are told."""
 
 
@@ -155,9 +155,9 @@ def load(
     _check(requests, index, call)
     # Native threads read from files, and know no other byte order.
     is_odd = any(tensor.byte_order == "big" or tensor.source.data is not None for tensor, *_ in requests)
-    if is_odd or not native_threads.IS_POSSIBLE or not cuda_driver.can_signal(index):
+    if is_odd or not native_threads.IS_SUPPORTED or not cuda_driver.supports_stream_write(index):
         return _load_alone(requests, index, call, watch)
-    return _Load(requests, index, call, threads or min(n_threads(), USUAL_CREW), prefetch, watch).run()
+    return _Load(requests, index, call, threads or min(n_threads(), DEFAULT_THREADS), prefetch, watch).run()
 
 
 def _load_alone(
@@ -178,7 +178,7 @@ def _by_the_host(request: Request, index: int, call: CallStream) -> Any:
     host = read_tensor(tensor)
     try:
         if request.dtype is None:
-            return QuantizedTensor(gpu.keep(host, index, call), tensor.format, tensor.shape)
+            return QuantizedTensor(gpu.upload(host, index, call), tensor.format, tensor.shape)
         return gpu.load(host, tensor.format, request.dtype, tensor.shape, index, request.out, call)
     except DeviceError as error:
         raise DeviceError(f"{tensor.path}: tensor {tensor.name!r}: {error}") from error
@@ -187,7 +187,7 @@ def _by_the_host(request: Request, index: int, call: CallStream) -> Any:
 def _check(requests: Sequence[Request], index: int, call: CallStream) -> None:
     """Check everything about the results that can be checked before they are made."""
     outputs = []
-    with cuda_driver.current(index) as device:
+    with cuda_driver.active_gpu(index) as device:
         cuda_driver.refuse_capture(call.handle, "a file cannot be loaded as part of it; load before the capture")
         for request in requests:
             source = request.tensor.format
@@ -201,7 +201,7 @@ def _check(requests: Sequence[Request], index: int, call: CallStream) -> None:
                     out = gpu.checked_output(request.out, None, kind, shape, n_elements, device, call)
                     outputs.append(Memory(out.pointer, out.pointer + out.n_bytes, request.tensor.name, is_out=True))
             except NumbaDequantError as error:
-                raise named(error, request.tensor.name) from error
+                raise with_tensor_name(error, request.tensor.name) from error
     check_apart(outputs)
 
 
@@ -221,17 +221,17 @@ class _Load:
         self.index, self.call, self.stream = index, call, call.handle
         self._prefetch, self._watch = prefetch, watch
         # An order other than that of handing out would have the first tensor wait for one that is not due.
-        order = range(len(requests)) if prefetch is not None else interleaved(self.tensors)
-        self._cut = cut(self.tensors, order, PIECE, in_turn=prefetch is not None)
+        order = range(len(requests)) if prefetch is not None else round_robin_by_disk(self.tensors)
+        self._cut = plan_chunks(self.tensors, order, PIECE, in_turn=prefetch is not None)
         self._next = next(self._cut, None)
-        self._pieces: list[Piece] = []
+        self._pieces: list[Chunk] = []
         self._results: dict[int, _Result] = {}
         self._released = 0
         self._has_prepared = False
         self._ready: list[Any] = []
         self._files: dict[str, RawIOBase] = {}
         self._stack = ExitStack()
-        self._n_threads = max(1, min(n_threads, native_threads.LARGEST_CREW))
+        self._n_threads = max(1, min(n_threads, native_threads.MAX_THREADS))
         self._is_sound = True
 
     def run(self) -> Generator[Any, None, None]:
@@ -243,32 +243,34 @@ class _Load:
                 self._plan(len(self.requests))
                 for index in range(len(self.requests)):
                     self._wait_for(index)
-                with cuda_driver.current(self.index) as device:
+                with cuda_driver.active_gpu(self.index) as device:
                     self._let_caller_wait(self._buffers.streams)
-                    given = [self._take_out(index, device) for index in range(len(self.requests))]
+                    given = [self._finish_tensor(index, device) for index in range(len(self.requests))]
                 yield from given
                 return
             for index in range(len(self.requests)):
                 self._plan(index + self._prefetch)
                 self._wait_for(index)
-                with cuda_driver.current(self.index) as device:
+                with cuda_driver.active_gpu(self.index) as device:
                     streams = enumerate(self._buffers.streams)
-                    self._let_caller_wait(each for bit, each in streams if self._pump.has_written(1 << bit, index))
-                    given = [self._take_out(index, device)]
+                    self._let_caller_wait(each for bit, each in streams if self._threads.has_written(1 << bit, index))
+                    given = [self._finish_tensor(index, device)]
                 yield given.pop()
         finally:
-            self._pump.stop()
+            self._threads.stop()
 
     def _start(self, most: int) -> None:
         native_threads.stop_interrupted()
-        with cuda_driver.current(self.index) as device:
+        with cuda_driver.active_gpu(self.index) as device:
             context = cuda_driver.context_of(device)
             self._buffers = POOL.take(self.index, device)
         # What a load before may have left.
         self._buffers.records["waited"] = self._buffers.records["is_taken"] = 0
         sizes = [tensor.n_bytes for tensor in self.tensors]
         try:
-            self._pump = native_threads.Pump(sizes, most, self._buffers.records, SHARE, context, self._finish)
+            self._threads = native_threads.ReaderThreads(
+                sizes, most, self._buffers.records, SHARE, context, self._finish
+            )
         except BaseException:
             POOL.give_back(self.index, self._buffers)
             raise
@@ -277,7 +279,7 @@ class _Load:
         """Give the threads the pieces of all tensors up to this one."""
         if self._next is None:
             return
-        with cuda_driver.current(self.index) as device:
+        with cuda_driver.active_gpu(self.index) as device:
             while self._next is not None and self._next.parts[0].index <= last:
                 piece = self._next
                 if piece.n_bytes > PIECE:  # the threads' code believes what it is told
@@ -287,35 +289,35 @@ class _Load:
                 parts = [self._part(part) for part in piece.parts]
                 is_computed = any(kernel for _, _, _, _, kernel, *_ in parts)
                 where = self._file(piece).fileno(), piece.offset, piece.n_bytes
-                self._pump.plan((*where, is_computed), parts)
+                self._threads.plan((*where, is_computed), parts)
                 self._pieces.append(piece)
                 self._next = next(self._cut, None)
                 # Waking a thread takes longer than planning a piece; the first ones should not wait, though.
-                if len(self._pieces) - self._released >= min(self._released + 1, LARGEST_BATCH):
+                if len(self._pieces) - self._released >= min(self._released + 1, MAX_BATCH):
                     self._release(device)
             self._release(device)
         if self._next is None:
-            self._pump.end()
+            self._threads.end()
 
     def _release(self, device: Device) -> None:
         """Let the threads have what has been planned, with one more of them where there is work for it."""
         if self._has_prepared:
-            self._ready.append(cuda_driver.record(self.index, self.stream))
+            self._ready.append(cuda_driver.record_event(self.index, self.stream))
             self._has_prepared = False
         if len(self._pieces) > self._released:
             self._released = len(self._pieces)
             most = min(BUFFERS, self._released)
             self._buffers.grow(most, device)
-            self._pump.release(int(self._ready[-1].handle))
-            self._pump.lend(most)
-        while (n_started := self._pump.n_threads) < min(self._n_threads, self._pump.n_shares):
+            self._threads.release(int(self._ready[-1].handle))
+            self._threads.lend(most)
+        while (n_started := self._threads.n_threads) < min(self._n_threads, self._threads.n_shares):
             try:
-                self._pump.start()
+                self._threads.start()
             except OSError as error:
                 self._n_threads = n_started
                 if not n_started:
                     raise DeviceError(f"no thread can be started: {error.strerror}; end some other work") from error
-        self._watch(self._pump.taken)
+        self._watch(self._threads.taken)
 
     def _prepare(self, index: int, device: Device) -> None:
         """Get the memory of a tensor, in the order of the caller's stream, if there is none yet."""
@@ -338,7 +340,7 @@ class _Load:
         except NumbaDequantError as error:
             raise type(error)(f"{tensor.path}: tensor {tensor.name!r}: {error}") from error
 
-    def _part(self, part: Part) -> tuple[int, ...]:
+    def _part(self, part: TensorSlice) -> tuple[int, ...]:
         request, target = self.requests[part.index], self._results[part.index].target
         source, dtype = request.tensor.format, request.dtype
         if dtype is None or source.decode is None:
@@ -350,7 +352,7 @@ class _Load:
         launch = int(kernel.handle), shape.thread_blocks(n_elements), shape.threads, n_elements
         return part.index, part.at, part.n_bytes, out, *launch
 
-    def _file(self, piece: Piece) -> RawIOBase:
+    def _file(self, piece: Chunk) -> RawIOBase:
         file = self._files.get(piece.path)
         if file is None:
             first = self.tensors[piece.parts[0].index]
@@ -359,32 +361,32 @@ class _Load:
 
     def _wait_for(self, index: int) -> None:
         try:
-            while not self._pump.wait_for(index, PATIENCE):
-                self._watch(self._pump.taken)
+            while not self._threads.wait_for(index, POLL_SECONDS):
+                self._watch(self._threads.taken)
                 self._check_gpu()
-        except native_threads.FaultError as fault:
+        except native_threads.ReaderFaultError as fault:
             raise self._error_of(fault) from None
         if self.tensors[index].n_bytes:
             check_unchanged(self.tensors[index], self._files[self.tensors[index].path])
-        self._watch(self._pump.taken)
+        self._watch(self._threads.taken)
 
     def _check_gpu(self) -> None:
         """Look whether the GPU still works: a thread would wait for its buffer in vain."""
         try:
             for stream in self._buffers.streams:
-                cuda_driver.check(int(stream.handle))
+                cuda_driver.raise_if_failed(int(stream.handle))
         except DeviceError as error:
             self._is_sound = False
             raise DeviceError(f"cuda:{self.index}: {error}") from error
 
-    def _error_of(self, fault: native_threads.FaultError) -> NumbaDequantError:
+    def _error_of(self, fault: native_threads.ReaderFaultError) -> NumbaDequantError:
         piece = self._pieces[fault.piece]
         first = self.tensors[piece.parts[0].index]
-        if fault.place == IN_GPU:
+        if fault.place == FAULT_GPU:
             self._is_sound = False
             message = cuda_driver.message_of(fault.code)
             return DeviceError(f"{first.path}: tensor {first.name!r}: cuda:{self.index}: {message}")
-        if fault.code == ENDED:
+        if fault.code == END_OF_FILE:
             size = self._files[piece.path].seek(0, 2)
             cut_short = (self.tensors[part.index] for part in piece.parts)
             gone = next((each for each in cut_short if each.offset + each.n_bytes > size), None)
@@ -395,9 +397,9 @@ class _Load:
     def _let_caller_wait(self, streams: Iterable[Stream]) -> None:
         """Let the caller's stream wait for what these have been given so far."""
         for stream in streams:
-            cuda_driver.wait_for(self.stream, cuda_driver.record(self.index, int(stream.handle)))
+            cuda_driver.stream_wait_event(self.stream, cuda_driver.record_event(self.index, int(stream.handle)))
 
-    def _take_out(self, index: int, device: Device) -> Any:
+    def _finish_tensor(self, index: int, device: Device) -> Any:
         """A result, which is no longer this load's; the caller's stream waits for what fills it."""
         self._prepare(index, device)  # a tensor without bytes is in no piece
         result = self._results.pop(index)

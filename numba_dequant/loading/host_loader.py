@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.arguments import after_writing, check_apart, host_output, memory_of_array, named
+from numba_dequant.arguments import after_writing, check_apart, host_output, memory_of_array, with_tensor_name
 from numba_dequant.backends import host
 from numba_dequant.backends.devices import Place, n_threads
 from numba_dequant.backends.dlpack import shareable
 from numba_dequant.errors import DeviceError, OutputError
-from numba_dequant.loading.chunks import Part, Piece
+from numba_dequant.loading.chunks import Chunk, TensorSlice
 from numba_dequant.loading.files import allocate
 from numba_dequant.loading.python_threads import Pipeline
 from numba_dequant.loading.requests import QuantizedTensor, Request
@@ -46,7 +46,7 @@ def load(
     n_workers = 1 if place.kind == "simulator" else threads or n_threads() + WAITING_THREADS
     tensors = [request.tensor for request in requests]
     pipeline = Pipeline(tensors, results, PIECE, n_workers, prefetch, watch)
-    return (results.hand_out(index) for index in pipeline)
+    return (results.pop_result(index) for index in pipeline)
 
 
 def _output(request: Request, place: Place) -> NDArray[Any]:
@@ -54,7 +54,7 @@ def _output(request: Request, place: Place) -> NDArray[Any]:
     try:
         return host_output(request.out, _kind(request), tensor.shape, tensor.n_elements, place)
     except OutputError as error:
-        raise named(error, tensor.name) from error
+        raise with_tensor_name(error, tensor.name) from error
 
 
 def _kind(request: Request) -> np.dtype[Any]:
@@ -81,7 +81,7 @@ class _Results:
     def worker(self) -> _Worker:
         return _Worker(self)
 
-    def hand_out(self, index: int) -> Any:
+    def pop_result(self, index: int) -> Any:
         request, array = self.requests[index], self.arrays.pop(index)
         if request.dtype is None:
             return QuantizedTensor(array, request.tensor.format, request.tensor.shape)
@@ -105,7 +105,7 @@ class _Worker:
     def room(self) -> NDArray[np.uint8]:
         return self._room
 
-    def take(self, piece: Piece, data: NDArray[np.uint8]) -> None:
+    def take(self, piece: Chunk, data: NDArray[np.uint8]) -> None:
         for part in piece.parts:
             try:
                 self._write(part, data[part.at : part.at + part.n_bytes])
@@ -113,7 +113,7 @@ class _Worker:
                 tensor = self._results.requests[part.index].tensor
                 raise DeviceError(f"{tensor.path}: tensor {tensor.name!r}: out of memory: {error}") from error
 
-    def _write(self, part: Part, data: NDArray[np.uint8]) -> None:
+    def _write(self, part: TensorSlice, data: NDArray[np.uint8]) -> None:
         request = self._results.requests[part.index]
         source = request.tensor.format
         flat = self._results.arrays[part.index].reshape(-1)

@@ -25,10 +25,10 @@ from numba_dequant.errors import DeviceError
 from numba_dequant.kernels import native
 from numba_dequant.kernels.native.records import CALLS, CREW, JOB, PART, PIECE, THREAD
 
-IS_POSSIBLE = sys.platform == "linux"
+IS_SUPPORTED = sys.platform == "linux"
 """Whether this system has what the loop needs: `pread`, `eventfd`, and a driver named libcuda."""
 
-LARGEST_CREW = 64
+MAX_THREADS = 64
 """Threads at most."""
 
 
@@ -61,7 +61,7 @@ def addresses(functions: dict[str, Any]) -> NDArray[np.void]:
     return np.array([tuple(ctypes.cast(functions[name], ctypes.c_void_p).value for name in CALLS.names or ())], CALLS)
 
 
-class FaultError(Exception):
+class ReaderFaultError(Exception):
     """What a thread has failed at: the number of its piece, where it was, the code, the byte of the file."""
 
     def __init__(self, piece: int, place: int, code: int, offset: int) -> None:
@@ -69,7 +69,7 @@ class FaultError(Exception):
         super().__init__(piece, place, code, offset)
 
 
-class Pump:
+class ReaderThreads:
     """The tables of one load, and the threads that work on them.
 
     Attributes:
@@ -113,11 +113,11 @@ class Pump:
         self._job = np.zeros(1, JOB)
         self._n_pieces = self._n_parts = self._n_released = self.n_shares = 0
         self._share_size = share_size
-        self._threads = (ctypes.c_void_p * LARGEST_CREW)()
-        self._records = np.zeros(LARGEST_CREW, THREAD)
+        self._threads = (ctypes.c_void_p * MAX_THREADS)()
+        self._records = np.zeros(MAX_THREADS, THREAD)
         self._records["job"] = self._job.ctypes.data
         for name in ("data", "n_elements", "out"):
-            places = self._records[name].ctypes.data + THREAD.itemsize * np.arange(LARGEST_CREW)
+            places = self._records[name].ctypes.data + THREAD.itemsize * np.arange(MAX_THREADS)
             self._records[f"{name}_at"] = places
         self._buffers = buffers
         job = self._job[0]
@@ -180,13 +180,13 @@ class Pump:
 
     def end(self) -> None:
         """Let the threads end once they have read what has been planned, all there is."""
-        os.eventfd_write(self._planned, LARGEST_CREW)
+        os.eventfd_write(self._planned, MAX_THREADS)
 
     def wait_for(self, tensor: int, seconds: float) -> bool:
         """Wait until all of a tensor has been taken, but not for long; whether it has.
 
         Raises:
-            FaultError: a thread has failed.
+            ReaderFaultError: a thread has failed.
             DeviceError: somebody has stopped the threads.
         """
         if not self.left[tensor]:
@@ -201,7 +201,7 @@ class Pump:
                 raise DeviceError("loading has been stopped, as the program ends")
             first = np.sort(faults, order=["fault_piece", "fault_offset"])[0]
             names = ("fault_piece", "fault_place", "fault_code", "fault_offset")
-            raise FaultError(*(int(first[name]) for name in names))
+            raise ReaderFaultError(*(int(first[name]) for name in names))
         return not self.left[tensor]
 
     def has_written(self, stream_bit: int, tensor: int) -> bool:
@@ -227,13 +227,13 @@ class Pump:
                 return
             self.end()
             join = ctypes.cast(_library().pthread_join, ctypes.c_void_p).value
-            crew = np.array([(join, ctypes.addressof(self._threads), LARGEST_CREW)], CREW)
+            crew = np.array([(join, ctypes.addressof(self._threads), MAX_THREADS)], CREW)
             function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(native.load("join_threads").value or 0)
             function(crew.ctypes.data)
 
     def forget(self) -> None:
         """In a process that has been forked: the threads, and what they wait for, are those of the parent."""
-        self._threads = (ctypes.c_void_p * LARGEST_CREW)()
+        self._threads = (ctypes.c_void_p * MAX_THREADS)()
         self._lock = threading.RLock()
         self._close()
 
@@ -245,7 +245,7 @@ class Pump:
                 os.close(descriptor)
 
 
-_running: set[Pump] = set()
+_running: set[ReaderThreads] = set()
 """Those that nobody has stopped: their threads may work, and their tables must live on, whoever forgets them."""
 
 

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.gguf.file import TensorInfo
-from numba_dequant.loading.chunks import Piece, cut, interleaved
+from numba_dequant.loading.chunks import Chunk, plan_chunks, round_robin_by_disk
 from numba_dequant.loading.files import Files
 
-PATIENCE = 0.1
+POLL_SECONDS = 0.1
 """Seconds after which who waits for a tensor looks how far it has got."""
 
 
@@ -27,7 +27,7 @@ class Worker(Protocol):
     def room(self) -> NDArray[np.uint8]:
         """Memory that the next piece may be read to."""
 
-    def take(self, piece: Piece, data: NDArray[np.uint8]) -> None:
+    def take(self, piece: Chunk, data: NDArray[np.uint8]) -> None:
         """A piece that has been read to the start of that memory, in this machine's byte order."""
 
 
@@ -69,9 +69,9 @@ class Pipeline:
         """
         self._tensors, self._sink = tensors, sink
         # An order other than that of handing out would have the first tensor wait for one that is not due.
-        order = range(len(tensors)) if prefetch is not None else interleaved(tensors)
-        self._pieces = cut(tensors, order, largest, in_turn=prefetch is not None)
-        self._next: Piece | None = next(self._pieces, None)
+        order = range(len(tensors)) if prefetch is not None else round_robin_by_disk(tensors)
+        self._pieces = plan_chunks(tensors, order, largest, in_turn=prefetch is not None)
+        self._next: Chunk | None = next(self._pieces, None)
         n_pieces = sum(tensor.n_bytes for tensor in tensors) // largest + 1
         self._n_threads = max(1, min(n_threads, n_pieces))
         self._prefetch, self._watch = prefetch, watch
@@ -137,7 +137,7 @@ class Pipeline:
                     raise self._error
                 if not self._left[index]:
                     return
-                self._changed.wait(PATIENCE)
+                self._changed.wait(POLL_SECONDS)
                 taken = self._taken
             self._watch(taken)
 
@@ -153,16 +153,16 @@ class Pipeline:
                 self._is_over = True
                 self._changed.notify_all()
 
-    def _claim_in_turn(self) -> Piece | None:
+    def _claim_in_turn(self) -> Chunk | None:
         with self._changed:
             while not self._is_over and self._next is not None and self._is_early(self._next):
                 self._changed.wait()
             return None if self._is_over else self._claim()
 
-    def _is_early(self, piece: Piece) -> bool:
+    def _is_early(self, piece: Chunk) -> bool:
         return self._prefetch is not None and piece.parts[0].index > self._wanted + self._prefetch
 
-    def _claim(self) -> Piece | None:
+    def _claim(self) -> Chunk | None:
         piece = self._next
         if piece is not None:
             for part in piece.parts:
@@ -175,7 +175,7 @@ class Pipeline:
             self._sink.prepare(index)
             self._prepared[index] = True
 
-    def _handle(self, piece: Piece, worker: Worker, files: Files) -> None:
+    def _handle(self, piece: Chunk, worker: Worker, files: Files) -> None:
         worker.take(piece, files.read(piece, self._tensors, worker.room()))
         with self._changed:
             for part in piece.parts:

@@ -54,7 +54,7 @@ class Request(NamedTuple):
     out: Any = None
 
 
-def requests(
+def plan_requests(
     tensors: Mapping[str, TensorInfo],
     select: Select,
     dtype: Any,
@@ -79,7 +79,7 @@ def requests(
     for name in outputs:
         if name not in names:
             raise TensorNotFoundError(f"out has an array for {shown(name)}, which is not among the tensors to load")
-    type_of = dtype_rule(dtype)
+    type_of = dtype_resolver(dtype)
     found = []
     for tensor in chosen:
         given = outputs.get(tensor.name)
@@ -155,7 +155,7 @@ def _wrong_selection(found: Any) -> OptionError:
     )
 
 
-def dtype_rule(dtype: Any) -> Callable[[str], str | None]:
+def dtype_resolver(dtype: Any) -> Callable[[str], str | None]:
     """Which output type a tensor of some name gets: one for all, or that of the first pattern that matches.
 
     A pattern is a glob or a compiled expression, which is searched for. None leaves the type to `output_type`.
@@ -184,7 +184,7 @@ def dtype_rule(dtype: Any) -> Callable[[str], str | None]:
     return first_match
 
 
-def rows_of(tensor: TensorInfo, rows: slice | None) -> TensorInfo:
+def slice_rows(tensor: TensorInfo, rows: slice | None) -> TensorInfo:
     """The part of a tensor that is `rows` of its first dimension.
 
     Raises:

@@ -9,8 +9,8 @@ from numba import cuda
 
 import numba_dequant as nd
 from numba_dequant.backends.devices import is_simulated
-from numba_dequant.kernels.dequantize import jit, make_table_kernel
-from numba_dequant.kernels.launch_shape import MAPPINGS, mapping_named, tile_table
+from numba_dequant.kernels.dequantize import jit, make_batch_kernel
+from numba_dequant.kernels.launch_shape import MAPPINGS, launch_shape, tile_directory
 
 pytestmark = pytest.mark.skipif(not is_simulated(), reason="runs under NUMBA_ENABLE_CUDASIM=1")
 
@@ -34,7 +34,7 @@ def test_golden(name, dtype):
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "F16"])
 def test_sizes_around_a_tile(name, mapping):
     source = nd.FORMATS[name]
-    tile = mapping_named(mapping, source).tile_elements // source.block_size
+    tile = launch_shape(mapping, source).tile_elements // source.block_size
     for n_blocks in {0, 1, tile - 1, tile, tile + 1}:
         data = random_blocks(name, n_blocks)
         out = np.full(n_blocks * source.block_size, 77, np.float16)
@@ -45,7 +45,7 @@ def test_sizes_around_a_tile(name, mapping):
 @pytest.mark.parametrize("name", DECODED)
 def test_one_thread_block_per_quant_block_the_numba_way(name):
     source = nd.FORMATS[name]
-    shape = mapping_named("block", source)
+    shape = launch_shape("block", source)
     data = random_blocks(name, 24 if source.block_size == 1 else 3)
     n = source.n_elements(data.size)
     out = cuda.to_device(np.full(n, 77, np.float16))
@@ -92,8 +92,8 @@ def test_many_tensors(name, lengths):
     starts = np.concatenate([[0], lengths.cumsum()[:-1]])
     data_starts = starts * source.type_size + gap_bytes * np.arange(len(lengths))
     out_starts = starts * source.block_size + gap_elements * np.arange(len(lengths))
-    shape = mapping_named("tile", source)
-    table, n_tiles = tile_table(shape, data_starts, out_starts, lengths * source.block_size)
+    shape = launch_shape("tile", source)
+    table, n_tiles = tile_directory(shape, data_starts, out_starts, lengths * source.block_size)
     data = np.zeros(data_starts[-1] + lengths[-1] * source.type_size, np.uint8)
     expected = np.full(out_starts[-1] + lengths[-1] * source.block_size, 77, np.float16)
     for length, at, to in zip(lengths, data_starts, out_starts, strict=True):
@@ -102,6 +102,6 @@ def test_many_tensors(name, lengths):
         values = nd.dequantize(blocks, name, device="reference")
         expected[to : to + values.size] = values
     out = cuda.to_device(np.full_like(expected, 77))
-    kernel = cuda.jit(make_table_kernel(source, "float16", shape))
+    kernel = cuda.jit(make_batch_kernel(source, "float16", shape))
     kernel[n_tiles, shape.threads](cuda.to_device(data), cuda.to_device(table.reshape(-1)), len(lengths), out)
     assert_same_bits(out.copy_to_host(), expected)

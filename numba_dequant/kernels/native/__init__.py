@@ -33,7 +33,7 @@ def is_loaded() -> bool:
     return _own_functions.has()
 
 
-def keep() -> None:
+def ensure_compiled() -> None:
     """Compile all functions, if nobody has yet, and keep them on disk."""
     _own_functions()
 
@@ -60,7 +60,7 @@ def load_functions(
         is_kept: whether they depend on nothing but this package's source and the versions of Numba and llvmlite.
     """
     if is_kept:
-        entry = disk_cache.entry_name(label, disk_cache.versions("numba", "llvmlite"), *processor())
+        entry = disk_cache.cache_key(label, disk_cache.versions("numba", "llvmlite"), *processor())
         kept = disk_cache.read(entry) or b""
         if kept[:SUM_SIZE] == _sum(kept[SUM_SIZE:]):
             try:

@@ -52,31 +52,31 @@ def load_long(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def call(typingctx: Any, address: Any, arguments: Any) -> Any:
+def call_c(typingctx: Any, address: Any, arguments: Any) -> Any:
     """Call a function of the C library; arguments and result fill a register each."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         values = [builder.extract_value(args[1], index) for index in range(len(arguments))]
         kind = ir.FunctionType(LONG, [LONG] * len(values))
-        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), values)
+        return builder.call_c(builder.inttoptr(args[0], kind.as_pointer()), values)
 
     return types.int64(types.int64, arguments), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def call_driver(typingctx: Any, address: Any, arguments: Any) -> Any:
+def call_cuda(typingctx: Any, address: Any, arguments: Any) -> Any:
     """Call a function of the driver, whose result is a 32-bit code."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         values = [builder.extract_value(args[1], index) for index in range(len(arguments))]
         kind = ir.FunctionType(INT, [LONG] * len(values))
-        return builder.zext(builder.call(builder.inttoptr(args[0], kind.as_pointer()), values), LONG)
+        return builder.zext(builder.call_c(builder.inttoptr(args[0], kind.as_pointer()), values), LONG)
 
     return types.int64(types.int64, arguments), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def look(typingctx: Any, address: Any) -> Any:
+def atomic_load(typingctx: Any, address: Any) -> Any:
     """A number that others change."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
@@ -86,8 +86,8 @@ def look(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def atomic(typingctx: Any, operation: Any, address: Any, value: Any) -> Any:
-    """Change a number that other threads look at; the result is what it was."""
+def atomic_rmw(typingctx: Any, operation: Any, address: Any, value: Any) -> Any:
+    """Change a number that other threads atomic_load at; the result is what it was."""
     name = operation.literal_value
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:

@@ -8,8 +8,19 @@ from typing import Any
 from numba import carray, types
 from numba.extending import register_jitable
 
-from numba_dequant.kernels.native.intrinsics import atomic, call, call_driver, load_int, look, pointer
-from numba_dequant.kernels.native.records import BUFFER, CALLS, CREW, ENDED, IN_FILE, IN_GPU, JOB, PART, PIECE, THREAD
+from numba_dequant.kernels.native.intrinsics import atomic_load, atomic_rmw, call_c, call_cuda, load_int, pointer
+from numba_dequant.kernels.native.records import (
+    BUFFER,
+    CALLS,
+    CREW,
+    END_OF_FILE,
+    FAULT_GPU,
+    FAULT_READ,
+    JOB,
+    PART,
+    PIECE,
+    THREAD,
+)
 
 PAUSE = 20
 """Microseconds; a copy takes 150."""
@@ -27,21 +38,21 @@ BUFFER_SIZE, PIECE_SIZE = BUFFER.itemsize, PIECE.itemsize
 @register_jitable  # type: ignore[untyped-decorator]
 def is_free(buffer_at: Any, buffer: Any) -> Any:
     """Whether the GPU is done with a buffer."""
-    return look(buffer.flag) == look(buffer_at + FREE_AT) & 0xFFFFFFFF
+    return atomic_load(buffer.flag) == atomic_load(buffer_at + FREE_AT) & 0xFFFFFFFF
 
 
 @register_jitable  # type: ignore[untyped-decorator]
 def take_buffer(job_at: Any, buffers_at: Any, buffers: Any) -> Any:
     """The number of a buffer that nobody else has, or -1 for none; the first ones are likeliest in the CPU's cache."""
-    for number in range(look(job_at + N_BUFFERS)):
+    for number in range(atomic_load(job_at + N_BUFFERS)):
         buffer_at = buffers_at + number * BUFFER_SIZE
-        if look(buffer_at + IS_TAKEN) or not is_free(buffer_at, buffers[number]):
+        if atomic_load(buffer_at + IS_TAKEN) or not is_free(buffer_at, buffers[number]):
             continue
-        if atomic("xchg", buffer_at + IS_TAKEN, 1) == 0:
+        if atomic_rmw("xchg", buffer_at + IS_TAKEN, 1) == 0:
             # Somebody may have had it in between, and the GPU is not done with what he has sent.
             if is_free(buffer_at, buffers[number]):
                 return number
-            atomic("xchg", buffer_at + IS_TAKEN, 0)
+            atomic_rmw("xchg", buffer_at + IS_TAKEN, 0)
     return -1
 
 
@@ -53,28 +64,28 @@ def buffer_of(job: Any, job_at: Any, piece: Any, piece_at: Any, is_first: Any, b
         if is_first:
             number = take_buffer(job_at, job.buffers, buffers)
             if number >= 0:
-                atomic("xchg", piece_at + BUFFER_OF, number + 1)
+                atomic_rmw("xchg", piece_at + BUFFER_OF, number + 1)
         else:
-            number = look(piece_at + BUFFER_OF) - 1
+            number = atomic_load(piece_at + BUFFER_OF) - 1
         if number < 0:
-            if look(job_at + IS_OVER):
+            if atomic_load(job_at + IS_OVER):
                 break
-            call(calls.pause, (PAUSE,))
+            call_c(calls.pause, (PAUSE,))
     return number
 
 
 @register_jitable  # type: ignore[untyped-decorator]
 def read_bytes(calls: Any, file: Any, host: int, n_bytes: Any, offset: Any) -> Any:
-    """Read to pinned memory; the result is 0, the C library's code, or ENDED, and how many bytes were read."""
+    """Read to pinned memory; the result is 0, the C library's code, or END_OF_FILE, and how many bytes were read."""
     done = 0
     while done < n_bytes:
-        got = call(calls.read, (file, host + done, n_bytes - done, offset + done))
+        got = call_c(calls.read, (file, host + done, n_bytes - done, offset + done))
         if got > 0:
             done += got
             continue
         if got == 0:
-            return ENDED, done
-        code = load_int(call(calls.error, (0,)))
+            return END_OF_FILE, done
+        code = load_int(call_c(calls.error, (0,)))
         if code != INTERRUPTED:
             return code, done
     return 0, done
@@ -86,10 +97,10 @@ def send_piece(calls: Any, piece: Any, parts: Any, buffer: Any, arguments_at: in
     arguments = carray(pointer(arguments_at), 3, types.int64)
     code = 0
     if buffer.waited != piece.ready:
-        code = call_driver(calls.let_gpu_wait, (buffer.stream, piece.ready, 0))
+        code = call_cuda(calls.let_gpu_wait, (buffer.stream, piece.ready, 0))
         buffer.waited = piece.ready
     if code == 0 and piece.is_computed:
-        code = call_driver(calls.copy, (buffer.gpu, buffer.host, piece.n_bytes, buffer.stream))
+        code = call_cuda(calls.copy, (buffer.gpu, buffer.host, piece.n_bytes, buffer.stream))
     for number in range(piece.first_part, piece.first_part + piece.n_parts):
         if code:
             break
@@ -98,12 +109,12 @@ def send_piece(calls: Any, piece: Any, parts: Any, buffer: Any, arguments_at: in
             arguments[0], arguments[1], arguments[2] = buffer.gpu + part.at, part.n_elements, part.target
             grid, block = (part.n_thread_blocks, 1, 1), (part.n_threads, 1, 1)
             places = arguments_at + ADDRESSES
-            code = call_driver(calls.launch, (part.kernel, *grid, *block, 0, buffer.stream, places, 0))
+            code = call_cuda(calls.launch, (part.kernel, *grid, *block, 0, buffer.stream, places, 0))
         else:
-            code = call_driver(calls.copy, (part.target, buffer.host + part.at, part.n_bytes, buffer.stream))
+            code = call_cuda(calls.copy, (part.target, buffer.host + part.at, part.n_bytes, buffer.stream))
     # After a failure too: the buffer is free once the GPU has got to here.
     buffer.free_at += 1
-    failed = call_driver(calls.signal, (buffer.stream, buffer.flag, buffer.free_at & 0xFFFFFFFF, 0))
+    failed = call_cuda(calls.signal, (buffer.stream, buffer.flag, buffer.free_at & 0xFFFFFFFF, 0))
     return code or failed
 
 
@@ -113,12 +124,12 @@ def count_piece(calls: Any, job: Any, job_at: Any, piece: Any, parts: Any, strea
     is_complete, n_bytes = False, 0
     for number in range(piece.first_part, piece.first_part + piece.n_parts):
         part = parts[number]
-        atomic("or", job.written + 8 * part.tensor, stream_bit)
-        is_complete |= atomic("sub", job.left + 8 * part.tensor, part.n_bytes) == part.n_bytes
+        atomic_rmw("or", job.written + 8 * part.tensor, stream_bit)
+        is_complete |= atomic_rmw("sub", job.left + 8 * part.tensor, part.n_bytes) == part.n_bytes
         n_bytes += part.n_bytes
-    atomic("add", job_at + TAKEN, n_bytes)
+    atomic_rmw("add", job_at + TAKEN, n_bytes)
     if is_complete:
-        call(calls.tell, (job.progress, job.one, 8))
+        call_c(calls.tell, (job.progress, job.one, 8))
 
 
 def pump(thread_at: int) -> int:
@@ -134,14 +145,14 @@ def pump(thread_at: int) -> int:
     parts = carray(pointer(job.parts), job.n_parts, PART)
     buffers = carray(pointer(job.buffers), job.most_buffers, BUFFER)
     count = index = 0
-    call_driver(calls.set_context, (job.context,))
+    call_cuda(calls.set_context, (job.context,))
     while True:
-        if call(calls.wait_for_share, (job.shares_planned, thread_at + TOKEN, 8)) != 8:
+        if call_c(calls.wait_for_share, (job.shares_planned, thread_at + TOKEN, 8)) != 8:
             continue
-        if look(job_at + IS_OVER):
+        if atomic_load(job_at + IS_OVER):
             return count
-        share = atomic("add", job_at + CLAIMED, 1)
-        if share >= look(job_at + PLANNED):
+        share = atomic_rmw("add", job_at + CLAIMED, 1)
+        if share >= atomic_load(job_at + PLANNED):
             return count
         while (share - pieces[index].first_share) * job.share_size >= pieces[index].n_bytes:
             index += 1
@@ -150,19 +161,19 @@ def pump(thread_at: int) -> int:
         number = buffer_of(job, job_at, piece, piece_at, start == 0, buffers, calls)
         if number < 0:
             return count
-        buffer, place = buffers[number], IN_FILE
+        buffer, place = buffers[number], FAULT_READ
         n_bytes = min(job.share_size, piece.n_bytes - start)
         code, done = read_bytes(calls, piece.file, buffer.host + start, n_bytes, piece.offset + start)
-        is_whole = code == 0 and atomic("sub", piece_at + SHARES_LEFT, 1) == 1
+        is_whole = code == 0 and atomic_rmw("sub", piece_at + SHARES_LEFT, 1) == 1
         if is_whole:
-            place, code = IN_GPU, send_piece(calls, piece, parts, buffer, arguments_at)
-            atomic("xchg", job.buffers + number * BUFFER_SIZE + IS_TAKEN, 0)
+            place, code = FAULT_GPU, send_piece(calls, piece, parts, buffer, arguments_at)
+            atomic_rmw("xchg", job.buffers + number * BUFFER_SIZE + IS_TAKEN, 0)
         if code:
             thread.fault_piece, thread.fault_place, thread.fault_code = index, place, code
             thread.fault_offset = piece.offset + start + done
             thread.has_failed = 1
-            atomic("xchg", job_at + IS_OVER, 1)
-            call(calls.tell, (job.progress, job.one, 8))
+            atomic_rmw("xchg", job_at + IS_OVER, 1)
+            call_c(calls.tell, (job.progress, job.one, 8))
             return count
         count += 1
         if is_whole:
@@ -176,7 +187,7 @@ def join_threads(crew_at: int) -> int:
     count = 0
     for number in range(crew.count):
         if threads[number]:
-            call(crew.join, (threads[number], 0))
+            call_c(crew.join, (threads[number], 0))
             threads[number] = 0
             count += 1
     return count

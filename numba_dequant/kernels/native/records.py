@@ -55,8 +55,8 @@ CALLS = record(
 )
 """Addresses of functions of the C library and of the driver."""
 
-IN_FILE, IN_GPU = 0, 1
+FAULT_READ, FAULT_GPU = 0, 1
 """Places of a fault."""
 
-ENDED = -1
+END_OF_FILE = -1
 """In place of the C library's code of a fault: the file has no more bytes."""
