@@ -247,8 +247,9 @@ class LateGpu:
 def installed(kind, monkeypatch):
     """Yield a late GPU in place of the real one: with an order of things, or with something that a system lacks."""
     found = LateGpu(str(kind))
-    for name in ("allocate", "copy_to_device", "copy_to_host", "create_stream", "wait_for"):
+    for name in ("allocate", "copy_to_device", "copy_to_host", "create_stream"):
         monkeypatch.setattr(cuda_driver, name, getattr(found, name))
+    monkeypatch.setattr(cuda_driver, "stream_wait_event", found.wait_for)
     monkeypatch.setattr(cuda_driver, "record_event", found.new_event)
     monkeypatch.setattr(cuda_driver, "context_of", lambda device: 1)
     monkeypatch.setattr(cuda_driver, "supports_stream_write", lambda index: kind != "no signals")

@@ -251,7 +251,7 @@ def test_disks_are_read_in_turn(model):
         tensor = model.tensors["t0"]
         sources = {disk: Source(f"disk{disk}") for disk in disks}
         for disk, source in sources.items():
-            source.stamp = tensor.source.stamp._replace(disk=disk)
+            source.stamp = tensor.source.stamp._replace(device=disk)
         return [tensor._replace(source=sources[disk]) for disk in disks]
 
     assert round_robin_by_disk(on_disks(1, 1, 1, 1, 2, 2)) == [0, 4, 1, 2, 5, 3]

@@ -58,7 +58,7 @@ def call_c(typingctx: Any, address: Any, arguments: Any) -> Any:
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         values = [builder.extract_value(args[1], index) for index in range(len(arguments))]
         kind = ir.FunctionType(LONG, [LONG] * len(values))
-        return builder.call_c(builder.inttoptr(args[0], kind.as_pointer()), values)
+        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), values)
 
     return types.int64(types.int64, arguments), codegen
 
@@ -70,7 +70,7 @@ def call_cuda(typingctx: Any, address: Any, arguments: Any) -> Any:
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         values = [builder.extract_value(args[1], index) for index in range(len(arguments))]
         kind = ir.FunctionType(INT, [LONG] * len(values))
-        return builder.zext(builder.call_c(builder.inttoptr(args[0], kind.as_pointer()), values), LONG)
+        return builder.zext(builder.call(builder.inttoptr(args[0], kind.as_pointer()), values), LONG)
 
     return types.int64(types.int64, arguments), codegen
 
@@ -87,7 +87,7 @@ def atomic_load(typingctx: Any, address: Any) -> Any:
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def atomic_rmw(typingctx: Any, operation: Any, address: Any, value: Any) -> Any:
-    """Change a number that other threads atomic_load at; the result is what it was."""
+    """Change a number that other threads read; the result is what it was."""
     name = operation.literal_value
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
