@@ -8,7 +8,7 @@ import pytest
 from conftest import QUANTIZED, note
 
 import numba_dequant as nd
-from numba_dequant.backends.devices import n_threads
+from numba_dequant.backends.devices import available_cores
 from numba_dequant.verify import assert_bit_identical
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "data" / "golden"
@@ -32,7 +32,7 @@ def test_cpu(benchmark, name):
     nd.dequantize(data, name, device="cpu", out=out)
     assert_bit_identical(out, nd.dequantize(data, name, device="reference"), name)
     benchmark.pedantic(nd.dequantize, (data, name), {"device": "cpu", "out": out}, rounds=9, warmup_rounds=1)
-    note(benchmark, data.nbytes + out.nbytes, elements=n_elements, threads=n_threads())
+    note(benchmark, data.nbytes + out.nbytes, elements=n_elements, threads=available_cores())
 
 
 @pytest.mark.parametrize("name", [name for name in QUANTIZED if name in KNOWN_TO_GGUF_PY])

@@ -15,7 +15,7 @@ import pytest
 from conftest import note
 
 import numba_dequant as nd
-from numba_dequant.backends.devices import n_threads
+from numba_dequant.backends.devices import available_cores
 from numba_dequant.verify import assert_bit_identical
 
 SMALL = {"n_layers": 1, "n_vocab": 1024}
@@ -99,7 +99,7 @@ def test_load_cpu(benchmark, written, name, mix):
         benchmark.pedantic(walk, rounds=5, warmup_rounds=1)
         n_bytes = sum(tensor.n_bytes for tensor in model.tensors.values())
         n_elements = sum(tensor.n_elements for tensor in model.tensors.values())
-        note(benchmark, n_bytes + 2 * n_elements, file_bytes=n_bytes, threads=n_threads())
+        note(benchmark, n_bytes + 2 * n_elements, file_bytes=n_bytes, threads=available_cores())
 
 
 def load_pageable(path):
@@ -243,7 +243,7 @@ def test_memory(benchmark, gpu, tmp_path, n_layers):
     kept = benchmark.pedantic(nd.load, (path,), {"device": "cuda", "progress": False}, rounds=1)
     gpu.synchronize()
     host = host_memory("VmHWM") - before
-    pinned = sum(len(kept) * gpu_loader.PIECE for kept in gpu_loader.POOL.idle[0])
+    pinned = sum(len(kept) * gpu_loader.CHUNK_BYTES for kept in gpu_loader.POOL.idle[0])
     assert host >= pinned  # it counts as well
     on_gpu = int(driver.cuMemPoolGetAttribute(pool, high)[1]) - in_use - sum(tensor.nbytes for tensor in kept.values())
     assert host < 256 << 20

@@ -25,7 +25,7 @@ from numba_dequant.arguments import (
     with_tensor_name,
 )
 from numba_dequant.backends import host
-from numba_dequant.backends.devices import Place, parse_device
+from numba_dequant.backends.devices import DeviceSpec, parse_device
 from numba_dequant.backends.dlpack import shareable
 from numba_dequant.errors import DeviceError, NumbaDequantError, OutputError
 from numba_dequant.format import Format
@@ -108,15 +108,15 @@ def dequantize(
         OptionError: there is no such `mapping`.
         DeviceError: also if there is not enough memory.
     """
-    source = format_named(format)
+    fmt = format_named(format)
     name = output_type(dtype, data, out)
-    launch_shape(mapping, source)
+    launch_shape(mapping, fmt)
     place = _device_for(data if is_on_gpu(data) else None, device, stream)
     if place.kind == "cuda":
         from numba_dequant.backends.gpu import dequantize as dequantize_on_gpu
 
-        return dequantize_on_gpu(data, source, name, shape, place.index, out, stream, mapping)
-    job = _prepared(host_array(data), source, name, shape, place, out, mapping)
+        return dequantize_on_gpu(data, fmt, name, shape, place.index, out, stream, mapping)
+    job = _prepared(host_array(data), fmt, name, shape, place, out, mapping)
     job.compute()
     return job.result
 
@@ -199,7 +199,7 @@ def prepare_many(
     for entry in entries:
         try:
             data = host_array(entry.data)
-            jobs[entry.name] = _prepared(data, entry.source, name, entry.shape, place, entry.out, "tile")
+            jobs[entry.name] = _prepared(data, entry.fmt, name, entry.shape, place, entry.out, "tile")
         except NumbaDequantError as error:
             raise with_tensor_name(error, entry.name) from error
     if out is not None:
@@ -212,7 +212,7 @@ def prepare_many(
     return Batch({name: job.result for name, job in jobs.items()}, compute)
 
 
-def _device_for(on_gpu: Any, device: Any, stream: Any) -> Place:
+def _device_for(on_gpu: Any, device: Any, stream: Any) -> DeviceSpec:
     """Where to compute, given data that lies on a GPU, if any does."""
     if on_gpu is not None and device is None:
         from numba_dequant.backends.cuda_driver import device_of
@@ -234,7 +234,7 @@ class _HostJob:
 
     Attributes:
         data: its blocks, where they lie; perhaps strided.
-        source: their format.
+        fmt: their format.
         dtype: the output type.
         values: where to write.
         out: the caller's array, of which `values` are the memory; None for new memory.
@@ -243,11 +243,11 @@ class _HostJob:
     """
 
     data: NDArray[Any]
-    source: Format
+    fmt: Format
     dtype: str
     values: NDArray[Any]
     out: Any
-    place: Place
+    place: DeviceSpec
     mapping: str
 
     @property
@@ -265,7 +265,7 @@ class _HostJob:
         """Fill the result with the values of what the data is now."""
         data, flat = flat_bytes(self.data), self.values.reshape(-1)
         try:
-            host.dequantize_into(data, self.source, self.dtype, flat, self.place, self.mapping)
+            host.dequantize_into(data, self.fmt, self.dtype, flat, self.place, self.mapping)
         except MemoryError as error:
             raise DeviceError(f"the CPU is out of memory while it computes {flat.size:,} values: {error}") from error
         if self.out is not None:
@@ -278,11 +278,11 @@ class _HostJob:
 
 
 def _prepared(
-    data: NDArray[Any], source: Format, dtype: str, shape: Any, place: Place, out: Any, mapping: str
+    data: NDArray[Any], fmt: Format, dtype: str, shape: Any, place: DeviceSpec, out: Any, mapping: str
 ) -> _HostJob:
-    n_elements = source.n_elements(data.nbytes)
+    n_elements = fmt.n_elements(data.nbytes)
     asked = result_shape(shape, n_elements, out)
-    kind = source.result_dtype(dtype)
+    kind = fmt.result_dtype(dtype)
     if out is None:
         n_bytes = n_elements * kind.itemsize
         values = allocated(lambda: np.empty(asked, kind), n_bytes, "the result")
@@ -290,4 +290,4 @@ def _prepared(
         values = host_output(out, kind, asked, n_elements, place)
         if np.may_share_memory(values, data):
             raise OutputError("out shares memory with data")
-    return _HostJob(data, source, dtype, values, out, place, mapping)
+    return _HostJob(data, fmt, dtype, values, out, place, mapping)

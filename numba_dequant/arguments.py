@@ -34,7 +34,7 @@ class Tensor:
 
     name: Any
     data: Any
-    source: Format
+    fmt: Format
     shape: Any = None
     out: Any = None
 
@@ -58,9 +58,9 @@ def parse_tensors(tensors: Any, out: Any) -> list[Tensor]:
         if not isinstance(entry, tuple) or len(entry) not in (2, 3):
             kind = f"tuple of {len(entry)}" if isinstance(entry, tuple) else type(entry).__name__
             raise DataError(f"tensor {shown(name)} is a {kind}, not (data, format) or (data, format, shape)")
-        data, source, *shape = entry
+        data, fmt, *shape = entry
         try:
-            known = format_named(source)
+            known = format_named(fmt)
         except NumbaDequantError as error:
             raise with_tensor_name(error, name) from error
         found.append(Tensor(name, data, known, shape[0] if shape else None, outputs[name] if outputs else None))

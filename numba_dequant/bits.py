@@ -168,7 +168,7 @@ def is_aligned(data: Any, start: int) -> bool:
     return bool((data.ctypes.data + start) % 16 == 0)
 
 
-class Table:
+class LookupTable:
     """Signed integers that never change, for decodes to look up; a constant of the module that uses it."""
 
     def __init__(self, items: NDArray[Any]) -> None:
@@ -176,12 +176,12 @@ class Table:
         self.name = f"table_{hashlib.sha256(items.dtype.str.encode() + items.tobytes()).hexdigest()[:16]}"
 
 
-def lookup(table: Table, index: int) -> int:
+def lookup(table: LookupTable, index: int) -> int:
     """One item of a table."""
     return int(table.items[index])
 
 
-def lookup_nibbles(table: Table, eight: int) -> int:
+def lookup_nibbles(table: LookupTable, eight: int) -> int:
     """Eight nibbles, one per byte of an integer, replaced by the signed bytes that a table of 16 has for them."""
     nibbles = (eight & (2**64 - 1)).to_bytes(8, "little")
     return int.from_bytes(table.items[list(nibbles)].tobytes(), "little", signed=True)

@@ -16,7 +16,7 @@ WIDEST_NAME = 100
 """Characters of a name in a table."""
 
 
-def plain(text: str) -> str:
+def printable(text: str) -> str:
     """Text that cannot steer the terminal: control characters, marks of direction and broken bytes are escaped."""
     return text if text.isprintable() else "".join(map(_escaped, text))
 
@@ -31,13 +31,13 @@ def _escaped(character: str) -> str:
 
 def cell(name: str) -> str:
     """A name for a table; of one of thousands of characters, which would widen every row, the start and the end."""
-    shown = plain(name)
+    shown = printable(name)
     return shown if len(shown) <= WIDEST_NAME else f"{shown[:60]}...{shown[-30:]}"
 
 
 def metadata_rows(entries: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """Keys, and values in a few words."""
-    return [(cell(key), plain(value)) for key, value in entries]
+    return [(cell(key), printable(value)) for key, value in entries]
 
 
 def text(head: Sequence[str], rows: Sequence[Sequence[str]], sides: str, most: int | None = None) -> str:

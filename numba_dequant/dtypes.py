@@ -18,7 +18,7 @@ from numba_dequant.locks import compile_lock
 
 @dataclass(frozen=True)
 class OutputType:
-    """What there is to know of an output type. Each target of Numba adds how it rounds to it (`Target.rounds`).
+    """What there is to know of an output type. Each target of Numba adds how it rounds to it (`NumbaTarget.rounds`).
 
     Attributes:
         name: as NumPy, ml_dtypes and PyTorch have it.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from numba_dequant import display
 from numba_dequant.arguments import flag_option, output_type, whole_option
-from numba_dequant.backends.devices import Place, parse_device
+from numba_dequant.backends.devices import DeviceSpec, parse_device
 from numba_dequant.errors import DeviceError, OutputError
 from numba_dequant.gguf.file import GgufFile, TensorInfo, TensorTable, open_gguf
 from numba_dequant.gguf.metadata import Metadata
@@ -204,7 +204,7 @@ class Model:
     def _named(
         self,
         chosen: list[Request],
-        place: Place,
+        place: DeviceSpec,
         stream: Any,
         threads: int | None,
         prefetch: int | None,
@@ -228,7 +228,7 @@ class Model:
     def _results(
         self,
         chosen: list[Request],
-        place: Place,
+        place: DeviceSpec,
         stream: Any,
         threads: int | None,
         prefetch: int | None,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from numba_dequant import display
 from numba_dequant.api import dequantize
-from numba_dequant.backends.devices import Place
+from numba_dequant.backends.devices import DeviceSpec
 from numba_dequant.errors import DeviceError
 from numba_dequant.format import Format
 from numba_dequant.model import Model
@@ -42,7 +42,9 @@ class Row:
         return (self.bytes_in + self.bytes_out) / self.seconds / 1e9 if self.seconds else 0.0
 
 
-def verify(model: Model, place: Place, dtype: str = "float16", progress: Callable[[int], object] = id) -> list[Row]:
+def verify(
+    model: Model, place: DeviceSpec, dtype: str = "float16", progress: Callable[[int], object] = id
+) -> list[Row]:
     """Compare every tensor; one row per format, in the order of ggml's ids."""
     rows: dict[str, Row] = {}
     for name, tensor in model.tensors.items():
@@ -63,16 +65,16 @@ def verify(model: Model, place: Place, dtype: str = "float16", progress: Callabl
 
 
 def _timed(
-    data: NDArray[np.uint8], source: Format, dtype: str, shape: tuple[int, ...], place: Place
+    data: NDArray[np.uint8], fmt: Format, dtype: str, shape: tuple[int, ...], place: DeviceSpec
 ) -> tuple[NDArray[Any], float]:
     """The values from a device, and the time that dequantizing took there: copies to and from a GPU not counted."""
     if place.kind == "cuda":
         from numba_dequant.backends import gpu
 
-        return gpu.time_kernel(data, source, dtype, shape, place.index)
-    dequantize(data[: source.type_size], source, dtype, device=str(place))  # compiles
+        return gpu.time_kernel(data, fmt, dtype, shape, place.index)
+    dequantize(data[: fmt.type_size], fmt, dtype, device=str(place))  # compiles
     start = time.perf_counter()
-    found = dequantize(data, source, dtype, shape, str(place))
+    found = dequantize(data, fmt, dtype, shape, str(place))
     seconds = time.perf_counter() - start
     return found.copy_to_host() if place.kind == "simulator" else found, seconds
 

@@ -27,7 +27,7 @@ def at(address, n_bytes):
 
 
 class Owner:
-    """A piece of memory of the late GPU; what is freed is poisoned, in the order of the stream that it belongs to."""
+    """A chunk of memory of the late GPU; what is freed is poisoned, in the order of the stream that it belongs to."""
 
     def __init__(self, late, pointer, n_bytes, stream):
         self.late, self.range, self.stream = late, (pointer, pointer + n_bytes), stream
@@ -134,19 +134,19 @@ class LateGpu:
         return 0
 
     def launch(self, kernel, grid, _1, _2, threads, _3, _4, _5, stream, arguments, _6):
-        source, dtype = self.kernels[kernel - 1]
+        fmt, dtype = self.kernels[kernel - 1]
         first, n_elements, out = (
             ctypes.c_int64.from_address(where).value for where in at(arguments, 24).view(np.int64).tolist()
         )
-        assert grid == launch_shape("tile", source).thread_blocks(n_elements)
-        data = cuda_driver.DeviceBytes(first, source.n_bytes((n_elements,)), 0, None)
+        assert grid == launch_shape("tile", fmt).thread_blocks(n_elements)
+        data = cuda_driver.DeviceBytes(first, fmt.n_bytes((n_elements,)), 0, None)
         n_bytes = n_elements * np.dtype(numpy_dtype(dtype)).itemsize
-        self.dequantize_into(data, source, dtype, n_elements, cuda_driver.DeviceBytes(out, n_bytes, 0, None), stream)
+        self.dequantize_into(data, fmt, dtype, n_elements, cuda_driver.DeviceBytes(out, n_bytes, 0, None), stream)
         return 0
 
-    def launcher(self, source, dtype, mapping, index, stream):
-        self.kernels.append((source, dtype))
-        return None, SimpleNamespace(handle=len(self.kernels)), launch_shape(mapping, source)
+    def launcher(self, fmt, dtype, mapping, index, stream):
+        self.kernels.append((fmt, dtype))
+        return None, SimpleNamespace(handle=len(self.kernels)), launch_shape(mapping, fmt)
 
     def queue(self, stream, work, pointer=0, n_bytes=0, awaited=None):
         with self.lock:
@@ -197,16 +197,16 @@ class LateGpu:
         self.run(stream)
         host.reshape(-1).view(np.uint8)[:] = self.memory[pointer : pointer + host.nbytes]
 
-    def copy_on_device(self, target, source, n_bytes, stream):
+    def copy_on_device(self, target, fmt, n_bytes, stream):
         def copy():
-            self.memory[target : target + n_bytes] = self.memory[source : source + n_bytes]
+            self.memory[target : target + n_bytes] = self.memory[fmt : fmt + n_bytes]
 
         self.queue(stream, copy, target, n_bytes)
 
-    def dequantize_into(self, data, source, dtype, n_elements, out, stream, mapping="tile"):
+    def dequantize_into(self, data, fmt, dtype, n_elements, out, stream, mapping="tile"):
         if not n_elements:
             return
-        if source.stored_dtype is not None:
+        if fmt.stored_dtype is not None:
             self.copy_on_device(out.pointer, data.pointer, out.n_bytes, stream)
             return
         assert data.pointer % 16 == out.pointer % 16 == 0, "neither wide loads nor wide stores"
@@ -214,7 +214,7 @@ class LateGpu:
         pointer, n_bytes = out.pointer, out.n_bytes
 
         def dequantize():
-            values = nd.dequantize(self.memory[first:last], source, dtype, device="reference")
+            values = nd.dequantize(self.memory[first:last], fmt, dtype, device="reference")
             assert values.size == n_elements
             self.memory[pointer : pointer + n_bytes] = values.view(np.uint8)
 
@@ -266,8 +266,8 @@ def installed(kind, monkeypatch):
     monkeypatch.setattr(gpu, "dequantize_into", found.dequantize_into)
     monkeypatch.setattr(gpu, "capability_of", lambda index: (9, 0))
     monkeypatch.setattr(devices, "why_no_cuda", lambda: None)
-    monkeypatch.setattr(gpu_loader, "PIECE", 4096)
-    monkeypatch.setattr(gpu_loader, "SHARE", 1000)
+    monkeypatch.setattr(gpu_loader, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(gpu_loader, "SUBREAD_BYTES", 1000)
     threads = n_threads_of_this_process()
     yield found
     gc.collect()

@@ -144,10 +144,10 @@ def check_native() -> str:
     import numpy as np
 
     from numba_dequant.kernels import native
-    from numba_dequant.kernels.native.records import STRINGS
+    from numba_dequant.kernels.native.records import strings_dtype
 
     data = np.frombuffer((3).to_bytes(8, "little") + b"abc" + (0).to_bytes(8, "little"), np.uint8)
-    strings = np.array([(data.ctypes.data, data.size, 0, 2)], STRINGS)
+    strings = np.array([(data.ctypes.data, data.size, 0, 2)], strings_dtype)
     ctypes.CFUNCTYPE(None, ctypes.c_void_p)(native.load("walk_strings").value)(strings.ctypes.data)
     if (strings["at"][0], strings["left"][0]) != (data.size, 0):
         raise AssertionError(f"walk_strings: {strings}")

@@ -17,7 +17,7 @@ from conftest import assert_same_bits, random_blocks, write_model
 
 import numba_dequant as nd
 from numba_dequant.arguments import MAX_DIMENSIONS, Memory, check_apart, is_on_gpu
-from numba_dequant.backends.devices import Place, parse_device
+from numba_dequant.backends.devices import DeviceSpec, parse_device
 from numba_dequant.dtypes import dtype_name
 from numba_dequant.formats import format_named
 
@@ -206,7 +206,7 @@ class TestDevice:
         ["cpu", "CPU", " cpu", "cpu:0", Named("cpu"), np.str_("cpu"), device_of_library("jaxlib.xla", platform="cpu")],
     )
     def test_every_way_to_say_cpu(self, device, model):
-        assert parse_device(device) == Place("cpu")
+        assert parse_device(device) == DeviceSpec("cpu")
         assert_same_bits(dequantize(device=device), EXPECTED)
         assert list(model.load_all(device=device)) == list(TENSORS)
 

@@ -114,7 +114,7 @@ def test_the_name_of_a_file_does_not_steer_the_terminal(tmp_path, arguments, kin
     [("blk.0.weight", "blk.0.weight"), ("é 模", "é 模"), ("a\nb", "a\\nb"), ("\u200f", "\\u200f"), ("\udcff", "\\xff")],
 )
 def test_plain(text, shown):
-    assert display.plain(text) == shown
+    assert display.printable(text) == shown
 
 
 def test_a_long_name_does_not_pad_every_line(tmp_path, capsys):
@@ -327,6 +327,6 @@ class Killed:
 
 
 def test_a_process_that_is_killed_while_it_compiles_is_said(monkeypatch):
-    monkeypatch.setattr(warm, "n_threads", lambda: 2)
+    monkeypatch.setattr(warm, "available_cores", lambda: 2)
     with pytest.raises(nd.DeviceError, match="was killed"):
         list(warm.compile_all([Killed(), Killed()]))

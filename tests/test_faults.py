@@ -25,8 +25,8 @@ def path(tmp_path):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(monkeypatch):
-    """Small pieces, so that faults come halfway; and no thread and no open file remains."""
-    monkeypatch.setattr(host_loader, "PIECE", 64 * ROW)
+    """Small chunks, so that faults come halfway; and no thread and no open file remains."""
+    monkeypatch.setattr(host_loader, "CHUNK_BYTES", 64 * ROW)
     nd.dequantize(bytes(34), "Q8_0", device="cpu")
     threads, files = threading.active_count(), n_open_files()
     yield
@@ -65,7 +65,7 @@ class TestHalfway:
             with pytest.raises(nd.ReadError, match=message) as raised:
                 nd.load(path, device="cpu", threads=threads)
         assert raised.value.tensor == tensor.name
-        assert raised.value.offset <= at < raised.value.offset + host_loader.PIECE
+        assert raised.value.offset <= at < raised.value.offset + host_loader.CHUNK_BYTES
         assert isinstance(raised.value.__cause__, OSError)
         assert_loads(path, "cpu")
 
@@ -178,7 +178,7 @@ def slow(file, data, offset):
     return real(file, data, offset)
 files.read_into = slow
 from numba_dequant.loading import host_loader
-host_loader.PIECE = 64 * 340
+host_loader.CHUNK_BYTES = 64 * 340
 nd.dequantize(bytes(34), "Q8_0", device="cpu")
 before = threading.active_count()
 # Python does not listen to it where a shell has started this in the background.
@@ -206,7 +206,7 @@ def test_the_program_ends_in_the_middle(path):
 import sys
 import numba_dequant as nd
 from numba_dequant.loading import host_loader
-host_loader.PIECE = 64 * 340
+host_loader.CHUNK_BYTES = 64 * 340
 unfinished = nd.open(sys.argv[1]).stream(device="cpu", threads=3, prefetch=0)
 next(unfinished)
 """
@@ -239,7 +239,7 @@ import gc, os, random, sys, threading
 import numba_dequant as nd
 from numba_dequant.loading import host_loader, files
 
-host_loader.PIECE = 64 * 340
+host_loader.CHUNK_BYTES = 64 * 340
 rng = random.Random(0)
 path, size, real = sys.argv[1], os.path.getsize(sys.argv[1]), files.read_into
 nd.dequantize(bytes(34), "Q8_0", device="cpu")

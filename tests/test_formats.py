@@ -96,7 +96,7 @@ def test_sizes_on_the_cpu(name, n_elements):
 def test_many_threads_cover_everything(name, sizes, monkeypatch):
     from numba_dequant.backends import cpu
 
-    monkeypatch.setattr(cpu, "n_threads", lambda: 7)
+    monkeypatch.setattr(cpu, "available_cores", lambda: 7)
     for size, elements in sizes.items():
         monkeypatch.setattr(cpu, size, elements)
     source = nd.FORMATS[name]

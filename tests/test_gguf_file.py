@@ -219,7 +219,7 @@ def write_strings(path, strings, order="<"):
     return path
 
 
-STRINGS = {
+strings_dtype = {
     "ordinary": [f"token{index}" for index in range(300_000)],
     "one": ["x"],
     "none": [],
@@ -234,9 +234,9 @@ STRINGS = {
 
 
 @pytest.mark.parametrize("order", "<>", ids=["little", "big"])
-@pytest.mark.parametrize("kind", STRINGS)
+@pytest.mark.parametrize("kind", strings_dtype)
 def test_arrays_of_strings_are_passed_over_and_read(tmp_path, kind, order):
-    strings = STRINGS[kind]
+    strings = strings_dtype[kind]
     model = open_gguf(write_strings(tmp_path / "s.gguf", strings, order))
     assert model.metadata["b"] == 12345
     array = model.metadata["a"]

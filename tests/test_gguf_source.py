@@ -158,7 +158,7 @@ def test_what_is_no_file_is_refused_and_never_waited_for(no_file):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_what_has_taken_the_place_of_a_file_is_refused_and_never_waited_for(path, no_file, threads, monkeypatch):
     kind, place = no_file
-    monkeypatch.setattr(host_loader, "PIECE", 64)
+    monkeypatch.setattr(host_loader, "chunk_dtype", 64)
     model = nd.open(path)
     path.unlink()
     path.symlink_to(place)
@@ -323,7 +323,7 @@ def test_another_number_of_the_file_is_no_change_where_time_and_header_are_the_s
 
 
 def test_a_disk_where_reading_changes_the_time_is_read(tmp_path, monkeypatch):
-    """As unionfs-fuse has it; the header is not read again for each of the pieces."""
+    """As unionfs-fuse has it; the header is not read again for each of the chunks."""
     n_rows, headers = 3000, []
     data = random_blocks("Q8_0", n_rows * 2)
     path = tmp_path / "m.gguf"
@@ -339,7 +339,7 @@ def test_a_disk_where_reading_changes_the_time_is_read(tmp_path, monkeypatch):
         headers.append(None)
         return real_header(self, file)
 
-    monkeypatch.setattr(host_loader, "PIECE", 64 * 68)
+    monkeypatch.setattr(host_loader, "chunk_dtype", 64 * 68)
     monkeypatch.setattr(source, "identity_of", identity_of)
     monkeypatch.setattr(source.Source, "_has_same_header", has_same_header)
     expected = nd.dequantize(data, "Q8_0", shape=(n_rows, 64), device="reference")

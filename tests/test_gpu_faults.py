@@ -62,12 +62,12 @@ def path(tmp_path):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(monkeypatch):
-    """Small pieces, so that faults come halfway; and no thread, file or memory remains."""
+    """Small chunks, so that faults come halfway; and no thread, file or memory remains."""
     nd.open(nothing_but_a_header()).close()
-    monkeypatch.setattr(gpu_loader, "PIECE", 64 * faults.ROW)
-    monkeypatch.setattr(gpu_loader, "SHARE", 16 * faults.ROW)
+    monkeypatch.setattr(gpu_loader, "CHUNK_BYTES", 64 * faults.ROW)
+    monkeypatch.setattr(gpu_loader, "SUBREAD_BYTES", 16 * faults.ROW)
     nd.dequantize(bytes(34), "Q8_0", device="cuda")
-    native.load("pump")
+    native.load("read_and_send")
     before = state()
     yield
     nd.release_buffers()
@@ -101,7 +101,7 @@ class TestHalfway:
             message = rf"model\.gguf: tensor '{tensor.name}' at byte \d+: Input/output error; check the disk"
             with pytest.raises(nd.ReadError, match=message) as raised:
                 nd.load(path, device="cuda", threads=threads)
-        assert raised.value.offset <= at < raised.value.offset + gpu_loader.PIECE
+        assert raised.value.offset <= at < raised.value.offset + gpu_loader.CHUNK_BYTES
         del raised
         faults.assert_loads(path, "cuda")
 
@@ -177,9 +177,9 @@ import numba_dequant as nd
 import test_gpu_faults
 from numba_dequant.kernels import native
 from numba_dequant.loading import gpu_loader, native_threads
-native.load("pump")
+native.load("read_and_send")
 nd.dequantize(bytes(34), "Q8_0", device="cuda")
-gpu_loader.PIECE, gpu_loader.SHARE = 64 * 340, 16 * 340
+gpu_loader.CHUNK_BYTES, gpu_loader.SUBREAD_BYTES = 64 * 340, 16 * 340
 disk = test_gpu_faults.Disk(lambda offset, n_bytes: time.sleep(0.02))
 real, native_threads.calls = native_threads.calls, lambda: disk.calls
 before = test_gpu_faults.faults.n_threads_of_this_process()

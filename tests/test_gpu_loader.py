@@ -63,7 +63,7 @@ def test_the_iterator_is_dropped(model, late, threads):
 
 
 def test_several_threads_fill_a_buffer(tmp_path, late):
-    """Each reads shares; a piece is sent once, when the last of them is there."""
+    """Each reads shares; a chunk is sent once, when the last of them is there."""
     data = random_blocks("Q8_0", 2000)
     path = write_model(tmp_path / "model.gguf", {"large": ("Q8_0", (2000, 32), data)})
     shares, lock, two_readers = [], threading.Lock(), threading.Event()
@@ -92,7 +92,7 @@ def test_several_threads_fill_a_buffer(tmp_path, late):
         ends = [offset + n_bytes for offset, n_bytes, _ in sorted(shares)]
         assert [offset for offset, _, _ in sorted(shares)] == [tensor.offset, *ends[:-1]]
         assert ends[-1] == tensor.offset + tensor.n_bytes
-        assert max(n_bytes for _, n_bytes, _ in shares) == gpu_loader.SHARE
+        assert max(n_bytes for _, n_bytes, _ in shares) == gpu_loader.SUBREAD_BYTES
         assert len({thread for _, _, thread in shares}) > 1
         assert sum(copied) == tensor.n_bytes
         assert len(copied) < len(shares) / 2
@@ -138,7 +138,7 @@ def test_two_loads_at_once(model, late, threads):
 @pytest.mark.parametrize("select", [None, "*.norm", ["a.q", "b.k"]])
 @pytest.mark.parametrize("prefetch", [None, 2])
 def test_what_is_reported_is_what_was_asked_for(model, late, select, prefetch):
-    """Neither the bytes between two tensors nor those between two pieces."""
+    """Neither the bytes between two tensors nor those between two chunks."""
     chosen = requests.plan_requests(model.tensors, select, "float16", None, keep_quantized=False)
     reports = []
     for _ in gpu_loader.load(chosen, 0, None, 3, prefetch, reports.append):

@@ -218,6 +218,6 @@ def test_a_time_stamp_alone_is_warned_of_once(model, late, threads):
 @pytest.mark.usefixtures("with_threads")
 def test_a_piece_that_no_buffer_holds(model, late, monkeypatch):
     """Machine code that is told too much would write past the end of a buffer."""
-    monkeypatch.setattr(gpu_loader, "PIECE", 100)
-    with pytest.raises(nd.DeviceError, match="a piece of 544 bytes, and buffers of 100"):
+    monkeypatch.setattr(gpu_loader, "CHUNK_BYTES", 100)
+    with pytest.raises(nd.DeviceError, match="a chunk of 544 bytes, and buffers of 100"):
         model.load_all(device="cuda")

@@ -162,7 +162,7 @@ for name in ("Q4_K", "IQ3_S"):
     assert np.array_equal(found, nd.dequantize(data, name, device="reference"), equal_nan=True)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # code that is not optimized counts references, and is not kept
-    assert native.load("pump").value
+    assert native.load("read_and_send").value
 """
     for _ in range(2):
         found = run(code, NUMBA_DEQUANT_CACHE_DIR=str(tmp_path), **{variable: "0" if variable == "NUMBA_OPT" else "1"})

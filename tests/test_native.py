@@ -44,7 +44,7 @@ def test_it_needs_nothing_but_what_it_is_given():
     assert re.findall(r"^declare .*@(?!llvm\.)", text, re.MULTILINE) == []
     assert sorted(re.findall(r"^define (?!internal).*@(\w+)", text, re.MULTILINE)) == [
         "join_threads",
-        "pump",
+        "read_and_send",
         "walk_strings",
     ]
 
@@ -66,7 +66,7 @@ def test_two_threads_load_it_once(not_loaded, monkeypatch):
 
     monkeypatch.setattr(native, "load_functions", load_functions)
     addresses = []
-    threads = [threading.Thread(target=lambda: addresses.append(native.load("pump").value)) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: addresses.append(native.load("read_and_send").value)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:

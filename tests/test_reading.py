@@ -1,4 +1,4 @@
-"""Pieces, threads and order: what reading a model is made of, without a device."""
+"""Chunks, threads and order: what reading a model is made of, without a device."""
 
 import io
 import os
@@ -47,15 +47,15 @@ def test_pieces_cover_every_byte_once(tensors, largest, in_turn, data):
         offset += n_bytes
     order = data.draw(st.permutations(range(len(infos))))
     covered = [[] for _ in infos]
-    for piece in plan_chunks(infos, order, largest, in_turn=in_turn):
+    for chunk in plan_chunks(infos, order, largest, in_turn=in_turn):
         if in_turn:
-            assert all(part.n_bytes == infos[part.index].n_bytes for part in piece.parts[1:])
-        assert piece.n_bytes <= largest
-        for part in piece.parts:
+            assert all(part.n_bytes == infos[part.index].n_bytes for part in chunk.parts[1:])
+        assert chunk.n_bytes <= largest
+        for part in chunk.parts:
             info = infos[part.index]
-            assert piece.path == info.path
-            assert piece.offset + part.at == info.offset + part.start
-            assert 0 <= part.at <= part.at + part.n_bytes <= piece.n_bytes
+            assert chunk.path == info.path
+            assert chunk.offset + part.at == info.offset + part.start
+            assert 0 <= part.at <= part.at + part.n_bytes <= chunk.n_bytes
             is_plain = info.format.block_size == 1
             assert part.start % (info.format.type_size * (8 if is_plain else 1)) == part.start % 32 == 0
             assert part.n_bytes % info.format.type_size == 0
@@ -77,11 +77,11 @@ def test_pieces_of_a_large_tensor_share_no_page(name):
         place = ("file", offset, source.n_bytes(shape), rows * shape[1], "little", ())
         infos.append(nd.gguf.file.TensorInfo(str(number), source, shape, *place))
         offset += -(-source.n_bytes(shape) // 32) * 32
-    pieces = list(plan_chunks(infos, range(2), largest))
-    within = [piece for piece in pieces if piece.parts[0].start]
+    chunks = list(plan_chunks(infos, range(2), largest))
+    within = [chunk for chunk in chunks if chunk.parts[0].start]
     assert len(within) > 2
-    assert all(piece.offset % 4096 == 0 for piece in within)
-    assert len(pieces) <= offset / (largest * 7 / 8) + 3
+    assert all(chunk.offset % 4096 == 0 for chunk in within)
+    assert len(chunks) <= offset / (largest * 7 / 8) + 3
 
 
 def test_a_read_error_names_the_tensor_that_it_lies_in(tmp_path, monkeypatch):
@@ -96,12 +96,12 @@ def test_a_read_error_names_the_tensor_that_it_lies_in(tmp_path, monkeypatch):
             return super().readinto(data[: end - self.tell()])
 
     monkeypatch.setattr(files, "open_unchanged", lambda tensor: Disk(tensor.path))
-    [piece] = plan_chunks(infos, range(2), 1 << 20)
-    with files.Files() as opened, pytest.raises(nd.ReadError, match=f"tensor 'large' at byte {end}: Input/output"):
-        opened.read(piece, infos, np.empty(1 << 20, np.uint8))
+    [chunk] = plan_chunks(infos, range(2), 1 << 20)
+    with files.OpenFiles() as opened, pytest.raises(nd.ReadError, match=f"tensor 'large' at byte {end}: Input/output"):
+        opened.read(chunk, infos, np.empty(1 << 20, np.uint8))
 
 
-class Sink:
+class Consumer:
     """Keeps the bytes of every tensor."""
 
     def __init__(self, tensors, delay=0.0):
@@ -119,13 +119,13 @@ class Sink:
         class Worker:
             memory = np.empty(1000, np.uint8)
 
-            def room(self):
+            def buffer(self):
                 return self.memory
 
-            def take(self, piece, data):
+            def consume(self, chunk, data):
                 sink.threads.add(threading.current_thread())
                 time.sleep(sink.delay)
-                for part in piece.parts:
+                for part in chunk.parts:
                     sink.found[part.index][part.start : part.start + part.n_bytes] = data[part.at :][: part.n_bytes]
 
         worker = Worker()
@@ -140,7 +140,7 @@ class Sink:
 @pytest.mark.parametrize("n_threads", [1, 2, 7])
 def test_every_tensor_is_whole_when_it_is_handed_out(model, n_threads, prefetch):
     tensors = list(model.tensors.values())
-    sink = Sink(tensors)
+    sink = Consumer(tensors)
     indexes = []
     for index in sink.pipeline(n_threads, prefetch):
         indexes.append(index)
@@ -167,7 +167,7 @@ def few_threads(monkeypatch, request):
 @pytest.mark.parametrize("prefetch", [0, None])
 def test_where_no_more_threads_can_be_started_those_read_that_there_are(model, few_threads, prefetch):
     tensors = list(model.tensors.values())
-    sink = Sink(tensors)
+    sink = Consumer(tensors)
     for number, index in enumerate(sink.pipeline(7, prefetch)):
         assert index == number
         np.testing.assert_array_equal(sink.found[index], model.read(tensors[index].name))
@@ -179,7 +179,7 @@ def test_where_no_more_threads_can_be_started_those_read_that_there_are(model, f
 def test_where_no_more_threads_can_be_started_the_cpu_path_does_without(few_threads, monkeypatch):
     from numba_dequant.backends import cpu
 
-    monkeypatch.setattr(cpu, "n_threads", lambda: 3)
+    monkeypatch.setattr(cpu, "available_cores", lambda: 3)
     data = random_blocks("Q8_0", 1 << 13)
     expected = nd.dequantize(data, "Q8_0", device="reference")
     before = threading.active_count()
@@ -196,14 +196,14 @@ def test_where_no_more_threads_can_be_started_the_cpu_path_does_without(few_thre
 
 
 def test_one_thread_is_the_caller_s(model):
-    sink = Sink(list(model.tensors.values()))
+    sink = Consumer(list(model.tensors.values()))
     list(sink.pipeline(1))
     assert sink.threads == {threading.current_thread()}
 
 
 def test_reading_ahead_has_a_limit(model):
     tensors = [model.tensors["t0"]._replace(name=str(number)) for number in range(9)]
-    sink = Sink(tensors)
+    sink = Consumer(tensors)
     for index in sink.pipeline(3, prefetch=2):
         time.sleep(0.02)
         assert max(sink.found) <= index + 2
@@ -212,7 +212,7 @@ def test_reading_ahead_has_a_limit(model):
 
 def test_dropping_the_iterator_stops_the_threads(model):
     before = threading.active_count()
-    sink = Sink([model.tensors["t0"]] * 50, delay=0.001)
+    sink = Consumer([model.tensors["t0"]] * 50, delay=0.001)
     results = iter(sink.pipeline(4))
     assert next(results) == 0
     assert threading.active_count() > before
@@ -223,7 +223,7 @@ def test_dropping_the_iterator_stops_the_threads(model):
 
 def test_nothing_starts_before_it_is_asked_for(model):
     before = threading.active_count()
-    sink = Sink([model.tensors["t0"]])
+    sink = Consumer([model.tensors["t0"]])
     iter(sink.pipeline(4))
     assert threading.active_count() == before
     assert not sink.found
@@ -232,7 +232,7 @@ def test_nothing_starts_before_it_is_asked_for(model):
 def test_the_watcher_is_called_in_the_caller_s_thread_up_to_the_end(model):
     tensors = list(model.tensors.values())
     seen = []
-    list(Sink(tensors, delay=0.002).pipeline(3, watch=lambda done: seen.append((done, threading.current_thread()))))
+    list(Consumer(tensors, delay=0.002).pipeline(3, watch=lambda done: seen.append((done, threading.current_thread()))))
     assert {thread for _, thread in seen} == {threading.current_thread()}
     amounts = [done for done, _ in seen]
     assert amounts == sorted(amounts)
@@ -243,7 +243,7 @@ def test_tensors_without_bytes(tmp_path):
     path = write_model(tmp_path / "m.gguf", {"a": ("Q8_0", (0, 32), b""), "b": ("F32", (0,), b"")})
     tensors = list(nd.open(path).tensors.values())
     for n_threads in (1, 2):
-        assert list(Sink(tensors).pipeline(n_threads)) == [0, 1]
+        assert list(Consumer(tensors).pipeline(n_threads)) == [0, 1]
 
 
 def test_disks_are_read_in_turn(model):
@@ -263,7 +263,7 @@ def test_files_stay_open_no_longer_than_needed(model):
         return len(os.listdir("/proc/self/fd"))
 
     before = n_open()
-    results = iter(Sink([model.tensors["t0"]] * 20, delay=0.001).pipeline(3))
+    results = iter(Consumer([model.tensors["t0"]] * 20, delay=0.001).pipeline(3))
     next(results)
     results.close()
     assert n_open() == before

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.backends import reference
-from numba_dequant.backends.devices import n_threads
+from numba_dequant.backends.devices import available_cores
 from numba_dequant.bits import RUN
 from numba_dequant.dtypes import OUTPUT_TYPES
 from numba_dequant.errors import warn_once
@@ -42,7 +42,7 @@ LARGE_SHARE = 1 << 21
 
 
 def dequantize_into(
-    data: NDArray[np.uint8], source: Format, dtype: str, out: NDArray[Any], n_shares: int | None = None
+    data: NDArray[np.uint8], fmt: Format, dtype: str, out: NDArray[Any], n_shares: int | None = None
 ) -> None:
     """Write the values of `data` (whole blocks) to the flat array `out`, rounded once to `dtype`.
 
@@ -51,25 +51,27 @@ def dequantize_into(
     if n_shares is None and out.size < 2 * MINIMUM_SHARE:
         n_shares = 1  # to ask for the number of cores takes as long as a few blocks
     elif n_shares is None:
-        n_shares = max(1, min(n_threads(), out.size // MINIMUM_SHARE), min(4 * n_threads(), out.size // LARGE_SHARE))
-    if is_passed_on(source, dtype):
+        n_shares = max(
+            1, min(available_cores(), out.size // MINIMUM_SHARE), min(4 * available_cores(), out.size // LARGE_SHARE)
+        )
+    if is_passed_on(fmt, dtype):
         _share(lambda first, last: pass_on(data, out, first, last), out.size, n_shares)
         return
-    span = compiled(source, dtype)
+    span = compiled(fmt, dtype)
     if span is None:
-        reference.dequantize_into(data, source, out)
+        reference.dequantize_into(data, fmt, out)
         return
     assert data.flags.c_contiguous
     assert out.flags.c_contiguous
-    assert data.nbytes * source.block_size >= out.size * source.type_size
-    step = max(source.block_size, RUN)
+    assert data.nbytes * fmt.block_size >= out.size * fmt.type_size
+    step = max(fmt.block_size, RUN)
     n_steps, rest = divmod(out.size, step)
     data_at, out_at = data.ctypes.data, out.ctypes.data
     _share(lambda first, last: span(data_at, first, last, out_at), n_steps, n_shares)
     if rest:
         # A plain array need not end on a whole run: its last elements get one of their own.
-        padded = np.zeros(RUN * source.type_size, np.uint8)
-        padded[: rest * source.type_size] = data[-rest * source.type_size :]
+        padded = np.zeros(RUN * fmt.type_size, np.uint8)
+        padded[: rest * fmt.type_size] = data[-rest * fmt.type_size :]
         last = np.empty(RUN, out.dtype)
         span(padded.ctypes.data, 0, 1, last.ctypes.data)
         out[-rest:] = last[:rest]
@@ -102,7 +104,7 @@ def _threads(process: int) -> ThreadPoolExecutor:
     Raises:
         RuntimeError: they cannot be started.
     """
-    n_workers = n_threads()
+    n_workers = available_cores()
     pool = ThreadPoolExecutor(n_workers, "numba_dequant")
     # All are started now: a pool that cannot start one later keeps the work, and does it when nobody expects it.
     started = threading.Barrier(n_workers + 1)
@@ -117,15 +119,15 @@ def _threads(process: int) -> ThreadPoolExecutor:
     return pool
 
 
-def compiled(source: Format, dtype: str) -> Span | None:
+def compiled(fmt: Format, dtype: str) -> Span | None:
     """The compiled function for a format, or None if nothing can be compiled; the reference has the same values.
 
     That is so where the user has told Numba not to compile, where Numba refuses to be imported (beside a NumPy that it
     does not know, for example), and in a process that was forked out of a compilation.
     """
-    if not _compile.has(source, dtype) and (_lock.is_lost or is_jit_disabled()):
+    if not _compile.has(fmt, dtype) and (_lock.is_lost or is_jit_disabled()):
         return None
-    return _compile(source, dtype)
+    return _compile(fmt, dtype)
 
 
 def is_jit_disabled() -> bool:
@@ -137,12 +139,12 @@ def is_jit_disabled() -> bool:
 
 
 @compiled_once
-def _compile(source: Format, dtype: str) -> Span | None:
+def _compile(fmt: Format, dtype: str) -> Span | None:
     store = OUTPUT_TYPES[dtype].store
-    name = f"dequantize_{source.name}_by_{store.__name__}"
-    label, is_kept = f"cpu-{source.name}-{dtype}", is_built_in(source)
+    name = f"dequantize_{fmt.name}_by_{store.__name__}"
+    label, is_kept = f"cpu-{fmt.name}-{dtype}", is_built_in(fmt)
     try:
-        found = native.load_functions(label, [name], lambda: [_span_function(source, store, name)], is_kept=is_kept)
+        found = native.load_functions(label, [name], lambda: [_span_function(fmt, store, name)], is_kept=is_kept)
     except ImportError as error:
         warn_once(f"numba_dequant computes by the slow reference: Numba cannot be imported ({error})")
         return None
@@ -150,16 +152,16 @@ def _compile(source: Format, dtype: str) -> Span | None:
     return ctypes.CFUNCTYPE(None, *kinds)(found[name])
 
 
-def _span_function(source: Format, store_run: Callable[..., None], name: str) -> Callable[[int, int, int, int], int]:
+def _span_function(fmt: Format, store_run: Callable[..., None], name: str) -> Callable[[int, int, int, int], int]:
     from numba_dequant.kernels import intrinsics_cpu
     from numba_dequant.kernels.intrinsics import register_decode
     from numba_dequant.kernels.native.intrinsics import bytes_at
 
-    decode = source.decode
+    decode = fmt.decode
     assert decode is not None
     register_decode(intrinsics_cpu.target, decode)
-    step = max(source.block_size, RUN)
-    step_bytes = source.type_size * step // source.block_size
+    step = max(fmt.block_size, RUN)
+    step_bytes = fmt.type_size * step // fmt.block_size
     # Four runs at a time, so that the compiler works out only once what neighbouring runs share, above all scales.
     together = min(4, step // RUN)
     groups = step // RUN // together

@@ -555,9 +555,9 @@ def copy_to_host(host: NDArray[Any], pointer: int, stream: int) -> None:
         synchronize(stream)
 
 
-def copy_on_device(target: int, source: int, n_bytes: int, stream: int) -> None:
+def copy_on_device(target: int, fmt: int, n_bytes: int, stream: int) -> None:
     """Queue a copy within device memory."""
-    _check(driver.cuMemcpyDtoDAsync(target, source, n_bytes, stream))
+    _check(driver.cuMemcpyDtoDAsync(target, fmt, n_bytes, stream))
 
 
 def memset(memory: DeviceBytes, value: int, stream: int) -> None:

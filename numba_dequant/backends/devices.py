@@ -18,7 +18,7 @@ from numba_dequant.locks import compile_lock
 
 
 @dataclass(frozen=True)
-class Place:
+class DeviceSpec:
     """A device: its kind, and for CUDA the ordinal of the GPU; "simulator" is Numba's, in place of a GPU."""
 
     kind: Literal["reference", "cpu", "cuda", "simulator"]
@@ -28,7 +28,7 @@ class Place:
         return f"cuda:{self.index}" if self.kind in ("cuda", "simulator") else self.kind
 
 
-def parse_device(device: Any) -> Place:
+def parse_device(device: Any) -> DeviceSpec:
     """The device of that name; None is the first GPU where one can be used, and otherwise the CPU.
 
     It may be a name in any case, the ordinal of a GPU, or a device of PyTorch, JAX, CuPy, Numba or cuda.core.
@@ -41,7 +41,7 @@ def parse_device(device: Any) -> Place:
         if problem is None:
             return _gpu(0)
         _warn_once(problem)
-        return Place("cpu")
+        return DeviceSpec("cpu")
     place = _place_of(device if type(device) is str else _name_of(device))
     if place is None:
         raise DeviceError(
@@ -55,18 +55,18 @@ def parse_device(device: Any) -> Place:
 
 
 @lru_cache(maxsize=64)
-def _place_of(name: str) -> Place | None:
+def _place_of(name: str) -> DeviceSpec | None:
     # Ten digits and more are the ordinal of nothing, and Python refuses to read more than 4300 of them.
     found = re.fullmatch("reference|cpu(?::0)?|cuda(?::([0-9]{1,9}))?", name.strip().lower())
     if found is None:
         return None
     if found[0] == "reference":
-        return Place("reference")
-    return Place("cpu") if found[0].startswith("cpu") else _gpu(int(found[1] or 0))
+        return DeviceSpec("reference")
+    return DeviceSpec("cpu") if found[0].startswith("cpu") else _gpu(int(found[1] or 0))
 
 
-def _gpu(index: int) -> Place:
-    return Place("simulator" if is_simulated() else "cuda", index)
+def _gpu(index: int) -> DeviceSpec:
+    return DeviceSpec("simulator" if is_simulated() else "cuda", index)
 
 
 def _name_of(device: Any) -> str:
@@ -138,7 +138,7 @@ def why_no_cuda() -> str | None:
     return compiler.why_no_toolkit()
 
 
-def n_threads() -> int:
+def available_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

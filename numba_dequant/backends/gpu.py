@@ -21,7 +21,7 @@ from numba_dequant.format import Format
 from numba_dequant.interop import TORCH, library_of
 from numba_dequant.kernels import compiler
 from numba_dequant.kernels.compiler import KernelSpec
-from numba_dequant.kernels.launch_shape import Mapping, launch_shape
+from numba_dequant.kernels.launch_shape import LaunchShape, launch_shape
 from numba_dequant.locks import compiled_once
 
 MAX_GRID = 2**31 - 1
@@ -29,29 +29,27 @@ MAX_GRID = 2**31 - 1
 NO_HOST_DATA = "data on the host cannot be part of it; copy the data to the GPU before the capture"
 
 
-def dequantize(
-    data: Any, source: Format, dtype: str, shape: Any, index: int, out: Any, stream: Any, mapping: str
-) -> Any:
+def dequantize(data: Any, fmt: Format, dtype: str, shape: Any, index: int, out: Any, stream: Any, mapping: str) -> Any:
     """What `numba_dequant.dequantize` does on CUDA device `index`."""
     call = streams.stream_for(stream, index, (data, out))
     if not isinstance(data, DeviceTensor) and not is_on_gpu(data):
         if not is_pinned_tensor(data):
-            return load(host_bytes(data), source, dtype, shape, index, out, call, mapping)
+            return load(host_bytes(data), fmt, dtype, shape, index, out, call, mapping)
         cuda_driver.refuse_capture(call.handle, NO_HOST_DATA)
         data = TORCH.to_gpu(data, index, call.handle)
     with cuda_driver.active_gpu(index) as device:
         memory = streams.memory_of(data, call)
         check_place(memory, device)
-        n_elements = source.n_elements(memory.n_bytes)
-        result, target = target_for(source, dtype, n_elements, shape, device, out, call, memory)
-        dequantize_into(memory, source, dtype, n_elements, target, call.handle, mapping)
+        n_elements = fmt.n_elements(memory.n_bytes)
+        result, target = target_for(fmt, dtype, n_elements, shape, device, out, call, memory)
+        dequantize_into(memory, fmt, dtype, n_elements, target, call.handle, mapping)
         streams.release(call, index, data, out)
         return result
 
 
 def load(
     host: NDArray[np.uint8],
-    source: Format,
+    fmt: Format,
     dtype: str,
     shape: Any,
     index: int,
@@ -60,12 +58,12 @@ def load(
     mapping: str = "tile",
 ) -> Any:
     """Dequantize bytes that lie on the host; their copy on the GPU is freed behind the kernel."""
-    n_elements = source.n_elements(host.nbytes)
+    n_elements = fmt.n_elements(host.nbytes)
     with cuda_driver.active_gpu(index) as device:
         cuda_driver.refuse_capture(call.handle, NO_HOST_DATA)
-        result, target = target_for(source, dtype, n_elements, shape, device, out, call)
+        result, target = target_for(fmt, dtype, n_elements, shape, device, out, call)
         memory = _sent(host, device, call)
-        dequantize_into(memory, source, dtype, n_elements, target, call.handle, mapping)
+        dequantize_into(memory, fmt, dtype, n_elements, target, call.handle, mapping)
         streams.release(call, index, None, out)
         return result
 
@@ -102,7 +100,7 @@ def send(host: NDArray[np.uint8], pointer: int, stream: int) -> None:
 
 
 def target_for(
-    source: Format,
+    fmt: Format,
     dtype: str,
     n_elements: int,
     shape: Any,
@@ -113,8 +111,8 @@ def target_for(
 ) -> tuple[Any, DeviceBytes]:
     """What to return, and the memory to write: those of `out`, or new ones once all is checked."""
     asked = result_shape(shape, n_elements, out)
-    kind = source.result_dtype(dtype)
-    check_capability(source, dtype, device.device_id)
+    kind = fmt.result_dtype(dtype)
+    check_capability(fmt, dtype, device.device_id)
     if out is not None:
         return out, checked_output(out, memory, kind, asked, n_elements, device, call)
     target = new_memory(n_elements * kind.itemsize, device, call)
@@ -146,14 +144,14 @@ def check_place(memory: DeviceBytes, device: Device) -> None:
         )
 
 
-def check_capability(source: Format, dtype: str, index: int) -> None:
+def check_capability(fmt: Format, dtype: str, index: int) -> None:
     """Check that a GPU can convert to an output type.
 
     Raises:
         DtypeError: it cannot.
     """
     needed = OUTPUT_TYPES[dtype].capability
-    if needed[0] and source.decode is not None and capability_of(index) < needed:
+    if needed[0] and fmt.decode is not None and capability_of(index) < needed:
         least, found = (".".join(map(str, each)) for each in (needed, capability_of(index)))
         raise DtypeError(
             f"{dtype} needs a GPU of compute capability {least} or later, this one has {found}; use float16"
@@ -195,12 +193,12 @@ def checked_output(
 
 
 def dequantize_into(
-    data: DeviceBytes, source: Format, dtype: str, n_elements: int, out: DeviceBytes, stream: int, mapping: str = "tile"
+    data: DeviceBytes, fmt: Format, dtype: str, n_elements: int, out: DeviceBytes, stream: int, mapping: str = "tile"
 ) -> None:
     """Queue the work that writes the values of `data` to `out`, both on the current device."""
     if not n_elements:
         return
-    if source.stored_dtype is not None:
+    if fmt.stored_dtype is not None:
         cuda_driver.copy_on_device(out.pointer, data.pointer, out.n_bytes, stream)
         return
     target = out
@@ -208,11 +206,11 @@ def dequantize_into(
         # The kernel stores 16 bytes at a time: an odd address gets its values by way of other memory.
         cuda_driver.refuse_capture(stream, "out lies at an address that is not a multiple of 16; pass one that does")
         target = cuda_driver.allocate(out.n_bytes, Device(data.device), stream)
-    queue, kernel, shape = launcher(source, dtype, mapping, data.device, stream)
+    queue, kernel, shape = launcher(fmt, dtype, mapping, data.device, stream)
     step = MAX_GRID * shape.tile_elements
     for first in range(0, n_elements, step):
         count = min(step, n_elements - first)
-        start = data.pointer + first // source.block_size * source.type_size
+        start = data.pointer + first // fmt.block_size * fmt.type_size
         place = target.pointer + first * (out.n_bytes // n_elements)
         cuda_driver.launch_kernel(
             queue, launch_config(shape.thread_blocks(count), shape.threads), kernel, start, count, place
@@ -229,10 +227,10 @@ def capability_of(index: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=1024)
-def launcher(source: Format, dtype: str, mapping: str, device: int, stream: int) -> tuple[Stream, Kernel, Mapping]:
+def launcher(fmt: Format, dtype: str, mapping: str, device: int, stream: int) -> tuple[Stream, Kernel, LaunchShape]:
     """What every launch of a kernel on a stream has in common."""
-    kernel = load_kernel(compiler.dequantize_kernel(source, dtype, mapping), capability_of(device))
-    return cuda_driver.stream_on(device, stream), kernel, launch_shape(mapping, source)
+    kernel = load_kernel(compiler.dequantize_kernel(fmt, dtype, mapping), capability_of(device))
+    return cuda_driver.stream_on(device, stream), kernel, launch_shape(mapping, fmt)
 
 
 @lru_cache(maxsize=256)
@@ -250,12 +248,12 @@ def load_kernel(kernel: KernelSpec, capability: tuple[int, int]) -> Kernel:
 
 
 def time_kernel(
-    data: NDArray[np.uint8], source: Format, dtype: str, shape: tuple[int, ...], index: int
+    data: NDArray[np.uint8], fmt: Format, dtype: str, shape: tuple[int, ...], index: int
 ) -> tuple[NDArray[Any], float]:
     """The values, on the host, and the seconds that the kernel took by the GPU's clock: the median of five."""
     with cuda_driver.active_gpu(index) as device:
-        kind = source.result_dtype(dtype)
-        n_elements = source.n_elements(data.nbytes)
+        kind = fmt.result_dtype(dtype)
+        n_elements = fmt.n_elements(data.nbytes)
         memory = cuda_driver.allocate(data.nbytes, device, 0)
         target = cuda_driver.allocate(n_elements * kind.itemsize, device, 0)
         if data.nbytes:
@@ -264,7 +262,7 @@ def time_kernel(
         seconds = []
         for _ in range(6):  # the first one compiles
             start = stream.record(options=cuda_driver.timed_event())
-            dequantize_into(memory, source, dtype, n_elements, target, 0)
+            dequantize_into(memory, fmt, dtype, n_elements, target, 0)
             end = stream.record(options=cuda_driver.timed_event())
             end.sync()
             seconds.append((end - start) / 1e3)

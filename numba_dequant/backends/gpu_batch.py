@@ -51,7 +51,7 @@ class _Job:
     `gather` copies strided data to `data`, which each run reads.
     """
 
-    source: Format
+    fmt: Format
     n_elements: int
     shape: tuple[int, ...]
     kind: np.dtype[Any]
@@ -177,16 +177,16 @@ def _job(tensor: Tensor, dtype: str, device: Device, call: CallStream) -> _Job:
     else:
         host = host_bytes(given)
         data = DeviceBytes(0, host.size, device.device_id, None)
-    gpu.check_capability(tensor.source, dtype, device.device_id)
-    n_elements = tensor.source.n_elements(data.n_bytes)
+    gpu.check_capability(tensor.fmt, dtype, device.device_id)
+    n_elements = tensor.fmt.n_elements(data.n_bytes)
     shape = result_shape(tensor.shape, n_elements, tensor.out)
-    kind = tensor.source.result_dtype(dtype)
+    kind = tensor.fmt.result_dtype(dtype)
     if tensor.out is None:
         target = DeviceBytes(0, n_elements * kind.itemsize, device.device_id, None)
     else:
         read = data if host is None else None
         target = gpu.checked_output(tensor.out, read, kind, shape, n_elements, device, call)
-    return _Job(tensor.source, n_elements, shape, kind, data, target, host, tensor.out, gather)
+    return _Job(tensor.fmt, n_elements, shape, kind, data, target, host, tensor.out, gather)
 
 
 def _allocate(pieces: list[DeviceBytes], device: Device, call: CallStream) -> None:
@@ -220,22 +220,22 @@ def _steps(jobs: list[_Job], dtype: str, device: Device, call: CallStream) -> tu
     for job in jobs:
         if not job.n_elements:
             continue
-        if job.source.stored_dtype is not None or job.target.pointer % 16:
-            steps.append(partial(gpu.dequantize_into, job.data, job.source, dtype, job.n_elements, job.target))
+        if job.fmt.stored_dtype is not None or job.target.pointer % 16:
+            steps.append(partial(gpu.dequantize_into, job.data, job.fmt, dtype, job.n_elements, job.target))
         else:
-            by_source.setdefault(id(job.source), []).append(job)
+            by_source.setdefault(id(job.fmt), []).append(job)
     if not by_source:
         return steps, None
     groups = list(by_source.values())
     index = device.device_id
-    kernels = [gpu.load_kernel(batch_kernel(group[0].source, dtype), gpu.capability_of(index)) for group in groups]
+    kernels = [gpu.load_kernel(batch_kernel(group[0].fmt, dtype), gpu.capability_of(index)) for group in groups]
     tables = [_table(group, numpy_dtype(dtype).itemsize) for group in groups]
     packed = np.concatenate([table.reshape(-1) for table, _ in tables])
     memory = gpu.new_memory(packed.nbytes, device, call)
     gpu.send(packed.view(np.uint8), memory.pointer, call.handle)
     place = memory.pointer
     for group, kernel, (table, n_tiles) in zip(groups, kernels, tables, strict=True):
-        config = gpu.launch_config(n_tiles, launch_shape("tile", group[0].source).threads)
+        config = gpu.launch_config(n_tiles, launch_shape("tile", group[0].fmt).threads)
         steps.append(partial(_launch, index, config, kernel, place, len(group)))
         place += table.nbytes
     return steps, memory
@@ -249,4 +249,4 @@ def _launch(index: int, config: LaunchConfig, kernel: Kernel, table: int, n_tens
 def _table(jobs: list[_Job], itemsize: int) -> tuple[NDArray[np.int64], int]:
     numbers = [(job.data.pointer, job.target.pointer, job.n_elements) for job in jobs]
     data, targets, n_elements = np.array(numbers, np.int64).T
-    return tile_directory(launch_shape("tile", jobs[0].source), data, targets // itemsize, n_elements)
+    return tile_directory(launch_shape("tile", jobs[0].fmt), data, targets // itemsize, n_elements)

@@ -13,13 +13,13 @@ CHUNK = 1 << 20
 """Elements per step, so that a large tensor needs no large float32 copy of itself."""
 
 
-def dequantize_into(data: NDArray[np.uint8], source: Format, out: NDArray[Any]) -> None:
+def dequantize_into(data: NDArray[np.uint8], fmt: Format, out: NDArray[Any]) -> None:
     """Write the values of `data` (whole blocks) to the flat array `out`, rounded once to its dtype."""
-    assert source.dequantize is not None
-    blocks = data.view(source.layout)
-    step = max(CHUNK // source.block_size, 1)
+    assert fmt.dequantize is not None
+    blocks = data.view(fmt.layout)
+    step = max(CHUNK // fmt.block_size, 1)
     # Scales may be infinite or NaN: the results are well defined, NumPy's warnings about them are not wanted.
     with np.errstate(all="ignore"):
         for first in range(0, len(blocks), step):
-            values = source.dequantize(blocks[first : first + step])
-            out[first * source.block_size : first * source.block_size + values.size] = values.reshape(-1)
+            values = fmt.dequantize(blocks[first : first + step])
+            out[first * fmt.block_size : first * fmt.block_size + values.size] = values.reshape(-1)

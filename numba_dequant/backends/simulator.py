@@ -35,12 +35,12 @@ class SimulatedTensor:
         return self.values.copy()
 
 
-def dequantize_into(data: NDArray[np.uint8], source: Format, dtype: str, out: NDArray[Any], mapping: str) -> None:
+def dequantize_into(data: NDArray[np.uint8], fmt: Format, dtype: str, out: NDArray[Any], mapping: str) -> None:
     """Run the kernel, thread by thread, over host arrays."""
     if not out.size:
         return
-    shape = launch_shape(mapping, source)
-    kernel = cuda.jit(make_kernel(source, dtype, shape))
+    shape = launch_shape(mapping, fmt)
+    kernel = cuda.jit(make_kernel(fmt, dtype, shape))
     on_device = cuda.to_device(out)
     kernel[shape.thread_blocks(out.size), shape.threads](cuda.to_device(data), out.size, on_device)
     out[:] = on_device.copy_to_host()

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from numba_dequant.api import dequantize
-from numba_dequant.backends.devices import Place, n_threads
+from numba_dequant.backends.devices import DeviceSpec, available_cores
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.format import Format
 from numba_dequant.verify import assert_bit_identical
@@ -30,7 +30,7 @@ class Row:
 
 
 def bench(
-    place: Place, sources: list[Format], dtype: str, progress: Callable[[], object] = int
+    place: DeviceSpec, sources: list[Format], dtype: str, progress: Callable[[], object] = int
 ) -> tuple[str, list[Row]]:
     """Measure formats on a device: a line about the machine, and a row each.
 
@@ -49,10 +49,10 @@ def _on_gpu(index: int, sources: list[Format], dtype: str, progress: Callable[[]
     with cuda_driver.active_gpu(index) as device:
         clock = GpuClock(device)
         rows = []
-        for source in sources:
-            work = Workload(source, dtype, GPU_ELEMENTS, device)
+        for fmt in sources:
+            work = Workload(fmt, dtype, GPU_ELEMENTS, device)
             work.check()
-            rows.append(Row(source, work.bytes_moved / clock.seconds(work), work.roof(clock)))
+            rows.append(Row(fmt, work.bytes_moved / clock.seconds(work), work.roof(clock)))
             progress()
         copy = clock.copy_speed()
         return f"{device.name}, {GPU_ELEMENTS:,} elements to {dtype}; device copy {copy / 1e9:.0f} GB/s", rows
@@ -61,15 +61,15 @@ def _on_gpu(index: int, sources: list[Format], dtype: str, progress: Callable[[]
 def _on_cpu(sources: list[Format], dtype: str, progress: Callable[[], object]) -> tuple[str, list[Row]]:
     kind = numpy_dtype(dtype)
     rows = []
-    for source in sources:
-        data = np.random.default_rng(0).integers(0, 256, CPU_ELEMENTS // source.block_size * source.type_size, np.uint8)
+    for fmt in sources:
+        data = np.random.default_rng(0).integers(0, 256, CPU_ELEMENTS // fmt.block_size * fmt.type_size, np.uint8)
         out = np.empty(CPU_ELEMENTS, kind)
-        dequantize(data, source, dtype, device="cpu", out=out)
-        assert_bit_identical(out, dequantize(data, source, dtype, device="reference"), f"{source.name} to {dtype}")
-        seconds = _seconds(partial(dequantize, data, source, dtype, device="cpu", out=out))
-        rows.append(Row(source, (data.nbytes + out.nbytes) / seconds, 0.0))
+        dequantize(data, fmt, dtype, device="cpu", out=out)
+        assert_bit_identical(out, dequantize(data, fmt, dtype, device="reference"), f"{fmt.name} to {dtype}")
+        seconds = _seconds(partial(dequantize, data, fmt, dtype, device="cpu", out=out))
+        rows.append(Row(fmt, (data.nbytes + out.nbytes) / seconds, 0.0))
         progress()
-    return f"CPU, {n_threads()} threads, {CPU_ELEMENTS:,} elements to {dtype}", rows
+    return f"CPU, {available_cores()} threads, {CPU_ELEMENTS:,} elements to {dtype}", rows
 
 
 def _seconds(work: Callable[[], object]) -> float:

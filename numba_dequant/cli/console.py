@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO, cast
 
-from numba_dequant.display import plain
+from numba_dequant.display import printable
 
 LOOKALIKES = str.maketrans("·…█▉▊▋▌▍▎▏", "..####....")
 """What stands for the characters of pictures and bars where an encoding lacks them: as wide as they are."""
@@ -80,7 +80,7 @@ def _short_warnings() -> Iterator[None]:
 def complain(message: str) -> None:
     """Print a message to standard error, if that is possible."""
     with suppress(OSError):
-        sys.stderr.write(f"numba-dequant: {plain(message)}\n")
+        sys.stderr.write(f"numba-dequant: {printable(message)}\n")
 
 
 def discard_unwritten() -> None:

@@ -84,7 +84,7 @@ class _Parser(argparse.ArgumentParser):
     """Arguments may be file names, which must not steer the terminal when they are reported."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(display.plain(message))
+        super().error(display.printable(message))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -163,7 +163,7 @@ def _verify(options: argparse.Namespace) -> int:
     if options.file is None:
         with as_file(SAMPLE) as path:
             return _verify_file(str(path), "the shipped sample", options)
-    return _verify_file(options.file, display.plain(options.file), options)
+    return _verify_file(options.file, display.printable(options.file), options)
 
 
 def _verify_file(path: str, title: str, options: argparse.Namespace) -> int:
@@ -186,7 +186,7 @@ def _bench(options: argparse.Namespace) -> int:
     place = _place(options.device)[0]
     if place.kind not in ("cpu", "cuda"):
         return _fail(f"bench cannot measure {place}; pass --device cpu or --device cuda")
-    sources = _formats(options.formats, [source for source in nd.FORMATS.values() if source.block_size > 1])
+    sources = _formats(options.formats, [fmt for fmt in nd.FORMATS.values() if fmt.block_size > 1])
     with tqdm(total=len(sources), unit="format", disable=None, leave=False) as progress:
         title, rows = bench.bench(place, sources, options.dtype, progress.update)
     print(title)
@@ -199,13 +199,13 @@ def _formats(names: str | None, otherwise: list[nd.Format]) -> list[nd.Format]:
     if names is None:
         return otherwise
     found = [format_named(name) for name in names.split(",")]
-    for source in found:
-        if source.decode is None:
-            raise nd.UnknownFormatError(f"{source.name} is stored as it is, so there is no code that dequantizes it")
+    for fmt in found:
+        if fmt.decode is None:
+            raise nd.UnknownFormatError(f"{fmt.name} is stored as it is, so there is no code that dequantizes it")
     return found
 
 
-def _place(name: str | None) -> tuple[devices.Place, str | None]:
+def _place(name: str | None) -> tuple[devices.DeviceSpec, str | None]:
     """The device of that name, or the best one and why it is not a GPU."""
     problem = devices.why_no_cuda() if name is None else None
     return devices.parse_device(("cpu" if problem else "cuda:0") if name is None else name), problem
@@ -213,12 +213,14 @@ def _place(name: str | None) -> tuple[devices.Place, str | None]:
 
 def _info(options: argparse.Namespace) -> int:
     with nd.open(options.file, allow_truncated=True) as model:
-        path, (here, needed) = display.plain(model.path), model.n_bytes
+        path, (here, needed) = display.printable(model.path), model.n_bytes
         print(f"{path}: {len(model.metadata)} metadata entries, {len(model.tensors)} tensors")
         if here < needed:
             print(f"{here:,} of {needed:,} bytes are here; the file looks incomplete")
         if model.missing_shards:
-            print(f"not here: {', '.join(map(display.plain, model.missing_shards))}; the tensors of the others follow")
+            print(
+                f"not here: {', '.join(map(display.printable, model.missing_shards))}; the tensors of the others follow"
+            )
         entries = display.metadata_rows(model.metadata.shown())
         width = max((len(key) for key, _ in entries), default=0)
         for key, value in entries:
@@ -230,10 +232,10 @@ def _info(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     if _is_format(options.what):
-        source = format_named(options.what)
+        fmt = format_named(options.what)
         if options.tensor is not None or options.block is not None:
             return _fail(f"a tensor and --block are for files, and {options.what} is a format")
-        print(source if options.element is None else source.picture(options.element))
+        print(fmt if options.element is None else fmt.picture(options.element))
         return 0
     with nd.open(options.what) as model:
         name = next(iter(model.tensors), None) if options.tensor is None else options.tensor
@@ -266,7 +268,7 @@ def _cache(options: argparse.Namespace) -> int:
 
 
 def _warm(options: argparse.Namespace) -> int:
-    sources = _formats(options.formats, [source for source in nd.FORMATS.values() if source.decode])
+    sources = _formats(options.formats, [fmt for fmt in nd.FORMATS.values() if fmt.decode])
     if options.cpu and cpu.is_jit_disabled():
         return _fail("nothing is compiled for the CPU where NUMBA_DISABLE_JIT is set; unset it")
     if problem := disk_cache.problem():

@@ -19,7 +19,7 @@ from numba_dequant.backends.device_tensor import DeviceTensor
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.format import Format
 from numba_dequant.kernels.compiler import copy_kernel
-from numba_dequant.kernels.launch_shape import Mapping, launch_shape
+from numba_dequant.kernels.launch_shape import LaunchShape, launch_shape
 from numba_dequant.verify import assert_bit_identical
 from numba_dequant.version import VERSION
 
@@ -98,7 +98,7 @@ class Workload:
     """Random blocks on the current device, to be dequantized again and again: each call takes the next buffers in turn.
 
     Attributes:
-        source: their format.
+        fmt: their format.
         dtype: the output type.
         n_elements: how many.
         bytes_moved: bytes that one call reads and writes.
@@ -106,7 +106,7 @@ class Workload:
 
     def __init__(
         self,
-        source: Format,
+        fmt: Format,
         dtype: str,
         n_elements: int,
         device: Device,
@@ -116,18 +116,18 @@ class Workload:
         """Fill as much memory with blocks as the GPU's cache does not hold.
 
         Args:
-            source: their format.
+            fmt: their format.
             dtype: the output type.
             n_elements: how many; a whole number of blocks is made of it.
             device: the current one.
             mapping: that of the library's kernel.
             kernel: queues another kernel in place of it, from data, the number of elements and the output.
         """
-        self.source, self.dtype, self.mapping, self._kernel = source, dtype, mapping, kernel
-        n_blocks = -(-n_elements // source.block_size)
-        self.n_elements = n_blocks * source.block_size
+        self.fmt, self.dtype, self.mapping, self._kernel = fmt, dtype, mapping, kernel
+        n_blocks = -(-n_elements // fmt.block_size)
+        self.n_elements = n_blocks * fmt.block_size
         self.itemsize = numpy_dtype(dtype).itemsize
-        n_read, n_written = n_blocks * source.type_size, self.n_elements * self.itemsize
+        n_read, n_written = n_blocks * fmt.type_size, self.n_elements * self.itemsize
         self.bytes_moved = n_read + n_written
         turns = min(max(2, -(-UNCACHED // self.bytes_moved)), MAX_TURNS)
         self._sources, self._targets = _in_one(n_read, turns, device), _in_one(n_written, turns, device)
@@ -141,11 +141,11 @@ class Workload:
 
     def __call__(self) -> None:
         """Queue the work."""
-        source, target = self.buffers()
+        data, target = self.buffers()
         if self._kernel is not None:
-            self._kernel(source, self.n_elements, target)
+            self._kernel(data, self.n_elements, target)
         else:
-            gpu.dequantize_into(source, self.source, self.dtype, self.n_elements, target, 0, self.mapping)
+            gpu.dequantize_into(data, self.fmt, self.dtype, self.n_elements, target, 0, self.mapping)
 
     def buffers(self) -> tuple[cuda_driver.DeviceBytes, cuda_driver.DeviceBytes]:
         """Where to read and where to write this time."""
@@ -159,18 +159,18 @@ class Workload:
             DeviceError: a bit differs.
         """
         self._turn = -1
-        source, target = self._sources[0], self._targets[0]
+        data, target = self._sources[0], self._targets[0]
         cuda_driver.memset(target, 0xA5, 0)
         self()
-        n_blocks = self.n_elements // self.source.block_size
-        count = min(n_blocks, max(CHECKED // self.source.block_size, 1))
+        n_blocks = self.n_elements // self.fmt.block_size
+        count = min(n_blocks, max(CHECKED // self.fmt.block_size, 1))
         for first in {0, n_blocks - count}:
-            blocks = np.empty(count * self.source.type_size, np.uint8)
-            cuda_driver.copy_to_host(blocks, source.pointer + first * self.source.type_size, 0)
-            expected = dequantize(blocks, self.source, self.dtype, device="reference")
+            blocks = np.empty(count * self.fmt.type_size, np.uint8)
+            cuda_driver.copy_to_host(blocks, data.pointer + first * self.fmt.type_size, 0)
+            expected = dequantize(blocks, self.fmt, self.dtype, device="reference")
             found = np.empty_like(expected)
-            cuda_driver.copy_to_host(found, target.pointer + first * self.source.block_size * self.itemsize, 0)
-            assert_bit_identical(found, expected, f"{self.source.name} to {self.dtype}, mapping {self.mapping}")
+            cuda_driver.copy_to_host(found, target.pointer + first * self.fmt.block_size * self.itemsize, 0)
+            assert_bit_identical(found, expected, f"{self.fmt.name} to {self.dtype}, mapping {self.mapping}")
 
     def roof(self, clock: GpuClock) -> float:
         """Bytes per second of the fastest kernel that reads and writes as many bytes and does nothing else.
@@ -179,27 +179,27 @@ class Workload:
         """
         capability = gpu.capability_of(self._sources[0].device)
         shapes = [(stores, threads, False) for stores, threads in ROOF_SHAPES]
-        tile = launch_shape("tile", self.source)
+        tile = launch_shape("tile", self.fmt)
         shapes.append((tile.tile_elements * self.itemsize // 16 // tile.threads, tile.threads, True))
         best = 0.0
         for stores, threads, is_staged in shapes:
             tile_elements = stores * threads * 16 // self.itemsize
-            n_loads, rest = divmod(tile_elements * self.source.type_size, 16 * self.source.block_size)
+            n_loads, rest = divmod(tile_elements * self.fmt.type_size, 16 * self.fmt.block_size)
             if rest or self.n_elements % tile_elements or (is_staged and n_loads > MAX_STAGE):
                 continue
             kernel = gpu.load_kernel(copy_kernel(stores, threads, MAX_STAGE if is_staged else 0), capability)
             config = LaunchConfig(grid=self.n_elements // tile_elements, block=threads)
 
             def move(config: LaunchConfig = config, kernel: Kernel = kernel, n_loads: int = n_loads) -> None:
-                source, target = self.buffers()
-                launch(cuda_driver.stream_on(source.device, 0), config, kernel, source.pointer, n_loads, target.pointer)
+                data, target = self.buffers()
+                launch(cuda_driver.stream_on(data.device, 0), config, kernel, data.pointer, n_loads, target.pointer)
 
             best = max(best, self.bytes_moved / clock.seconds(move))
         return best
 
 
 def jit_launch(
-    kernel: Any, mapping: Mapping, data: np.dtype[Any], out: np.dtype[Any]
+    kernel: Any, mapping: LaunchShape, data: np.dtype[Any], out: np.dtype[Any]
 ) -> Callable[[cuda_driver.DeviceBytes, int, cuda_driver.DeviceBytes], None]:
     """For `Workload`: a kernel that `numba.cuda.jit` has made, whose arguments are arrays of these types."""
     from numba_dequant.kernels.numba_cuda import cuda
@@ -209,9 +209,9 @@ def jit_launch(
         memory = cuda_driver.DeviceBytes(pointer, n_bytes, device, None)
         return cuda.as_cuda_array(DeviceTensor(memory, (n_bytes // dtype.itemsize,), dtype, 0))
 
-    def launch(source: cuda_driver.DeviceBytes, n_elements: int, target: cuda_driver.DeviceBytes) -> None:
+    def launch(blocks: cuda_driver.DeviceBytes, n_elements: int, values: cuda_driver.DeviceBytes) -> None:
         arguments = [
-            array(each.pointer, each.n_bytes, each.device, kind) for each, kind in ((source, data), (target, out))
+            array(each.pointer, each.n_bytes, each.device, kind) for each, kind in ((blocks, data), (values, out))
         ]
         kernel[mapping.thread_blocks(n_elements), mapping.threads](arguments[0], n_elements, arguments[1])
 

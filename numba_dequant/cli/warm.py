@@ -13,7 +13,7 @@ from typing import Any
 
 from numba_dequant import disk_cache
 from numba_dequant.backends import cpu
-from numba_dequant.backends.devices import n_threads
+from numba_dequant.backends.devices import available_cores
 from numba_dequant.errors import DeviceError
 from numba_dequant.format import Format
 from numba_dequant.kernels import compiler, native
@@ -46,11 +46,11 @@ def tasks(
 ) -> list[Task]:
     """What is needed for these formats and output types, for one tensor and for many."""
     found = [Task(native.ensure_compiled)] if capabilities and native_threads.IS_SUPPORTED else []
-    for source in formats:
+    for fmt in formats:
         for dtype in dtypes:
             if on_cpu:
-                found.append(Task(cpu.compiled, (source, dtype)))
-            kernels = compiler.dequantize_kernel(source, dtype), compiler.batch_kernel(source, dtype)
+                found.append(Task(cpu.compiled, (fmt, dtype)))
+            kernels = compiler.dequantize_kernel(fmt, dtype), compiler.batch_kernel(fmt, dtype)
             found += [Task(compiler.cubin, (kernel, gpu)) for gpu in capabilities for kernel in kernels]
     return found
 
@@ -61,7 +61,7 @@ def compile_all(tasks: Sequence[Task]) -> Iterator[bool]:
     Raises:
         DeviceError: as `Task.run` does, or a process was killed; the other tasks are then given up.
     """
-    n_processes = min(n_threads(), MAX_POOL, len(tasks))
+    n_processes = min(available_cores(), MAX_POOL, len(tasks))
     if n_processes < 2:
         for task in tasks:
             yield task.run()

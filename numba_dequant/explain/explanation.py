@@ -17,7 +17,7 @@ from numba_dequant.arguments import host_bytes
 from numba_dequant.bits import RUN
 from numba_dequant.errors import DataError, ShapeError, shown
 from numba_dequant.explain.block_picture import BlockPicture
-from numba_dequant.explain.trace import watch
+from numba_dequant.explain.trace import trace_decode
 from numba_dequant.format import Format, element_of, whole_number
 from numba_dequant.formats import format_named
 
@@ -36,20 +36,20 @@ class Explanation:
         picture: the bytes and bits of the block, with those of the element lit; None for a type without blocks.
     """
 
-    def __init__(self, source: Format, block: int, element: int, raw: NDArray[np.uint8]) -> None:
-        assert source.dequantize is not None
-        assert source.decode is not None
-        self.format, self.block, self.element, self.raw = source, block, element, raw
-        record = raw.view(source.layout)
-        is_plain = source.block_size == 1
+    def __init__(self, fmt: Format, block: int, element: int, raw: NDArray[np.uint8]) -> None:
+        assert fmt.dequantize is not None
+        assert fmt.decode is not None
+        self.format, self.block, self.element, self.raw = fmt, block, element, raw
+        record = raw.view(fmt.layout)
+        is_plain = fmt.block_size == 1
         self.fields: dict[str, Any] = {
-            name: record[name] if is_plain else record[name][0] for name in source.layout.names or ()
+            name: record[name] if is_plain else record[name][0] for name in fmt.layout.names or ()
         }
         with np.errstate(all="ignore"):
-            self.values: NDArray[np.float32] = source.dequantize(record).reshape(-1)
+            self.values: NDArray[np.float32] = fmt.dequantize(record).reshape(-1)
             # The alignment is what a kernel vouches for.
-            self.steps = watch(source.decode, raw.view(f"u{source.alignment}"), element // RUN)
-        self.picture: BlockPicture | None = None if is_plain else source.picture(element, raw)
+            self.steps = trace_decode(fmt.decode, raw.view(f"u{fmt.alignment}"), element // RUN)
+        self.picture: BlockPicture | None = None if is_plain else fmt.picture(element, raw)
 
     @property
     def run(self) -> NDArray[np.float32]:
@@ -78,25 +78,25 @@ class Explanation:
         yield self.picture.bytes_text if self.picture else f"  {self.raw.tobytes().hex(' ')}"
         yield "steps of decode"
         width = max(len(label) for _, rows in self._by_statement() for label, _ in rows)
-        for source, rows in self._by_statement():
-            if source:
-                yield f"  {source}"
+        for statement, rows in self._by_statement():
+            if statement:
+                yield f"  {statement}"
             for label, value in rows:
                 yield f"      {label.ljust(width)}  {value}"
         yield f"value of element {self.element}: {self.values[self.element]:.9g}"
 
     def _by_statement(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         """Each statement of `decode`, with what its calls gave and what it gave names to."""
-        source = ""
+        statement = ""
         rows: list[tuple[str, str]] = []
         for step in self.steps:
-            if rows and step.source != source:
-                yield source, rows
+            if rows and step.source != statement:
+                yield statement, rows
                 rows = []
-            source = step.source
+            statement = step.source
             rows += [(call.label, call.shown) for call in step.calls]
             rows.append((step.name, step.shown))
-        yield source, rows
+        yield statement, rows
 
     def _repr_html_(self) -> str:
         left = "style='text-align:left'"
@@ -107,9 +107,9 @@ class Explanation:
 
         fields = "".join(row(name, _short(value)) for name, value in self.fields.items())
         steps = "".join(
-            (f"<tr><td {left} colspan='2'><code><b>{escape(source)}</b></code></td></tr>" if source else "")
+            (f"<tr><td {left} colspan='2'><code><b>{escape(statement)}</b></code></td></tr>" if statement else "")
             + "".join(row(label, value, "&emsp;") for label, value in rows)
-            for source, rows in self._by_statement()
+            for statement, rows in self._by_statement()
         )
         picture = self.picture.svg if self.picture is not None else ""
         return (
@@ -171,20 +171,20 @@ def explain(data: Any, format: str | int | Format, block: int = 0, element: int 
         UnknownFormatError, DataError: what is wrong with the argument of that name.
         ShapeError: there is no such block or element.
     """
-    source = format_named(format)
-    if source.dequantize is None:
-        raise DataError(f"{source.name} is stored as it is: there is nothing to explain")
+    fmt = format_named(format)
+    if fmt.dequantize is None:
+        raise DataError(f"{fmt.name} is stored as it is: there is nothing to explain")
     raw = host_bytes(data)
     # The elements of a plain array are explained in runs.
-    size, n_bytes = (source.block_size, source.type_size) if source.block_size > 1 else (RUN, RUN * source.type_size)
-    n_blocks = source.n_elements(raw.size) // size
+    size, n_bytes = (fmt.block_size, fmt.type_size) if fmt.block_size > 1 else (RUN, RUN * fmt.type_size)
+    n_blocks = fmt.n_elements(raw.size) // size
     number = whole_number(block, 0)
     if number is None or number >= n_blocks:
         found = shown(block)
         raise ShapeError(f"the data has {n_blocks} blocks of {size} elements, from 0 on; there is no block {found}")
     block = number
-    element = element_of(source.name, element, size)
-    return Explanation(source, block, element, raw[block * n_bytes : (block + 1) * n_bytes].copy())
+    element = element_of(fmt.name, element, size)
+    return Explanation(fmt, block, element, raw[block * n_bytes : (block + 1) * n_bytes].copy())
 
 
 def _short(value: Any) -> str:

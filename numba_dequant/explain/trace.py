@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import Table
+from numba_dequant.bits import LookupTable
 
 MASK = re.compile(r"0x([0-9A-F]{8}(?:[0-9A-F]{8})?)\b")
 """A constant that is as wide as several packed bytes: what it masks is."""
@@ -112,7 +112,7 @@ class Step:
         return PackedBytes(max(masks)) if masks else None
 
 
-def watch(decode: Callable[..., Any], block: NDArray[Any], run: int) -> list[Step]:
+def trace_decode(decode: Callable[..., Any], block: NDArray[Any], run: int) -> list[Step]:
     """What a `decode` gives names to for a run of a block, in the order in which it does, and what it returns."""
     watcher = _Tracer(decode)
     before = sys.gettrace()
@@ -130,7 +130,7 @@ class _Tracer:
     def __init__(self, decode: Callable[..., Any]) -> None:
         self.steps: list[Step] = []
         self._code: CodeType = decode.__code__
-        self._names = {id(value): name for name, value in decode.__globals__.items() if isinstance(value, Table)}
+        self._names = {id(value): name for name, value in decode.__globals__.items() if isinstance(value, LookupTable)}
         self._statements = _statements(decode)
         self._known: dict[str, Any] = {}
         self._calls: list[Call] = []
@@ -159,7 +159,7 @@ class _Tracer:
         return within
 
     def _argument(self, value: Any) -> str:
-        if isinstance(value, Table):
+        if isinstance(value, LookupTable):
             return self._names.get(id(value), "table")
         if isinstance(value, np.ndarray):
             return "block"

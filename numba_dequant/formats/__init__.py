@@ -205,11 +205,11 @@ PASSED_ON = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 """Formats whose elements are values of an output type."""
 
 
-def is_built_in(source: Format) -> bool:
+def is_built_in(fmt: Format) -> bool:
     """Whether a format is this package's own, so that code compiled for it depends on nothing but this package."""
-    return source in _BUILT_IN and getattr(source.decode, "__module__", "").startswith(f"{__name__}.")
+    return fmt in _BUILT_IN and getattr(fmt.decode, "__module__", "").startswith(f"{__name__}.")
 
 
-def is_passed_on(source: Format, dtype: str) -> bool:
+def is_passed_on(fmt: Format, dtype: str) -> bool:
     """Whether the elements of a format are of type `dtype` as they are stored."""
-    return PASSED_ON.get(source.name) == dtype and is_built_in(source)
+    return PASSED_ON.get(fmt.name) == dtype and is_built_in(fmt)

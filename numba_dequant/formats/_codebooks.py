@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import Table, helper, spread_bits
+from numba_dequant.bits import LookupTable, helper, spread_bits
 
 
-def _grid(levels: tuple[int, ...], length: int, members: str) -> Table:
+def _grid(levels: tuple[int, ...], length: int, members: str) -> LookupTable:
     bits = np.unpackbits(np.frombuffer(b64decode(members), np.uint8), bitorder="little")
     digits = np.flatnonzero(bits)[:, None] // len(levels) ** np.arange(length) % len(levels)
-    return Table(np.array(levels, np.int8).take(digits).view(f"<i{length}").reshape(-1))
+    return LookupTable(np.array(levels, np.int8).take(digits).view(f"<i{length}").reshape(-1))
 
 
-def points(grid: Table, indexes: NDArray[Any]) -> NDArray[np.float32]:
+def points(grid: LookupTable, indexes: NDArray[Any]) -> NDArray[np.float32]:
     """The points of a grid that `indexes` number, along a new last axis."""
     return grid.items.view(np.int8).reshape(len(grid.items), -1).take(indexes, axis=0).astype(np.float32)
 
@@ -58,10 +58,12 @@ def negate_bytes(eight: int, minus: int) -> int:
     return (eight ^ ((ones << 8) - ones)) + ones
 
 
-IQ4_NL_VALUES = Table(np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8))
+IQ4_NL_VALUES = LookupTable(
+    np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
+)
 """What the nibbles of IQ4_NL and IQ4_XS stand for: finer steps near zero."""
 
-FP4_DOUBLED_VALUES = Table(np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8))
+FP4_DOUBLED_VALUES = LookupTable(np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8))
 """Twice what the nibbles of MXFP4 and NVFP4 stand for: a sign, two bits of exponent, one of mantissa."""
 
 _IQ2_LEVELS = (8, 25, 43)

@@ -16,7 +16,7 @@ import numpy as np
 from numba_dequant.errors import GgufError
 from numba_dequant.gguf.source import Source, checksum
 from numba_dequant.kernels import native
-from numba_dequant.kernels.native.records import STRINGS
+from numba_dequant.kernels.native.records import strings_dtype
 
 ByteOrder = Literal["little", "big"]
 
@@ -193,7 +193,7 @@ class Cursor:
         if not 0 <= at < len(self._window):
             return 0
         window = np.frombuffer(self._window, np.uint8)
-        strings = np.array([(window.ctypes.data, window.size, at, count)], STRINGS)
+        strings = np.array([(window.ctypes.data, window.size, at, count)], strings_dtype)
         walk = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(native.load("walk_strings").value or 0)
         walk(strings.ctypes.data)
         self.position = self._window_start + int(strings["at"][0])

@@ -250,7 +250,7 @@ class Source:
         has_new_number = (stamp.inode, stamp.device) != (known.inode, known.device)
         if (stamp.size != known.size and not has_grown) or (has_new_number and has_new_time):
             return False
-        # Where reading changes the time, each piece would have the whole header read again.
+        # Where reading changes the time, each chunk would have the whole header read again.
         if isinstance(file, OpenFile):
             if file.trusted:
                 file.trusted -= 1

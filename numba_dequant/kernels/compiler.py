@@ -51,17 +51,17 @@ class KernelSpec(NamedTuple):
         return all(is_built_in(option) for option in self.options if isinstance(option, Format))
 
 
-def dequantize_kernel(source: Format, dtype: str, mapping: str = "tile") -> KernelSpec:
+def dequantize_kernel(fmt: Format, dtype: str, mapping: str = "tile") -> KernelSpec:
     """The kernel for one tensor: ``kernel(data, n_elements, out)``."""
-    options = source, dtype, launch_shape(mapping, source)
-    return KernelSpec(f"{source.name}-{dtype}-{mapping}", "dequantize.make_kernel", options)
+    options = fmt, dtype, launch_shape(mapping, fmt)
+    return KernelSpec(f"{fmt.name}-{dtype}-{mapping}", "dequantize.make_kernel", options)
 
 
-def batch_kernel(source: Format, dtype: str) -> KernelSpec:
+def batch_kernel(fmt: Format, dtype: str) -> KernelSpec:
     """The kernel for many tensors of one format: ``kernel(data, table, n_tensors, out)``."""
-    options = source, dtype, launch_shape("tile", source)
+    options = fmt, dtype, launch_shape("tile", fmt)
     parameters = "data", "table", "number", "data"
-    return KernelSpec(f"{source.name}-{dtype}-batch", "dequantize.make_batch_kernel", options, parameters)
+    return KernelSpec(f"{fmt.name}-{dtype}-batch", "dequantize.make_batch_kernel", options, parameters)
 
 
 def copy_kernel(stores: int, threads: int, stage: int) -> KernelSpec:

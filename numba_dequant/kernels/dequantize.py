@@ -20,7 +20,7 @@ from numba_dequant.bits import RUN, copy_16_bytes, copy_byte, is_aligned
 from numba_dequant.dtypes import OUTPUT_TYPES, dtype_name
 from numba_dequant.format import Format
 from numba_dequant.formats import format_named
-from numba_dequant.kernels.launch_shape import Mapping, launch_shape
+from numba_dequant.kernels.launch_shape import LaunchShape, launch_shape
 from numba_dequant.kernels.numba_cuda import cuda
 
 IS_SIMULATED = bool(config.ENABLE_CUDASIM)
@@ -44,26 +44,26 @@ def jit(format: str | Format, dtype: Any = "float16", mapping: str = "block") ->
     >>> shape = launch_shape("block", FORMATS["Q8_0"])                               # doctest: +SKIP
     >>> jit("Q8_0")[shape.thread_blocks(n), shape.threads](data, n, out)              # doctest: +SKIP
     """
-    source = format_named(format)
-    return cuda.jit(make_kernel(source, dtype_name(dtype), launch_shape(mapping, source)))
+    fmt = format_named(format)
+    return cuda.jit(make_kernel(fmt, dtype_name(dtype), launch_shape(mapping, fmt)))
 
 
-def make_kernel(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any, int, Any], None]:
+def make_kernel(fmt: Format, dtype: str, mapping: LaunchShape) -> Callable[[Any, int, Any], None]:
     """The kernel, not compiled, that turns blocks of `source` into `dtype`: ``kernel(data, n_elements, out)``."""
-    write_tile = _tile_writer(source, dtype, mapping)
+    write_tile = _tile_writer(fmt, dtype, mapping)
 
     def dequantize(data: Any, n_elements: int, out: Any) -> None:
         write_tile(data, int64(0), n_elements, out, int64(0), int64(cuda.blockIdx.x))
 
-    return _named(dequantize, f"dequantize_{source.name}")
+    return _named(dequantize, f"dequantize_{fmt.name}")
 
 
-def make_batch_kernel(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any, Any, int, Any], None]:
+def make_batch_kernel(fmt: Format, dtype: str, mapping: LaunchShape) -> Callable[[Any, Any, int, Any], None]:
     """The kernel, not compiled, for many tensors of one format: ``kernel(data, table, n_tensors, out)``.
 
     `table` is that of `launch_shape.tile_directory`, flat.
     """
-    write_tile = _tile_writer(source, dtype, mapping)
+    write_tile = _tile_writer(fmt, dtype, mapping)
     threads = mapping.threads
 
     def dequantize(data: Any, table: Any, n_tensors: int, out: Any) -> None:
@@ -83,20 +83,20 @@ def make_batch_kernel(source: Format, dtype: str, mapping: Mapping) -> Callable[
             tile - table[first],
         )  # fmt: skip
 
-    return _named(dequantize, f"dequantize_many_{source.name}")
+    return _named(dequantize, f"dequantize_many_{fmt.name}")
 
 
-def _tile_writer(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any, int, int, Any, int, int], None]:
+def _tile_writer(fmt: Format, dtype: str, mapping: LaunchShape) -> Callable[[Any, int, int, Any, int, int], None]:
     """What one thread block does: ``write_tile(data, data_start, n_elements, out, out_start, tile)``."""
-    decode, output_type = source.decode, OUTPUT_TYPES[dtype]
-    has_pairs = source.block_size % (2 * RUN) == 0
+    decode, output_type = fmt.decode, OUTPUT_TYPES[dtype]
+    has_pairs = fmt.block_size % (2 * RUN) == 0
     store = (has_pairs and output_type.store_in_pairs) or output_type.store
     assert decode is not None
     if IS_SIMULATED:
         decode = _quietly(decode)
     else:
         register_decode(intrinsics_cuda.target, decode)
-    block_size, type_size = source.block_size, source.type_size
+    block_size, type_size = fmt.block_size, fmt.type_size
     runs_per_block = max(block_size // RUN, 1)
     blocks_per_run = max(RUN // block_size, 1)
     has_partial_runs = block_size % RUN != 0
@@ -104,8 +104,8 @@ def _tile_writer(source: Format, dtype: str, mapping: Mapping) -> Callable[[Any,
     tile_blocks = mapping.tile_elements // block_size
     wide_steps = -(-tile_blocks * type_size // (16 * threads))
     # 16 bytes more than the tile takes: a load that need not be aligned reads whole words around it.
-    tile_units = (-(-tile_blocks * type_size // 16) + 1) * 16 // source.alignment
-    unit = np.dtype(f"u{source.alignment}")
+    tile_units = (-(-tile_blocks * type_size // 16) + 1) * 16 // fmt.alignment
+    unit = np.dtype(f"u{fmt.alignment}")
 
     def write_tile(data: Any, data_start: int, n_elements: int, out: Any, out_start: int, number: int) -> None:
         # The simulator refuses the alignment that the 16-byte copies need on a GPU; Numba drops the dead branch.

@@ -1,7 +1,8 @@
 """The primitives of `bits.py` as machine instructions, for Numba's CPU target and for its CUDA target.
 
-One description serves both: `install` takes what differs (how a target registers things, and how it converts between
-float types) as a `Target`. Eight float32 side by side are one LLVM vector; both targets know best how to cut it up.
+One description serves both: `register_primitives` takes what differs (how a target registers things, and how it
+converts between float types) as a `NumbaTarget`. Eight float32 side by side are one LLVM vector; both targets know best
+how to cut it up.
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ class EightFloats(types.Type):
 EIGHT = EightFloats()
 
 
-class TableType(types.Dummy):
+class LookupTableType(types.Dummy):
     """Numba's type of one table: its items are known when the code that looks them up is compiled."""
 
-    def __init__(self, table: bits.Table) -> None:
+    def __init__(self, table: bits.LookupTable) -> None:
         self.table = table
         super().__init__(table.name)
 
 
 @dataclass(frozen=True)
-class Target:
-    """What `install` needs to know of a Numba target."""
+class NumbaTarget:
+    """What `register_primitives` needs to know of a Numba target."""
 
     overload: Callable[..., Any]
     intrinsic: Callable[..., Any]
@@ -63,7 +64,7 @@ class Target:
     """i16 -> float."""
     rounds: dict[str, Emit]
     """By output type of 16 bits: <8 x float> -> <4 x i32>, two values a word."""
-    lookup_nibbles: Callable[[ir.IRBuilder, bits.Table, Any], Any]
+    lookup_nibbles: Callable[[ir.IRBuilder, bits.LookupTable, Any], Any]
     """Eight nibbles, a byte each -> their bytes in a table, packed."""
     table_address_space: int
     loads_are_invariant: bool
@@ -100,7 +101,7 @@ def pointer_at(builder: ir.IRBuilder, pointer: Any, at: Any, kind: ir.Type) -> A
     return builder.bitcast(builder.gep(pointer, [at]), ir.PointerType(kind))
 
 
-def load_codegen(target: Target, width: int, signed: bool) -> Codegen:
+def load_codegen(target: NumbaTarget, width: int, signed: bool) -> Codegen:
     """A load of `width` bytes that assumes no more alignment than the item size of its array."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
@@ -120,7 +121,7 @@ def load_codegen(target: Target, width: int, signed: bool) -> Codegen:
     return codegen
 
 
-def table_item(builder: ir.IRBuilder, table: bits.Table, index: Any, address_space: int) -> Any:
+def table_item(builder: ir.IRBuilder, table: bits.LookupTable, index: Any, address_space: int) -> Any:
     """One item of a table, which becomes a constant of the module that looks it up."""
     item = ir.IntType(8 * table.items.itemsize)
     kind = ir.ArrayType(item, len(table.items))
@@ -144,7 +145,7 @@ def lookup_codegen(address_space: int) -> Codegen:
     return codegen
 
 
-def lookup_nibbles_by_loads(builder: ir.IRBuilder, table: bits.Table, eight: Any) -> Any:
+def lookup_nibbles_by_loads(builder: ir.IRBuilder, table: bits.LookupTable, eight: Any) -> Any:
     """Eight items of a table of bytes, packed, one load each."""
     lanes = builder.bitcast(eight, EIGHT_BYTES)
     result = ir.Constant(EIGHT_BYTES, ir.Undefined)
@@ -154,7 +155,7 @@ def lookup_nibbles_by_loads(builder: ir.IRBuilder, table: bits.Table, eight: Any
     return builder.bitcast(result, LONG)
 
 
-def eight_loads_codegen(target: Target, kind: ir.Type, widen: Emit) -> Codegen:
+def eight_loads_codegen(target: NumbaTarget, kind: ir.Type, widen: Emit) -> Codegen:
     """A load of eight floats of type `kind`, widened to float32."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
@@ -244,11 +245,11 @@ def to_float(builder: ir.IRBuilder, number: Any) -> Any:
     return builder.sitofp(number, FLOAT)
 
 
-def install(target: Target) -> None:
+def register_primitives(target: NumbaTarget) -> None:
     """Teach a Numba target the primitives of `bits.py` and the helpers that decodes share."""
     target.register_model(EightFloats)(_model_for(target))
-    target.register_model(TableType)(target.opaque_model)
-    target.typeof.register(bits.Table)(lambda table, _: TableType(table))
+    target.register_model(LookupTableType)(target.opaque_model)
+    target.typeof.register(bits.LookupTable)(lambda table, _: LookupTableType(table))
 
     def nibbles_codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         return target.lookup_nibbles(builder, signature.args[0].table, arguments[1])
@@ -263,32 +264,34 @@ def install(target: Target) -> None:
         (bits.load_u32, 4, False),
         (bits.load_8_bytes, 8, True),
     ):
-        implement(target, load, types.int64, (None, types.int64), load_codegen(target, width, signed))
+        register_primitive(target, load, types.int64, (None, types.int64), load_codegen(target, width, signed))
     for convert, kind, codegen in (
         (bits.half, types.uint16, emit(target.half_to_float)),
         (bits.bf16, types.uint16, emit(bf16)),
         (bits.single, types.uint32, emit(single)),
         (bits.to_float, types.int32, emit(to_float)),
     ):
-        implement(target, convert, types.float32, (kind,), codegen)
-    implement(target, bits.unsigned_bytes, EIGHT, (types.int64,), emit(target.unsigned_bytes))
-    implement(target, bits.signed_bytes, EIGHT, (types.int64,), emit(target.signed_bytes))
-    implement(target, bits.centred_bytes, EIGHT, (types.int64, types.int32), centred_codegen)
-    implement(target, bits.lookup, types.int64, (None, types.int64), lookup_codegen(target.table_address_space))
-    implement(target, bits.lookup_nibbles, types.int64, (None, types.int64), nibbles_codegen)
-    implement(target, bits.spread_bits, types.int64, (types.int64,), emit(spread_bits))
+        register_primitive(target, convert, types.float32, (kind,), codegen)
+    register_primitive(target, bits.unsigned_bytes, EIGHT, (types.int64,), emit(target.unsigned_bytes))
+    register_primitive(target, bits.signed_bytes, EIGHT, (types.int64,), emit(target.signed_bytes))
+    register_primitive(target, bits.centred_bytes, EIGHT, (types.int64, types.int32), centred_codegen)
+    register_primitive(
+        target, bits.lookup, types.int64, (None, types.int64), lookup_codegen(target.table_address_space)
+    )
+    register_primitive(target, bits.lookup_nibbles, types.int64, (None, types.int64), nibbles_codegen)
+    register_primitive(target, bits.spread_bits, types.int64, (types.int64,), emit(spread_bits))
     for load_eight, item, widen in (
         (bits.load_8_floats, WORD, single),
         (bits.load_8_halves, SHORT, target.half_to_float),
         (bits.load_8_bf16, SHORT, bf16),
     ):
-        implement(target, load_eight, EIGHT, (None, types.int64), eight_loads_codegen(target, item, widen))
+        register_primitive(target, load_eight, EIGHT, (None, types.int64), eight_loads_codegen(target, item, widen))
     for name, output_type in OUTPUT_TYPES.items():
         kinds = (None, types.int64, EIGHT, types.int64)
         words = target.rounds.get(name, lambda builder, values: builder.bitcast(values, EIGHT_WORDS))
-        implement(target, output_type.store, types.none, kinds, store_codegen(words, target.store_alignment))
+        register_primitive(target, output_type.store, types.none, kinds, store_codegen(words, target.store_alignment))
     for sign, operation in ((operator.mul, "fmul"), (operator.add, "fadd"), (operator.sub, "fsub")):
-        _implement_operator(target, sign, arithmetic_codegen(operation))
+        _register_operator(target, sign, arithmetic_codegen(operation))
 
 
 def spread_bits(builder: ir.IRBuilder, number: Any) -> Any:
@@ -301,7 +304,7 @@ def spread_bits(builder: ir.IRBuilder, number: Any) -> Any:
     return builder.and_(builder.lshr(carried, LONG(7)), LONG(0x0101010101010101))
 
 
-def register_decode(target: Target, decode: Callable[..., Any]) -> None:
+def register_decode(target: NumbaTarget, decode: Callable[..., Any]) -> None:
     """Let compiled code of this target call a decode and the helpers it needs, which are compiled along with it."""
     for function in [*bits.shared_helpers, decode]:
         if function not in target.registered:
@@ -309,12 +312,12 @@ def register_decode(target: Target, decode: Callable[..., Any]) -> None:
             target.registered.add(function)
 
 
-def register(target: Target, function: Callable[..., Any]) -> None:
+def register(target: NumbaTarget, function: Callable[..., Any]) -> None:
     """Let compiled code of this target call a plain function, which is compiled along with it."""
     target.overload(function, strict=False)(lambda *arguments: function)
 
 
-def _model_for(target: Target) -> type[Any]:
+def _model_for(target: NumbaTarget) -> type[Any]:
     class EightFloatsModel(target.primitive_model):  # type: ignore[name-defined, misc]
         def __init__(self, manager: Any, kind: Any) -> None:
             super().__init__(manager, kind, EIGHT_FLOATS)
@@ -322,8 +325,8 @@ def _model_for(target: Target) -> type[Any]:
     return EightFloatsModel
 
 
-def implement(
-    target: Target,
+def register_primitive(
+    target: NumbaTarget,
     function: Callable[..., Any],
     result: Any,
     kinds: tuple[Any, ...],
@@ -348,7 +351,7 @@ def implement(
     target.overload(function, strict=False)(lambda *given: stand_in)
 
 
-def _implement_operator(target: Target, sign: Callable[..., Any], codegen: Codegen) -> None:
+def _register_operator(target: NumbaTarget, sign: Callable[..., Any], codegen: Codegen) -> None:
     def of_eight(a: Any, b: Any) -> Any:
         if EIGHT not in (a, b) or not all(kind is EIGHT or isinstance(kind, types.Number) for kind in (a, b)):
             return None

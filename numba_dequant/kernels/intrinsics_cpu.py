@@ -91,7 +91,7 @@ def _pack(builder: ir.IRBuilder, words: Any) -> Any:
     return builder.bitcast(builder.trunc(words, EIGHT_SHORTS), ir.VectorType(WORD, 4))
 
 
-target = intrinsics.Target(
+target = intrinsics.NumbaTarget(
     overload=partial(overload, target="cpu"),
     intrinsic=intrinsic,
     register_model=register_model,
@@ -109,4 +109,4 @@ target = intrinsics.Target(
     widens_eight_at_once=True,
     store_alignment=1,
 )
-intrinsics.install(target)
+intrinsics.register_primitives(target)

@@ -88,7 +88,7 @@ def load_8_unaligned(builder: ir.IRBuilder, base: Any, at: Any) -> Any:
     return builder.or_(low, builder.shl(high, LONG(32)))
 
 
-def lookup_nibbles(builder: ir.IRBuilder, table: bits.Table, eight: Any) -> Any:
+def lookup_nibbles(builder: ir.IRBuilder, table: bits.LookupTable, eight: Any) -> Any:
     """Eight items of a table of 16 bytes, by permuting the bytes of registers."""
     words = [WORD(word) for word in table.items.view("<u4").tolist()]
     halves = [builder.trunc(eight, WORD), builder.trunc(builder.lshr(eight, LONG(32)), WORD)]
@@ -111,7 +111,7 @@ def _permute(builder: ir.IRBuilder, low: Any, high: Any, selectors: Any) -> Any:
     return _instruction(builder, "prmt.b32 $0, $1, $2, $3;", WORD, "=r,r,r,r", [low, high, selectors])
 
 
-target = intrinsics.Target(
+target = intrinsics.NumbaTarget(
     overload=extending.overload,
     intrinsic=extending.intrinsic,
     register_model=extending.register_model,
@@ -130,7 +130,7 @@ target = intrinsics.Target(
     store_alignment=16,
     load_8_unaligned=load_8_unaligned,
 )
-intrinsics.install(target)
+intrinsics.register_primitives(target)
 
 
 def _copy_codegen(kind: ir.Type, alignment: int) -> intrinsics.Codegen:
@@ -181,7 +181,9 @@ def _store_in_pairs(context: Any, builder: ir.IRBuilder, signature: Any, argumen
 
 
 in_pairs = (None, types.int64, intrinsics.EIGHT, types.int64)
-intrinsics.implement(target, bits.store_float32_in_pairs, types.none, in_pairs, _store_in_pairs)
-intrinsics.implement(target, bits.copy_16_bytes, types.none, (None, types.int64) * 2, _copy_codegen(FOUR_WORDS, 16))
-intrinsics.implement(target, bits.copy_byte, types.none, (None, types.int64) * 2, _copy_codegen(BYTE, 1))
-intrinsics.implement(target, bits.is_aligned, types.boolean, (None, types.int64), _is_aligned)
+intrinsics.register_primitive(target, bits.store_float32_in_pairs, types.none, in_pairs, _store_in_pairs)
+intrinsics.register_primitive(
+    target, bits.copy_16_bytes, types.none, (None, types.int64) * 2, _copy_codegen(FOUR_WORDS, 16)
+)
+intrinsics.register_primitive(target, bits.copy_byte, types.none, (None, types.int64) * 2, _copy_codegen(BYTE, 1))
+intrinsics.register_primitive(target, bits.is_aligned, types.boolean, (None, types.int64), _is_aligned)

@@ -18,7 +18,7 @@ TILE_RUNS = 2
 
 
 @dataclass(frozen=True)
-class Mapping:
+class LaunchShape:
     """What each thread block and each thread of a kernel does.
 
     Attributes:
@@ -36,7 +36,7 @@ class Mapping:
         return -(-n_elements // self.tile_elements)
 
 
-def launch_shape(name: str, source: Format) -> Mapping:
+def launch_shape(name: str, fmt: Format) -> LaunchShape:
     """The mapping of that name for a format.
 
     ``"tile"`` gives a thread block a tile of consecutive quant blocks, 4096 elements: the fast one.
@@ -47,21 +47,21 @@ def launch_shape(name: str, source: Format) -> Mapping:
     """
     if not isinstance(name, str) or name not in MAPPINGS:
         raise OptionError(f"mapping must be one of {', '.join(map(repr, MAPPINGS))}, got {shown(name)}")
-    return _mapping(name, source)
+    return _mapping(name, fmt)
 
 
 @cache
-def _mapping(name: str, source: Format) -> Mapping:
+def _mapping(name: str, fmt: Format) -> LaunchShape:
     if name == "block":
         # A plain array has no blocks to speak of: a thread block takes one run.
-        elements = max(source.block_size, RUN)
-        return Mapping(elements, elements // RUN, 1)
-    elements = -(-TILE_THREADS * TILE_RUNS * RUN // source.block_size) * source.block_size
-    return Mapping(elements, -(-elements // (TILE_RUNS * RUN)), TILE_RUNS)
+        elements = max(fmt.block_size, RUN)
+        return LaunchShape(elements, elements // RUN, 1)
+    elements = -(-TILE_THREADS * TILE_RUNS * RUN // fmt.block_size) * fmt.block_size
+    return LaunchShape(elements, -(-elements // (TILE_RUNS * RUN)), TILE_RUNS)
 
 
 def tile_directory(
-    mapping: Mapping, data_starts: NDArray[np.int64], out_starts: NDArray[np.int64], n_elements: NDArray[np.int64]
+    mapping: LaunchShape, data_starts: NDArray[np.int64], out_starts: NDArray[np.int64], n_elements: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], int]:
     """The table of a launch over many tensors, none of them empty, and the number of its tiles.
 

@@ -1,4 +1,4 @@
-"""Tensors cut into pieces, each of which is read by one call."""
+"""Tensors cut into chunks, each of which is read by one call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_GAP = 1 << 16
 """Bytes between two tensors that are rather read along than left out."""
 
 ALIGNMENT = 32
-"""Bytes, counted from where its tensor begins, to which every piece is aligned."""
+"""Bytes, counted from where its tensor begins, to which every chunk is aligned."""
 
 PAGE = 4096
 """Bytes of a file that the system reads at once: a cold file is read a tenth faster if no two threads ask for one."""
@@ -23,12 +23,12 @@ PAGE = 4096
 
 @dataclass(slots=True)
 class TensorSlice:
-    """Whole runs of one tensor within a piece.
+    """Whole runs of one tensor within a chunk.
 
     Attributes:
         index: which tensor.
         start: byte of the tensor where the part begins.
-        at: byte of the piece where it begins.
+        at: byte of the chunk where it begins.
         n_bytes: its length.
     """
 
@@ -55,11 +55,11 @@ class Chunk:
 def plan_chunks(
     tensors: Sequence[TensorInfo], order: Sequence[int], largest: int, *, in_turn: bool = False
 ) -> Iterator[Chunk]:
-    """Pieces of at most `largest` bytes that cover tensors in that order; neighbours share one.
+    """Chunks of at most `largest` bytes that cover tensors in that order; neighbours share one.
 
-    With `in_turn` no large tensor begins in a piece of the one before it: its memory is not needed before its turn.
+    With `in_turn` no large tensor begins in a chunk of the one before it: its memory is not needed before its turn.
     """
-    piece: Chunk | None = None
+    chunk: Chunk | None = None
     for index in order:
         tensor = tensors[index]
         n_bytes, smallest = tensor.n_bytes, largest // 8
@@ -67,27 +67,27 @@ def plan_chunks(
         start = 0
         while start < n_bytes:
             offset = tensor.offset + start
-            at = offset - piece.offset if piece is not None else 0
+            at = offset - chunk.offset if chunk is not None else 0
             end = n_bytes
             if start + largest - at < n_bytes:
                 end = first + (start + largest - at - first) // step * step
             is_long_enough = end == n_bytes or (end - start >= smallest and not in_turn)
-            if piece is not None and not (is_long_enough and _follows(piece, tensor.path, offset)):
-                yield piece
-                piece = None
+            if chunk is not None and not (is_long_enough and _follows(chunk, tensor.path, offset)):
+                yield chunk
+                chunk = None
                 continue
-            if piece is None:
+            if chunk is None:
                 end = max(end, min(start + grain, n_bytes))
-                piece = Chunk(tensor.path, offset)
-            piece.parts.append(TensorSlice(index, start, at, end - start))
-            piece.n_bytes = at + end - start
+                chunk = Chunk(tensor.path, offset)
+            chunk.parts.append(TensorSlice(index, start, at, end - start))
+            chunk.n_bytes = at + end - start
             start = end
-    if piece is not None:
-        yield piece
+    if chunk is not None:
+        yield chunk
 
 
-def _follows(piece: Chunk, path: str, offset: int) -> bool:
-    return path == piece.path and 0 <= offset - piece.offset - piece.n_bytes <= MAX_GAP
+def _follows(chunk: Chunk, path: str, offset: int) -> bool:
+    return path == chunk.path and 0 <= offset - chunk.offset - chunk.n_bytes <= MAX_GAP
 
 
 def _ends(tensor: TensorInfo, longest: int) -> tuple[int, int, int]:

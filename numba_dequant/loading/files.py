@@ -1,4 +1,4 @@
-"""Reading the bytes of pieces, and noticing when a file is not what it was.
+"""Reading the bytes of chunks, and noticing when a file is not what it was.
 
 Files are read, not mapped: a file cut short under a map would end the process.
 """
@@ -20,42 +20,42 @@ from numba_dequant.gguf.tensors import TensorInfo, truncated
 from numba_dequant.loading.chunks import Chunk, TensorSlice
 
 
-class Files:
+class OpenFiles:
     """The files that one thread has open, each as it was when its header was read."""
 
     def __init__(self) -> None:
         self._open: dict[str, RawIOBase] = {}
         self._stack = ExitStack()
 
-    def __enter__(self) -> Files:
+    def __enter__(self) -> OpenFiles:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def read(self, piece: Chunk, tensors: Sequence[TensorInfo], room: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Read a piece to the start of `room`.
+    def read(self, chunk: Chunk, tensors: Sequence[TensorInfo], buffer: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Read a chunk to the start of `buffer`.
 
         Raises:
             ReadError: the file cannot be read, or has changed since it was opened.
             GgufError: the file ends before the tensor does.
         """
-        first = tensors[piece.parts[0].index]
-        data = room[: piece.n_bytes]
-        file = self._open.get(piece.path)
+        first = tensors[chunk.parts[0].index]
+        data = buffer[: chunk.n_bytes]
+        file = self._open.get(chunk.path)
         if file is None:
-            file = self._open[piece.path] = self._stack.enter_context(open_unchanged(first))
+            file = self._open[chunk.path] = self._stack.enter_context(open_unchanged(first))
         try:
-            count = read_into(file, data, piece.offset)
+            count = read_into(file, data, chunk.offset)
         except OSError as error:
-            offset = max(file.tell(), piece.offset)
-            raise read_error(tensors[piece.index_at(offset)], offset, error) from error
-        if count < piece.n_bytes:
-            cut_short = next(tensors[part.index] for part in piece.parts if part.at + part.n_bytes > count)
+            offset = max(file.tell(), chunk.offset)
+            raise read_error(tensors[chunk.index_at(offset)], offset, error) from error
+        if count < chunk.n_bytes:
+            cut_short = next(tensors[part.index] for part in chunk.parts if part.at + part.n_bytes > count)
             check_unchanged(cut_short, file)
-            raise truncated(cut_short, piece.offset + count)
+            raise truncated(cut_short, chunk.offset + count)
         check_unchanged(first, file)
-        for part in piece.parts:
+        for part in chunk.parts:
             if tensors[part.index].byte_order == "big":
                 swap_bytes(data[part.at : part.at + part.n_bytes], tensors[part.index])
         return data
@@ -132,12 +132,12 @@ def read_tensor(tensor: TensorInfo) -> NDArray[np.uint8]:
     check_complete(tensor)
     if tensor.source.data is not None and tensor.byte_order == "little":
         return _read_only(tensor.source.data[tensor.offset : tensor.offset + tensor.n_bytes])
-    room = allocate(tensor, (tensor.n_bytes,), np.dtype(np.uint8))
+    buffer = allocate(tensor, (tensor.n_bytes,), np.dtype(np.uint8))
     if not tensor.n_bytes:
-        return room
-    piece = Chunk(tensor.path, tensor.offset, tensor.n_bytes, [TensorSlice(0, 0, 0, tensor.n_bytes)])
-    with Files() as files:
-        return files.read(piece, [tensor], room)
+        return buffer
+    chunk = Chunk(tensor.path, tensor.offset, tensor.n_bytes, [TensorSlice(0, 0, 0, tensor.n_bytes)])
+    with OpenFiles() as files:
+        return files.read(chunk, [tensor], buffer)
 
 
 def map_tensor(tensor: TensorInfo) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""Loading to a GPU: threads read pieces to pinned memory; the GPU copies and dequantizes them behind the reading.
+"""Loading to a GPU: threads read chunks to pinned memory; the GPU copies and dequantizes them behind the reading.
 
 The threads of a load share buffers, each of pinned memory with as much memory on the GPU, and a stream, which it shares
 with others. The stream keeps the order within a buffer, events keep it between streams, the caller's among them, and a
@@ -23,23 +23,23 @@ from numba_dequant.arguments import Memory, check_apart, with_tensor_name
 from numba_dequant.backends import cuda_driver, gpu, streams
 from numba_dequant.backends.cuda_driver import DeviceBytes
 from numba_dequant.backends.device_tensor import DeviceTensor
-from numba_dequant.backends.devices import n_threads
+from numba_dequant.backends.devices import available_cores
 from numba_dequant.backends.streams import CallStream
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DeviceError, NumbaDequantError
 from numba_dequant.gguf.file import truncated
-from numba_dequant.kernels.native.records import BUFFER, END_OF_FILE, FAULT_GPU
+from numba_dequant.kernels.native.records import END_OF_FILE, FAULT_GPU, buffer_dtype
 from numba_dequant.loading import native_threads
 from numba_dequant.loading.chunks import Chunk, TensorSlice, plan_chunks, round_robin_by_disk
 from numba_dequant.loading.files import changed, check_unchanged, open_unchanged, read_error, read_tensor
 from numba_dequant.loading.python_threads import POLL_SECONDS
 from numba_dequant.loading.requests import QuantizedTensor, Request
 
-PIECE = 8 << 20
+CHUNK_BYTES = 8 << 20
 """Bytes that are sent at a time: each copy costs the bus 2 us."""
 
-SHARE = 1 << 20
-"""Bytes of a piece that one thread reads: where several fill a buffer, few are needed, which the CPU's cache holds."""
+SUBREAD_BYTES = 1 << 20
+"""Bytes of a chunk that one thread reads: where several fill a buffer, few are needed, which the CPU's cache holds."""
 
 BUFFERS = 8
 """Buffers of a load: two or three are being filled, the others are on their way or wait for the bus."""
@@ -51,7 +51,7 @@ DEFAULT_THREADS = 12
 """Threads at most, unless more are asked for: these read faster than the bus carries."""
 
 MAX_BATCH = 32
-"""Pieces that are planned before the threads are told."""
+"""Chunks that are planned before the threads are told."""
 
 
 class Buffers:
@@ -61,7 +61,7 @@ class Buffers:
         # First what goes first: memory is freed in the order of a stream.
         self._memory: list[tuple[NDArray[np.uint8], DeviceBytes]] = []
         self.streams = [cuda_driver.create_stream(device) for _ in range(STREAMS)]
-        self.records = np.zeros(BUFFERS, BUFFER)
+        self.records = np.zeros(BUFFERS, buffer_dtype)
         self._flags = cuda_driver.pinned(8 * len(self.records)).view(np.int64)
         self._flags[:] = 0
 
@@ -75,8 +75,8 @@ class Buffers:
             bit = number % len(self.streams)
             stream = int(self.streams[bit].handle)
             # One after the other: cuda-core cannot free pinned memory while an error of the same line is on its way.
-            on_gpu = cuda_driver.allocate(PIECE, device, stream)
-            host = cuda_driver.pinned(PIECE)
+            on_gpu = cuda_driver.allocate(CHUNK_BYTES, device, stream)
+            host = cuda_driver.pinned(CHUNK_BYTES)
             flag = self._flags.ctypes.data + 8 * number
             self.records[number] = host.ctypes.data, on_gpu.pointer, stream, 1 << bit, 0, flag, 0, 0
             self._memory.append((host, on_gpu))
@@ -130,11 +130,14 @@ if hasattr(os, "register_at_fork"):
 
 @dataclass(slots=True)
 class _Result:
-    """A tensor that is being loaded: what the caller gets, and the memory to write to, its own or on the way to it."""
+    """A tensor that is being loaded: what the caller gets, where the threads write, and where the values belong.
 
-    given: Any
-    target: DeviceBytes
-    out: DeviceBytes
+    The two differ for an `out` at an address to which a kernel cannot store 16 bytes at a time.
+    """
+
+    returned: Any
+    write_to: DeviceBytes
+    caller_out: DeviceBytes
 
 
 def load(
@@ -143,7 +146,7 @@ def load(
     stream: Any,
     threads: int | None,
     prefetch: int | None,
-    watch: Callable[[int], None],
+    on_bytes_read: Callable[[int], None],
 ) -> Generator[Any, None, None]:
     """The results of the requests, in order, each ready once `stream` gets there.
 
@@ -156,19 +159,21 @@ def load(
     # Native threads read from files, and know no other byte order.
     is_odd = any(tensor.byte_order == "big" or tensor.source.data is not None for tensor, *_ in requests)
     if is_odd or not native_threads.IS_SUPPORTED or not cuda_driver.supports_stream_write(index):
-        return _load_alone(requests, index, call, watch)
-    return _Load(requests, index, call, threads or min(n_threads(), DEFAULT_THREADS), prefetch, watch).run()
+        return _load_alone(requests, index, call, on_bytes_read)
+    return _Load(
+        requests, index, call, threads or min(available_cores(), DEFAULT_THREADS), prefetch, on_bytes_read
+    ).run()
 
 
 def _load_alone(
-    requests: Sequence[Request], index: int, call: CallStream, watch: Callable[[int], None]
+    requests: Sequence[Request], index: int, call: CallStream, on_bytes_read: Callable[[int], None]
 ) -> Generator[Any, None, None]:
     """What `load` does, in this thread, on any system: each tensor is read to the host when it is asked for."""
     done = 0
     for request in requests:
         result = _by_the_host(request, index, call)
         done += request.tensor.n_bytes
-        watch(done)
+        on_bytes_read(done)
         yield result
         del result
 
@@ -190,14 +195,14 @@ def _check(requests: Sequence[Request], index: int, call: CallStream) -> None:
     with cuda_driver.active_gpu(index) as device:
         cuda_driver.refuse_capture(call.handle, "a file cannot be loaded as part of it; load before the capture")
         for request in requests:
-            source = request.tensor.format
+            fmt = request.tensor.format
             try:
                 if request.dtype is not None:
-                    gpu.check_capability(source, request.dtype, index)
+                    gpu.check_capability(fmt, request.dtype, index)
                 if request.out is not None:
                     assert request.dtype is not None  # `requests` refuses `out` for bytes that are kept
                     shape, n_elements = request.tensor.shape, request.tensor.n_elements
-                    kind = source.result_dtype(request.dtype)
+                    kind = fmt.result_dtype(request.dtype)
                     out = gpu.checked_output(request.out, None, kind, shape, n_elements, device, call)
                     outputs.append(Memory(out.pointer, out.pointer + out.n_bytes, request.tensor.name, is_out=True))
             except NumbaDequantError as error:
@@ -215,16 +220,16 @@ class _Load:
         call: CallStream,
         n_threads: int,
         prefetch: int | None,
-        watch: Callable[[int], None],
+        on_bytes_read: Callable[[int], None],
     ) -> None:
         self.requests, self.tensors = requests, [request.tensor for request in requests]
         self.index, self.call, self.stream = index, call, call.handle
-        self._prefetch, self._watch = prefetch, watch
+        self._prefetch, self._on_bytes_read = prefetch, on_bytes_read
         # An order other than that of handing out would have the first tensor wait for one that is not due.
         order = range(len(requests)) if prefetch is not None else round_robin_by_disk(self.tensors)
-        self._cut = plan_chunks(self.tensors, order, PIECE, in_turn=prefetch is not None)
+        self._cut = plan_chunks(self.tensors, order, CHUNK_BYTES, in_turn=prefetch is not None)
         self._next = next(self._cut, None)
-        self._pieces: list[Chunk] = []
+        self._chunks: list[Chunk] = []
         self._results: dict[int, _Result] = {}
         self._released = 0
         self._has_prepared = False
@@ -235,7 +240,7 @@ class _Load:
         self._is_sound = True
 
     def run(self) -> Generator[Any, None, None]:
-        most = sum(tensor.n_bytes // (PIECE // 2) + 2 for tensor in self.tensors)
+        most = sum(tensor.n_bytes // (CHUNK_BYTES // 2) + 2 for tensor in self.tensors)
         self._start(most)
         try:
             if self._prefetch is None:
@@ -269,31 +274,31 @@ class _Load:
         sizes = [tensor.n_bytes for tensor in self.tensors]
         try:
             self._threads = native_threads.ReaderThreads(
-                sizes, most, self._buffers.records, SHARE, context, self._finish
+                sizes, most, self._buffers.records, SUBREAD_BYTES, context, self._finish
             )
         except BaseException:
             POOL.give_back(self.index, self._buffers)
             raise
 
     def _plan(self, last: int) -> None:
-        """Give the threads the pieces of all tensors up to this one."""
+        """Give the threads the chunks of all tensors up to this one."""
         if self._next is None:
             return
         with cuda_driver.active_gpu(self.index) as device:
             while self._next is not None and self._next.parts[0].index <= last:
-                piece = self._next
-                if piece.n_bytes > PIECE:  # the threads' code believes what it is told
-                    raise DeviceError(f"{piece.path}: a piece of {piece.n_bytes} bytes, and buffers of {PIECE}")
-                for part in piece.parts:
+                chunk = self._next
+                if chunk.n_bytes > CHUNK_BYTES:  # the threads' code believes what it is told
+                    raise DeviceError(f"{chunk.path}: a chunk of {chunk.n_bytes} bytes, and buffers of {CHUNK_BYTES}")
+                for part in chunk.parts:
                     self._prepare(part.index, device)
-                parts = [self._part(part) for part in piece.parts]
+                parts = [self._part(part) for part in chunk.parts]
                 is_computed = any(kernel for _, _, _, _, kernel, *_ in parts)
-                where = self._file(piece).fileno(), piece.offset, piece.n_bytes
+                where = self._file(chunk).fileno(), chunk.offset, chunk.n_bytes
                 self._threads.plan((*where, is_computed), parts)
-                self._pieces.append(piece)
+                self._chunks.append(chunk)
                 self._next = next(self._cut, None)
-                # Waking a thread takes longer than planning a piece; the first ones should not wait, though.
-                if len(self._pieces) - self._released >= min(self._released + 1, MAX_BATCH):
+                # Waking a thread takes longer than planning a chunk; the first ones should not wait, though.
+                if len(self._chunks) - self._released >= min(self._released + 1, MAX_BATCH):
                     self._release(device)
             self._release(device)
         if self._next is None:
@@ -304,12 +309,12 @@ class _Load:
         if self._has_prepared:
             self._ready.append(cuda_driver.record_event(self.index, self.stream))
             self._has_prepared = False
-        if len(self._pieces) > self._released:
-            self._released = len(self._pieces)
+        if len(self._chunks) > self._released:
+            self._released = len(self._chunks)
             most = min(BUFFERS, self._released)
             self._buffers.grow(most, device)
-            self._threads.release(int(self._ready[-1].handle))
-            self._threads.lend(most)
+            self._threads.publish(int(self._ready[-1].handle))
+            self._threads.set_buffer_count(most)
         while (n_started := self._threads.n_threads) < min(self._n_threads, self._threads.n_shares):
             try:
                 self._threads.start()
@@ -317,7 +322,7 @@ class _Load:
                 self._n_threads = n_started
                 if not n_started:
                     raise DeviceError(f"no thread can be started: {error.strerror}; end some other work") from error
-        self._watch(self._threads.taken)
+        self._on_bytes_read(self._threads.bytes_read)
 
     def _prepare(self, index: int, device: Device) -> None:
         """Get the memory of a tensor, in the order of the caller's stream, if there is none yet."""
@@ -341,34 +346,34 @@ class _Load:
             raise type(error)(f"{tensor.path}: tensor {tensor.name!r}: {error}") from error
 
     def _part(self, part: TensorSlice) -> tuple[int, ...]:
-        request, target = self.requests[part.index], self._results[part.index].target
-        source, dtype = request.tensor.format, request.dtype
-        if dtype is None or source.decode is None:
+        request, target = self.requests[part.index], self._results[part.index].write_to
+        fmt, dtype = request.tensor.format, request.dtype
+        if dtype is None or fmt.decode is None:
             return part.index, part.at, part.n_bytes, target.pointer + part.start, 0, 0, 0, 0
-        _, kernel, shape = gpu.launcher(source, dtype, "tile", self.index, self.stream)
-        first = part.start // source.type_size * source.block_size
-        n_elements = part.n_bytes // source.type_size * source.block_size
+        _, kernel, shape = gpu.launcher(fmt, dtype, "tile", self.index, self.stream)
+        first = part.start // fmt.type_size * fmt.block_size
+        n_elements = part.n_bytes // fmt.type_size * fmt.block_size
         out = target.pointer + first * numpy_dtype(dtype).itemsize
         launch = int(kernel.handle), shape.thread_blocks(n_elements), shape.threads, n_elements
         return part.index, part.at, part.n_bytes, out, *launch
 
-    def _file(self, piece: Chunk) -> RawIOBase:
-        file = self._files.get(piece.path)
+    def _file(self, chunk: Chunk) -> RawIOBase:
+        file = self._files.get(chunk.path)
         if file is None:
-            first = self.tensors[piece.parts[0].index]
-            file = self._files[piece.path] = self._stack.enter_context(open_unchanged(first))
+            first = self.tensors[chunk.parts[0].index]
+            file = self._files[chunk.path] = self._stack.enter_context(open_unchanged(first))
         return file
 
     def _wait_for(self, index: int) -> None:
         try:
             while not self._threads.wait_for(index, POLL_SECONDS):
-                self._watch(self._threads.taken)
+                self._on_bytes_read(self._threads.bytes_read)
                 self._check_gpu()
         except native_threads.ReaderFaultError as fault:
             raise self._error_of(fault) from None
         if self.tensors[index].n_bytes:
             check_unchanged(self.tensors[index], self._files[self.tensors[index].path])
-        self._watch(self._threads.taken)
+        self._on_bytes_read(self._threads.bytes_read)
 
     def _check_gpu(self) -> None:
         """Look whether the GPU still works: a thread would wait for its buffer in vain."""
@@ -380,19 +385,19 @@ class _Load:
             raise DeviceError(f"cuda:{self.index}: {error}") from error
 
     def _error_of(self, fault: native_threads.ReaderFaultError) -> NumbaDequantError:
-        piece = self._pieces[fault.piece]
-        first = self.tensors[piece.parts[0].index]
+        chunk = self._chunks[fault.chunk]
+        first = self.tensors[chunk.parts[0].index]
         if fault.place == FAULT_GPU:
             self._is_sound = False
             message = cuda_driver.message_of(fault.code)
             return DeviceError(f"{first.path}: tensor {first.name!r}: cuda:{self.index}: {message}")
         if fault.code == END_OF_FILE:
-            size = self._files[piece.path].seek(0, 2)
-            cut_short = (self.tensors[part.index] for part in piece.parts)
+            size = self._files[chunk.path].seek(0, 2)
+            cut_short = (self.tensors[part.index] for part in chunk.parts)
             gone = next((each for each in cut_short if each.offset + each.n_bytes > size), None)
             return truncated(gone, size) if gone is not None else changed(first)
         error = OSError(fault.code, os.strerror(fault.code))
-        return read_error(self.tensors[piece.index_at(fault.offset)], fault.offset, error)
+        return read_error(self.tensors[chunk.index_at(fault.offset)], fault.offset, error)
 
     def _let_caller_wait(self, streams: Iterable[Stream]) -> None:
         """Let the caller's stream wait for what these have been given so far."""
@@ -401,12 +406,14 @@ class _Load:
 
     def _finish_tensor(self, index: int, device: Device) -> Any:
         """A result, which is no longer this load's; the caller's stream waits for what fills it."""
-        self._prepare(index, device)  # a tensor without bytes is in no piece
+        self._prepare(index, device)  # a tensor without bytes is in no chunk
         result = self._results.pop(index)
-        if result.target is not result.out:
-            cuda_driver.copy_on_device(result.out.pointer, result.target.pointer, result.out.n_bytes, self.stream)
+        if result.write_to is not result.caller_out:
+            cuda_driver.copy_on_device(
+                result.caller_out.pointer, result.write_to.pointer, result.caller_out.n_bytes, self.stream
+            )
         streams.release(self.call, self.index, None, self.requests[index].out)
-        return result.given
+        return result.returned
 
     def _finish(self) -> None:
         """Free what has not been handed out, once nothing writes to it any more; no thread works now."""

@@ -1,4 +1,4 @@
-"""Loading to the host: pieces of a file, decoded where they were read, while they are in the cache of their core."""
+"""Loading to the host: chunks of a file, decoded where they were read, while they are in the cache of their core."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from numba_dequant.arguments import after_writing, check_apart, host_output, memory_of_array, with_tensor_name
 from numba_dequant.backends import host
-from numba_dequant.backends.devices import Place, n_threads
+from numba_dequant.backends.devices import DeviceSpec, available_cores
 from numba_dequant.backends.dlpack import shareable
 from numba_dequant.errors import DeviceError, OutputError
 from numba_dequant.loading.chunks import Chunk, TensorSlice
@@ -18,7 +18,7 @@ from numba_dequant.loading.files import allocate
 from numba_dequant.loading.python_threads import Pipeline
 from numba_dequant.loading.requests import QuantizedTensor, Request
 
-PIECE = 1 << 20
+CHUNK_BYTES = 1 << 20
 """Bytes that a thread reads at a time: what a core's own cache holds."""
 
 WAITING_THREADS = 2
@@ -27,10 +27,10 @@ WAITING_THREADS = 2
 
 def load(
     requests: Sequence[Request],
-    place: Place,
+    place: DeviceSpec,
     threads: int | None,
     prefetch: int | None,
-    watch: Callable[[int], None],
+    on_bytes_read: Callable[[int], None],
 ) -> Generator[Any, None, None]:
     """The results of the requests, in order.
 
@@ -43,13 +43,13 @@ def load(
     check_apart(memory_of_array(array, names[index], is_out=True) for index, array in outputs.items())
     results = _Results(requests, place, outputs)
     # The simulator's threads are its own.
-    n_workers = 1 if place.kind == "simulator" else threads or n_threads() + WAITING_THREADS
+    n_workers = 1 if place.kind == "simulator" else threads or available_cores() + WAITING_THREADS
     tensors = [request.tensor for request in requests]
-    pipeline = Pipeline(tensors, results, PIECE, n_workers, prefetch, watch)
+    pipeline = Pipeline(tensors, results, CHUNK_BYTES, n_workers, prefetch, on_bytes_read)
     return (results.pop_result(index) for index in pipeline)
 
 
-def _output(request: Request, place: Place) -> NDArray[Any]:
+def _output(request: Request, place: DeviceSpec) -> NDArray[Any]:
     tensor = request.tensor
     try:
         return host_output(request.out, _kind(request), tensor.shape, tensor.n_elements, place)
@@ -66,7 +66,7 @@ def _kind(request: Request) -> np.dtype[Any]:
 class _Results:
     """The arrays to write to: they come to be when reading gets to them, and are let go when they are handed out."""
 
-    def __init__(self, requests: Sequence[Request], place: Place, outputs: dict[int, NDArray[Any]]) -> None:
+    def __init__(self, requests: Sequence[Request], place: DeviceSpec, outputs: dict[int, NDArray[Any]]) -> None:
         self.requests, self.place = requests, place
         self.arrays = outputs
 
@@ -96,17 +96,17 @@ class _Results:
 
 
 class _Worker:
-    """Decodes pieces in the thread that has read them."""
+    """Decodes chunks in the thread that has read them."""
 
     def __init__(self, results: _Results) -> None:
         self._results = results
-        self._room = np.empty(PIECE, np.uint8)
+        self._buffer = np.empty(CHUNK_BYTES, np.uint8)
 
-    def room(self) -> NDArray[np.uint8]:
-        return self._room
+    def buffer(self) -> NDArray[np.uint8]:
+        return self._buffer
 
-    def take(self, piece: Chunk, data: NDArray[np.uint8]) -> None:
-        for part in piece.parts:
+    def consume(self, chunk: Chunk, data: NDArray[np.uint8]) -> None:
+        for part in chunk.parts:
             try:
                 self._write(part, data[part.at : part.at + part.n_bytes])
             except MemoryError as error:
@@ -115,12 +115,12 @@ class _Worker:
 
     def _write(self, part: TensorSlice, data: NDArray[np.uint8]) -> None:
         request = self._results.requests[part.index]
-        source = request.tensor.format
+        fmt = request.tensor.format
         flat = self._results.arrays[part.index].reshape(-1)
         if request.dtype is None:
             flat[part.start : part.start + part.n_bytes] = data
             return
-        first = part.start // source.type_size * source.block_size
-        out = flat[first : first + part.n_bytes // source.type_size * source.block_size]
+        first = part.start // fmt.type_size * fmt.block_size
+        out = flat[first : first + part.n_bytes // fmt.type_size * fmt.block_size]
         place = self._results.place
-        host.dequantize_into(data, source, request.dtype, out, place, on_one_core=True)
+        host.dequantize_into(data, fmt, request.dtype, out, place, on_one_core=True)

@@ -1,8 +1,8 @@
-"""Threads that move pieces of files to a GPU, and know nothing of Python.
+"""Threads that move chunks of files to a GPU, and know nothing of Python.
 
-Sixteen threads that hand Python's lock around for every piece move a quarter of what the bus carries. So their loop,
-`kernels.native.pump_loop`, is compiled. They are the system's own, because one of Python's takes ten times as long to
-start. Python plans pieces while they work, and is told when a tensor is complete.
+Sixteen threads that hand Python's lock around for every chunk move a quarter of what the bus carries. So their loop,
+`kernels.native.reader_loop`, is compiled. They are the system's own, because one of Python's takes ten times as long to
+start. Python plans chunks while they work, and is told when a tensor is complete.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from numpy.typing import NDArray
 
 from numba_dequant.errors import DeviceError
 from numba_dequant.kernels import native
-from numba_dequant.kernels.native.records import CALLS, CREW, JOB, PART, PIECE, THREAD
+from numba_dequant.kernels.native.records import (
+    calls_dtype,
+    chunk_dtype,
+    crew_dtype,
+    job_dtype,
+    slice_dtype,
+    thread_dtype,
+)
 
 IS_SUPPORTED = sys.platform == "linux"
 """Whether this system has what the loop needs: `pread`, `eventfd`, and a driver named libcuda."""
@@ -57,23 +64,25 @@ def calls() -> NDArray[np.void]:
 
 
 def addresses(functions: dict[str, Any]) -> NDArray[np.void]:
-    """A `CALLS` of ctypes functions."""
-    return np.array([tuple(ctypes.cast(functions[name], ctypes.c_void_p).value for name in CALLS.names or ())], CALLS)
+    """The record `calls_dtype` of ctypes functions."""
+    return np.array(
+        [tuple(ctypes.cast(functions[name], ctypes.c_void_p).value for name in calls_dtype.names or ())], calls_dtype
+    )
 
 
 class ReaderFaultError(Exception):
-    """What a thread has failed at: the number of its piece, where it was, the code, the byte of the file."""
+    """What a thread has failed at: the number of its chunk, where it was, the code, the byte of the file."""
 
-    def __init__(self, piece: int, place: int, code: int, offset: int) -> None:
-        self.piece, self.place, self.code, self.offset = piece, place, code, offset
-        super().__init__(piece, place, code, offset)
+    def __init__(self, chunk: int, place: int, code: int, offset: int) -> None:
+        self.chunk, self.place, self.code, self.offset = chunk, place, code, offset
+        super().__init__(chunk, place, code, offset)
 
 
 class ReaderThreads:
     """The tables of one load, and the threads that work on them.
 
     Attributes:
-        n_shares: shares of the pieces that have been planned.
+        n_shares: shares of the chunks that have been planned.
         is_stopping: whether `stop` has been called, by whomever.
     """
 
@@ -86,15 +95,15 @@ class ReaderThreads:
         context: int,
         finish: Callable[[], None],
     ) -> None:
-        """Prepare to move tensors of so many bytes, in at most so many pieces, and parts; no buffer is lent yet.
+        """Prepare to move tensors of so many bytes, in at most so many chunks, and parts; no buffer is lent yet.
 
-        A piece is read by as many threads as it has shares of that many bytes. `finish` is called once they have all
+        A chunk is read by as many threads as it has shares of that many bytes. `finish` is called once they have all
         ended, and again if it was interrupted; what it belongs to lives until then.
 
         Raises:
             DeviceError: the system has no file left to tell threads by.
         """
-        self.pieces, self.parts = np.zeros(most, PIECE), np.zeros(most, PART)
+        self.chunks, self.parts = np.zeros(most, chunk_dtype), np.zeros(most, slice_dtype)
         self.left, self.written = np.array(n_bytes, np.int64), np.zeros(len(n_bytes), np.int64)
         self._one = np.ones(1, np.int64)
         self._calls = calls()
@@ -110,36 +119,36 @@ class ReaderThreads:
             raise DeviceError(f"no thread can be told what to read: {error.strerror}; close some files") from error
         self._poll = select.poll()  # select itself fails where many files are open
         self._poll.register(self._progress, select.POLLIN)
-        self._job = np.zeros(1, JOB)
-        self._n_pieces = self._n_parts = self._n_released = self.n_shares = 0
+        self._job = np.zeros(1, job_dtype)
+        self._n_chunks = self._n_parts = self._n_released = self.n_shares = 0
         self._share_size = share_size
         self._threads = (ctypes.c_void_p * MAX_THREADS)()
-        self._records = np.zeros(MAX_THREADS, THREAD)
+        self._records = np.zeros(MAX_THREADS, thread_dtype)
         self._records["job"] = self._job.ctypes.data
         for name in ("data", "n_elements", "out"):
-            places = self._records[name].ctypes.data + THREAD.itemsize * np.arange(MAX_THREADS)
+            places = self._records[name].ctypes.data + thread_dtype.itemsize * np.arange(MAX_THREADS)
             self._records[f"{name}_at"] = places
         self._buffers = buffers
         job = self._job[0]
         job["calls"], job["one"] = self._calls.ctypes.data, self._one.ctypes.data
         job["buffers"], job["most_buffers"], job["context"] = buffers.ctypes.data, len(buffers), context
-        job["pieces"], job["parts"] = self.pieces.ctypes.data, self.parts.ctypes.data
-        job["n_pieces"], job["n_parts"], job["share_size"] = most, most, share_size
+        job["chunks"], job["parts"] = self.chunks.ctypes.data, self.parts.ctypes.data
+        job["n_chunks"], job["n_parts"], job["share_size"] = most, most, share_size
         job["left"], job["written"] = self.left.ctypes.data, self.written.ctypes.data
         job["shares_planned"], job["progress"] = self._planned, self._progress
         _running.add(self)
 
     @property
-    def taken(self) -> int:
-        """Bytes that have been taken so far."""
-        return int(self._job["taken"][0])
+    def bytes_read(self) -> int:
+        """Bytes that have been bytes_read so far."""
+        return int(self._job["bytes_read"][0])
 
     @property
     def n_threads(self) -> int:
         """Threads that have been started."""
         return sum(map(bool, self._threads))
 
-    def lend(self, count: int) -> None:
+    def set_buffer_count(self, count: int) -> None:
         """Let the threads use the first so many buffers; they were made before the last `release`, which is a fence."""
         self._job["n_buffers"] = count
 
@@ -150,30 +159,30 @@ class ReaderThreads:
             OSError: the system has no thread left.
         """
         number = self.n_threads
-        record = self._records.ctypes.data + number * THREAD.itemsize
+        record = self._records.ctypes.data + number * thread_dtype.itemsize
         # The handle is written before Python could be interrupted: no thread goes without being awaited.
         handle = ctypes.byref(self._threads, number * ctypes.sizeof(ctypes.c_void_p))
-        code = _library().pthread_create(handle, None, native.load("pump"), ctypes.c_void_p(record))
+        code = _library().pthread_create(handle, None, native.load("read_and_send"), ctypes.c_void_p(record))
         if code:
             self._threads[number] = None
             raise OSError(code, os.strerror(code))
 
-    def plan(self, piece: tuple[int, ...], parts: list[tuple[int, ...]]) -> None:
-        """Plan a piece: `file`, `offset`, `n_bytes` and `is_computed`; and its parts."""
+    def plan(self, chunk: tuple[int, ...], parts: list[tuple[int, ...]]) -> None:
+        """Plan a chunk: `file`, `offset`, `n_bytes` and `is_computed`; and its parts."""
         first = self._n_parts
         self._n_parts += len(parts)
         self.parts[first : self._n_parts] = parts
-        file, offset, n_bytes, is_computed = piece
+        file, offset, n_bytes, is_computed = chunk
         n_shares = -(-n_bytes // self._share_size)
         what = file, offset, n_bytes, first, len(parts), is_computed, 0
-        self.pieces[self._n_pieces] = *what, self.n_shares, n_shares, 0
-        self._n_pieces += 1
+        self.chunks[self._n_chunks] = *what, self.n_shares, n_shares, 0
+        self._n_chunks += 1
         self.n_shares += n_shares
 
-    def release(self, ready: int) -> None:
+    def publish(self, ready: int) -> None:
         """Let the threads take what has been planned since the last time; `ready` is an event."""
-        first, self._n_released = self._n_released, self._n_pieces
-        self.pieces["ready"][first : self._n_released] = ready
+        first, self._n_released = self._n_released, self._n_chunks
+        self.chunks["ready"][first : self._n_released] = ready
         shares_before = int(self._job["planned"][0])
         self._job["planned"] = self.n_shares
         os.eventfd_write(self._planned, self.n_shares - shares_before)
@@ -183,7 +192,7 @@ class ReaderThreads:
         os.eventfd_write(self._planned, MAX_THREADS)
 
     def wait_for(self, tensor: int, seconds: float) -> bool:
-        """Wait until all of a tensor has been taken, but not for long; whether it has.
+        """Wait until all of a tensor has been bytes_read, but not for long; whether it has.
 
         Raises:
             ReaderFaultError: a thread has failed.
@@ -199,8 +208,8 @@ class ReaderThreads:
             faults = self._records[self._records["has_failed"] == 1]
             if not len(faults):
                 raise DeviceError("loading has been stopped, as the program ends")
-            first = np.sort(faults, order=["fault_piece", "fault_offset"])[0]
-            names = ("fault_piece", "fault_place", "fault_code", "fault_offset")
+            first = np.sort(faults, order=["fault_chunk", "fault_offset"])[0]
+            names = ("fault_chunk", "fault_place", "fault_code", "fault_offset")
             raise ReaderFaultError(*(int(first[name]) for name in names))
         return not self.left[tensor]
 
@@ -227,11 +236,11 @@ class ReaderThreads:
                 return
             self.end()
             join = ctypes.cast(_library().pthread_join, ctypes.c_void_p).value
-            crew = np.array([(join, ctypes.addressof(self._threads), MAX_THREADS)], CREW)
+            crew = np.array([(join, ctypes.addressof(self._threads), MAX_THREADS)], crew_dtype)
             function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(native.load("join_threads").value or 0)
             function(crew.ctypes.data)
 
-    def forget(self) -> None:
+    def after_fork(self) -> None:
         """In a process that has been forked: the threads, and what they wait for, are those of the parent."""
         self._threads = (ctypes.c_void_p * MAX_THREADS)()
         self._lock = threading.RLock()
@@ -250,22 +259,22 @@ _running: set[ReaderThreads] = set()
 
 
 def _forget_all() -> None:
-    for pump in _running:
-        pump.forget()
+    for threads in _running:
+        threads.after_fork()
     _running.clear()
 
 
 @atexit.register
 def _stop_all() -> None:
-    for pump in list(_running):
-        pump.stop()
+    for threads in list(_running):
+        threads.stop()
 
 
 def stop_interrupted() -> None:
     """Stop those whose stopping has been interrupted."""
-    for pump in list(_running):
-        if pump.is_stopping:
-            pump.stop()
+    for threads in list(_running):
+        if threads.is_stopping:
+            threads.stop()
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,7 +1,7 @@
 """Reading tensors on several threads, in memory that does not grow with the model.
 
 What becomes of the bytes is the business of a `Worker`, one a thread: it has the memory to read to, and takes each
-piece when it has been read.
+chunk when it has been read.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from numpy.typing import NDArray
 
 from numba_dequant.gguf.file import TensorInfo
 from numba_dequant.loading.chunks import Chunk, plan_chunks, round_robin_by_disk
-from numba_dequant.loading.files import Files
+from numba_dequant.loading.files import OpenFiles
 
 POLL_SECONDS = 0.1
 """Seconds after which who waits for a tensor looks how far it has got."""
 
 
 class Worker(Protocol):
-    """What a thread does with pieces."""
+    """What a thread does with chunks."""
 
-    def room(self) -> NDArray[np.uint8]:
-        """Memory that the next piece may be read to."""
+    def buffer(self) -> NDArray[np.uint8]:
+        """Memory that the next chunk may be read to."""
 
-    def take(self, piece: Chunk, data: NDArray[np.uint8]) -> None:
-        """A piece that has been read to the start of that memory, in this machine's byte order."""
+    def consume(self, chunk: Chunk, data: NDArray[np.uint8]) -> None:
+        """A chunk that has been read to the start of that memory, in this machine's byte order."""
 
 
-class Sink(Protocol):
+class Consumer(Protocol):
     """Where the bytes of tensors go."""
 
     def prepare(self, index: int) -> None:
         """Get ready for a tensor: called before any of its bytes are taken, once, and never twice at a time."""
 
     def worker(self) -> Worker:
-        """What one more thread does with pieces: called in that thread."""
+        """What one more thread does with chunks: called in that thread."""
 
 
 class Pipeline:
@@ -51,30 +51,30 @@ class Pipeline:
     def __init__(
         self,
         tensors: Sequence[TensorInfo],
-        sink: Sink,
+        sink: Consumer,
         largest: int,
         n_threads: int,
         prefetch: int | None,
-        watch: Callable[[int], None],
+        on_bytes_read: Callable[[int], None],
     ) -> None:
         """Plan to read `tensors`.
 
         Args:
             tensors: in the order in which they are handed out.
             sink: where their bytes go.
-            largest: bytes of a piece at most.
+            largest: bytes of a chunk at most.
             n_threads: how many at most; with one, all is done in the thread that iterates.
             prefetch: tensors that may be read ahead of the one that was handed out last; None for all.
-            watch: is called now and then, in the thread that iterates, with the number of bytes taken so far.
+            on_bytes_read: is called now and then, in the thread that iterates, with the number of bytes taken so far.
         """
         self._tensors, self._sink = tensors, sink
         # An order other than that of handing out would have the first tensor wait for one that is not due.
         order = range(len(tensors)) if prefetch is not None else round_robin_by_disk(tensors)
-        self._pieces = plan_chunks(tensors, order, largest, in_turn=prefetch is not None)
-        self._next: Chunk | None = next(self._pieces, None)
-        n_pieces = sum(tensor.n_bytes for tensor in tensors) // largest + 1
-        self._n_threads = max(1, min(n_threads, n_pieces))
-        self._prefetch, self._watch = prefetch, watch
+        self._chunks = plan_chunks(tensors, order, largest, in_turn=prefetch is not None)
+        self._next: Chunk | None = next(self._chunks, None)
+        n_chunks = sum(tensor.n_bytes for tensor in tensors) // largest + 1
+        self._n_threads = max(1, min(n_threads, n_chunks))
+        self._prefetch, self._on_bytes_read = prefetch, on_bytes_read
         self._left = [tensor.n_bytes for tensor in tensors]
         self._prepared = [False] * len(tensors)
         self._taken = self._wanted = 0
@@ -95,7 +95,7 @@ class Pipeline:
                 return
             for index in range(len(self._tensors)):
                 self._wait_for(index)
-                self._watch(self._taken)
+                self._on_bytes_read(self._taken)
                 yield index
         finally:
             with self._changed:
@@ -117,12 +117,12 @@ class Pipeline:
 
     def _here(self) -> Iterator[int]:
         worker = self._sink.worker()
-        with Files() as files:
+        with OpenFiles() as files:
             for index in range(len(self._tensors)):
                 self._wanted = index
-                while self._left[index] and (piece := self._claim()):
-                    self._handle(piece, worker, files)
-                    self._watch(self._taken)
+                while self._left[index] and (chunk := self._claim()):
+                    self._handle(chunk, worker, files)
+                    self._on_bytes_read(self._taken)
                 self._ready(index)
                 yield index
 
@@ -139,14 +139,14 @@ class Pipeline:
                     return
                 self._changed.wait(POLL_SECONDS)
                 taken = self._taken
-            self._watch(taken)
+            self._on_bytes_read(taken)
 
     def _work(self) -> None:
         try:
             worker = self._sink.worker()
-            with Files() as files:
-                while piece := self._claim_in_turn():
-                    self._handle(piece, worker, files)
+            with OpenFiles() as files:
+                while chunk := self._claim_in_turn():
+                    self._handle(chunk, worker, files)
         except BaseException as error:
             with self._changed:
                 self._error = self._error or error
@@ -159,27 +159,27 @@ class Pipeline:
                 self._changed.wait()
             return None if self._is_over else self._claim()
 
-    def _is_early(self, piece: Chunk) -> bool:
-        return self._prefetch is not None and piece.parts[0].index > self._wanted + self._prefetch
+    def _is_early(self, chunk: Chunk) -> bool:
+        return self._prefetch is not None and chunk.parts[0].index > self._wanted + self._prefetch
 
     def _claim(self) -> Chunk | None:
-        piece = self._next
-        if piece is not None:
-            for part in piece.parts:
+        chunk = self._next
+        if chunk is not None:
+            for part in chunk.parts:
                 self._ready(part.index)
-            self._next = next(self._pieces, None)
-        return piece
+            self._next = next(self._chunks, None)
+        return chunk
 
     def _ready(self, index: int) -> None:
         if not self._prepared[index]:
             self._sink.prepare(index)
             self._prepared[index] = True
 
-    def _handle(self, piece: Chunk, worker: Worker, files: Files) -> None:
-        worker.take(piece, files.read(piece, self._tensors, worker.room()))
+    def _handle(self, chunk: Chunk, worker: Worker, files: OpenFiles) -> None:
+        worker.consume(chunk, files.read(chunk, self._tensors, worker.buffer()))
         with self._changed:
-            for part in piece.parts:
+            for part in chunk.parts:
                 self._left[part.index] -= part.n_bytes
                 self._taken += part.n_bytes
-            if any(not self._left[part.index] for part in piece.parts):
+            if any(not self._left[part.index] for part in chunk.parts):
                 self._changed.notify_all()

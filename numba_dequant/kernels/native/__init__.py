@@ -45,7 +45,7 @@ def _own_functions() -> dict[str, int]:
 
         return FUNCTIONS
 
-    return load_functions("native", ("pump", "join_threads", "walk_strings"), functions)
+    return load_functions("native", ("read_and_send", "join_threads", "walk_strings"), functions)
 
 
 def load_functions(

@@ -11,10 +11,10 @@ from llvmlite import ir
 from numba import cfunc, config, types
 
 from numba_dequant.kernels.native import target_machine
-from numba_dequant.kernels.native.pump_loop import join_threads, pump
+from numba_dequant.kernels.native.reader_loop import join_threads, read_and_send
 from numba_dequant.kernels.native.string_walk import walk_strings
 
-FUNCTIONS = (pump, join_threads, walk_strings)
+FUNCTIONS = (read_and_send, join_threads, walk_strings)
 
 LONG = ir.IntType(64)
 

@@ -10,29 +10,29 @@ from numba.extending import register_jitable
 
 from numba_dequant.kernels.native.intrinsics import atomic_load, atomic_rmw, call_c, call_cuda, load_int, pointer
 from numba_dequant.kernels.native.records import (
-    BUFFER,
-    CALLS,
-    CREW,
     END_OF_FILE,
     FAULT_GPU,
     FAULT_READ,
-    JOB,
-    PART,
-    PIECE,
-    THREAD,
+    buffer_dtype,
+    calls_dtype,
+    chunk_dtype,
+    crew_dtype,
+    job_dtype,
+    slice_dtype,
+    thread_dtype,
 )
 
 PAUSE = 20
 """Microseconds; a copy takes 150."""
 
 INTERRUPTED = errno.EINTR
-ARGUMENTS, TOKEN = (THREAD.fields[name][1] for name in ("data", "token"))  # type: ignore[index]
-ADDRESSES = THREAD.fields["data_at"][1] - ARGUMENTS  # type: ignore[index]
-CLAIMED, PLANNED, TAKEN = (JOB.fields[name][1] for name in ("claimed", "planned", "taken"))  # type: ignore[index]
-IS_OVER, N_BUFFERS = (JOB.fields[name][1] for name in ("is_over", "n_buffers"))  # type: ignore[index]
-FREE_AT, IS_TAKEN = (BUFFER.fields[name][1] for name in ("free_at", "is_taken"))  # type: ignore[index]
-SHARES_LEFT, BUFFER_OF = (PIECE.fields[name][1] for name in ("shares_left", "buffer"))  # type: ignore[index]
-BUFFER_SIZE, PIECE_SIZE = BUFFER.itemsize, PIECE.itemsize
+ARGUMENTS, TOKEN = (thread_dtype.fields[name][1] for name in ("data", "token"))  # type: ignore[index]
+ADDRESSES = thread_dtype.fields["data_at"][1] - ARGUMENTS  # type: ignore[index]
+CLAIMED, PLANNED, BYTES_READ = (job_dtype.fields[name][1] for name in ("claimed", "planned", "bytes_read"))  # type: ignore[index]
+IS_OVER, N_BUFFERS = (job_dtype.fields[name][1] for name in ("is_over", "n_buffers"))  # type: ignore[index]
+FREE_AT, IS_TAKEN = (buffer_dtype.fields[name][1] for name in ("free_at", "is_taken"))  # type: ignore[index]
+SHARES_LEFT, BUFFER_OF = (chunk_dtype.fields[name][1] for name in ("shares_left", "buffer"))  # type: ignore[index]
+BUFFER_SIZE, CHUNK_SIZE = buffer_dtype.itemsize, chunk_dtype.itemsize
 
 
 @register_jitable  # type: ignore[untyped-decorator]
@@ -57,16 +57,16 @@ def take_buffer(job_at: Any, buffers_at: Any, buffers: Any) -> Any:
 
 
 @register_jitable  # type: ignore[untyped-decorator]
-def buffer_of(job: Any, job_at: Any, piece: Any, piece_at: Any, is_first: Any, buffers: Any, calls: Any) -> Any:
-    """The number of the buffer of a piece, which whoever has its first share gets for it; -1 if the load is over."""
+def buffer_of(job: Any, job_at: Any, chunk: Any, chunk_at: Any, is_first: Any, buffers: Any, calls: Any) -> Any:
+    """The number of the buffer of a chunk, which whoever has its first share gets for it; -1 if the load is over."""
     number = -1
     while number < 0:
         if is_first:
             number = take_buffer(job_at, job.buffers, buffers)
             if number >= 0:
-                atomic_rmw("xchg", piece_at + BUFFER_OF, number + 1)
+                atomic_rmw("xchg", chunk_at + BUFFER_OF, number + 1)
         else:
-            number = atomic_load(piece_at + BUFFER_OF) - 1
+            number = atomic_load(chunk_at + BUFFER_OF) - 1
         if number < 0:
             if atomic_load(job_at + IS_OVER):
                 break
@@ -92,16 +92,16 @@ def read_bytes(calls: Any, file: Any, host: int, n_bytes: Any, offset: Any) -> A
 
 
 @register_jitable  # type: ignore[untyped-decorator]
-def send_piece(calls: Any, piece: Any, parts: Any, buffer: Any, arguments_at: int) -> Any:
-    """Queue all work on a piece; the result is 0, or the driver's code."""
+def send_chunk(calls: Any, chunk: Any, parts: Any, buffer: Any, arguments_at: int) -> Any:
+    """Queue all work on a chunk; the result is 0, or the driver's code."""
     arguments = carray(pointer(arguments_at), 3, types.int64)
     code = 0
-    if buffer.waited != piece.ready:
-        code = call_cuda(calls.let_gpu_wait, (buffer.stream, piece.ready, 0))
-        buffer.waited = piece.ready
-    if code == 0 and piece.is_computed:
-        code = call_cuda(calls.copy, (buffer.gpu, buffer.host, piece.n_bytes, buffer.stream))
-    for number in range(piece.first_part, piece.first_part + piece.n_parts):
+    if buffer.waited != chunk.ready:
+        code = call_cuda(calls.let_gpu_wait, (buffer.stream, chunk.ready, 0))
+        buffer.waited = chunk.ready
+    if code == 0 and chunk.is_computed:
+        code = call_cuda(calls.copy, (buffer.gpu, buffer.host, chunk.n_bytes, buffer.stream))
+    for number in range(chunk.first_part, chunk.first_part + chunk.n_parts):
         if code:
             break
         part = parts[number]
@@ -119,31 +119,31 @@ def send_piece(calls: Any, piece: Any, parts: Any, buffer: Any, arguments_at: in
 
 
 @register_jitable  # type: ignore[untyped-decorator]
-def count_piece(calls: Any, job: Any, job_at: Any, piece: Any, parts: Any, stream_bit: Any) -> None:
+def count_chunk(calls: Any, job: Any, job_at: Any, chunk: Any, parts: Any, stream_bit: Any) -> None:
     """Count what has been sent, and tell if a tensor is complete."""
     is_complete, n_bytes = False, 0
-    for number in range(piece.first_part, piece.first_part + piece.n_parts):
+    for number in range(chunk.first_part, chunk.first_part + chunk.n_parts):
         part = parts[number]
         atomic_rmw("or", job.written + 8 * part.tensor, stream_bit)
         is_complete |= atomic_rmw("sub", job.left + 8 * part.tensor, part.n_bytes) == part.n_bytes
         n_bytes += part.n_bytes
-    atomic_rmw("add", job_at + TAKEN, n_bytes)
+    atomic_rmw("add", job_at + BYTES_READ, n_bytes)
     if is_complete:
         call_c(calls.tell, (job.progress, job.one, 8))
 
 
-def pump(thread_at: int) -> int:
-    """Read shares of pieces until there are no more, or a thread has failed; the result is how many were read.
+def read_and_send(thread_at: int) -> int:
+    """Read shares of chunks until there are no more, or a thread has failed; the result is how many were read.
 
-    Who has read the last share of a piece sends it.
+    Who has read the last share of a chunk sends it.
     """
-    thread = carray(pointer(thread_at), 1, THREAD)[0]
+    thread = carray(pointer(thread_at), 1, thread_dtype)[0]
     job_at, arguments_at = thread.job, thread_at + ARGUMENTS
-    job = carray(pointer(job_at), 1, JOB)[0]
-    calls = carray(pointer(job.calls), 1, CALLS)[0]
-    pieces = carray(pointer(job.pieces), job.n_pieces, PIECE)
-    parts = carray(pointer(job.parts), job.n_parts, PART)
-    buffers = carray(pointer(job.buffers), job.most_buffers, BUFFER)
+    job = carray(pointer(job_at), 1, job_dtype)[0]
+    calls = carray(pointer(job.calls), 1, calls_dtype)[0]
+    chunks = carray(pointer(job.chunks), job.n_chunks, chunk_dtype)
+    parts = carray(pointer(job.parts), job.n_parts, slice_dtype)
+    buffers = carray(pointer(job.buffers), job.most_buffers, buffer_dtype)
     count = index = 0
     call_cuda(calls.set_context, (job.context,))
     while True:
@@ -154,35 +154,35 @@ def pump(thread_at: int) -> int:
         share = atomic_rmw("add", job_at + CLAIMED, 1)
         if share >= atomic_load(job_at + PLANNED):
             return count
-        while (share - pieces[index].first_share) * job.share_size >= pieces[index].n_bytes:
+        while (share - chunks[index].first_share) * job.share_size >= chunks[index].n_bytes:
             index += 1
-        piece, piece_at = pieces[index], job.pieces + index * PIECE_SIZE
-        start = (share - piece.first_share) * job.share_size
-        number = buffer_of(job, job_at, piece, piece_at, start == 0, buffers, calls)
+        chunk, chunk_at = chunks[index], job.chunks + index * CHUNK_SIZE
+        start = (share - chunk.first_share) * job.share_size
+        number = buffer_of(job, job_at, chunk, chunk_at, start == 0, buffers, calls)
         if number < 0:
             return count
         buffer, place = buffers[number], FAULT_READ
-        n_bytes = min(job.share_size, piece.n_bytes - start)
-        code, done = read_bytes(calls, piece.file, buffer.host + start, n_bytes, piece.offset + start)
-        is_whole = code == 0 and atomic_rmw("sub", piece_at + SHARES_LEFT, 1) == 1
+        n_bytes = min(job.share_size, chunk.n_bytes - start)
+        code, done = read_bytes(calls, chunk.file, buffer.host + start, n_bytes, chunk.offset + start)
+        is_whole = code == 0 and atomic_rmw("sub", chunk_at + SHARES_LEFT, 1) == 1
         if is_whole:
-            place, code = FAULT_GPU, send_piece(calls, piece, parts, buffer, arguments_at)
+            place, code = FAULT_GPU, send_chunk(calls, chunk, parts, buffer, arguments_at)
             atomic_rmw("xchg", job.buffers + number * BUFFER_SIZE + IS_TAKEN, 0)
         if code:
-            thread.fault_piece, thread.fault_place, thread.fault_code = index, place, code
-            thread.fault_offset = piece.offset + start + done
+            thread.fault_chunk, thread.fault_place, thread.fault_code = index, place, code
+            thread.fault_offset = chunk.offset + start + done
             thread.has_failed = 1
             atomic_rmw("xchg", job_at + IS_OVER, 1)
             call_c(calls.tell, (job.progress, job.one, 8))
             return count
         count += 1
         if is_whole:
-            count_piece(calls, job, job_at, piece, parts, buffer.stream_bit)
+            count_chunk(calls, job, job_at, chunk, parts, buffer.stream_bit)
 
 
 def join_threads(crew_at: int) -> int:
     """Wait until threads have ended: one call, which Ctrl-C cannot break in two; the result is how many there were."""
-    crew = carray(pointer(crew_at), 1, CREW)[0]
+    crew = carray(pointer(crew_at), 1, crew_dtype)[0]
     threads = carray(pointer(crew.threads), crew.count, types.int64)
     count = 0
     for number in range(crew.count):
