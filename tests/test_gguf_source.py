@@ -158,7 +158,7 @@ def test_what_is_no_file_is_refused_and_never_waited_for(no_file):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_what_has_taken_the_place_of_a_file_is_refused_and_never_waited_for(path, no_file, threads, monkeypatch):
     kind, place = no_file
-    monkeypatch.setattr(host_loader, "chunk_dtype", 64)
+    monkeypatch.setattr(host_loader, "CHUNK_BYTES", 64)
     model = nd.open(path)
     path.unlink()
     path.symlink_to(place)
@@ -339,7 +339,7 @@ def test_a_disk_where_reading_changes_the_time_is_read(tmp_path, monkeypatch):
         headers.append(None)
         return real_header(self, file)
 
-    monkeypatch.setattr(host_loader, "chunk_dtype", 64 * 68)
+    monkeypatch.setattr(host_loader, "CHUNK_BYTES", 64 * 68)
     monkeypatch.setattr(source, "identity_of", identity_of)
     monkeypatch.setattr(source.Source, "_has_same_header", has_same_header)
     expected = nd.dequantize(data, "Q8_0", shape=(n_rows, 64), device="reference")
