@@ -219,7 +219,7 @@ def write_strings(path, strings, order="<"):
     return path
 
 
-strings_dtype = {
+STRINGS = {
     "ordinary": [f"token{index}" for index in range(300_000)],
     "one": ["x"],
     "none": [],
@@ -234,9 +234,9 @@ strings_dtype = {
 
 
 @pytest.mark.parametrize("order", "<>", ids=["little", "big"])
-@pytest.mark.parametrize("kind", strings_dtype)
+@pytest.mark.parametrize("kind", STRINGS)
 def test_arrays_of_strings_are_passed_over_and_read(tmp_path, kind, order):
-    strings = strings_dtype[kind]
+    strings = STRINGS[kind]
     model = open_gguf(write_strings(tmp_path / "s.gguf", strings, order))
     assert model.metadata["b"] == 12345
     array = model.metadata["a"]
