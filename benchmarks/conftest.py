@@ -29,7 +29,7 @@ class Gpu:
 
     def roof(self, work):
         """Bytes per second of a kernel that only moves as many bytes; measured once for such work."""
-        key = work.source.name, work.dtype, work.n_elements
+        key = work.fmt.name, work.dtype, work.n_elements
         if key not in self.roofs:
             self.roofs[key] = work.roof(self.clock)
         return self.roofs[key]
