@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Union, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,9 @@ from numba_dequant.format import Format
 from numba_dequant.formats import format_named
 from numba_dequant.kernels.launch_shape import launch_shape
 
+if TYPE_CHECKING:  # it imports what only a GPU needs
+    from numba_dequant.backends.device_tensor import DeviceTensor
+
 Key = TypeVar("Key")
 
 
@@ -42,11 +45,11 @@ class Batch(Generic[Key]):
         results: name -> result, which every `run` fills anew.
     """
 
-    def __init__(self, results: dict[Key, Any], work: Callable[[], object]) -> None:
+    def __init__(self, results: dict[Key, Array], work: Callable[[], object]) -> None:
         self.results = results
         self._work = work
 
-    def run(self) -> dict[Key, Any]:
+    def run(self) -> dict[Key, Array]:
         """Compute all results, on a GPU by one launch per format, in the order of the stream."""
         self._work()
         return self.results
@@ -58,15 +61,65 @@ class Batch(Generic[Key]):
         return f"Batch({len(self)} tensors)"
 
 
+Array = Union[NDArray[Any], "DeviceTensor"]
+"""What comes back: a NumPy array from the CPU, a `DeviceTensor` from a GPU."""
+
+Out = TypeVar("Out")
+
+_Shape = Sequence[int] | NDArray[Any] | int | None
+
+
+@overload
+def dequantize(
+    data: Any,
+    format: str | int | Format,
+    dtype: Any = ...,
+    *,
+    shape: _Shape = ...,
+    device: Any = ...,
+    out: Out,
+    stream: Any = ...,
+    mapping: str = ...,
+) -> Out: ...
+
+
+@overload
+def dequantize(
+    data: Any,
+    format: str | int | Format,
+    dtype: Any = ...,
+    *,
+    shape: _Shape = ...,
+    device: Literal["reference", "cpu"],
+    out: None = ...,
+    stream: None = ...,
+    mapping: str = ...,
+) -> NDArray[Any]: ...
+
+
+@overload
+def dequantize(
+    data: Any,
+    format: str | int | Format,
+    dtype: Any = ...,
+    *,
+    shape: _Shape = ...,
+    device: Any = ...,
+    out: None = ...,
+    stream: Any = ...,
+    mapping: str = ...,
+) -> Array: ...
+
+
 def dequantize(
     data: Any,
     format: str | int | Format,
     dtype: Any = "float16",
-    shape: Sequence[int] | NDArray[Any] | int | None = None,
+    *,
+    shape: _Shape = None,
     device: Any = None,
     out: Any = None,
     stream: Any = None,
-    *,
     mapping: str = "tile",
 ) -> Any:
     """The values of compressed blocks.
@@ -124,10 +177,11 @@ def dequantize(
 def dequantize_many(
     tensors: Mapping[Key, tuple[Any, ...]],
     dtype: Any = "float16",
+    *,
     device: Any = None,
     out: Mapping[Key, Any] | None = None,
     stream: Any = None,
-) -> dict[Key, Any]:
+) -> dict[Key, Array]:
     """The values of many tensors; on a GPU by one launch per format, where a launch each would take longer.
 
     >>> import numpy as np, numba_dequant as nd
@@ -152,12 +206,13 @@ def dequantize_many(
         UnknownFormatError, DtypeError, DataError, ShapeError, OutputError, DeviceError: what is wrong with the
             argument of that name, and with which tensor. Nothing has been launched or written then.
     """
-    return prepare_many(tensors, dtype, device, out, stream).run()
+    return prepare_many(tensors, dtype, device=device, out=out, stream=stream).run()
 
 
 def prepare_many(
     tensors: Mapping[Key, tuple[Any, ...]],
     dtype: Any = "float16",
+    *,
     device: Any = None,
     out: Mapping[Key, Any] | None = None,
     stream: Any = None,

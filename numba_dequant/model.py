@@ -64,10 +64,10 @@ class Model:
         self,
         name: str | TensorInfo,
         dtype: Any = "float16",
+        *,
         device: Any = None,
         out: Any = None,
         stream: Any = None,
-        *,
         rows: slice | None = None,
         keep_quantized: bool = False,
         threads: int | None = None,
@@ -105,13 +105,13 @@ class Model:
         self,
         select: Select = None,
         dtype: Any = "float16",
-        device: Any = None,
-        stream: Any = None,
-        progress: bool | None = None,
         *,
+        device: Any = None,
         out: Mapping[str, Any] | None = None,
+        stream: Any = None,
         keep_quantized: bool = False,
         threads: int | None = None,
+        progress: bool | None = None,
         callback: Callback = None,
     ) -> dict[str, Any]:
         """Every tensor, or those that `select` picks, by name and in file order.
@@ -146,13 +146,13 @@ class Model:
         self,
         select: Select = None,
         dtype: Any = "float16",
+        *,
         device: Any = None,
         stream: Any = None,
-        progress: bool | None = None,
-        *,
-        prefetch: int = 2,
         keep_quantized: bool = False,
+        prefetch: int = 2,
         threads: int | None = None,
+        progress: bool | None = None,
         callback: Callback = None,
     ) -> Iterator[tuple[str, Any]]:
         """The tensors that `load_all` loads, one after the other, while the next ones are read.
@@ -293,9 +293,6 @@ def load(
     source: Any,
     select: Select = None,
     dtype: Any = "float16",
-    device: Any = None,
-    stream: Any = None,
-    progress: bool | None = None,
     *,
     offset: int = 0,
     allow_truncated: bool = False,
@@ -304,7 +301,7 @@ def load(
 ) -> dict[str, Any]:
     """`open` and `Model.load_all` in one call."""
     model = open(source, offset=offset, allow_truncated=allow_truncated, orig_shapes=orig_shapes)
-    return model.load_all(select, dtype, device, stream, progress, **options)
+    return model.load_all(select, dtype, **options)
 
 
 def release_buffers(device: Any = None) -> None:

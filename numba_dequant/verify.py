@@ -43,13 +43,13 @@ class Row:
 
 
 def verify(
-    model: Model, place: DeviceSpec, dtype: str = "float16", progress: Callable[[int], object] = id
+    model: Model, place: DeviceSpec, dtype: str = "float16", progress: Callable[[int], object] | None = None
 ) -> list[Row]:
     """Compare every tensor; one row per format, in the order of ggml's ids."""
     rows: dict[str, Row] = {}
     for name, tensor in model.tensors.items():
         data = model.read(name)
-        expected = dequantize(data, tensor.format, dtype, tensor.shape, "reference")
+        expected = dequantize(data, tensor.format, dtype, shape=tensor.shape, device="reference")
         found, seconds = _timed(data, tensor.format, dtype, tensor.shape, place)
         row = rows.setdefault(tensor.format.name, Row(tensor.format))
         different, worst = count_mismatches(found, expected)
@@ -60,7 +60,8 @@ def verify(
         row.seconds += seconds
         row.different += different
         row.worst = max(row.worst, worst)
-        progress(data.size)
+        if progress is not None:
+            progress(data.size)
     return sorted(rows.values(), key=lambda row: row.format.ggml_id)
 
 
@@ -74,7 +75,7 @@ def _timed(
         return gpu.time_kernel(data, fmt, dtype, shape, place.index)
     dequantize(data[: fmt.type_size], fmt, dtype, device=str(place))  # compiles
     start = time.perf_counter()
-    found = dequantize(data, fmt, dtype, shape, str(place))
+    found: Any = dequantize(data, fmt, dtype, shape=shape, device=str(place))
     seconds = time.perf_counter() - start
     return found.copy_to_host() if place.kind == "simulator" else found, seconds
 

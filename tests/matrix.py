@@ -115,7 +115,9 @@ def check_golden(device: str, most: int | None = None) -> str:
         for dtype in DTYPES:
             with np.errstate(all="ignore"):
                 expected = values.astype(numpy_dtype(dtype))
-            found = nd.dequantize(data, path.stem, dtype, values.shape, device, out=np.empty_like(expected))
+            found = nd.dequantize(
+                data, path.stem, dtype, shape=values.shape, device=device, out=np.empty_like(expected)
+            )
             with np.errstate(all="ignore"):  # ml_dtypes warns of some NaNs
                 is_right = np.isnan(expected) & np.isnan(found)
             is_right |= found.view(f"u{found.itemsize}") == expected.view(f"u{found.itemsize}")

@@ -36,7 +36,7 @@ MAX_BYTES = gpu_loader.BUFFERS * 4096
 
 def assert_right(found, name, dtype="float16"):
     source, shape, data = TENSORS[name]
-    expected = nd.dequantize(data, source, dtype, shape, "reference")
+    expected = nd.dequantize(data, source, dtype, shape=shape, device="reference")
     values = found.copy_to_host()
     if source == "I32":
         np.testing.assert_array_equal(values, expected)

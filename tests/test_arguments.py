@@ -130,7 +130,7 @@ class TestDtype:
         for spelling in spellings:
             assert dtype_name(spelling) == name, spelling
             assert dequantize(dtype=spelling).dtype.name == name
-            assert nd.dequantize_many({1: (BLOCKS, "Q8_0")}, spelling, "cpu")[1].dtype.name == name
+            assert nd.dequantize_many({1: (BLOCKS, "Q8_0")}, spelling, device="cpu")[1].dtype.name == name
 
     def test_what_calls_itself_as_a_type_of_torch(self):
         class TorchDtype:
@@ -145,9 +145,9 @@ class TestDtype:
             out = np.empty(192, kind)
             assert dequantize(dtype=None, out=out) is out
             assert_same_bits(out, dequantize(dtype=kind))
-            assert nd.dequantize_many({1: (BLOCKS, "Q8_0")}, None, "cpu", {1: out})[1] is out
+            assert nd.dequantize_many({1: (BLOCKS, "Q8_0")}, None, device="cpu", out={1: out})[1] is out
             out = np.empty((4, 64), kind)
-            assert model.load("token_embd.weight", None, "cpu", out) is out
+            assert model.load("token_embd.weight", None, device="cpu", out=out) is out
             found = model.load_all(dtype=None, device="cpu", out={"token_embd.weight": out})
             assert found["token_embd.weight"] is out
             assert found["blk.0.attn_norm.weight"].dtype == np.float16
@@ -175,7 +175,7 @@ class TestDtype:
         with pytest.raises(nd.DtypeError, match=message):
             dequantize(dtype=dtype)
         with pytest.raises(nd.DtypeError, match=message):
-            nd.dequantize_many({1: (BLOCKS, "Q8_0")}, dtype, "cpu")
+            nd.dequantize_many({1: (BLOCKS, "Q8_0")}, dtype, device="cpu")
 
     def test_patterns_may_be_expressions(self, model):
         found = model.load_all(dtype={re.compile("norm|ids"): "fp32", "*": None}, device="cpu")

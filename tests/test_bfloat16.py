@@ -35,10 +35,10 @@ class TestBfloat16:
         yield dequantize(dtype="bf16").reshape(6, 32)
         yield dequantize(dtype="bf16", device="reference", shape=(6, 32))
         yield dequantize(BLOCKS[:4], "BF16", "bf16")
-        yield nd.dequantize_many({1: (BLOCKS, "Q8_0", (6, 32))}, "bf16", "cpu")[1]
-        yield model.load("token_embd.weight", "bf16", "cpu")
-        yield from model.load_all(["token*", "blk*"], "bf16", "cpu").values()
-        yield from dict(model.stream(["token*", "blk*"], "bf16", "cpu")).values()
+        yield nd.dequantize_many({1: (BLOCKS, "Q8_0", (6, 32))}, "bf16", device="cpu")[1]
+        yield model.load("token_embd.weight", "bf16", device="cpu")
+        yield from model.load_all(["token*", "blk*"], "bf16", device="cpu").values()
+        yield from dict(model.stream(["token*", "blk*"], "bf16", device="cpu")).values()
 
     def test_every_result_reaches_torch(self, model):
         torch = pytest.importorskip("torch")

@@ -96,6 +96,59 @@ class TestCopiesOfFormats:
         assert found.stdout == "OWN\n", found.stderr
 
 
+@pytest.fixture
+def plugin(tmp_path):
+    """Runs code where a package is installed whose entry points name a format, a module, and something broken."""
+    (tmp_path / "own_formats.py").write_text(
+        "import numba_dequant as nd\n"
+        "ours = nd.FORMATS['Q8_0']\n"
+        "def dequantize(blocks): return ours.dequantize(blocks)\n"
+        "def decode(block, at, run): return ours.decode(block, at, run)\n"
+        "OWN = nd.Format('OWN', 909, 32, ours.layout, '', dequantize, decode)\n"
+    )
+    (tmp_path / "own_module.py").write_text(
+        "import numba_dequant as nd, own_formats as own\n"
+        "nd.register(nd.Format('Second', 910, 32, own.ours.layout, '', own.dequantize, own.decode))\n"
+    )
+    metadata = tmp_path / "own-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: own\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(
+        "[numba_dequant.formats]\nfirst = own_formats:OWN\nlost = not_there\nsecond = own_module\n"
+    )
+
+    def run(code):
+        start = "import warnings, numpy as np, numba_dequant as nd; data = bytes(range(34))\n"
+        found = subprocess.run(
+            [sys.executable, "-c", start + code], check=False, capture_output=True, text=True, cwd=tmp_path
+        )
+        assert found.returncode == 0, found.stderr
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["'OWN'", "'own'", "909", "'second'", "910", "'SECOND'"])
+def test_formats_of_installed_packages_are_found(plugin, name):
+    found = plugin(
+        f"values = nd.dequantize(data, {name}, device='reference')\n"
+        "assert np.array_equal(values, nd.dequantize(data, 'Q8_0', device='reference'), equal_nan=True)\n"
+        "assert {'OWN', 'Second'} < set(nd.FORMATS)\n"
+    )
+    assert "the formats of 'not_there' are not registered: ModuleNotFoundError" in found.stderr
+
+
+def test_packages_are_not_asked_for_formats_that_are_known(plugin):
+    found = plugin(
+        "import sys\n"
+        "for name in ('Q8_0', 'q8_0', 8, nd.FORMATS['Q8_0']): nd.dequantize(data, name, device='reference')\n"
+        "assert 'own_formats' not in sys.modules\n"
+        "try: nd.dequantize(data, 'nothing')\n"
+        "except nd.UnknownFormatError as error: print(error)\n"
+    )
+    assert "unknown format 'nothing'" in found.stdout
+
+
 class TestRegister:
     def test_what_is_no_format(self):
         for wrong in ("Q8_0", None, 5, nd.Format, BLOCKS):

@@ -48,7 +48,7 @@ def test_golden_vectors_cover_every_quantized_format():
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden(name, device, dtype):
     data, values = golden(name)
-    found = nd.dequantize(data, name, dtype, values.shape, device)
+    found = nd.dequantize(data, name, dtype, shape=values.shape, device=device)
     assert_same_bits(found, rounded(values, dtype))
 
 
@@ -78,7 +78,7 @@ def test_gguf_py_agrees(name):
     data = random_blocks(name, 200)
     with np.errstate(all="ignore"):
         expected = gguf.dequantize(data.reshape(200, -1), gguf.GGMLQuantizationType[name])
-    assert_same_bits(nd.dequantize(data, name, "float32", expected.shape, "reference"), expected)
+    assert_same_bits(nd.dequantize(data, name, "float32", shape=expected.shape, device="reference"), expected)
 
 
 @pytest.mark.parametrize("name", DECODED)
@@ -176,7 +176,7 @@ def test_f16_is_not_slower_than_bf16(dtype):
 def test_plain_types_are_returned_as_they_are(name, device):
     kind = nd.FORMATS[name].stored_dtype
     values = np.arange(6, dtype=kind)
-    found = nd.dequantize(values, name, "float16", (2, 3), device)
+    found = nd.dequantize(values, name, "float16", shape=(2, 3), device=device)
     assert found.dtype == kind
     np.testing.assert_array_equal(found, values.reshape(2, 3))
 

@@ -99,7 +99,7 @@ def test_good_files(path):
     model = nd.open(path)
     assert time.perf_counter() - start < 0.1
     for name, tensor in model.tensors.items():
-        found = model.load(name, "float32", "reference")
+        found = model.load(name, "float32", device="reference")
         assert found.shape == tensor.shape
         assert model.read(name).size == tensor.n_bytes
 
@@ -123,7 +123,7 @@ def test_shapes():
     for name, tensor in model.tensors.items():
         if tensor.format.name == "F32" and len(name) < 63:  # the one with the long name is all zeros
             expected = np.arange(tensor.n_elements, dtype=np.float32).reshape(tensor.shape)
-            np.testing.assert_array_equal(model.load(name, "float32", "cpu"), expected)
+            np.testing.assert_array_equal(model.load(name, "float32", device="cpu"), expected)
     assert {len(tensor.shape) for tensor in model.tensors.values()} == {1, 2, 3, 4}
 
 
@@ -134,7 +134,7 @@ def test_big_endian():
         step = 1 if tensor.format.name == "I32" else 8
         expected = np.arange(tensor.n_elements).reshape(tensor.shape) / step
         for device in ("cpu", "reference"):
-            np.testing.assert_array_equal(model.load(name, "float32", device), expected)
+            np.testing.assert_array_equal(model.load(name, "float32", device=device), expected)
 
 
 def test_big_endian_blocks_are_turned_field_by_field(tmp_path):
@@ -291,7 +291,7 @@ def test_an_array_of_a_file_that_has_changed_is_not_read(tmp_path):
 def test_padding_after_the_last_tensor_may_be_missing(tmp_path):
     path = write_model(tmp_path / "m.gguf", {"w": ("F32", (3,), np.arange(3, dtype="<f4").tobytes())})
     path.write_bytes(path.read_bytes()[:-20])
-    np.testing.assert_array_equal(nd.open(path).load("w", "float32", "cpu"), [0, 1, 2])
+    np.testing.assert_array_equal(nd.open(path).load("w", "float32", device="cpu"), [0, 1, 2])
 
 
 def test_a_dimension_of_zero(tmp_path):

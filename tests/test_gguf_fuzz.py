@@ -74,14 +74,14 @@ def use(model):
         if tensor.n_elements > 1 << 20:
             continue
         try:
-            found[name] = model.load(name, "float32", "reference")
+            found[name] = model.load(name, "float32", device="reference")
         except nd.GgufError:
             assert tensor.offset + tensor.n_bytes > tensor.source.stamp.size
             continue
         assert found[name].shape == tensor.shape
         assert model.read(name).size == tensor.n_bytes
         if tensor.shape:
-            model.load(name, "float32", "reference", rows=slice(0, 0))
+            model.load(name, "float32", device="reference", rows=slice(0, 0))
     return found
 
 

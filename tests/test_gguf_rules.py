@@ -14,7 +14,7 @@ UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
 def load(model, name):
-    return model.load(name, "float32", "reference")
+    return model.load(name, "float32", device="reference")
 
 
 @pytest.mark.parametrize("length", [63, 64, 77, 127, 128, 65535])
@@ -144,7 +144,7 @@ def test_shapes_that_numpy_cannot_hold_are_refused_when_opened(shape):
 def test_shapes_without_elements_load_where_numpy_holds_them(kind, shape):
     model = nd.open(gguf_file([("t", shape, kind, b"")]))
     for device in ("cpu", "reference"):
-        assert model.load("t", "float32", device).shape == shape
+        assert model.load("t", "float32", device=device).shape == shape
         assert model.load_all(device=device)["t"].shape == shape
 
 

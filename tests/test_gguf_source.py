@@ -227,7 +227,7 @@ OTHER_VALUES = CONTENT[:-64] + bytes(64)
 OTHER_HEADER = CONTENT.replace(b"\1\0\0\0\2\0\0\0\3\0\0\0", b"\4\0\0\0\5\0\0\0\6\0\0\0")
 
 USES = {
-    "load": lambda model: model.load("t", "float32", "cpu"),
+    "load": lambda model: model.load("t", "float32", device="cpu"),
     "load_all": lambda model: model.load_all(device="cpu", threads=3),
     "stream": lambda model: dict(model.stream(device="reference")),
     "rows": lambda model: model.load("u", rows=slice(0, 1), device="cpu"),
@@ -464,7 +464,7 @@ def test_a_sparse_file_of_more_than_there_is_memory_for(tmp_path):
     except OSError:
         pytest.skip("this disk has no files of that size")
     model = nd.open(path)
-    for use in (lambda: model.load("t", "float32", "cpu"), lambda: model.load_all(device="cpu")):
+    for use in (lambda: model.load("t", "float32", device="cpu"), lambda: model.load_all(device="cpu")):
         with pytest.raises(nd.DeviceError, match="out of memory"):
             use()
     assert model.load("t", rows=slice(5, 7), device="cpu").shape == (2, 128)
@@ -492,7 +492,7 @@ def test_a_model_in_memory_loads(holder):
     assert model.path == "<memory>"
     assert_loads(pickle.loads(pickle.dumps(model)))
     assert_loads(copy.deepcopy(model))
-    np.testing.assert_array_equal(nd.load(HOLDERS[holder](CONTENT), "u", "float32", "cpu")["u"], counted(2, 3))
+    np.testing.assert_array_equal(nd.load(HOLDERS[holder](CONTENT), "u", "float32", device="cpu")["u"], counted(2, 3))
 
 
 def test_a_model_in_a_map_loads(path):
@@ -575,7 +575,7 @@ def test_a_file_that_begins_within_another_loads(tmp_path, offset, alignment):
     model = nd.open(path, offset=offset)
     assert_loads(model)
     assert path.read_bytes()[model.tensors["u"].offset :][:24] == counted(2, 3).tobytes()
-    np.testing.assert_array_equal(nd.load(path, "t", "float32", "cpu", offset=np.int64(offset))["t"], counted(4))
+    np.testing.assert_array_equal(nd.load(path, "t", "float32", device="cpu", offset=np.int64(offset))["t"], counted(4))
     assert_loads(nd.open(path.read_bytes(), offset=offset))
 
 
@@ -706,14 +706,14 @@ def test_an_incomplete_file_is_opened_on_request(incomplete):
     model = nd.open(incomplete, allow_truncated=True)
     assert list(model.tensors) == ["t", "u"]
     assert model.n_bytes == (len(CONTENT) - 40, len(CONTENT) - 8)
-    np.testing.assert_array_equal(model.load("t", "float32", "cpu"), counted(4))
+    np.testing.assert_array_equal(model.load("t", "float32", device="cpu"), counted(4))
     np.testing.assert_array_equal(nd.load(incomplete, "t", device="cpu", allow_truncated=True)["t"], counted(4))
     for use in (lambda: model.load("u", device="cpu"), lambda: model.load_all(device="cpu"), lambda: model.read("u")):
         with pytest.raises(nd.GgufError, match=r"'u' data.*looks incomplete"):
             use()
     with pytest.raises(nd.GgufError, match=r"'u' data.*looks incomplete"):
         model.read("u", mmap=True)
-    np.testing.assert_array_equal(model.load("u", "float32", "cpu", rows=slice(0, 0)), np.empty((0, 3)))
+    np.testing.assert_array_equal(model.load("u", "float32", device="cpu", rows=slice(0, 0)), np.empty((0, 3)))
 
 
 def test_what_has_arrived_since_is_loaded(incomplete):

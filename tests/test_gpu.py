@@ -87,7 +87,7 @@ def test_any_address(name, shift):
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_from_host_memory(name, dtype):
     data = random_blocks(name, 40)
-    tensor = nd.dequantize(data, name, dtype, (2, 20 * nd.FORMATS[name].block_size), "cuda")
+    tensor = nd.dequantize(data, name, dtype, shape=(2, 20 * nd.FORMATS[name].block_size), device="cuda")
     assert isinstance(tensor, nd.DeviceTensor)
     assert tensor.shape == (2, 20 * nd.FORMATS[name].block_size)
     assert_same_bits(tensor.copy_to_host().reshape(-1), nd.dequantize(data, name, dtype, device="reference"))
@@ -123,10 +123,10 @@ class TestSharing:
     data = random_blocks("Q4_0", 64)
 
     def tensor(self, dtype="float16"):
-        return nd.dequantize(self.data, "Q4_0", dtype, (8, 256), "cuda")
+        return nd.dequantize(self.data, "Q4_0", dtype, shape=(8, 256), device="cuda")
 
     def expected(self, dtype="float16"):
-        return nd.dequantize(self.data, "Q4_0", dtype, (8, 256), "reference")
+        return nd.dequantize(self.data, "Q4_0", dtype, shape=(8, 256), device="reference")
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_torch(self, dtype):
@@ -410,7 +410,7 @@ class TestLoading:
         torch = pytest.importorskip("torch")
         for stream in (None, torch.cuda.Stream()):
             for name, tensor in model.stream(device="cuda", dtype="bfloat16", threads=threads, stream=stream):
-                assert_same_bits_or_equal(tensor.copy_to_host(), model.load(name, "bfloat16", "reference"))
+                assert_same_bits_or_equal(tensor.copy_to_host(), model.load(name, "bfloat16", device="reference"))
 
     def test_rows_and_out_and_kept(self, model, threads):
         rows = model.load("large", device="cuda", threads=threads, rows=slice(31, 77))

@@ -106,7 +106,7 @@ def test_kept_as_it_is(model, late, threads):
 
 def test_rows(model, late, threads):
     found = model.load("token_embd", "float32", device="cuda", threads=threads, rows=slice(3, 31))
-    np.testing.assert_array_equal(found.copy_to_host(), model.load("token_embd", "float32", "reference")[3:31])
+    np.testing.assert_array_equal(found.copy_to_host(), model.load("token_embd", "float32", device="reference")[3:31])
 
 
 def test_out(model, late, threads):

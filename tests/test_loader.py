@@ -25,8 +25,8 @@ def test_load(path, device):
         assert model.metadata["general.architecture"] == "test"
         assert model.tensors["blk.0.attn_q.weight"].shape == (2, 256)
         for name, tensor in model.tensors.items():
-            found = model.load(name, "float32", device)
-            expected = nd.dequantize(model.read(name), tensor.format, "float32", tensor.shape, "reference")
+            found = model.load(name, "float32", device=device)
+            expected = nd.dequantize(model.read(name), tensor.format, "float32", shape=tensor.shape, device="reference")
             assert found.shape == tensor.shape
             np.testing.assert_array_equal(found, expected)
 

@@ -19,7 +19,7 @@ def mixture(names=DECODED, sizes=(0, 1, 3, 40)):
 
 
 def expected(tensors, dtype="float16"):
-    return {name: nd.dequantize(*entry[:2], dtype, *entry[2:], "reference") for name, entry in tensors.items()}
+    return {name: nd.dequantize(*entry[:2], dtype, *entry[2:], shape="reference") for name, entry in tensors.items()}
 
 
 def assert_all_same(found, tensors, dtype="float16"):
@@ -33,7 +33,7 @@ def assert_all_same(found, tensors, dtype="float16"):
 @pytest.mark.parametrize("device", ["cpu", "reference"])
 def test_on_the_host(device, dtype):
     tensors = mixture(["Q4_K", "Q8_0", "F32"])
-    assert_all_same(nd.dequantize_many(tensors, dtype, device), tensors, dtype)
+    assert_all_same(nd.dequantize_many(tensors, dtype, device=device), tensors, dtype)
 
 
 def test_nothing():
@@ -87,7 +87,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_every_format(self, dtype):
         tensors = mixture(nd.FORMATS, (0, 1, 3, 40, 500, 17))
-        assert_all_same(nd.dequantize_many(tensors, dtype, "cuda"), tensors, dtype)
+        assert_all_same(nd.dequantize_many(tensors, dtype, device="cuda"), tensors, dtype)
 
     @pytest.mark.parametrize("count", [1, 2, 255, 256, 257, 511, 65_536, 70_001])
     def test_every_number_of_tensors(self, count):
@@ -176,13 +176,13 @@ class TestOnGpu:
         """Results share an allocation, which lives as long as any of them."""
         torch = pytest.importorskip("torch")
         tensors = mixture(["Q4_K", "Q8_0"], (3, 40))
-        found = nd.dequantize_many(tensors, dtype, "cuda")
+        found = nd.dequantize_many(tensors, dtype, device="cuda")
         pointers = {name: tensor.ptr for name, tensor in found.items()}
         assert all(pointer % 256 == 0 for pointer in pointers.values())
         shared = {name: torch.from_dlpack(tensor) for name, tensor in found.items()}
         del found
         gc.collect()
-        churn = [nd.dequantize_many(tensors, dtype, "cuda") for _ in range(5)]
+        churn = [nd.dequantize_many(tensors, dtype, device="cuda") for _ in range(5)]
         for name, values in expected(tensors, dtype).items():
             assert shared[name].data_ptr() == pointers[name]
             assert tuple(shared[name].shape) == values.shape

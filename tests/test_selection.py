@@ -69,7 +69,7 @@ def test_a_type_for_each_tensor(model):
     }
     for name, values in found.items():
         if name != "ids":
-            assert_same_bits(values, model.load(name, values.dtype, "reference"))
+            assert_same_bits(values, model.load(name, values.dtype, device="reference"))
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_a_type_that_is_none(model, dtype, message):
     ],
 )
 def test_rows(model, name, rows, device):
-    whole = model.load(name, "float32", device)
-    part = model.load(name, "float32", device, rows=rows)
+    whole = model.load(name, "float32", device=device)
+    part = model.load(name, "float32", device=device, rows=rows)
     start, stop, _ = rows.indices(len(whole))
     assert part.shape == (max(stop - start, 0), *whole.shape[1:])
     np.testing.assert_array_equal(part, whole[rows])

@@ -108,7 +108,7 @@ class TestOut:
             if out is not None:
                 assert dequantize(dtype=dtype, out=out, device=device) is out
                 torch.testing.assert_close(out.detach().reshape(-1), expected, rtol=0, atol=0)
-        found = nd.dequantize_many({1: (BLOCKS, "Q8_0")}, dtype, device, {1: out})
+        found = nd.dequantize_many({1: (BLOCKS, "Q8_0")}, dtype, device=device, out={1: out})
         assert found[1] is out
 
     def test_stored_types(self):
@@ -120,7 +120,7 @@ class TestOut:
         """A graph that has kept the old values must not use the new ones without a word."""
         out = torch.ones(192, requires_grad=True)
         product = (out * out).sum()
-        batch = nd.prepare_many({1: (BLOCKS, "Q8_0")}, None, "cpu", {1: out})
+        batch = nd.prepare_many({1: (BLOCKS, "Q8_0")}, None, device="cpu", out={1: out})
         product.backward(retain_graph=True)
         before = out._version
         batch.run()
@@ -181,7 +181,7 @@ class TestOut:
                 assert found["weight"] is out["weight"]
                 expected = torch.from_numpy(dequantize(dtype="float32", shape=(6, 32))).to(dtype)
                 torch.testing.assert_close(linear.weight.detach(), expected, rtol=0, atol=0)
-        assert model.load("weight", None, "cpu", linear.weight) is linear.weight
+        assert model.load("weight", None, device="cpu", out=linear.weight) is linear.weight
 
 
 class TestTheOthers:
@@ -197,7 +197,7 @@ class TestTheOthers:
     def test_no_dtype_is_the_default_of_torch_for_its_tensors(self):
         assert dequantize(BYTES, None).dtype == np.float32
         assert dequantize(BLOCKS, None).dtype == np.float16
-        assert nd.dequantize_many({1: (BYTES, "Q8_0")}, None, "cpu")[1].dtype == np.float32
+        assert nd.dequantize_many({1: (BYTES, "Q8_0")}, None, device="cpu")[1].dtype == np.float32
         before = torch.get_default_dtype()
         try:
             torch.set_default_dtype(torch.bfloat16)

@@ -30,7 +30,7 @@ class Row:
 
 
 def bench(
-    place: DeviceSpec, sources: list[Format], dtype: str, progress: Callable[[], object] = int
+    place: DeviceSpec, sources: list[Format], dtype: str, progress: Callable[[], object] = lambda: None
 ) -> tuple[str, list[Row]]:
     """Measure formats on a device: a line about the machine, and a row each.
 

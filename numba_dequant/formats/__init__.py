@@ -12,7 +12,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
-from numba_dequant.errors import OptionError, UnknownFormatError, shown
+from numba_dequant.errors import OptionError, UnknownFormatError, shown, warn_once
 from numba_dequant.format import Format, whole_number
 
 _formats: dict[str, Format] = {}
@@ -77,6 +77,30 @@ def register(new: Format) -> Format:
     return new
 
 
+ENTRY_POINTS = "numba_dequant.formats"
+"""The group of entry points by which an installed package adds formats: each names a `Format`, or a module whose import
+registers some. They are loaded when a name or an id is not known."""
+
+_plugins_are_loaded = False
+
+
+def _load_plugins() -> None:
+    """Register the formats of installed packages, once; one that fails is said in a warning."""
+    global _plugins_are_loaded  # noqa: PLW0603 it is set first: a plugin may ask for a format, too
+    if _plugins_are_loaded:
+        return
+    _plugins_are_loaded = True
+    from importlib.metadata import entry_points  # takes as long as a third of `import numba_dequant`
+
+    for each in entry_points(group=ENTRY_POINTS):
+        try:
+            found = each.load()
+            if isinstance(found, Format) and _formats.get(found.name) is not found:
+                register(found)
+        except Exception as error:
+            warn_once(f"the formats of {each.value!r} are not registered: {type(error).__name__}: {error}")
+
+
 def registered(name: str, module: str | None) -> Format:
     """The format of that name, which importing `module` registers if that has not been done: for `pickle`.
 
@@ -124,6 +148,8 @@ def _spelled(text: str) -> Format | None:
     """The format of that name in any case, with blanks around it, or as GGML's source writes it."""
     upper = text.strip().upper().removeprefix("GGML_TYPE_").removeprefix("GGMLQUANTIZATIONTYPE.")
     found = _formats.get(upper)
+    if found is None:
+        _load_plugins()
     return found or next((known for known in _formats.values() if known.name.upper() == upper), None)
 
 
@@ -169,6 +195,8 @@ def format_with_id(ggml_id: int) -> Format:
     Raises:
         UnknownFormatError: the number is unassigned, or its format was removed from GGML.
     """
+    if ggml_id not in _with_id:
+        _load_plugins()
     if ggml_id in _with_id:
         return _with_id[ggml_id]
     raise UnknownFormatError(f"unknown ggml type {ggml_id}{_origin(ggml_id)}")

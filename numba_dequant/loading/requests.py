@@ -37,7 +37,7 @@ class QuantizedTensor(NamedTuple):
         """The values, with the options of `numba_dequant.dequantize`."""
         from numba_dequant.api import dequantize
 
-        return dequantize(self.data, self.format, dtype, self.shape, **options)
+        return dequantize(self.data, self.format, dtype, shape=self.shape, **options)
 
 
 class Request(NamedTuple):
