@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import html
-import inspect
 import math
 import operator
-import sys
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +16,9 @@ from numpy.typing import NDArray
 from numba_dequant.bits import RUN
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DataError, OptionError, ShapeError, shown
-from numba_dequant.explain.bit_map import bit_map, value_range
-from numba_dequant.explain.block_picture import BlockPicture
+
+if TYPE_CHECKING:
+    from numba_dequant.explain.block_picture import BlockPicture
 
 Dequantize: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
 Decode: TypeAlias = Callable[[Any, int, int], Any]
@@ -186,6 +184,8 @@ class Format:
         """
         if self.dequantize is None or self.block_size == 1:
             raise ShapeError(f"{self.name} has no blocks: each element is stored by itself")
+        from numba_dequant.explain.bit_map import bit_map
+
         return bit_map(self.layout, self.block_size, self.dequantize)
 
     @cached_property
@@ -199,6 +199,8 @@ class Format:
         Raises:
             ShapeError: the type has no blocks.
         """
+        from numba_dequant.explain.bit_map import value_range
+
         bits = self.bit_map
         assert self.dequantize is not None
         return value_range(self.layout, self.block_size, self.dequantize, bits)
@@ -220,54 +222,34 @@ class Format:
             ShapeError: the type has no blocks, or the block has no such element.
             DataError: `raw` is not the bytes of one block.
         """
-        bits = self.bit_map
-        title = f"{self.name}: {self.type_size} bytes for {self.block_size} elements"
-        title += f", {self.bits_per_weight:.4g} bits per weight"
-        if element is not None:
-            element = element_of(self.name, element, self.block_size)
-            title += f"; lit: the {int(bits[:, element].sum())} bits of element {element}"
-        is_block = isinstance(raw, np.ndarray) and raw.dtype == np.uint8 and raw.shape == (self.type_size,)
-        if raw is not None and not is_block:
-            found = f"{raw.dtype} of shape {raw.shape}" if isinstance(raw, np.ndarray) else shown(raw)
-            raise DataError(f"raw is one block of {self.name}: uint8 of shape ({self.type_size},), not {found}")
-        return BlockPicture(title, self.layout, bits, element, raw)
+        from numba_dequant.explain import format_view
 
-    @property
-    def description(self) -> str:
-        """What the file that defines the format says of it, with the source of the layout; else the summary."""
-        module = sys.modules.get(getattr(self.decode, "__module__", ""))
-        is_ours = module is not None and module.__name__.startswith("numba_dequant.formats.")
-        return inspect.cleandoc(module.__doc__ or "") if module is not None and is_ours else self.summary
-
-    @property
-    def _range(self) -> str:
-        least, greatest = self.value_range
-        has_floats = any(self.layout[name].base.kind == "f" for name in self.layout.names or ())
-        where = ", where the floats of the block are 1" if has_floats else ""
-        return f"Values go from {least:.6g} to {greatest:.6g}{where}. The id in a file is {self.ggml_id}."
+        return format_view.picture(self, element, raw)
 
     @property
     def text(self) -> str:
         """What is known of the format, as text: its picture, the range of its values, where it comes from."""
-        if self.dequantize is None or self.block_size == 1:
-            plural = "s" * (self.type_size > 1)
-            return f"{self.name}: {self.type_size} byte{plural} for an element. The id in a file is {self.ggml_id}."
-        return f"{self.picture().text}\n{self._range}\n\n{self.description}"
+        from numba_dequant.explain import format_view
 
-    def _repr_html_(self) -> str:
-        if self.dequantize is None or self.block_size == 1:
-            return f"<p>{html.escape(self.text)}</p>"
-        paragraphs = [self._range, *self.description.split("\n\n")]
-        return self.picture().svg + "".join(f"<p>{html.escape(text)}</p>" for text in paragraphs)
+        return format_view.text(self)
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        found = {"text/plain": self.text, "text/html": self._repr_html_()}
-        if self.dequantize is not None and self.block_size > 1:
-            found["image/svg+xml"] = self.picture().svg_file
-        return found
+    @property
+    def description(self) -> str:
+        """What the file that defines the format says of it, with the source of the layout; else the summary."""
+        from numba_dequant.explain import format_view
+
+        return format_view.description(self)
 
     def __str__(self) -> str:
         return self.text
+
+    def _repr_html_(self) -> str:
+        return self._repr_mimebundle_()["text/html"]
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        from numba_dequant.explain import format_view
+
+        return format_view.mime_bundle(self)
 
     def n_elements(self, n_bytes: int) -> int:
         """Elements in `n_bytes` of compressed data.
