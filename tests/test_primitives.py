@@ -48,6 +48,7 @@ def test_on_the_cpu(name, itemsize):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*Grid size 1 will likely")
 @pytest.mark.parametrize("itemsize", ALIGNMENTS)
 @pytest.mark.parametrize("name", CASES)
 def test_on_a_gpu(name, itemsize):
