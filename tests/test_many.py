@@ -19,7 +19,10 @@ def mixture(names=DECODED, sizes=(0, 1, 3, 40)):
 
 
 def expected(tensors, dtype="float16"):
-    return {name: nd.dequantize(*entry[:2], dtype, shape=(*entry, None)[2], device="reference") for name, entry in tensors.items()}
+    return {
+        name: nd.dequantize(*entry[:2], dtype, shape=(*entry, None)[2], device="reference")
+        for name, entry in tensors.items()
+    }
 
 
 def assert_all_same(found, tensors, dtype="float16"):
