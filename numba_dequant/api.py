@@ -1,4 +1,4 @@
-"""`dequantize`, for one tensor, and `dequantize_many`, which `prepare_many` is the first half of."""
+"""The entry points. `dequantize_many(...)` is `prepare_many(...).run()`."""
 
 from __future__ import annotations
 

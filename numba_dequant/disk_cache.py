@@ -219,7 +219,7 @@ _warned: set[Path] = set()
 
 def _warn(refused: _RefusedError) -> None:
     if directory() not in _warned:
-        warn_once(f"numba_dequant compiles anew what it would have kept: {refused}")
+        warn_once(f"numba_dequant compiles in each process, because it cannot use its cache: {refused}")
         _warned.add(directory())
 
 

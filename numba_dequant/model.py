@@ -96,7 +96,7 @@ class Model:
         kind = output_type(dtype, None, out)
         kept = flag_option("keep_quantized", keep_quantized)
         if kept and out is not None:
-            raise OutputError("out is for dequantized values; drop it, or keep_quantized")
+            raise OutputError("out cannot be combined with keep_quantized=True; drop one of them")
         request = Request(slice_rows(tensor_named(self.tensors, name), rows), None if kept else kind, out)
         results = self._results([request], parse_device(device), stream, threads, None, lambda bytes_done: None)
         return next(results)

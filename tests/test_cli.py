@@ -49,8 +49,8 @@ def test_verify_finds_a_wrong_bit(tmp_path, capsys, monkeypatch):
     path = write_model(tmp_path / "m.gguf", {"w": ("Q8_0", (4, 64), random_blocks("Q8_0", 8))})
     right = verify.dequantize
 
-    def wrong(data, source, dtype, shape=None, device=None):
-        values = right(data, source, dtype, shape, device)
+    def wrong(data, fmt, dtype, *, shape=None, device=None):
+        values = right(data, fmt, dtype, shape=shape, device=device)
         if device == "cpu" and values.ndim == 2:
             values[3, 7] += 1
         return values
@@ -106,7 +106,7 @@ def test_a_file_that_is_not_gguf(command, tmp_path):
     (tmp_path / "x.gguf").write_text("hello")
     found = run(command, str(tmp_path / "x.gguf"))
     assert found.returncode == 2
-    assert "this is no GGUF file" in found.stderr
+    assert "this is not a GGUF file" in found.stderr
     assert "Traceback" not in found.stderr
 
 

@@ -85,7 +85,7 @@ def test_the_system_has_few_threads_left(model, late, monkeypatch, n_given):
     if n_given or not has_threads():
         assert_loads(model, 5)
     else:
-        with pytest.raises(nd.DeviceError, match="no thread can be started: Resource temporarily unavailable"):
+        with pytest.raises(nd.DeviceError, match="cannot start a reader thread: Resource temporarily unavailable"):
             model.load_all(device="cuda", threads=5)
 
 

@@ -80,7 +80,7 @@ def test_a_file_that_is_something_else_says_what(tmp_path, kind, offset):
     content, expected = FILES[kind]
     path = tmp_path / "model.gguf"
     path.write_bytes(b"abc"[:offset] + content)
-    with pytest.raises(nd.GgufError, match=rf"magic at byte {offset}: .*this is no GGUF file") as caught:
+    with pytest.raises(nd.GgufError, match=rf"magic at byte {offset}: .*this is not a GGUF file") as caught:
         nd.open(path, offset=offset)
     if content or not offset:
         caught.match(f"it looks like {expected}")
@@ -88,7 +88,7 @@ def test_a_file_that_is_something_else_says_what(tmp_path, kind, offset):
 
 def test_what_is_not_known_is_not_guessed():
     for content in (b"\xaa" * 100, b"\1\2\3\4", b"GGUG\3\0\0\0", b"\xff"):
-        with pytest.raises(nd.GgufError, match=r"this is no GGUF file$"):
+        with pytest.raises(nd.GgufError, match=r"this is not a GGUF file$"):
             nd.open(bytearray(content))
 
 

@@ -88,7 +88,7 @@ def _check_magic(cursor: Cursor) -> None:
     found = repr(start[:4]) if len(start) >= 4 else f"{len(start)} bytes"
     what = guess(start) if start or not at else None
     looks = f"; it looks like {what}" if what else ""
-    cursor.fail("magic", at, found, f"b'GGUF': this is no GGUF file{looks}")
+    cursor.fail("magic", at, found, f"b'GGUF': this is not a GGUF file{looks}")
 
 
 def _read_version(cursor: Cursor) -> int:

@@ -58,7 +58,7 @@ class Buffers:
     """What the threads of one load share on a GPU. It is expensive to make: pinned memory takes 0.7 ms per MiB."""
 
     def __init__(self, device: Device) -> None:
-        # First what goes first: memory is freed in the order of a stream.
+        # Declared first, so that it is destroyed first: memory is freed in stream order, so the streams must exist.
         self._memory: list[tuple[NDArray[np.uint8], DeviceBytes]] = []
         self.streams = [cuda_driver.create_stream(device) for _ in range(STREAMS)]
         self.records = np.zeros(BUFFERS, buffer_dtype)
@@ -321,7 +321,10 @@ class _Load:
             except OSError as error:
                 self._n_threads = n_started
                 if not n_started:
-                    raise DeviceError(f"no thread can be started: {error.strerror}; end some other work") from error
+                    raise DeviceError(
+                        f"cannot start a reader thread: {error.strerror}; end other work of this user, or raise the "
+                        "limit (ulimit -u)"
+                    ) from error
         self._on_bytes_read(self._threads.bytes_read)
 
     def _prepare(self, index: int, device: Device) -> None:
@@ -405,7 +408,7 @@ class _Load:
             cuda_driver.stream_wait_event(self.stream, cuda_driver.record_event(self.index, int(stream.handle)))
 
     def _finish_tensor(self, index: int, device: Device) -> Any:
-        """A result, which is no longer this load's; the caller's stream waits for what fills it."""
+        """Remove a finished tensor from the load and return it; the caller's stream waits for its last write."""
         self._prepare(index, device)  # a tensor without bytes is in no chunk
         result = self._results.pop(index)
         if result.write_to is not result.caller_out:

@@ -116,7 +116,9 @@ class ReaderThreads:
             self._progress = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         except OSError as error:
             self._close()
-            raise DeviceError(f"no thread can be told what to read: {error.strerror}; close some files") from error
+            raise DeviceError(
+                f"cannot create an eventfd: {error.strerror}; close some files, or raise the limit (ulimit -n)"
+            ) from error
         self._poll = select.poll()  # select itself fails where many files are open
         self._poll.register(self._progress, select.POLLIN)
         self._job = np.zeros(1, job_dtype)

@@ -74,7 +74,7 @@ def plan_requests(
     chosen = select_tensors(tensors, select)
     outputs = {} if out is None else output_mapping(out)
     if kept and outputs:
-        raise OutputError("out is for dequantized values; drop it, or keep_quantized")
+        raise OutputError("out cannot be combined with keep_quantized=True; drop one of them")
     names = {tensor.name for tensor in chosen}
     for name in outputs:
         if name not in names:
