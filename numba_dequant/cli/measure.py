@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import statistics
 from collections.abc import Callable
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -204,16 +203,16 @@ def jit_launch(
     """For `Workload`: a kernel that `numba.cuda.jit` has made, whose arguments are arrays of these types."""
     from numba_dequant.kernels.numba_cuda import cuda
 
-    @cache
-    def array(pointer: int, n_bytes: int, device: int, dtype: np.dtype[Any]) -> Any:
-        memory = cuda_driver.DeviceBytes(pointer, n_bytes, device, None)
-        return cuda.as_cuda_array(DeviceTensor(memory, (n_bytes // dtype.itemsize,), dtype, 0))
+    arrays: dict[int, Any] = {}  # making one takes longer than a launch
+
+    def array(memory: cuda_driver.DeviceBytes, dtype: np.dtype[Any]) -> Any:
+        if memory.pointer not in arrays:
+            tensor = DeviceTensor(memory, (memory.n_bytes // dtype.itemsize,), dtype, 0)
+            arrays[memory.pointer] = cuda.as_cuda_array(tensor)
+        return arrays[memory.pointer]
 
     def launch(blocks: cuda_driver.DeviceBytes, n_elements: int, values: cuda_driver.DeviceBytes) -> None:
-        arguments = [
-            array(each.pointer, each.n_bytes, each.device, kind) for each, kind in ((blocks, data), (values, out))
-        ]
-        kernel[mapping.thread_blocks(n_elements), mapping.threads](arguments[0], n_elements, arguments[1])
+        kernel[mapping.thread_blocks(n_elements), mapping.threads](array(blocks, data), n_elements, array(values, out))
 
     return launch
 
