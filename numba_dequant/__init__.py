@@ -60,6 +60,12 @@ __all__ = [
     "release_buffers",
 ]
 
+# What a traceback or a pickle names goes by its public name, so that modules may move.
+for _each in list(globals().values()):
+    if isinstance(_each, type) and issubclass(_each, (NumbaDequantError, Bfloat16Array, Progress, QuantizedTensor)):
+        _each.__module__ = __name__
+del _each
+
 
 def __getattr__(name: str) -> Any:
     # The CUDA packages take a while to import, and are needed only where there is a GPU.

@@ -1,3 +1,4 @@
+import pickle
 import subprocess
 import sys
 
@@ -144,3 +145,19 @@ else:
 """
     found = run(code)
     assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in nd.__all__ if name.endswith("Error")])
+def test_errors_go_by_their_public_names(name):
+    kind = getattr(nd, name)
+    assert (kind.__module__, kind.__qualname__) == ("numba_dequant", name)
+
+
+def test_what_is_pickled_goes_by_its_public_name():
+    with pytest.raises(nd.GgufError) as caught:
+        nd.open(b"GGUF" + bytes(20))
+    kept = nd.QuantizedTensor(np.zeros(34, np.uint8), nd.FORMATS["Q8_0"], (32,))
+    for thing in (caught.value, kept, nd.Progress(1, 2, 3.0)):
+        written = pickle.dumps(thing)
+        assert f"cnumba_dequant\n{type(thing).__name__}\n".encode() in pickle.dumps(thing, protocol=0)
+        assert type(pickle.loads(written)) is type(thing)

@@ -163,3 +163,35 @@ def test_an_import_that_breaks_the_tables_is_found(contract, path, source, messa
 @pytest.mark.parametrize("source", ["import os", "import numpy as np", "from numba_dequant.bits import RUN", "f(1)"])
 def test_an_import_that_keeps_to_the_tables_is_fine(contract, source):
     assert not any(problems(contract, PACKAGE / "backends" / "cpu.py", source))
+
+
+EXCEPTIONS_OF_ROOMS = {("format", "explain"), ("format", "formats"), ("device", "runtime"), ("device", "compiler")}
+"""Imports upwards, within functions; the last two are those of the time when all modules lay in the root."""
+
+
+def structure():
+    """Modules and folders, imports from one to another, and lines of code outside of the formats."""
+    rooms, arrows, lines = set(), set(), 0
+    for path in sorted(PACKAGE.rglob("*.py")):
+        place = path.relative_to(PACKAGE)
+        room = place.parts[0] if len(place.parts) > 1 else place.stem
+        source = path.read_text(encoding="utf-8")
+        rooms.add(room)
+        lines += 0 if room == "formats" else len(source.splitlines())
+        package = ".".join([PACKAGE.name, *place.parts[:-1]])
+        for name, _ in imports(source, package):
+            other = module_of(name).partition("/")[0]
+            if name.split(".")[0] == PACKAGE.name and other not in (room, "__init__"):
+                arrows.add((room, other))
+    arrows -= EXCEPTIONS_OF_ROOMS
+
+    def floor(room):
+        return 1 + max((floor(other) for user, other in arrows if user == room), default=0)
+
+    in_root = len(list(PACKAGE.glob("*.py")))
+    floors = max(map(floor, rooms))
+    return {"in the root": in_root, "rooms": len(rooms), "floors": floors, "arrows": len(arrows), "lines": lines}
+
+
+if __name__ == "__main__":
+    print(structure())
