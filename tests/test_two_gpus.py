@@ -14,10 +14,10 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(autouse=True)
 def the_first_stays_current():
     driver = pytest.importorskip("cuda.bindings.driver")
-    runtime = pytest.importorskip("numba_dequant.backends.cuda_driver")
-    if runtime.n_devices() < 2:
+    cuda_driver = pytest.importorskip("numba_dequant.backends.cuda_driver")
+    if cuda_driver.n_devices() < 2:
         pytest.skip("needs two GPUs")
-    with runtime.current(0):
+    with cuda_driver.active_gpu(0):
         before = driver.cuCtxGetCurrent()[1]
         yield
         assert int(driver.cuCtxGetCurrent()[1]) == int(before)
