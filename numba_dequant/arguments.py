@@ -149,7 +149,7 @@ def _array_of_buffer(data: Any) -> NDArray[Any]:
                 return np.empty(0, np.uint8)
             return np.frombuffer(view, np.uint8) if view.c_contiguous else np.asarray(view)
         except (TypeError, ValueError, BufferError, NotImplementedError):
-            pass
+            pass  # no buffer, or one of a type that NumPy cannot name: the ways below are left
         if is_on_gpu(data):
             raise DataError(f"data lies on a GPU ({type(data).__name__}); copy it to the host first")
         try:

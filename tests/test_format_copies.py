@@ -138,6 +138,22 @@ def test_formats_of_installed_packages_are_found(plugin, name):
     assert "the formats of 'not_there' are not registered: ModuleNotFoundError" in found.stderr
 
 
+def test_a_thread_waits_while_another_registers_the_formats_of_packages(plugin):
+    plugin(
+        "import importlib.metadata, threading, time\n"
+        "real, inside = importlib.metadata.entry_points, threading.Event()\n"
+        "def slow(**options):\n"
+        "    inside.set(); time.sleep(0.5)\n"
+        "    return real(**options)\n"
+        "importlib.metadata.entry_points = slow\n"
+        "warnings.simplefilter('ignore')\n"
+        "first = threading.Thread(target=lambda: nd.dequantize(data, 'OWN', device='reference'))\n"
+        "first.start(); inside.wait()\n"
+        "nd.dequantize(data, 'OWN', device='reference')\n"
+        "first.join()\n"
+    )
+
+
 def test_packages_are_not_asked_for_formats_that_are_known(plugin):
     found = plugin(
         "import sys\n"

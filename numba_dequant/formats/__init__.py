@@ -14,6 +14,7 @@ from typing import Any
 
 from numba_dequant.errors import OptionError, UnknownFormatError, shown, warn_once
 from numba_dequant.format import Format, whole_number
+from numba_dequant.locks import compile_lock
 
 _formats: dict[str, Format] = {}
 _with_id: dict[int, Format] = {}
@@ -87,18 +88,19 @@ _plugins_are_loaded = False
 def _load_plugins() -> None:
     """Register the formats of installed packages, once; one that fails is said in a warning."""
     global _plugins_are_loaded  # noqa: PLW0603 it is set first: a plugin may ask for a format, too
-    if _plugins_are_loaded:
-        return
-    _plugins_are_loaded = True
-    from importlib.metadata import entry_points  # takes as long as a third of `import numba_dequant`
+    with compile_lock:  # another thread waits until they are registered
+        if _plugins_are_loaded:
+            return
+        _plugins_are_loaded = True
+        from importlib.metadata import entry_points  # takes as long as a third of `import numba_dequant`
 
-    for each in entry_points(group=ENTRY_POINTS):
-        try:
-            found = each.load()
-            if isinstance(found, Format) and _formats.get(found.name) is not found:
-                register(found)
-        except Exception as error:
-            warn_once(f"the formats of {each.value!r} are not registered: {type(error).__name__}: {error}")
+        for each in entry_points(group=ENTRY_POINTS):
+            try:
+                found = each.load()
+                if isinstance(found, Format) and _formats.get(found.name) is not found:
+                    register(found)
+            except Exception as error:
+                warn_once(f"the formats of {each.value!r} are not registered: {type(error).__name__}: {error}")
 
 
 def registered(name: str, module: str | None) -> Format:
