@@ -13,7 +13,8 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import assert_same_bits, random_blocks, write_model
+from conftest import assert_same_bits
+from three_tensors import BLOCKS, TENSORS, dequantize, open_model
 
 import numba_dequant as nd
 from numba_dequant.arguments import MAX_DIMENSIONS, Memory, check_apart, is_on_gpu
@@ -21,23 +22,12 @@ from numba_dequant.backends.devices import DeviceSpec, parse_device
 from numba_dequant.dtypes import dtype_name
 from numba_dequant.formats import format_named
 
-BLOCKS = random_blocks("Q8_0", 6)
 EXPECTED = nd.dequantize(BLOCKS, "Q8_0", device="reference")
-
-TENSORS = {
-    "token_embd.weight": ("Q8_0", (4, 64), random_blocks("Q8_0", 8)),
-    "blk.0.attn_norm.weight": ("F32", (5,), np.arange(5, dtype="<f4").tobytes()),
-    "ids": ("I32", (3,), np.arange(3, dtype="<i4").tobytes()),
-}
 
 
 @pytest.fixture
 def model(tmp_path):
-    return nd.open(write_model(tmp_path / "model.gguf", TENSORS))
-
-
-def dequantize(data=BLOCKS, format="Q8_0", *args, device="cpu", **options):
-    return nd.dequantize(data, format, *args, device=device, **options)
+    return open_model(tmp_path)
 
 
 class TestFormat:

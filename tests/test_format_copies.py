@@ -7,25 +7,18 @@ from copy import copy, deepcopy
 
 import numpy as np
 import pytest
-from conftest import assert_same_bits, random_blocks, write_model
+from conftest import assert_same_bits
+from three_tensors import BLOCKS, open_model
 
 import numba_dequant as nd
 from numba_dequant.backends import cpu
 from numba_dequant.errors import shown
 from numba_dequant.format import block_layout
 
-BLOCKS = random_blocks("Q8_0", 6)
-
-TENSORS = {
-    "token_embd.weight": ("Q8_0", (4, 64), random_blocks("Q8_0", 8)),
-    "blk.0.attn_norm.weight": ("F32", (5,), np.arange(5, dtype="<f4").tobytes()),
-    "ids": ("I32", (3,), np.arange(3, dtype="<i4").tobytes()),
-}
-
 
 @pytest.fixture
 def model(tmp_path):
-    return nd.open(write_model(tmp_path / "model.gguf", TENSORS))
+    return open_model(tmp_path)
 
 
 class TestCopiesOfFormats:
