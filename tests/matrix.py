@@ -163,7 +163,7 @@ def check_simulator() -> str:
 
 
 def check_ptx() -> str:
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     from ptx_rules import faults
 
     import numba_dequant as nd

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import assert_same_bits
+from blocks import assert_same_bits
 from numba import cuda
 from primitives import CASES, block, numbers
 

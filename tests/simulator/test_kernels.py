@@ -1,10 +1,10 @@
-"""The kernels under Numba's CUDA simulator; tests/test_simulator.py runs this file in a process of its own."""
+"""The kernels under Numba's CUDA simulator; tests/plain/test_simulator.py runs this file in a process of its own."""
 
 import os
 
 import numpy as np
 import pytest
-from conftest import DECODED, DTYPES, GOLDEN, assert_same_bits, golden, random_blocks, rounded, write_model
+from blocks import DECODED, DTYPES, GOLDEN, assert_same_bits, golden, random_blocks, rounded, write_model
 from numba import cuda
 
 import numba_dequant as nd

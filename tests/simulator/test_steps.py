@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from blocks import random_blocks
 from cells import run_tagged
-from conftest import random_blocks
 from numba import cuda
 from numba.cuda.simulator import kernelapi
 

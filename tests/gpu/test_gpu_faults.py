@@ -1,0 +1,275 @@
+"""Whatever happens while a model is loaded to a GPU: one clear error, nothing left behind, and the next load works."""
+
+import ctypes
+import gc
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+
+import faults
+import pytest
+from blocks import DATA
+from cuda.bindings import driver
+
+import numba_dequant as nd
+from numba_dequant.backends import cuda_driver
+from numba_dequant.kernels import native
+from numba_dequant.loading import gpu_loader, native_threads
+
+pytestmark = pytest.mark.gpu
+
+
+class Disk:
+    """Stands for the disk, below the loop that reads: calls `before(offset, n_bytes)`, which may raise an OSError."""
+
+    def __init__(self, before):
+        self.before, self.real = before, ctypes.CDLL(None).pread
+        self.real.argtypes, self.real.restype = [ctypes.c_ssize_t] * 4, ctypes.c_ssize_t
+        self.number = ctypes.c_int()
+        self.functions = {
+            "read": ctypes.CFUNCTYPE(*[ctypes.c_ssize_t] * 5)(self.read),
+            "error": ctypes.CFUNCTYPE(*[ctypes.c_ssize_t] * 2)(lambda _: ctypes.addressof(self.number)),
+        }
+        self.calls = native_threads.calls().copy()
+        for name, function in self.functions.items():
+            self.calls[name] = ctypes.cast(function, ctypes.c_void_p).value
+
+    def read(self, file, pointer, n_bytes, offset):
+        try:
+            self.before(offset, n_bytes)
+        except OSError as error:
+            self.number.value = error.errno
+            return -1
+        return self.real(file, pointer, n_bytes, offset)
+
+
+def broken(at, fault):
+    """A disk on which something happens once a byte is read."""
+
+    def before(offset, n_bytes):
+        if offset <= at < offset + n_bytes:
+            fault()
+
+    return Disk(before)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return faults.write(tmp_path / "model.gguf")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(monkeypatch):
+    """Small chunks, so that faults come halfway; and no thread, file or memory remains."""
+    nd.open(nothing_but_a_header()).close()
+    monkeypatch.setattr(gpu_loader, "CHUNK_BYTES", 64 * faults.ROW)
+    monkeypatch.setattr(gpu_loader, "SUBREAD_BYTES", 16 * faults.ROW)
+    nd.dequantize(bytes(34), "Q8_0", device="cuda")
+    native.load("read_and_send")
+    before = state()
+    yield
+    nd.release_buffers()
+    after = state(before[1])
+    assert after[1:] == before[1:]
+    assert after[0] <= before[0]
+
+
+def nothing_but_a_header():
+    return os.fspath(DATA / "gguf" / "good" / "shapes.gguf")
+
+
+def state(n_threads=None):
+    """GPU memory in use, threads (which may take a moment to get down to a number), open files."""
+    gc.collect()
+    with cuda_driver.active_gpu(0) as device:
+        device.sync()
+        _, pool = driver.cuDeviceGetDefaultMemPool(0)
+        _, used = driver.cuMemPoolGetAttribute(pool, driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_USED_MEM_CURRENT)
+    return int(used), faults.n_threads_of_this_process(n_threads), len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("layer", [0, 2])
+class TestHalfway:
+    def test_a_read_error(self, path, monkeypatch, threads, layer):
+        tensor, at = faults.place(path, layer)
+        disk = broken(at, faults.input_output_error)
+        with monkeypatch.context() as patch:
+            patch.setattr(native_threads, "calls", lambda: disk.calls)
+            message = rf"model\.gguf: tensor '{tensor.name}' at byte \d+: Input/output error; check the disk"
+            with pytest.raises(nd.ReadError, match=message) as raised:
+                nd.load(path, device="cuda", threads=threads)
+        assert raised.value.offset <= at < raised.value.offset + gpu_loader.CHUNK_BYTES
+        del raised
+        faults.assert_loads(path, "cuda")
+
+    def test_the_file_is_cut_short(self, path, monkeypatch, threads, layer):
+        _, at = faults.place(path, layer)
+        content = path.read_bytes()
+        disk = broken(at, lambda: os.truncate(path, at))
+        with monkeypatch.context() as patch:
+            patch.setattr(native_threads, "calls", lambda: disk.calls)
+            with pytest.raises((nd.GgufError, nd.ReadError), match=r"model\.gguf: tensor 'blk"):
+                nd.load(path, device="cuda", threads=threads)
+        path.write_bytes(content)
+        faults.assert_loads(path, "cuda")
+
+    def test_the_header_is_written_to(self, path, monkeypatch, threads, layer):
+        _, at = faults.place(path, layer)
+        content = path.read_bytes()
+
+        disk = broken(at, lambda: faults.overwrite(path, 30))
+        with monkeypatch.context() as patch:
+            patch.setattr(native_threads, "calls", lambda: disk.calls)
+            with pytest.raises(nd.ReadError, match="it has changed since it was opened; reopen it"):
+                nd.load(path, device="cuda", threads=threads)
+        path.write_bytes(content)
+        faults.assert_loads(path, "cuda")
+
+    def test_out_of_memory(self, path, monkeypatch, threads, layer):
+        real, calls = cuda_driver.allocate, []
+
+        def allocate(n_bytes, device, stream, keeper=None):
+            calls.append(n_bytes)
+            is_output = n_bytes == faults.N_ROWS * 640
+            return real(1 << 45 if is_output and calls.count(n_bytes) > layer else n_bytes, device, stream, keeper)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda_driver, "allocate", allocate)
+            message = rf"model\.gguf: tensor 'blk\.{layer}\.weight': cuda:0 is out of memory"
+            with pytest.raises(nd.DeviceError, match=message):
+                nd.load(path, device="cuda", threads=threads)
+        faults.assert_loads(path, "cuda")
+
+    def test_what_the_callback_raises(self, path, threads, layer):
+        faults.raise_in_the_callback(path, "cuda", threads, layer)
+
+    def test_dropping_the_iterator(self, path, threads, layer):
+        faults.drop_the_iterator(path, "cuda", threads, layer)
+
+
+def test_two_loads_in_two_threads(path):
+    problems = []
+
+    def work():
+        try:
+            for _ in range(5):
+                faults.assert_loads(path, "cuda")
+        except BaseException as error:
+            problems.append(error)
+
+    workers = [threading.Thread(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not problems
+
+
+def test_ctrl_c(path):
+    """In a process of its own, in the middle of a load that takes seconds."""
+    code = """
+import os, signal, sys, threading, time
+sys.path[:0] = sys.argv[2:]
+import numba_dequant as nd
+import test_gpu_faults
+from numba_dequant.kernels import native
+from numba_dequant.loading import gpu_loader, native_threads
+native.load("read_and_send")
+nd.dequantize(bytes(34), "Q8_0", device="cuda")
+gpu_loader.CHUNK_BYTES, gpu_loader.SUBREAD_BYTES = 64 * 340, 16 * 340
+disk = test_gpu_faults.Disk(lambda offset, n_bytes: time.sleep(0.02))
+real, native_threads.calls = native_threads.calls, lambda: disk.calls
+before = test_gpu_faults.faults.n_threads_of_this_process()
+# Python does not listen to it where a shell has started this in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+start = time.perf_counter()
+try:
+    nd.load(sys.argv[1], device="cuda", threads=3)
+except KeyboardInterrupt:
+    assert time.perf_counter() - start < 1.5
+    time.sleep(0.1)
+    assert test_gpu_faults.faults.n_threads_of_this_process(before) == before
+    native_threads.calls = real
+    assert len(nd.load(sys.argv[1], device="cuda")) == 4
+    print("interrupted")
+"""
+    command = [sys.executable, "-c", code, path, os.path.dirname(__file__), os.path.dirname(faults.__file__)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.stdout == "interrupted\n", found.stderr
+    assert found.returncode != -signal.SIGINT
+
+
+def test_a_program_that_ends_within_a_load(path):
+    code = """
+import sys
+import numba_dequant as nd
+walk = nd.open(sys.argv[1]).stream(device="cuda", threads=3)
+print(next(walk)[0])
+"""
+    command = [sys.executable, "-c", code, path]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (found.stdout, found.stderr, found.returncode) == ("blk.0.weight\n", "", 0)
+
+
+def test_two_hundred_loads_with_faults(path, monkeypatch):
+    """The memory of the GPU, pinned memory, that of the process, threads and files stay where they were."""
+    rng = random.Random(0)
+    size = os.path.getsize(path)
+    failures = 0
+
+    def load():
+        nonlocal failures
+        fault = rng.choice([None, faults.input_output_error, "callback", "memory"])
+        disk = broken(rng.randrange(2000, size), fault if callable(fault) else lambda: None)
+        real, n_allocated = cuda_driver.allocate, []
+
+        def allocate(n_bytes, device, stream, keeper=None):
+            n_allocated.append(n_bytes)
+            if fault == "memory" and len(n_allocated) == 3:
+                raise nd.DeviceError("cuda:0 is out of memory")
+            return real(n_bytes, device, stream, keeper)
+
+        def callback(progress):
+            if fault == "callback" and progress.bytes_done > size // 2:
+                raise ZeroDivisionError
+
+        options = {"threads": rng.randint(1, 4), "prefetch": rng.randint(0, 3), "callback": callback}
+        with monkeypatch.context() as patch:
+            patch.setattr(native_threads, "calls", lambda: disk.calls)
+            patch.setattr(cuda_driver, "allocate", allocate)
+            try:
+                for _ in nd.open(path).stream(device="cuda", **options):
+                    if rng.random() < 0.05:
+                        break
+            except (nd.ReadError, nd.DeviceError, ZeroDivisionError):
+                failures += 1
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    for _ in range(60):
+        load()
+    before, was_resident = state(), resident()
+    for _ in range(140):
+        load()
+    after = state(before[1])
+    assert 20 < failures < 180
+    assert after == before
+    assert resident() - was_resident < 16 << 20
+    faults.assert_loads(path, "cuda")
+
+
+def test_the_next_load_reuses_what_it_keeps(path):
+    with cuda_driver.active_gpu(0):
+        nd.load(path, device="cuda", threads=2)
+        (kept,) = gpu_loader.POOL.idle[0]
+        count = len(kept)
+        nd.load(path, device="cuda", threads=2)
+        assert gpu_loader.POOL.idle[0] == [kept]
+    assert 0 < len(kept) == count <= gpu_loader.BUFFERS

@@ -1,0 +1,88 @@
+import doctest
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from blocks import random_blocks, write_model
+
+import numba_dequant as nd
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("module", ["api", "explain.explanation", "format", "kernels.dequantize"])
+def test_examples_in_docstrings(module):
+    found = doctest.testmod(importlib.import_module(f"numba_dequant.{module}"), optionflags=doctest.ELLIPSIS)
+    assert found.failed == 0
+
+
+def test_the_first_example_of_the_readme(tmp_path, monkeypatch, capsys):
+    """Word for word, on the CPU and without PyTorch."""
+    text = (ROOT / "README.md").read_text()
+    code = re.search(r"```python\n(import numba_dequant as nd\n.*?)```", text, re.DOTALL)[1]
+    code = code.partition("import torch")[0].replace('device="cuda"', 'device="cpu"')
+    tensors = {"blk.0.attn_q.weight": ("Q4_K", (4, 256), random_blocks("Q4_K", 4))}
+    write_model(tmp_path / "model.gguf", tensors, [("general.architecture", "llama")])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("numba_dequant.backends.devices.why_no_cuda", lambda: None)
+    monkeypatch.setattr("numba_dequant.model.parse_device", lambda _: nd.backends.devices.DeviceSpec("cpu"))
+    names = {}
+    exec(code, names)
+    assert capsys.readouterr().out == "llama\n(4, 256)\nblk.0.attn_q.weight (4, 256)\n"
+    assert names["rows"].shape == (2, 256)
+    assert names["weight"].shape == (4, 256)
+    assert list(names["layers"]) == ["blk.0.attn_q.weight"]
+    assert names["weights"]["blk.0.attn_q.weight"].dtype == np.float16
+
+
+def test_published_figures_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import report
+
+    for page in report.PARTS:
+        assert page.read_text() == report.filled(page, report.RESULTS), (
+            f"{page} is not what benchmarks/report.py writes"
+        )
+
+
+def test_published_figures_come_with_their_spread(tmp_path, monkeypatch):
+    """Quartiles where the results have them; nothing where there are too few readings; words where it is wide."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import report
+
+    content = json.loads((report.RESULTS / report.RUNS["loading"]).read_text())
+    for entry in content["benchmarks"]:
+        if entry["name"].startswith("test_load_gpu"):
+            median, is_wide = entry["stats"]["median"], "pageable" in entry["name"]
+            entry["stats"] |= {"q1": 0.99 * median, "q3": 1.01 * median, "iqr": (0.2 if is_wide else 0.02) * median}
+    (tmp_path / report.RUNS["loading"]).write_text(json.dumps(content))
+    shown = report.loading(report.of_part(tmp_path, "loading"))
+    rows = {tuple(cells[1:3]): cells for cells in (line.split(" | ") for line in shown.splitlines()) if len(cells) == 9}
+    results = report.of_part(tmp_path, "loading")
+    ours = 1e3 * results.one("test_load_gpu", name="Gemma-3-270M", way="ours")["seconds"]
+    assert rows["ours", f"{ours:,.1f}"][3:5] == [f"{0.99 * ours:,.1f} to {1.01 * ours:,.1f}", "2.0%"]
+    slow = 1e3 * results.one("test_load_gpu", name="Gemma-3-270M", way="gguf-py")["seconds"]
+    assert rows["gguf-py", f"{slow:,.1f}"][3:5] == ["", ""]
+    assert "It is at most 20.0% here, and over 10% for 3 of 12: a difference smaller than" in shown
+
+
+def test_benchmarks_run_where_there_is_no_gpu():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+    assert " passed" in found.stdout
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    commands = re.findall(r"```\n(python3 -m venv.*)\n```", (ROOT / "README.md").read_text())
+    assert len(commands) == 2
+    script = (ROOT / ".ci" / "run").read_text()
+    for step in commands[1].split(" && ")[1:]:
+        assert step.removeprefix(".venv/bin/pip install ") in script

@@ -1,0 +1,92 @@
+import os
+
+import numpy as np
+import pytest
+from blocks import assert_same_bits, random_blocks, write_model
+
+import numba_dequant as nd
+
+
+@pytest.fixture
+def path(tmp_path):
+    tensors = {
+        "token_embd.weight": ("Q8_0", (4, 64), random_blocks("Q8_0", 8)),
+        "blk.0.attn_q.weight": ("Q4_K", (2, 256), random_blocks("Q4_K", 2)),
+        "blk.0.attn_norm.weight": ("F32", (5,), np.arange(5, dtype="<f4").tobytes()),
+        "blk.1.attn_q.weight": ("Q6_K", (1, 512), random_blocks("Q6_K", 2)),
+        "ids": ("I32", (3,), np.arange(3, dtype="<i4").tobytes()),
+    }
+    return write_model(tmp_path / "model.gguf", tensors, [("general.architecture", "test")])
+
+
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+def test_load(path, device):
+    with nd.open(path) as model:
+        assert model.metadata["general.architecture"] == "test"
+        assert model.tensors["blk.0.attn_q.weight"].shape == (2, 256)
+        for name, tensor in model.tensors.items():
+            found = model.load(name, "float32", device=device)
+            expected = nd.dequantize(model.read(name), tensor.format, "float32", shape=tensor.shape, device="reference")
+            assert found.shape == tensor.shape
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_load_into_out(path):
+    out = np.full((4, 64), 7, np.float16)
+    assert nd.open(path).load("token_embd.weight", device="cpu", out=out) is out
+    assert_same_bits(out, nd.open(path).load("token_embd.weight", device="reference"))
+
+
+@pytest.mark.parametrize(
+    ("select", "names"),
+    [
+        (None, ["token_embd.weight", "blk.0.attn_q.weight", "blk.0.attn_norm.weight", "blk.1.attn_q.weight", "ids"]),
+        ("blk.*.attn_q.weight", ["blk.0.attn_q.weight", "blk.1.attn_q.weight"]),
+        ("blk.0.*", ["blk.0.attn_q.weight", "blk.0.attn_norm.weight"]),
+        (lambda tensor: tensor.format.name == "I32", ["ids"]),
+        (lambda tensor: False, []),
+    ],
+    ids=["all", "glob", "layer", "function", "none"],
+)
+def test_load_all(path, select, names):
+    found = nd.load(path, select, device="cpu")
+    assert list(found) == names
+    for name, values in found.items():
+        assert values.dtype == (np.int32 if name == "ids" else np.float16)
+
+
+def test_a_bar_is_silent_where_nobody_watches(path, capsys):
+    nd.load(path, device="cpu", progress=True)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_file_cut_short_after_opening(path):
+    with nd.open(path) as model:
+        os.truncate(path, model.tensors["ids"].offset - 100)
+        with pytest.raises(nd.GgufError, match=r"tensor 'blk\.1\.attn_q\.weight' data .*allowed: at least"):
+            model.load("blk.1.attn_q.weight", device="cpu")
+        with pytest.raises(nd.ReadError, match=r"'token_embd\.weight' at byte \d+: it has changed since it was opened"):
+            model.load("token_embd.weight", device="cpu")
+
+
+def test_wrong_arguments_are_found_before_anything_is_read(path):
+    with nd.open(path) as model:
+        os.truncate(path, 10)
+        with pytest.raises(nd.DtypeError):
+            model.load_all(dtype="int4", device="cpu")
+        with pytest.raises(nd.DeviceError):
+            model.load_all(device="tpu")
+
+
+def test_repr(path):
+    assert repr(nd.open(path)) == f"Model({str(path)!r}, 5 tensors)"
+
+
+@pytest.mark.model
+def test_a_real_model():
+    path = os.environ.get("NUMBA_DEQUANT_TEST_MODEL")
+    if not path:
+        pytest.skip("name a GGUF file in NUMBA_DEQUANT_TEST_MODEL")
+    with nd.open(path) as model:
+        for name in model.tensors:
+            assert_same_bits(model.load(name, device="cpu"), model.load(name, device="reference"))

@@ -1,0 +1,30 @@
+"""Each primitive by itself: a compiled target has the bits of the plain Python body."""
+
+import inspect
+
+import pytest
+from blocks import assert_same_bits
+from numba import njit
+from primitives import ALIGNMENTS, CASES, compiled_outcome, outcome
+
+from numba_dequant import bits
+from numba_dequant.kernels import intrinsics_cpu
+
+assert intrinsics_cpu  # it teaches Numba the primitives
+
+
+@pytest.mark.parametrize("itemsize", ALIGNMENTS)
+@pytest.mark.parametrize("name", CASES)
+def test_on_the_cpu(name, itemsize):
+    run, dtype, size = CASES[name]
+    compiled = njit(run)
+    for seed in range(4):
+        found = compiled_outcome(compiled, itemsize, dtype, size, seed)
+        assert_same_bits(found, outcome(run, itemsize, dtype, size, seed))
+
+
+def test_every_primitive_has_its_case():
+    """But for those of a kernel, which the kernels' tests cover: they copy, and exchange values between threads."""
+    of_kernels = {"copy_16_bytes", "copy_byte", "is_aligned", "store_float32_in_pairs", "helper"}
+    there = {name for name, value in vars(bits).items() if inspect.isfunction(value) and not name.startswith("_")}
+    assert there - of_kernels == {name for name in CASES if " " not in name} - {"arithmetic"}

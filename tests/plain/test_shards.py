@@ -1,0 +1,263 @@
+"""Models of several files, of files that are not complete, and of tensors that ComfyUI-GGUF has reshaped."""
+
+import contextlib
+import os
+import pickle
+import shutil
+import stat
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from blocks import DATA, assert_same_bits, random_blocks
+from gguf_bytes import INT32, STRING, UINT16, counted, floats, gguf, value
+from small_file import CONTENT, GOOD, OTHER_HEADER, assert_loads
+
+import numba_dequant as nd
+
+
+@pytest.fixture
+def path(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(CONTENT)
+    return tmp_path / "model.gguf"
+
+
+# Shards
+
+
+SHARDS = [GOOD / f"split-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+
+
+def assert_is_the_split(model):
+    whole = nd.open(SHARDS[0])
+    assert list(model.tensors) == list(whole.tensors)
+    assert dict(model.metadata) == dict(whole.metadata)
+    for name, found in model.load_all(device="cpu").items():
+        assert_same_bits(found, whole.load(name, device="reference"))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_shards_in_a_list_have_any_name_and_order(tmp_path, order, kind):
+    names = [shutil.copy(path, tmp_path / f"blob{number}") for number, path in enumerate(SHARDS)]
+    assert_is_the_split(nd.open(kind(names[number] for number in order)))
+    assert_is_the_split(nd.open(kind(SHARDS[number].read_bytes() for number in order)))
+    mixed = [os.fsencode(names[order[0]]), SHARDS[order[1]].read_bytes(), names[order[2]]]
+    assert_is_the_split(pickle.loads(pickle.dumps(nd.open(mixed))))
+
+
+def test_a_list_of_one_file_is_that_file(path):
+    assert_loads(nd.open([path]))
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        (SHARDS[:2], r"split-00001.*'split\.count': found 3, allowed: 2, the number of files in the list"),
+        (SHARDS[:1], r"'split\.count': found 3, allowed: 1"),
+        ([*SHARDS[:2], SHARDS[1]], r"'split\.no': found 1 and in .*split-00002.*allowed: 0 to 2, each in one file"),
+        ([*SHARDS, SHARDS[0]], r"'split\.count': found 3, allowed: 4"),
+        ([CONTENT, CONTENT], r"<memory 1>: metadata 'split\.count': found None, allowed: 2"),
+    ],
+)
+def test_a_list_of_the_wrong_shards_is_refused(shards, message):
+    with pytest.raises(nd.GgufError, match=message):
+        nd.open(shards)
+
+
+@pytest.mark.parametrize("numbers", [(0, 7), (0, -1), (1, 2), (0, None)])
+def test_the_shards_of_a_list_have_each_number_once(numbers):
+    shards = []
+    for at, number in enumerate(numbers):
+        entries = [value("split.count", UINT16, 2)]
+        entries += [value("split.no", INT32, number)] if number is not None else []
+        shards.append(gguf([(f"t{at}", *floats(1))], entries))
+    with pytest.raises(nd.GgufError, match=r"'split\.no': found .*allowed: 0 to 1, each in one file"):
+        nd.open(shards)
+
+
+def test_shards_are_found_beside_a_link_whatever_it_leads_to(tmp_path):
+    """As the cache of Hugging Face has them: links with the names, to blobs without."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for number, path in enumerate(SHARDS):
+        shutil.copy(path, tmp_path / "blobs" / f"{number:064x}")
+        (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/{number:064x}")
+    assert_is_the_split(nd.open(tmp_path / "snapshot" / SHARDS[0].name))
+    with pytest.raises(
+        nd.GgufError, match=r"ends in -00001-of-00003\.gguf, or all shards in a list: open\(\[\.\.\.\]\)"
+    ):
+        nd.open(tmp_path / "blobs" / f"{0:064x}")
+    assert_is_the_split(nd.open(sorted((tmp_path / "blobs").iterdir())))
+
+
+def test_shards_are_found_beside_what_a_link_of_another_name_leads_to(tmp_path):
+    (tmp_path / "model.gguf").symlink_to(SHARDS[0])
+    assert_is_the_split(nd.open(tmp_path / "model.gguf"))
+
+
+# Downloads
+
+
+@pytest.fixture
+def incomplete(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(CONTENT[:-40])
+    return path
+
+
+def test_a_file_whose_data_is_not_all_there_says_so(incomplete):
+    with pytest.raises(nd.GgufError, match=f"'u' data .*of {len(CONTENT) - 40} bytes.*its download looks incomplete"):
+        nd.open(incomplete)
+
+
+def test_a_file_that_ends_within_its_header_says_so(path):
+    data = nd.open(path).tensors["t"].offset
+    for length in range(8, data - 32):
+        for options in ({}, {"allow_truncated": True}):
+            with pytest.raises(nd.GgufError, match=r"the file ends within its header, as .* download is incomplete"):
+                nd.open(CONTENT[:length], **options)
+
+
+def test_an_incomplete_file_is_opened_on_request(incomplete):
+    model = nd.open(incomplete, allow_truncated=True)
+    assert list(model.tensors) == ["t", "u"]
+    assert model.n_bytes == (len(CONTENT) - 40, len(CONTENT) - 8)
+    np.testing.assert_array_equal(model.load("t", "float32", device="cpu"), counted(4))
+    np.testing.assert_array_equal(nd.load(incomplete, "t", device="cpu", allow_truncated=True)["t"], counted(4))
+    for use in (lambda: model.load("u", device="cpu"), lambda: model.load_all(device="cpu"), lambda: model.read("u")):
+        with pytest.raises(nd.GgufError, match=r"'u' data.*looks incomplete"):
+            use()
+    with pytest.raises(nd.GgufError, match=r"'u' data.*looks incomplete"):
+        model.read("u", mmap=True)
+    np.testing.assert_array_equal(model.load("u", "float32", device="cpu", rows=slice(0, 0)), np.empty((0, 3)))
+
+
+def test_what_has_arrived_since_is_loaded(incomplete):
+    model = nd.open(incomplete, allow_truncated=True)
+    with incomplete.open("ab") as file:
+        file.write(CONTENT[-40:])
+    assert_loads(model)
+
+
+def test_another_file_that_is_longer_is_not_taken_for_the_rest(incomplete):
+    model = nd.open(incomplete, allow_truncated=True)
+    incomplete.write_bytes(OTHER_HEADER)
+    with pytest.raises(nd.ReadError, match="has changed"):
+        model.load("u", device="cpu")
+
+
+def test_a_split_of_which_shards_are_still_missing_is_opened_on_request(tmp_path):
+    shutil.copy(SHARDS[0], tmp_path)
+    with pytest.raises(nd.GgufError, match=r"no file .*split-00002"):
+        nd.open(tmp_path / SHARDS[0].name)
+    model = nd.open(tmp_path / SHARDS[0].name, allow_truncated=True)
+    assert len(model.tensors) == 2
+    assert model.missing_shards == tuple(str(tmp_path / path.name) for path in SHARDS[1:])
+    assert len(model.load_all(device="cpu")) == 2
+
+
+def test_info_of_an_incomplete_file(incomplete, capsys):
+    from numba_dequant.cli import main
+
+    assert main.main(["info", str(incomplete)]) == 0
+    shown = capsys.readouterr().out
+    assert f"{len(CONTENT) - 40} of {len(CONTENT) - 8} bytes are here; the file looks incomplete" in shown
+    assert "2 x 3" in shown
+
+
+# The shapes of ComfyUI-GGUF
+
+
+RESHAPED = "w", (9, 128), "F16", np.arange(9 * 128, dtype="<f2").tobytes()
+
+
+def comfy(shape, kind=INT32, tensor=RESHAPED):
+    return gguf(
+        [tensor], [value("comfy.gguf.orig_shape.w", kind, shape), value("comfy.gguf.orig_shape.no", INT32, [1])]
+    )
+
+
+def test_original_shapes_are_given_on_request():
+    content = comfy([32, 4, 3, 3])
+    expected = np.arange(9 * 128, dtype=np.float16)
+    assert nd.open(content).load("w", device="cpu").shape == (9, 128)
+    model = nd.open(content, orig_shapes=True)
+    for device in ("cpu", "reference"):
+        np.testing.assert_array_equal(model.load("w", device=device), expected.reshape(32, 4, 3, 3))
+        np.testing.assert_array_equal(
+            model.load("w", device=device, rows=slice(3, 5))[0, 0], expected[108:117].reshape(3, 3)
+        )
+    assert model.load("w", device="cpu", keep_quantized=True).shape == (32, 4, 3, 3)
+    np.testing.assert_array_equal(nd.load(content, device="cpu", orig_shapes=True)["w"], expected.reshape(32, 4, 3, 3))
+
+
+def test_rows_of_an_original_shape_are_whole_blocks_or_refused():
+    data = random_blocks("Q8_0", 36)
+    model = nd.open(comfy([32, 4, 3, 3], tensor=("w", (36, 32), "Q8_0", data.tobytes())), orig_shapes=True)
+    whole = model.load("w", device="cpu")
+    assert_same_bits(whole, nd.dequantize(data, "Q8_0", shape=(32, 4, 3, 3), device="reference"))
+    np.testing.assert_array_equal(model.load("w", device="cpu", rows=slice(8, 24)), whole[8:24])
+    with pytest.raises(nd.ShapeError, match="not whole blocks of 32"):
+        model.load("w", device="cpu", rows=slice(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        ([32, 4, 3], INT32),
+        ([-32, -4, 3, 3], INT32),
+        ([], INT32),
+        ([1] * 9, INT32),
+        (1152, INT32),
+        (["1152"], STRING),
+        ([1152.0], 6),
+        ([1], 7),
+    ],
+)
+def test_an_original_shape_that_does_not_fit_is_refused(shape, kind):
+    with pytest.raises(nd.GgufError, match=r"orig_shape\.w'.*up to 8 integers whose product is 1152"):
+        nd.open(comfy(shape, kind), orig_shapes=True)
+    nd.open(comfy(shape, kind))
+
+
+def test_models_and_tensors_that_were_pickled_are_what_they_were(path):
+    model = nd.open(path)
+    again = pickle.loads(pickle.dumps(model))
+    assert_loads(again)
+    assert again.tensors["t"].source == model.tensors["t"].source
+    assert hash(again.tensors["t"].source) == hash(model.tensors["t"].source)
+    assert len({id(tensor.source) for tensor in again.tensors.values()}) == 1
+    os.utime(path, (0, 0))
+    with pytest.warns(RuntimeWarning):
+        assert_loads(pickle.loads(pickle.dumps(model)))
+
+
+def test_nothing_stays_open(path):
+    def n_open():
+        return len(os.listdir("/proc/self/fd"))
+
+    before = n_open()
+    model = nd.open(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_loads(model)
+        for bad in (DATA / "gguf" / "bad").glob("*.gguf"):
+            with contextlib.suppress(nd.GgufError):
+                nd.open(bad)
+    assert n_open() == before
+    assert stat.S_ISREG(path.stat().st_mode)
+
+
+def test_opening_and_reading_touches_neither_numba_nor_cuda(path):
+    code = f"""
+import sys
+import numba_dequant as nd
+model = nd.open({str(path)!r})
+model._repr_html_(), list(model.metadata["a"]), model.read("t"), model.load("t", device="reference")
+found = {{"numba", "llvmlite", "cuda", "torch"}} & {{name.partition(".")[0] for name in sys.modules}}
+assert not found, found
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,60 @@
+"""Blocks, the values that they stand for, and files of them."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from numba_dequant import FORMATS
+from numba_dequant.dtypes import numpy_dtype
+
+DATA = Path(__file__).parents[1] / "data"
+
+QUANTIZED = [name for name, source in FORMATS.items() if source.block_size > 1]
+DECODED = [name for name, source in FORMATS.items() if source.decode is not None]
+GOLDEN = sorted(path.stem for path in (DATA / "golden").glob("*.npz"))
+DTYPES = ["float16", "bfloat16", "float32"]
+
+
+def golden(name):
+    """Bytes and GGML's float32 values, both (n_blocks, ...)."""
+    with np.load(DATA / "golden" / f"{name}.npz") as file:
+        return file["bytes"], file["f32"]
+
+
+def rounded(values, dtype):
+    with np.errstate(all="ignore"):
+        return values.astype(numpy_dtype(dtype))
+
+
+def assert_same_bits(found, expected):
+    """Equal bit for bit; a NaN need only be a NaN."""
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    bits = f"u{found.itemsize}"
+    with np.errstate(all="ignore"):
+        missing = np.isnan(expected)
+        np.testing.assert_array_equal(np.isnan(found), missing)
+    np.testing.assert_array_equal(found.view(bits)[~missing], expected.view(bits)[~missing])
+
+
+def random_blocks(name, n_blocks, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, n_blocks * FORMATS[name].type_size, np.uint8)
+
+
+def write_model(path, tensors, metadata=()):
+    """A GGUF file of name -> (format name, shape, bytes); gguf-py's writer does not know every format."""
+
+    def string(text):
+        return struct.pack("<Q", len(text.encode())) + text.encode()
+
+    header = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata))
+    for key, value in metadata:
+        header += string(key) + struct.pack("<I", 8) + string(value)
+    data = b""
+    for name, (kind, shape, values) in tensors.items():
+        header += string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        header += struct.pack("<IQ", FORMATS[kind].ggml_id, len(data))
+        data += bytes(values) + bytes(-len(bytes(values)) % 32)
+    path.write_bytes(header + bytes(-len(header) % 32) + data)
+    return path

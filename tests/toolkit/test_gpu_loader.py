@@ -1,0 +1,179 @@
+"""Loading to a GPU, with one that does its work as late as it may."""
+
+import gc
+import threading
+
+import numpy as np
+import pytest
+from blocks import assert_same_bits, random_blocks, write_model
+from late_gpu import POISON
+from small_model import MAX_BYTES, TENSORS, assert_loads, assert_right, has_threads, kept_bytes
+
+import numba_dequant as nd
+from numba_dequant.loading import gpu_loader, requests
+
+
+@pytest.fixture
+def model(tmp_path):
+    with nd.open(write_model(tmp_path / "model.gguf", TENSORS)) as model:
+        yield model
+
+
+@pytest.mark.parametrize("threads", [None, 1, 2, 5])
+@pytest.mark.parametrize("stream", [None, 7])
+def test_everything(model, late, threads, stream):
+    for _ in range(3):
+        found = model.load_all(device="cuda", threads=threads, stream=stream)
+        assert list(found) == list(TENSORS)
+        for name, tensor in found.items():
+            assert_right(tensor, name)
+    assert kept_bytes() <= MAX_BYTES
+    del found, tensor
+    gc.collect()
+    assert late.in_use == kept_bytes()
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 4])
+def test_one_after_the_other(model, late, prefetch, threads):
+    dtype = {"*norm": "float32", "*": "bfloat16"}
+    for name, tensor in model.stream(dtype=dtype, device="cuda", threads=threads, prefetch=prefetch):
+        assert_right(tensor, name, "float32" if name.endswith("norm") else "bfloat16")
+
+
+def test_no_tensor_takes_memory_before_its_turn(tmp_path, late, threads):
+    tensors = {f"{number}": ("Q8_0", (1000, 32), random_blocks("Q8_0", 1000)) for number in range(3)}
+    with nd.open(write_model(tmp_path / "model.gguf", tensors)) as model:
+        walk = model.stream(device="cuda", threads=threads, prefetch=0)
+        before = late.in_use
+        _, first = next(walk)
+        assert late.in_use - before - MAX_BYTES <= first.nbytes
+        walk.close()
+
+
+def test_the_iterator_is_dropped(model, late, threads):
+    before = late.in_use
+    for name, tensor in model.stream(device="cuda", threads=threads, prefetch=6):
+        assert_right(tensor, name)
+        if name == "a.q":
+            break
+    del tensor
+    gc.collect()
+    assert late.in_use - before == kept_bytes()
+    assert_loads(model, threads)
+
+
+def test_several_threads_fill_a_buffer(tmp_path, late):
+    """Each reads shares; a chunk is sent once, when the last of them is there."""
+    data = random_blocks("Q8_0", 2000)
+    path = write_model(tmp_path / "model.gguf", {"large": ("Q8_0", (2000, 32), data)})
+    shares, lock, two_readers = [], threading.Lock(), threading.Event()
+    real_read, real_copy = late.read_into, late.copy_to_device
+    copied = []
+
+    def read_into(file, data, offset):
+        with lock:
+            shares.append((offset, len(data), threading.get_ident()))
+            if len({thread for _, _, thread in shares}) > 1:
+                two_readers.set()
+        if has_threads():
+            two_readers.wait(30)  # on a busy machine one could have read everything before another has started
+        return real_read(file, data, offset)
+
+    def copy_to_device(pointer, host, stream):
+        copied.append(host.size)
+        real_copy(pointer, host, stream)
+
+    late.read_into, late.copy_to_device = read_into, copy_to_device
+    with nd.open(path) as model:
+        tensor = model.tensors["large"]
+        found = model.load("large", device="cuda", threads=3)
+    assert_same_bits(found.copy_to_host(), nd.dequantize(data, "Q8_0", shape=(2000, 32), device="reference"))
+    if has_threads():
+        ends = [offset + n_bytes for offset, n_bytes, _ in sorted(shares)]
+        assert [offset for offset, _, _ in sorted(shares)] == [tensor.offset, *ends[:-1]]
+        assert ends[-1] == tensor.offset + tensor.n_bytes
+        assert max(n_bytes for _, n_bytes, _ in shares) == gpu_loader.SUBREAD_BYTES
+        assert len({thread for _, _, thread in shares}) > 1
+        assert sum(copied) == tensor.n_bytes
+        assert len(copied) < len(shares) / 2
+
+
+def test_kept_as_it_is(model, late, threads):
+    for name, tensor in model.load_all(device="cuda", threads=threads, keep_quantized=True).items():
+        np.testing.assert_array_equal(tensor.data.copy_to_host(), model.read(name))
+        assert tensor.shape == TENSORS[name][1]
+
+
+def test_rows(model, late, threads):
+    found = model.load("token_embd", "float32", device="cuda", threads=threads, rows=slice(3, 31))
+    np.testing.assert_array_equal(found.copy_to_host(), model.load("token_embd", "float32", device="reference")[3:31])
+
+
+def test_out(model, late, threads):
+    out = {"a.q": model.load("a.q", device="cuda", threads=1), "ids": model.load("ids", device="cuda", threads=1)}
+    for tensor in out.values():
+        late.memory[tensor.ptr : tensor.ptr + tensor.nbytes] = POISON
+    found = model.load_all(device="cuda", threads=threads, out=out)
+    for name, tensor in found.items():
+        assert_right(tensor, name)
+    assert all(found[name] is tensor for name, tensor in out.items())
+
+
+def test_a_wrong_out_is_found_before_anything_is_read(model, late, threads):
+    out = {"b.k": model.load("a.q", device="cuda", threads=1)}
+    before = late.end
+    with pytest.raises(nd.OutputError, match=r"tensor 'b\.k': out has shape"):
+        model.load_all(device="cuda", threads=threads, out=out)
+    assert late.end == before
+
+
+def test_two_loads_at_once(model, late, threads):
+    first, second = (model.stream(device="cuda", threads=threads, prefetch=3) for _ in range(2))
+    for (name, one), (_, other) in zip(first, second, strict=True):
+        assert_right(one, name)
+        assert_right(other, name)
+    assert kept_bytes() <= 2 * MAX_BYTES
+
+
+@pytest.mark.parametrize("select", [None, "*.norm", ["a.q", "b.k"]])
+@pytest.mark.parametrize("prefetch", [None, 2])
+def test_what_is_reported_is_what_was_asked_for(model, late, select, prefetch):
+    """Neither the bytes between two tensors nor those between two chunks."""
+    chosen = requests.plan_requests(model.tensors, select, "float16", None, keep_quantized=False)
+    reports = []
+    for _ in gpu_loader.load(chosen, 0, None, 3, prefetch, reports.append):
+        pass
+    assert reports == sorted(reports)
+    assert reports[-1] == sum(request.tensor.n_bytes for request in chosen)
+
+
+def test_closing_a_model_keeps_the_buffers_of_the_others(model, late):
+    model.load_all(device="cuda")
+    before = kept_bytes()
+    model.close()
+    with nd.open(model.path):
+        pass
+    assert kept_bytes() == before
+    nd.release_buffers("cuda:0")
+    assert kept_bytes() == 0
+
+
+def test_loads_in_many_threads_at_once(model, late):
+    """Each has buffers of its own; none are lost, and none are used twice."""
+    if not has_threads():
+        pytest.skip("no threads read here")
+    barrier, found = threading.Barrier(4), []
+
+    def load():
+        barrier.wait()
+        found.extend(model.load_all(device="cuda", threads=2) for _ in range(5))
+
+    workers = [threading.Thread(target=load) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(found) == 20
+    kept = gpu_loader.POOL.idle[0]
+    assert 1 <= len(kept) <= 4
+    assert len({id(each) for each in kept}) == len(kept)

@@ -1,0 +1,58 @@
+"""What the kernels compile to, checked where there is no GPU."""
+
+import re
+
+import pytest
+from blocks import DECODED, DTYPES
+from ptx_rules import faults
+
+import numba_dequant as nd
+from numba_dequant.kernels import compiler
+
+Q4_K = compiler.dequantize_kernel(nd.FORMATS["Q4_K"], "float16")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", DECODED)
+def test_wide_accesses_and_nothing_slow(name, dtype):
+    text = compiler.ptx(compiler.dequantize_kernel(nd.FORMATS[name], dtype), (9, 0))
+    assert faults(text) == []
+
+
+@pytest.mark.parametrize("stage", [0, 512])
+def test_the_roof_moves_16_bytes_at_a_time(stage):
+    text = compiler.ptx(compiler.copy_kernel(2, 256, stage), (9, 0))
+    assert faults(text) == []
+    assert bool(stage) == (".shared" in text)
+
+
+def test_literal_mapping_compiles():
+    for name in DECODED:
+        assert ".entry" in compiler.ptx(compiler.dequantize_kernel(nd.FORMATS[name], "float16", "block"), (9, 0))
+
+
+@pytest.mark.parametrize("capability", [(1, 0), (99, 9)])
+def test_gpus_that_the_toolkit_does_not_know(capability):
+    with pytest.raises(nd.DeviceError, match=r"cannot compile sm\d+-Q4_K-float16-tile for this kind of GPU: .+"):
+        compiler.cubin(Q4_K, capability)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 6), (12, 0)])
+def test_other_gpus(capability):
+    name, code = compiler.cubin(Q4_K, capability)
+    assert code.startswith(b"\x7fELF")
+    assert "dequantize_Q4_K" in name
+
+
+def test_a_linker_that_is_older_than_the_compiler():
+    """The packages of the two are chosen by different programs that share an environment."""
+    text = compiler.ptx(Q4_K, (9, 0))
+    newer = re.sub(r"(?m)^\.version (\d+)\.\d+$", r".version \1.99", text)
+    assert newer != text
+    assert compiler.assemble(newer, (9, 0)) == compiler.assemble(text, (9, 0))
+
+
+def test_what_no_linker_takes_is_refused_for_its_first_reason():
+    text = compiler.ptx(Q4_K, (9, 0))
+    with pytest.raises(Exception, match="PTX_COMPILE"):
+        compiler.assemble(text.replace("ld.global", "ld.globe"), (9, 0))
