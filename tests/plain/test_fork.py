@@ -110,13 +110,12 @@ thread_has_it, over = threading.Event(), threading.Event()
 def hold():
     with compile_lock:
         thread_has_it.set()
-        over.wait(60)
+        over.wait()
 
 thread = in_thread(hold)
 thread_has_it.wait()
-start = time.perf_counter()
 values("Q8_0")
-assert time.perf_counter() - start < 30 and thread.is_alive()
+assert thread.is_alive()
 over.set()
 thread.join()
 child_computes("Q8_0")

@@ -165,9 +165,9 @@ def test_f16_is_not_slower_than_bf16(dtype):
     for _ in range(3):
         for name in ("F16", "BF16"):
             for _ in range(7):
-                start = time.perf_counter()
+                start = time.process_time()  # what else the machine does is not in it
                 nd.dequantize(data, name, dtype, device="cpu", out=out)
-                seconds[name] = min(seconds.get(name, 1e9), time.perf_counter() - start)
+                seconds[name] = min(seconds.get(name, 1e9), time.process_time() - start)
     assert seconds["F16"] < 4 * seconds["BF16"]
 
 
