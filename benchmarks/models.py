@@ -4,6 +4,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, replace
+from functools import cache
 
 import gguf
 import numpy as np
@@ -65,6 +66,7 @@ def tensors(name, mix, **changes):
     return found
 
 
+@cache
 def blocks(kind, n_bytes, seed=0):
     """Random blocks whose scales are ordinary numbers."""
     source = nd.FORMATS[kind]
@@ -73,6 +75,7 @@ def blocks(kind, n_bytes, seed=0):
     for field, (stored, _) in source.layout.fields.items():
         if stored.kind == "f":
             found[field] = rng.standard_normal(len(found)) / 64
+    found.flags.writeable = False
     return found.view(np.uint8)
 
 

@@ -1,4 +1,5 @@
 import gc
+import os
 
 import pytest
 
@@ -22,6 +23,8 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=no_toolkit))
         if problem and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {problem}"))
+    # What takes long comes first: other processes then have something to do until it ends.
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def pytest_collection_finish(session):
@@ -32,9 +35,11 @@ def pytest_collection_finish(session):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Tests neither use nor fill the user's cache."""
+    """Tests neither use nor fill the user's cache. Processes of one run of the tests share one: each compiles less."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared_cache"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NUMBA_DEQUANT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("NUMBA_DEQUANT_CACHE_DIR", str(folder))
         yield
 
 

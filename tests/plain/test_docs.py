@@ -72,6 +72,7 @@ def test_published_figures_come_with_their_spread(tmp_path, monkeypatch):
     assert "It is at most 20.0% here, and over 10% for 3 of 12: a difference smaller than" in shown
 
 
+@pytest.mark.long
 def test_benchmarks_run_where_there_is_no_gpu():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}

@@ -71,6 +71,7 @@ def run(code, **environment):
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_everything_but_a_gpu_works_without_the_packages_of_a_gpu(tmp_path):
     code = """
 import numpy as np, numba_dequant as nd
@@ -148,6 +149,7 @@ assert np.array_equal(found[1], nd.dequantize(data, "Q8_0", device="reference"),
     assert found.returncode == 0, found.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variable", ["NUMBA_BOUNDSCHECK", "NUMBA_DEBUGINFO", "NUMBA_OPT"])
 def test_settings_of_numba_do_not_break_what_is_kept(variable, tmp_path):
     code = """

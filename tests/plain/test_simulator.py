@@ -3,7 +3,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.long
 def test_kernels_under_the_simulator():
     """Numba's simulator is chosen when Numba is imported, so these tests get a process of their own."""
     tests = Path(__file__).parents[1]

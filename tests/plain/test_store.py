@@ -72,8 +72,9 @@ def test_a_directory_that_cannot_be_made(monkeypatch, tmp_path):
     assert disk_cache.write(NAME, b"") is False
 
 
+@pytest.mark.long
 def test_twenty_processes_at_once(empty_store):
-    assert_twenty_processes_keep(compute, empty_store, 1)
+    assert_twenty_processes_keep(compute, empty_store, 1, ["numba_dequant.kernels.intrinsics_cpu"])
 
 
 def test_code_from_disk_and_code_compiled_here_do_not_mix(empty_store):

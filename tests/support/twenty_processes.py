@@ -1,7 +1,8 @@
 """Twenty processes that meet at an empty cache."""
 
+import os
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 
 import numpy as np
 
@@ -10,7 +11,8 @@ from numba_dequant import disk_cache
 N_PROCESSES = 20
 
 
-def meet(barrier):
+def meet(barrier, folder):
+    os.environ[disk_cache.VARIABLE] = folder
     barrier.wait(timeout=300)
 
 
@@ -18,10 +20,16 @@ def call(function):
     return function()
 
 
-def assert_twenty_processes_keep(function, store, n_entries):
-    """All of them return the same from `function`; `store` then has so many entries, and nothing else."""
-    context = get_context("spawn")
-    with ProcessPoolExecutor(N_PROCESSES, context, meet, (context.Barrier(N_PROCESSES),)) as pool:
+def assert_twenty_processes_keep(function, store, n_entries, preload):
+    """All of them return the same from `function`; `store` then has so many entries, and nothing else.
+
+    Where the system can, they are forked from a new process that has imported `preload` and has done nothing: twenty
+    imports take longer than what is tested.
+    """
+    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    context.set_forkserver_preload(preload)
+    arguments = context.Barrier(N_PROCESSES), str(store)
+    with ProcessPoolExecutor(N_PROCESSES, context, meet, arguments) as pool:
         first, *others = pool.map(call, [function] * N_PROCESSES)
     assert len(others) == N_PROCESSES - 1
     for found in others:

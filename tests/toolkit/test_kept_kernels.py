@@ -16,10 +16,12 @@ def compile_kernel():
     return name, code[:4]
 
 
+@pytest.mark.long
 def test_twenty_processes_at_once(empty_store):
-    assert_twenty_processes_keep(compile_kernel, empty_store, 1)
+    assert_twenty_processes_keep(compile_kernel, empty_store, 1, ["numba_dequant.kernels.dequantize", "cuda.core"])
 
 
+@pytest.mark.long
 def test_warm_and_cache(empty_store, capsys):
     assert main.main(["cache"]) == 0
     assert "0 entries, 0 bytes" in capsys.readouterr().out

@@ -26,6 +26,7 @@ def test_the_roof_moves_16_bytes_at_a_time(stage):
     assert bool(stage) == (".shared" in text)
 
 
+@pytest.mark.long
 def test_literal_mapping_compiles():
     for name in DECODED:
         assert ".entry" in compiler.ptx(compiler.dequantize_kernel(nd.FORMATS[name], "float16", "block"), (9, 0))
