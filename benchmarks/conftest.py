@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+import numba_dequant
 from numba_dequant import FORMATS
 from numba_dequant.backends.devices import is_simulated, why_no_cuda
 
@@ -15,7 +16,7 @@ NO_GPU = "the CUDA simulator is on" if is_simulated() else why_no_cuda()
 if NO_GPU is None:
     from cuda.core import Device
 
-    from numba_dequant.backends import cuda_driver
+    from numba_dequant.backends.gpu import gpu_at
     from numba_dequant.cli import measure
 
 
@@ -23,6 +24,7 @@ if NO_GPU is None:
 class Gpu:
     """The first GPU, current in this thread."""
 
+    itself: "numba_dequant.backends.gpu.Gpu"
     device: "Device"
     clock: "measure.GpuClock"
     roofs: dict = field(default_factory=dict)
@@ -35,7 +37,7 @@ class Gpu:
         return self.roofs[key]
 
     def synchronize(self):
-        cuda_driver.synchronize(0)
+        self.itself.synchronize(0)
 
 
 _gpu = None
@@ -49,8 +51,8 @@ def gpu_time():
 @pytest.fixture(scope="session")
 def _first_gpu():
     global _gpu  # noqa: PLW0603 a timer takes no arguments
-    with cuda_driver.active_gpu(0) as device:
-        _gpu = Gpu(device, measure.GpuClock(device))
+    with gpu_at(0).active() as device:
+        _gpu = Gpu(gpu_at(0), device, measure.GpuClock(gpu_at(0)))
         yield _gpu
 
 

@@ -247,7 +247,7 @@ def compiling(results):
 
 def launches(results):
     names = {
-        "kernel": "the launch alone: `gpu.dequantize_into`",
+        "kernel": "the launch alone: `cuda.dequantize_into`",
         "dequantize out": "`nd.dequantize(tensor, 'Q4_K', out=out)`",
         "dequantize": "`nd.dequantize(tensor, 'Q4_K')`, with memory for the result",
         "dequantize pytorch out": "the same, of PyTorch tensors to one of PyTorch's",

@@ -10,8 +10,8 @@ WAYS = ["kernel", "dequantize out", "dequantize", "dequantize pytorch out", "deq
 
 
 def call(way, data, gpu):
-    from numba_dequant.backends import cuda_driver
-    from numba_dequant.backends import gpu as launcher
+    from numba_dequant.arguments import Job
+    from numba_dequant.backends.cuda import dequantize_into
     from numba_dequant.kernels.dequantize import jit
     from numba_dequant.kernels.launch_shape import launch_shape
 
@@ -19,8 +19,8 @@ def call(way, data, gpu):
     tensor = nd.dequantize(data.view(np.int8), "I8", device="cuda")
     out = nd.dequantize(tensor, source)
     if way == "kernel":
-        target = cuda_driver.DeviceBytes(out.ptr, out.nbytes, 0, out)
-        return lambda: launcher.dequantize_into(tensor.memory, source, "float16", out.size, target, 0)
+        job = Job(None, source, "float16", n_elements=out.size)
+        return lambda: dequantize_into(tensor.memory, job, out.memory, 0)
     if way == "dequantize out":
         return lambda: nd.dequantize(tensor, source, out=out)
     if way == "dequantize":

@@ -132,11 +132,9 @@ WAYS = {
 @pytest.fixture
 def bus(gpu):
     """Bytes per second that a copy from pinned memory reaches, in this run."""
-    from numba_dequant.backends import cuda_driver
-
-    pinned, room = cuda_driver.pinned(64 << 20), cuda_driver.allocate(64 << 20, gpu.device, 0)
+    pinned, room = gpu.itself.pinned(64 << 20), gpu.itself.allocate(64 << 20, 0)
     # One that has been idle is slow at first.
-    times = [gpu.clock.seconds(lambda: cuda_driver.copy_to_device(room.pointer, pinned, 0)) for _ in range(3)]
+    times = [gpu.clock.seconds(lambda: gpu.itself.copy_to_device(room.pointer, pinned, 0)) for _ in range(3)]
     return pinned.nbytes / min(times)
 
 
@@ -185,7 +183,6 @@ def test_one_part_of_loading(benchmark, gpu, bus, written, monkeypatch, part):
     from numba import carray, cfunc, types
 
     from numba_dequant.kernels.native.intrinsics import pointer
-    from numba_dequant.loading import native_threads
 
     long = types.int64
 
@@ -202,10 +199,8 @@ def test_one_part_of_loading(benchmark, gpu, bus, written, monkeypatch, part):
     def done(anything):
         return 0
 
-    calls = native_threads.calls().copy()
     others = {"let_gpu_wait": done, "copy": done, "launch": done, "signal": signal}
-    for name, function in ({"read": read} if part == "sending" else others).items():
-        calls[name] = function.address
+    replaced = {"read": read} if part == "sending" else others
     path = written("Llama-3.1-8B", "Q4_K_M")
 
     def load():
@@ -213,7 +208,8 @@ def test_one_part_of_loading(benchmark, gpu, bus, written, monkeypatch, part):
         gpu.synchronize()
 
     with nd.open(path) as model, monkeypatch.context() as patch:
-        patch.setattr(native_threads, "calls", lambda: calls)
+        for name, function in replaced.items():
+            patch.setitem(gpu.itself.thread_functions, name, function.ctypes)
         benchmark.pedantic(load, rounds=9, warmup_rounds=1)
     note(benchmark, sizes(path)[0], bus)
 
@@ -223,7 +219,7 @@ def test_memory(benchmark, gpu, tmp_path, n_layers):
     """What a load takes at its peak, beyond what it gives back: of host memory, and on the GPU."""
     from cuda.bindings import driver
 
-    from numba_dequant.loading import gpu_loader
+    from numba_dequant.loading.gpu_buffers import TUNING
 
     if "torch" in sys.modules:  # it keeps what safetensors has loaded
         sys.modules["torch"].cuda.empty_cache()
@@ -243,7 +239,7 @@ def test_memory(benchmark, gpu, tmp_path, n_layers):
     kept = benchmark.pedantic(nd.load, (path,), {"device": "cuda", "progress": False}, rounds=1)
     gpu.synchronize()
     host = host_memory("VmHWM") - before
-    pinned = sum(len(kept) * gpu_loader.CHUNK_BYTES for kept in gpu_loader.POOL.idle[0])
+    pinned = sum(len(buffers) * TUNING.chunk_bytes for buffers in gpu.itself.idle_buffers)
     assert host >= pinned  # it counts as well
     on_gpu = int(driver.cuMemPoolGetAttribute(pool, high)[1]) - in_use - sum(tensor.nbytes for tensor in kept.values())
     assert host < 256 << 20

@@ -31,18 +31,17 @@ class Model:
     """Random blocks in one piece of device memory."""
 
     def __init__(self, tensors, gpu):
-        from numba_dequant.backends import cuda_driver
         from numba_dequant.backends.device_tensor import DeviceTensor
-        from numba_dequant.backends.gpu import send
+        from numba_dequant.backends.gpu_memory import DeviceBytes
 
         sizes = [nd.FORMATS[name].n_bytes(shape) for name, shape in tensors]
         starts = np.cumsum([0] + [-(-size // 256) * 256 for size in sizes])
         self.bytes = np.random.default_rng(0).integers(0, 256, starts[-1], np.uint8)
-        whole = cuda_driver.allocate(self.bytes.size, gpu.device, 0)
-        send(self.bytes, whole.pointer, 0)
+        whole = gpu.itself.allocate(self.bytes.size, 0)
+        gpu.itself.send(whole.pointer, self.bytes, 0)
         self.tensors, self.host = {}, {}
         for number, ((name, shape), size, start) in enumerate(zip(tensors, sizes, starts, strict=False)):
-            piece = cuda_driver.DeviceBytes(whole.pointer + int(start), size, 0, whole.owner)
+            piece = DeviceBytes(whole.pointer + int(start), size, gpu.itself, whole.owner)
             data = DeviceTensor(piece, (size,), np.dtype(np.uint8), 0)
             self.tensors[number] = (data, name, shape)
             self.host[number] = (self.bytes[start : start + size], name, shape)
@@ -75,7 +74,7 @@ def seconds_at_the_roof(model, gpu):
 
     total = 0.0
     for name in {name for _, name, _ in model.tensors.values()}:
-        total += model.moved(name) / gpu.roof(Workload(nd.FORMATS[name], "float16", 1 << 28, gpu.device))
+        total += model.moved(name) / gpu.roof(Workload(nd.FORMATS[name], "float16", 1 << 28, gpu.itself))
     return total
 
 

@@ -18,7 +18,7 @@ SIZES = [1, *(1 << exponent for exponent in (12, 16, 20, 22, *range(24, 32))), (
 def test_size(benchmark, gpu, name, n_elements):
     from numba_dequant.cli.measure import Workload
 
-    work = Workload(nd.FORMATS[name], "float16", n_elements, gpu.device)
+    work = Workload(nd.FORMATS[name], "float16", n_elements, gpu.itself)
     work.check()
     benchmark.pedantic(work, rounds=9, iterations=16 if n_elements < 1 << 26 else 4, warmup_rounds=1)
     note(benchmark, work.bytes_moved, gpu.roof(work), elements=work.n_elements)

@@ -25,23 +25,24 @@ import numpy
 mark("import numpy")
 import numba_dequant as nd
 mark("import numba_dequant")
-from numba_dequant.backends import gpu, cuda_driver
+from numba_dequant.backends.gpu import gpu_at
 from numba_dequant.kernels import compiler
 mark("import cuda.core")
-with cuda_driver.active_gpu(0) as device:
-    capability = gpu.capability_of(0)
+gpu = gpu_at(0)
+with gpu.active():
+    gpu.capability
     mark("driver and context")
-    gpu.load_kernel(compiler.dequantize_kernel(nd.FORMATS["Q4_K"], "float16"), capability)
+    gpu.load_kernel(compiler.dequantize_kernel(nd.FORMATS["Q4_K"], "float16"))
     mark("kernel load")
-    cuda_driver.allocate(1 << 22, device, 0)
+    gpu.allocate(1 << 22, 0)
     mark("memory pool")
 data = numpy.arange(144 * 7281).astype(numpy.uint8)
 last = time.perf_counter()
 tensor = nd.dequantize(data, "Q4_K", device="cuda")
-cuda_driver.synchronize(0)
+gpu.synchronize(0)
 mark("first call")
 tensor = nd.dequantize(data, "Q4_K", device="cuda")
-cuda_driver.synchronize(0)
+gpu.synchronize(0)
 mark("second call")
 print(json.dumps(marks))
 """

@@ -20,7 +20,7 @@ def test_step(benchmark, gpu, step):
     from numba_dequant.cli.measure import Workload, jit_launch
 
     launch = jit_launch(*STEPS[step], np.dtype(np.uint16), np.dtype(np.float16))
-    work = Workload(nd.FORMATS["Q8_0"], "float16", N_ELEMENTS, gpu.device, kernel=launch)
+    work = Workload(nd.FORMATS["Q8_0"], "float16", N_ELEMENTS, gpu.itself, kernel=launch)
     work.check()
     roof = gpu.roof(work)
     benchmark.pedantic(work, rounds=9, iterations=4, warmup_rounds=1)

@@ -26,12 +26,11 @@ ROUNDS = {"rounds": 9, "iterations": 4, "warmup_rounds": 1}
 
 
 def test_device_copy(benchmark, gpu):
-    from numba_dequant.backends import cuda_driver
     from numba_dequant.cli import measure
 
-    rooms = [cuda_driver.allocate(measure.HEAD_START, gpu.device, 0) for _ in range(2)]
+    rooms = [gpu.itself.allocate(measure.HEAD_START, 0) for _ in range(2)]
     pointers = [room.pointer for room in rooms]
-    benchmark.pedantic(cuda_driver.copy_on_device, (*pointers, measure.HEAD_START, 0), **ROUNDS)
+    benchmark.pedantic(gpu.itself.copy_on_device, (*pointers, measure.HEAD_START, 0), **ROUNDS)
     note(benchmark, 2 * measure.HEAD_START)
 
 
@@ -41,7 +40,7 @@ def test_device_copy(benchmark, gpu):
 def test_kernel(benchmark, gpu, name, dtype, mapping):
     from numba_dequant.cli.measure import Workload
 
-    work = Workload(nd.FORMATS[name], dtype, N_ELEMENTS, gpu.device, mapping)
+    work = Workload(nd.FORMATS[name], dtype, N_ELEMENTS, gpu.itself, mapping)
     work.check()
     roof = gpu.roof(work)
     benchmark.pedantic(work, **ROUNDS)

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from numba_dequant.api import Batch, dequantize, dequantize_many, prepare_many
+from numba_dequant.api import dequantize, dequantize_many, prepare_many
+from numba_dequant.backends.batch import Batch
 from numba_dequant.backends.dlpack import Bfloat16Array
 from numba_dequant.errors import (
     DataError,
@@ -62,7 +63,9 @@ __all__ = [
 
 # What a traceback or a pickle names goes by its public name, so that modules may move.
 for _each in list(globals().values()):
-    if isinstance(_each, type) and issubclass(_each, (NumbaDequantError, Bfloat16Array, Progress, QuantizedTensor)):
+    if isinstance(_each, type) and issubclass(
+        _each, (NumbaDequantError, Batch, Bfloat16Array, Progress, QuantizedTensor)
+    ):
         _each.__module__ = __name__
 del _each
 

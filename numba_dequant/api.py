@@ -2,67 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Union, overload
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.arguments import (
-    Memory,
-    after_writing,
-    allocated,
-    check_apart,
-    flat_bytes,
-    host_array,
-    host_output,
-    is_on_gpu,
-    memory_of_array,
-    output_type,
-    parse_tensors,
-    result_shape,
-    with_tensor_name,
-)
-from numba_dequant.backends import host
-from numba_dequant.backends.devices import DeviceSpec, parse_device
-from numba_dequant.backends.dlpack import shareable
-from numba_dequant.errors import DeviceError, NumbaDequantError, OutputError
+from numba_dequant.arguments import Job, is_on_gpu, output_type, parse_tensors
+from numba_dequant.backends.batch import Array, Batch
+from numba_dequant.backends.devices import gpu_device, parse_device
+from numba_dequant.backends.host import HostBackend, ReferenceBackend, SimulatorBackend
+from numba_dequant.errors import DeviceError
 from numba_dequant.format import Format
 from numba_dequant.formats import format_named
 from numba_dequant.kernels.launch_shape import launch_shape
 
 if TYPE_CHECKING:  # it imports what only a GPU needs
-    from numba_dequant.backends.device_tensor import DeviceTensor
+    from numba_dequant.backends.cuda import CudaBackend
 
 Key = TypeVar("Key")
-
-
-class Batch(Generic[Key]):
-    """Many tensors that have been checked and given their memory: what is left of `dequantize_many` is to compute.
-
-    Attributes:
-        results: name -> result, which every `run` fills anew.
-    """
-
-    def __init__(self, results: dict[Key, Array], work: Callable[[], object]) -> None:
-        self.results = results
-        self._work = work
-
-    def run(self) -> dict[Key, Array]:
-        """Compute all results, on a GPU by one launch per format, in the order of the stream."""
-        self._work()
-        return self.results
-
-    def __len__(self) -> int:
-        return len(self.results)
-
-    def __repr__(self) -> str:
-        return f"Batch({len(self)} tensors)"
-
-
-Array = Union[NDArray[Any], "DeviceTensor"]
-"""What comes back: a NumPy array from the CPU, a `DeviceTensor` from a GPU."""
 
 Out = TypeVar("Out")
 
@@ -162,16 +119,9 @@ def dequantize(
         DeviceError: also if there is not enough memory.
     """
     fmt = format_named(format)
-    name = output_type(dtype, data, out)
+    job = Job(data, fmt, output_type(dtype, data, out), shape, out)
     launch_shape(mapping, fmt)
-    place = _device_for(data if is_on_gpu(data) else None, device, stream)
-    if place.kind == "cuda":
-        from numba_dequant.backends.gpu import dequantize as dequantize_on_gpu
-
-        return dequantize_on_gpu(data, fmt, name, shape, place.index, out, stream, mapping)
-    job = _prepared(host_array(data), fmt, name, shape, place, out, mapping)
-    job.compute()
-    return job.result
+    return backend_for(device, stream, data).dequantize(job, stream, mapping)
 
 
 def dequantize_many(
@@ -241,108 +191,33 @@ def prepare_many(
     Raises:
         UnknownFormatError, DtypeError, DataError, ShapeError, OutputError, DeviceError: as `dequantize_many` does.
     """
-    entries = parse_tensors(tensors, out)
-    first = entries[0] if entries else None
-    name = output_type(dtype, first and first.data, first and first.out)
-    on_gpu = next((entry.data for entry in entries if is_on_gpu(entry.data)), None)
-    place = _device_for(on_gpu, device, stream)
-    if place.kind == "cuda":
-        from numba_dequant.backends import gpu_batch
-
-        return Batch(*gpu_batch.prepare(entries, name, place.index, stream))
-    jobs: dict[Any, _HostJob] = {}
-    for entry in entries:
-        try:
-            data = host_array(entry.data)
-            jobs[entry.name] = _prepared(data, entry.fmt, name, entry.shape, place, entry.out, "tile")
-        except NumbaDequantError as error:
-            raise with_tensor_name(error, entry.name) from error
-    if out is not None:
-        check_apart(memory for name, job in jobs.items() for memory in job.memory(name))
-
-    def compute() -> None:
-        for job in jobs.values():
-            job.compute()
-
-    return Batch({name: job.result for name, job in jobs.items()}, compute)
+    jobs = parse_tensors(tensors, dtype, out)
+    on_gpu = next((job.data for job in jobs if is_on_gpu(job.data)), None)
+    return backend_for(device, stream, on_gpu).prepare(jobs, stream)
 
 
-def _device_for(on_gpu: Any, device: Any, stream: Any) -> DeviceSpec:
-    """Where to compute, given data that lies on a GPU, if any does."""
-    if on_gpu is not None and device is None:
-        from numba_dequant.backends.cuda_driver import device_of
+def backend_for(device: Any, stream: Any, data: Any = None) -> HostBackend | CudaBackend:
+    """What computes on a device; if `device` is None, on the GPU that the data lies on, or on the first GPU.
 
-        device = f"cuda:{device_of(on_gpu)}"
-    place = parse_device(device)
-    if place.kind == "cuda":
-        return place
-    if on_gpu is not None:
-        raise DeviceError(f"the data lies on a GPU, but the device is {place}; copy it to the host first")
-    if stream is not None and place.kind != "simulator":
-        raise DeviceError(f"stream is for CUDA, but the device is {place}")
-    return place
-
-
-@dataclass(slots=True)
-class _HostJob:
-    """A tensor whose arguments have been checked, with the memory for its result.
-
-    Attributes:
-        data: its blocks, where they lie; perhaps strided.
-        fmt: their format.
-        dtype: the output type.
-        values: where to write.
-        out: the caller's array, of which `values` are the memory; None for new memory.
-        place: where to compute.
-        mapping: how the kernel of the simulator is cut.
+    Raises:
+        DeviceError: there is no such device, or it has no streams, or cannot read the data.
     """
+    on_gpu = data is not None and is_on_gpu(data)
+    if on_gpu and device is None:
+        from numba_dequant.backends.gpu import device_of
 
-    data: NDArray[Any]
-    fmt: Format
-    dtype: str
-    values: NDArray[Any]
-    out: Any
-    place: DeviceSpec
-    mapping: str
-
-    @property
-    def result(self) -> Any:
-        """What the caller gets."""
-        if self.out is not None:
-            return self.out
-        if self.place.kind == "simulator":
-            from numba_dequant.backends.simulator import SimulatedTensor
-
-            return SimulatedTensor(self.values)
-        return shareable(self.values)
-
-    def compute(self) -> None:
-        """Fill the result with the values of what the data is now."""
-        data, flat = flat_bytes(self.data), self.values.reshape(-1)
-        try:
-            host.dequantize_into(data, self.fmt, self.dtype, flat, self.place, self.mapping)
-        except MemoryError as error:
-            raise DeviceError(f"the CPU is out of memory while it computes {flat.size:,} values: {error}") from error
-        if self.out is not None:
-            after_writing(self.out)
-
-    def memory(self, name: Any) -> list[Memory]:
-        """What is read, and what is written."""
-        found = [memory_of_array(self.data, name, is_out=False), memory_of_array(self.values, name, is_out=True)]
-        return found if self.out is not None else found[:1]
-
-
-def _prepared(
-    data: NDArray[Any], fmt: Format, dtype: str, shape: Any, place: DeviceSpec, out: Any, mapping: str
-) -> _HostJob:
-    n_elements = fmt.n_elements(data.nbytes)
-    asked = result_shape(shape, n_elements, out)
-    kind = fmt.result_dtype(dtype)
-    if out is None:
-        n_bytes = n_elements * kind.itemsize
-        values = allocated(lambda: np.empty(asked, kind), n_bytes, "the result")
+        spec = gpu_device(device_of(data))
     else:
-        values = host_output(out, kind, asked, n_elements, place)
-        if np.may_share_memory(values, data):
-            raise OutputError("out shares memory with data")
-    return _HostJob(data, fmt, dtype, values, out, place, mapping)
+        spec = parse_device(device)
+    if spec.kind == "cuda":
+        from numba_dequant.backends.cuda import CudaBackend
+        from numba_dequant.backends.gpu import gpu_at
+
+        return CudaBackend(gpu_at(spec.index))
+    if on_gpu:
+        raise DeviceError(f"the data lies on a GPU, but the device is {spec}; copy it to the host first")
+    if spec.kind == "simulator":
+        return SimulatorBackend(spec)
+    if stream is not None:
+        raise DeviceError(f"stream is for CUDA, but the device is {spec}")
+    return ReferenceBackend(spec) if spec.kind == "reference" else HostBackend(spec)

@@ -27,25 +27,71 @@ from numba_dequant.interop import TORCH, library_of
 MAX_DIMENSIONS = 64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
 """Of a NumPy array."""
 
+BYTES = np.dtype(np.uint8)
+
 
 @dataclass(slots=True)
-class Tensor:
-    """One of many tensors to dequantize together, as the caller gave it."""
+class Job:
+    """One tensor to dequantize, which every backend takes.
 
-    name: Any
+    Attributes:
+        data: its blocks, as the caller gave them; None for those of a file.
+        fmt: their format.
+        dtype: the output type; None for the blocks as they are.
+        shape: of the result; as the caller gave it, until `measure` has checked it.
+        out: the caller's array to write to, or None for new memory.
+        name: of the tensor, where there are several.
+        n_elements: of the result, once `measure` knows it.
+    """
+
     data: Any
     fmt: Format
+    dtype: str | None
     shape: Any = None
     out: Any = None
+    name: Any = None
+    n_elements: int = 0
+
+    def measure(self, n_bytes: int) -> None:
+        """Find the number of elements of that many bytes of blocks, and the shape of the result.
+
+        Raises:
+            DataError: that is not a whole number of blocks.
+            ShapeError: the shape asked for has another number of elements.
+        """
+        self.n_elements = self.fmt.n_elements(n_bytes)
+        self.shape = result_shape(self.shape, self.n_elements, self.out)
+
+    @property
+    def result_dtype(self) -> np.dtype[Any]:
+        """The NumPy dtype of the result."""
+        return BYTES if self.dtype is None else self.fmt.result_dtype(self.dtype)
+
+    def check_output(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        """Check that an `out` of that type and shape is right for the result.
+
+        Raises:
+            OutputError: it is not.
+        """
+        expected = self.result_dtype
+        if dtype != expected:
+            held = dtype.name if dtype.isnative else f"{dtype.name} of the other byte order"
+            raise OutputError(f"out holds {held}, the result is {expected.name}; pass an array of {expected.name}")
+        if shape != self.shape or math.prod(shape) != self.n_elements:
+            wanted = f"{self.n_elements} elements" if shape == self.shape else f"shape {self.shape}"
+            raise OutputError(f"out has shape {shape}, the result has {wanted}")
 
 
-def parse_tensors(tensors: Any, out: Any) -> list[Tensor]:
+def parse_tensors(tensors: Any, dtype: Any, out: Any) -> list[Job]:
     """The tensors that were given as name -> (data, format) or (data, format, shape), with name -> `out`.
+
+    All get one output type; if `dtype` is None, that of the first.
 
     Raises:
         DataError: `tensors` or an entry of it is something else.
         OutputError: `out` is something else, or has other names.
         UnknownFormatError: there is no such format.
+        DtypeError: there is no such output type.
     """
     if not isinstance(tensors, Mapping):
         raise DataError(f"tensors must be a mapping, name -> (data, format), got {shown(tensors)}")
@@ -53,18 +99,21 @@ def parse_tensors(tensors: Any, out: Any) -> list[Tensor]:
     if outputs is not None and outputs.keys() != tensors.keys():
         odd = next(iter(outputs.keys() ^ tensors.keys()))
         raise OutputError(f"{shown(odd)} is in one of tensors and out, not in both; give an array for each tensor")
-    found = []
+    jobs = []
     for name, entry in tensors.items():
         if not isinstance(entry, tuple) or len(entry) not in (2, 3):
-            kind = f"tuple of {len(entry)}" if isinstance(entry, tuple) else type(entry).__name__
-            raise DataError(f"tensor {shown(name)} is a {kind}, not (data, format) or (data, format, shape)")
+            given = f"tuple of {len(entry)}" if isinstance(entry, tuple) else type(entry).__name__
+            raise DataError(f"tensor {shown(name)} is a {given}, not (data, format) or (data, format, shape)")
         data, fmt, *shape = entry
         try:
             known = format_named(fmt)
         except NumbaDequantError as error:
             raise with_tensor_name(error, name) from error
-        found.append(Tensor(name, data, known, shape[0] if shape else None, outputs[name] if outputs else None))
-    return found
+        jobs.append(Job(data, known, None, shape[0] if shape else None, outputs[name] if outputs else None, name))
+    output = output_type(dtype, jobs[0].data, jobs[0].out) if jobs else output_type(dtype)
+    for job in jobs:
+        job.dtype = output
+    return jobs
 
 
 def output_mapping(out: Any) -> dict[Any, Any]:
@@ -250,52 +299,33 @@ def _extents(shape: Any) -> tuple[int, ...]:
     return found  # type: ignore[return-value]
 
 
-def check_output(
-    found_dtype: np.dtype[Any],
-    found_shape: tuple[int, ...],
-    dtype: np.dtype[Any],
-    shape: tuple[int, ...],
-    n_elements: int,
-) -> None:
-    """Check that an `out` has the type and the shape of the result.
-
-    Raises:
-        OutputError: it has not.
-    """
-    if found_dtype != dtype:
-        found = f"{found_dtype.name} of the other byte order" if not found_dtype.isnative else found_dtype.name
-        raise OutputError(f"out holds {found}, the result is {dtype.name}; pass an array of {dtype.name}")
-    if found_shape != shape or math.prod(found_shape) != n_elements:
-        expected = f"{n_elements} elements" if found_shape == shape else f"shape {shape}"
-        raise OutputError(f"out has shape {found_shape}, the result has {expected}")
-
-
-def host_output(out: Any, dtype: np.dtype[Any], shape: tuple[int, ...], n_elements: int, place: object) -> NDArray[Any]:
+def host_output(job: Job, device: object) -> NDArray[Any]:
     """The memory of the caller's `out` as a plain NumPy array, which is right in every way for the result.
 
     Raises:
         OutputError: it is not.
     """
+    out = job.out
     if library_of(out) is TORCH:
-        array = TORCH.host_output(out, dtype, place)
+        array = TORCH.host_output(out, job.result_dtype, device)
     elif isinstance(out, np.ma.MaskedArray):
         raise OutputError("out is a masked array; pass its attribute data")
     elif isinstance(out, np.ndarray):
         array = out if type(out) is np.ndarray else out.view(np.ndarray)
     elif is_on_gpu(out):
-        raise OutputError(f"out lies on a GPU, the device is {place}")
+        raise OutputError(f"out lies on a GPU, the device is {device}")
     else:
         raise OutputError(
-            f"out must be a NumPy array or a PyTorch tensor where the device is {place}, got {shown(out)}"
+            f"out must be a NumPy array or a PyTorch tensor where the device is {device}, got {shown(out)}"
         )
-    check_output(array.dtype, array.shape, dtype, shape, n_elements)
+    job.check_output(array.dtype, array.shape)
     flags = array.flags
     if not flags.c_contiguous:
         raise OutputError(f"out is not contiguous, rows first (its strides are {array.strides}); pass an array that is")
     if not flags.writeable:
         raise OutputError("out is read-only; pass a writable array")
     if not flags.aligned:
-        raise OutputError(f"out lies at an address that is not a multiple of {dtype.itemsize}; pass an aligned array")
+        raise OutputError(f"out lies at an address that is not a multiple of {array.itemsize}; pass an aligned array")
     return array
 
 

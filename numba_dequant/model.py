@@ -12,14 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant import display
+from numba_dequant.api import backend_for
 from numba_dequant.arguments import flag_option, output_type, whole_option
-from numba_dequant.backends.devices import DeviceSpec, parse_device
-from numba_dequant.errors import DeviceError, OutputError
+from numba_dequant.backends.devices import parse_device
+from numba_dequant.backends.host import HostBackend
+from numba_dequant.errors import OutputError
 from numba_dequant.gguf.file import GgufFile, TensorInfo, TensorTable, open_gguf
 from numba_dequant.gguf.metadata import Metadata
 from numba_dequant.loading.files import check_complete, map_tensor, read_tensor
 from numba_dequant.loading.progress import Progress, Reporter
-from numba_dequant.loading.requests import Request, Select, plan_requests, slice_rows, tensor_named
+from numba_dequant.loading.requests import Request, Select, plan_requests, request_for, slice_rows, tensor_named
 from numba_dequant.locks import compile_lock
 
 Callback = Callable[[Progress], object] | None
@@ -93,13 +95,13 @@ class Model:
             ReadError: the file cannot be read, or has changed since.
             DeviceError: there is no such device, or not enough memory.
         """
-        kind = output_type(dtype, None, out)
+        output = output_type(dtype, None, out)
         kept = flag_option("keep_quantized", keep_quantized)
         if kept and out is not None:
             raise OutputError("out cannot be combined with keep_quantized=True; drop one of them")
-        request = Request(slice_rows(tensor_named(self.tensors, name), rows), None if kept else kind, out)
-        results = self._results([request], parse_device(device), stream, threads, None, lambda bytes_done: None)
-        return next(results)
+        tensor = slice_rows(tensor_named(self.tensors, name), rows)
+        request = request_for(tensor, None if kept else output, out)
+        return next(self._results([request], device, stream, threads, None, lambda bytes_done: None))
 
     def load_all(
         self,
@@ -139,7 +141,7 @@ class Model:
             GgufError, ReadError, DeviceError: as for `load`. Nothing that was loaded is kept then.
         """
         chosen = plan_requests(self.tensors, select, dtype, out, keep_quantized=keep_quantized)
-        loaded = self._named(chosen, parse_device(device), stream, threads, None, progress, callback)
+        loaded = self._named(chosen, device, stream, threads, None, progress, callback)
         return dict(loaded)
 
     def stream(
@@ -176,7 +178,7 @@ class Model:
         """
         chosen = plan_requests(self.tensors, select, dtype, None, keep_quantized=keep_quantized)
         ahead = whole_option("prefetch", prefetch, 0)
-        return self._named(chosen, parse_device(device), stream, threads, ahead, progress, callback)
+        return self._named(chosen, device, stream, threads, ahead, progress, callback)
 
     def read(self, name: str | TensorInfo, *, mmap: bool = False) -> NDArray[np.uint8]:
         """The compressed bytes of one tensor, in this machine's byte order: read, and yours to keep.
@@ -204,7 +206,7 @@ class Model:
     def _named(
         self,
         chosen: list[Request],
-        place: DeviceSpec,
+        device: Any,
         stream: Any,
         threads: int | None,
         prefetch: int | None,
@@ -213,7 +215,7 @@ class Model:
     ) -> Iterator[tuple[str, Any]]:
         """Names and results, in order; the arguments are checked before the first is asked for."""
         report = Reporter(sum(request.tensor.n_bytes for request in chosen), progress, callback)
-        results = self._results(chosen, place, stream, threads, prefetch, report)
+        results = self._results(chosen, device, stream, threads, prefetch, report)
 
         def pairs() -> Iterator[tuple[str, Any]]:
             try:
@@ -228,26 +230,25 @@ class Model:
     def _results(
         self,
         chosen: list[Request],
-        place: DeviceSpec,
+        device: Any,
         stream: Any,
         threads: int | None,
         prefetch: int | None,
-        watch: Callable[[int], None],
+        on_bytes_read: Callable[[int], None],
     ) -> Generator[Any, None, None]:
+        backend = backend_for(device, stream)
         if threads is not None:
             threads = whole_option("threads", threads, 1)
         for request in chosen:
             check_complete(request.tensor)
-        if place.kind == "cuda":
-            from numba_dequant.loading import gpu_loader
+        if isinstance(backend, HostBackend):
+            with compile_lock:  # a fork waits for the import
+                from numba_dequant.loading import host_loader
 
-            return gpu_loader.load(chosen, place.index, stream, threads, prefetch, watch)
-        if stream is not None and place.kind != "simulator":
-            raise DeviceError(f"stream is for CUDA, but the device is {place}")
-        with compile_lock:  # a fork waits for the import
-            from numba_dequant.loading import host_loader
+            return host_loader.load(chosen, backend, threads, prefetch, on_bytes_read)
+        from numba_dequant.loading import gpu_loader
 
-        return host_loader.load(chosen, place, threads, prefetch, watch)
+        return gpu_loader.load(chosen, backend.gpu, stream, threads, prefetch, on_bytes_read)
 
     def __enter__(self) -> Model:
         return self
@@ -315,8 +316,8 @@ def release_buffers(device: Any = None) -> None:
     Raises:
         DeviceError: there is no such GPU.
     """
-    place = None if device is None else parse_device(device)
-    if "numba_dequant.loading.gpu_loader" in sys.modules:
-        from numba_dequant.loading import gpu_loader
+    index = None if device is None else parse_device(device).index
+    if "numba_dequant.loading.gpu_buffers" in sys.modules:
+        from numba_dequant.loading import gpu_buffers
 
-        gpu_loader.POOL.release(None if place is None else place.index)
+        gpu_buffers.release(index)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from numba_dequant import display
 from numba_dequant.api import dequantize
+from numba_dequant.arguments import Job
 from numba_dequant.backends.devices import DeviceSpec
 from numba_dequant.errors import DeviceError
 from numba_dequant.format import Format
@@ -70,9 +71,10 @@ def _timed(
 ) -> tuple[NDArray[Any], float]:
     """The values from a device, and the time that dequantizing took there: copies to and from a GPU not counted."""
     if place.kind == "cuda":
-        from numba_dequant.backends import gpu
+        from numba_dequant.backends.cuda import time_kernel
+        from numba_dequant.backends.gpu import gpu_at
 
-        return gpu.time_kernel(data, fmt, dtype, shape, place.index)
+        return time_kernel(data, Job(None, fmt, dtype, shape), gpu_at(place.index))
     dequantize(data[: fmt.type_size], fmt, dtype, device=str(place))  # compiles
     start = time.perf_counter()
     found: Any = dequantize(data, fmt, dtype, shape=shape, device=str(place))

@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.backends import cuda_driver
 from numba_dequant.backends.dlpack import shareable
+from numba_dequant.backends.gpu import LEGACY_STREAM, export, stream_handle
+from numba_dequant.backends.gpu_memory import DeviceBytes
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DeviceError
 from numba_dequant.interop import Library, libraries_with_streams
@@ -29,18 +30,17 @@ class DeviceTensor:
     Attributes:
         shape: rows first.
         dtype: the NumPy dtype; bfloat16 is that of ml_dtypes.
-        device: ordinal of the GPU.
         stream: handle of the stream on which the values are computed.
         framework: PyTorch or CuPy, if the values were computed on its current stream for an array of its own; a call
             that takes this tensor then runs on that library's current stream too.
         memory: where they lie; tensors that were made together may share an allocation.
     """
 
-    __slots__ = ("__weakref__", "device", "dtype", "framework", "memory", "shape", "stream")
+    __slots__ = ("__weakref__", "dtype", "framework", "memory", "shape", "stream")
 
     def __init__(
         self,
-        memory: cuda_driver.DeviceBytes,
+        memory: DeviceBytes,
         shape: tuple[int, ...],
         dtype: np.dtype[Any],
         stream: int,
@@ -50,9 +50,13 @@ class DeviceTensor:
         self.memory = memory
         self.shape = shape
         self.dtype = dtype
-        self.device = memory.device
         self.stream = stream
         self.framework = framework
+
+    @property
+    def device(self) -> int:
+        """Ordinal of the GPU."""
+        return self.memory.gpu.index
 
     @property
     def size(self) -> int:
@@ -75,10 +79,10 @@ class DeviceTensor:
         Raises:
             DeviceError: a CUDA graph is being captured on the tensor's stream.
         """
-        host = np.empty(self.shape, self.dtype)
-        with cuda_driver.active_gpu(self.device):
-            cuda_driver.refuse_capture(self.stream, "values cannot be copied to the host before it runs")
-            cuda_driver.copy_to_host(host, self.memory.pointer, self.stream)
+        host, gpu = np.empty(self.shape, self.dtype), self.memory.gpu
+        with gpu.active():
+            gpu.refuse_capture(self.stream, "values cannot be copied to the host before it runs")
+            gpu.copy_to_host(host, self.memory.pointer, self.stream)
         return shareable(host)
 
     @property
@@ -93,7 +97,7 @@ class DeviceTensor:
             "typestr": self.dtype.str,
             "data": (self.ptr, False),
             "strides": None,
-            "stream": self.stream or cuda_driver.LEGACY_STREAM,
+            "stream": self.stream or LEGACY_STREAM,
             "version": 3,
         }
 
@@ -113,16 +117,17 @@ class DeviceTensor:
         if stream is not None and stream < -1:
             raise BufferError(f"expected a stream, got {stream}")
         if stream != -1:
-            self._lend(cuda_driver.stream_handle(stream))
-        return cuda_driver.export(self.memory, self.shape, self.dtype, max_version)
+            self._lend(stream_handle(stream))
+        return export(self.memory, self.shape, self.dtype, max_version)
 
     def _lend(self, stream: int) -> None:
         """Let a stream use the values: it waits for them now, and their memory waits for it when it is dropped."""
         if stream == self.stream:
             return
-        with cuda_driver.active_gpu(self.device):
-            cuda_driver.stream_wait_stream(stream, self.stream)
-            lives_on, keeper = cuda_driver.keeper_of(stream, self.device)
+        gpu = self.memory.gpu
+        with gpu.active():
+            gpu.stream_wait_stream(stream, self.stream)
+            lives_on, keeper = gpu.keeper_of(stream)
             if lives_on:
                 self.memory.owner.lend(stream, keeper)
 
@@ -133,10 +138,11 @@ class DeviceTensor:
         return DeviceTensor(replace(self.memory), self.shape, self.dtype, self.stream, self.framework)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DeviceTensor:
-        with cuda_driver.active_gpu(self.device) as device:
-            memory = cuda_driver.allocate(self.nbytes, device, self.stream)
+        gpu = self.memory.gpu
+        with gpu.active():
+            memory = gpu.allocate(self.nbytes, self.stream)
             if self.size:
-                cuda_driver.copy_on_device(memory.pointer, self.ptr, self.nbytes, self.stream)
+                gpu.copy_on_device(memory.pointer, self.ptr, self.nbytes, self.stream)
         return DeviceTensor(memory, self.shape, self.dtype, self.stream, self.framework)
 
     def __len__(self) -> int:

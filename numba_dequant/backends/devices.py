@@ -40,22 +40,34 @@ def parse_device(device: Any) -> DeviceSpec:
         problem = why_no_cuda()
         if problem is None:
             return _gpu(0)
-        _warn_once(problem)
+        warn_once(f"numba_dequant computes on the CPU: {problem}")
         return DeviceSpec("cpu")
-    place = _place_of(device if type(device) is str else _name_of(device))
-    if place is None:
+    spec = _spec_of(device if type(device) is str else _name_of(device))
+    if spec is None:
         raise DeviceError(
             f"unknown device {shown(device)}; choose 'reference', 'cpu', 'cuda', 'cuda:1', ... or None{_hint(device)}"
         )
-    if place.kind == "cuda":
-        problem = why_no_cuda()
-        if problem is not None:
-            raise DeviceError(f"device {shown(device)} cannot be used: {problem}")
-    return place
+    return _usable(spec, device)
+
+
+def gpu_device(index: int) -> DeviceSpec:
+    """The GPU of that ordinal.
+
+    Raises:
+        DeviceError: no GPU can be used.
+    """
+    return _usable(_gpu(index), index)
+
+
+def _usable(spec: DeviceSpec, device: Any) -> DeviceSpec:
+    problem = why_no_cuda() if spec.kind == "cuda" else None
+    if problem is not None:
+        raise DeviceError(f"device {shown(device)} cannot be used: {problem}")
+    return spec
 
 
 @lru_cache(maxsize=64)
-def _place_of(name: str) -> DeviceSpec | None:
+def _spec_of(name: str) -> DeviceSpec | None:
     # Ten digits and more are the ordinal of nothing, and Python refuses to read more than 4300 of them.
     found = re.fullmatch("reference|cpu(?::0)?|cuda(?::([0-9]{1,9}))?", name.strip().lower())
     if found is None:
@@ -126,9 +138,9 @@ def why_no_cuda() -> str | None:
         return missing
     try:
         with compile_lock:  # a fork waits for the import
-            from numba_dequant.backends import cuda_driver
+            from numba_dequant.backends.gpu import n_devices
 
-        cuda_driver.n_devices()
+        n_devices()
     except ImportError as error:
         return f"{error}; run: {install_command()}"
     except DeviceError as error:
@@ -143,7 +155,3 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _warn_once(problem: str) -> None:
-    warn_once(f"numba_dequant computes on the CPU: {problem}")

@@ -1,269 +1,507 @@
-"""Dequantizing on a GPU: checks, memory and the launch, in the order of one stream."""
+"""One GPU through `cuda.core`: its memory, streams, events and launches. It knows no format."""
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
-from statistics import median
+import ctypes
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import numpy as np
-from cuda.core import Device, Kernel, LaunchConfig, ObjectCode, Stream
+from cuda.bindings import driver
+from cuda.core import (
+    Buffer,
+    Device,
+    Event,
+    EventOptions,
+    Kernel,
+    LaunchConfig,
+    LegacyPinnedMemoryResource,
+    ObjectCode,
+    Stream,
+    launch,
+)
+from cuda.core.utils import StridedMemoryView
 from numpy.typing import NDArray
 
-from numba_dequant.arguments import check_output, host_bytes, is_on_gpu, result_shape
-from numba_dequant.backends import cuda_driver, streams
-from numba_dequant.backends.cuda_driver import DeviceBytes
-from numba_dequant.backends.device_tensor import DeviceTensor
-from numba_dequant.backends.streams import CallStream
-from numba_dequant.dtypes import OUTPUT_TYPES
-from numba_dequant.errors import DeviceError, DtypeError, OutputError
-from numba_dequant.format import Format
-from numba_dequant.interop import TORCH, library_of
+from numba_dequant.backends import gpu_memory
+from numba_dequant.backends.capture import (
+    IMPLICIT_CAPTURE,
+    NOT_CAPTURING,
+    allowed_in_capture,
+    capture_state,
+    current_context,
+    is_capturing,
+)
+from numba_dequant.backends.dlpack import patch_dlpack_dtype
+from numba_dequant.backends.gpu_memory import DeviceBytes, PoolMemory, TorchMemory
+from numba_dequant.errors import DataError, DeviceError, shown
+from numba_dequant.interop import TORCH, libraries_with_streams, library_of, library_that_captures
 from numba_dequant.kernels import compiler
 from numba_dequant.kernels.compiler import KernelSpec
-from numba_dequant.kernels.launch_shape import LaunchShape, launch_shape
 from numba_dequant.locks import compiled_once
 
-MAX_GRID = 2**31 - 1
-
-NO_HOST_DATA = "data on the host cannot be part of it; copy the data to the GPU before the capture"
-
-
-def dequantize(data: Any, fmt: Format, dtype: str, shape: Any, index: int, out: Any, stream: Any, mapping: str) -> Any:
-    """What `numba_dequant.dequantize` does on CUDA device `index`."""
-    call = streams.stream_for(stream, index, (data, out))
-    if not isinstance(data, DeviceTensor) and not is_on_gpu(data):
-        if not is_pinned_tensor(data):
-            return load(host_bytes(data), fmt, dtype, shape, index, out, call, mapping)
-        cuda_driver.refuse_capture(call.handle, NO_HOST_DATA)
-        data = TORCH.to_gpu(data, index, call.handle)
-    with cuda_driver.active_gpu(index) as device:
-        memory = streams.memory_of(data, call)
-        check_place(memory, device)
-        n_elements = fmt.n_elements(memory.n_bytes)
-        result, target = target_for(fmt, dtype, n_elements, shape, device, out, call, memory)
-        dequantize_into(memory, fmt, dtype, n_elements, target, call.handle, mapping)
-        streams.release(call, index, data, out)
-        return result
-
-
-def load(
-    host: NDArray[np.uint8],
-    fmt: Format,
-    dtype: str,
-    shape: Any,
-    index: int,
-    out: Any,
-    call: CallStream,
-    mapping: str = "tile",
-) -> Any:
-    """Dequantize bytes that lie on the host; their copy on the GPU is freed behind the kernel."""
-    n_elements = fmt.n_elements(host.nbytes)
-    with cuda_driver.active_gpu(index) as device:
-        cuda_driver.refuse_capture(call.handle, NO_HOST_DATA)
-        result, target = target_for(fmt, dtype, n_elements, shape, device, out, call)
-        memory = _sent(host, device, call)
-        dequantize_into(memory, fmt, dtype, n_elements, target, call.handle, mapping)
-        streams.release(call, index, None, out)
-        return result
-
-
-def upload(host: NDArray[np.uint8], index: int, call: CallStream) -> DeviceTensor:
-    """Bytes that lie on the host, as they are, on the GPU."""
-    with cuda_driver.active_gpu(index) as device:
-        memory = _sent(host, device, call)
-        return DeviceTensor(memory, (host.nbytes,), cuda_driver.BYTES, call.handle, call.framework)
-
-
-def _sent(host: NDArray[np.uint8], device: Device, call: CallStream) -> DeviceBytes:
-    memory = cuda_driver.allocate(host.nbytes, device, call.handle, call.keeper)
-    if host.nbytes:
-        send(host, memory.pointer, call.handle)
-    return memory
-
-
-def is_pinned_tensor(data: Any) -> bool:
-    """Whether data is a PyTorch tensor in pinned host memory."""
-    return library_of(data) is TORCH and TORCH.is_pinned(data)
-
-
-def send(host: NDArray[np.uint8], pointer: int, stream: int) -> None:
-    """Queue the copy of host memory to a device address; the caller may change it afterwards.
-
-    So this waits for the copy where the memory is pinned, which a GPU reads in its own time: nothing tells the owner
-    of a NumPy array that it is still being read. A PyTorch tensor in pinned memory is copied by PyTorch, which does not
-    wait (`Torch.to_gpu`).
-    """
-    cuda_driver.copy_to_device(pointer, host, stream)
-    if cuda_driver.is_pinned(host):
-        cuda_driver.synchronize(stream)
-
-
-def target_for(
-    fmt: Format,
-    dtype: str,
-    n_elements: int,
-    shape: Any,
-    device: Device,
-    out: Any,
-    call: CallStream,
-    memory: DeviceBytes | None = None,
-) -> tuple[Any, DeviceBytes]:
-    """What to return, and the memory to write: those of `out`, or new ones once all is checked."""
-    asked = result_shape(shape, n_elements, out)
-    kind = fmt.result_dtype(dtype)
-    check_capability(fmt, dtype, device.device_id)
-    if out is not None:
-        return out, checked_output(out, memory, kind, asked, n_elements, device, call)
-    target = new_memory(n_elements * kind.itemsize, device, call)
-    return DeviceTensor(target, asked, kind, call.handle, call.framework), target
-
-
-def new_memory(n_bytes: int, device: Device, call: CallStream) -> DeviceBytes:
-    """Memory for a result: from PyTorch's allocator on PyTorch's current stream, else from the GPU's pool.
-
-    Raises:
-        DeviceError: there is not enough, or a CUDA graph is being captured by somebody other than PyTorch.
-    """
-    if call.framework is TORCH:
-        return cuda_driver.allocate_by_torch(n_bytes, device, call.handle)
-    if call.handle:
-        cuda_driver.refuse_capture(call.handle, "only PyTorch can allocate memory for it; pass out=")
-    return cuda_driver.allocate(n_bytes, device, call.handle, call.keeper)
-
-
-def check_place(memory: DeviceBytes, device: Device) -> None:
-    """Check that data lies on the GPU that is to read it.
-
-    Raises:
-        DeviceError: it does not.
-    """
-    if memory.device != device.device_id:
-        raise DeviceError(
-            f"the data lies on cuda:{memory.device}, the device is cuda:{device.device_id}; copy it there first"
-        )
-
-
-def check_capability(fmt: Format, dtype: str, index: int) -> None:
-    """Check that a GPU can convert to an output type.
-
-    Raises:
-        DtypeError: it cannot.
-    """
-    needed = OUTPUT_TYPES[dtype].capability
-    if needed[0] and fmt.decode is not None and capability_of(index) < needed:
-        least, found = (".".join(map(str, each)) for each in (needed, capability_of(index)))
-        raise DtypeError(
-            f"{dtype} needs a GPU of compute capability {least} or later, this one has {found}; use float16"
-        )
-
-
-def checked_output(
-    out: Any,
-    memory: DeviceBytes | None,
-    dtype: np.dtype[Any],
-    shape: tuple[int, ...],
-    n_elements: int,
-    device: Device,
-    call: CallStream,
-) -> DeviceBytes:
-    """The memory of the caller's `out`, which is right in every way for the result of reading `memory`.
-
-    Raises:
-        OutputError: it is not.
-    """
-    index = device.device_id
-    if not isinstance(out, DeviceTensor):
-        library = library_of(out)
-        if not (is_on_gpu(out) if library is None else library.is_on_gpu(out)):
-            raise OutputError(f"out is a {type(out).__name__} on the host, the device is cuda:{index}")
-        if library is not None and not library.is_contiguous(out):
-            raise OutputError("out is not contiguous; pass a contiguous array")
-    target = streams.memory_of(out, call)
-    if target.device != index:
-        raise OutputError(f"out lies on cuda:{target.device}, the device is cuda:{index}")
-    if target.is_readonly:
-        raise OutputError("out is read-only")
-    check_output(target.dtype, target.shape, dtype, shape, n_elements)
-    if memory is not None and not (
-        target.pointer + target.n_bytes <= memory.pointer or memory.pointer + memory.n_bytes <= target.pointer
-    ):
-        raise OutputError("out shares memory with data")
-    return target
-
-
-def dequantize_into(
-    data: DeviceBytes, fmt: Format, dtype: str, n_elements: int, out: DeviceBytes, stream: int, mapping: str = "tile"
-) -> None:
-    """Queue the work that writes the values of `data` to `out`, both on the current device."""
-    if not n_elements:
-        return
-    if fmt.stored_dtype is not None:
-        cuda_driver.copy_on_device(out.pointer, data.pointer, out.n_bytes, stream)
-        return
-    target = out
-    if out.pointer % 16:
-        # The kernel stores 16 bytes at a time: an odd address gets its values by way of other memory.
-        cuda_driver.refuse_capture(stream, "out lies at an address that is not a multiple of 16; pass one that does")
-        target = cuda_driver.allocate(out.n_bytes, Device(data.device), stream)
-    queue, kernel, shape = launcher(fmt, dtype, mapping, data.device, stream)
-    step = MAX_GRID * shape.tile_elements
-    for first in range(0, n_elements, step):
-        count = min(step, n_elements - first)
-        start = data.pointer + first // fmt.block_size * fmt.type_size
-        place = target.pointer + first * (out.n_bytes // n_elements)
-        cuda_driver.launch_kernel(
-            queue, launch_config(shape.thread_blocks(count), shape.threads), kernel, start, count, place
-        )
-    if target is not out:
-        cuda_driver.copy_on_device(out.pointer, target.pointer, out.n_bytes, stream)
+LEGACY_STREAM, PER_THREAD_STREAM = 1, 2
+"""The names of the default streams in `__cuda_array_interface__` and DLPack."""
 
 
 @cache
-def capability_of(index: int) -> tuple[int, int]:
-    """Compute capability of a GPU."""
-    with cuda_driver.active_gpu(index) as device:
-        return device.compute_capability.major, device.compute_capability.minor
+def n_devices() -> int:
+    """GPUs that this process can use, at least one.
+
+    Raises:
+        DeviceError: there is no driver, or no GPU.
+    """
+    try:
+        code, *_ = driver.cuInit(0)
+        if code == driver.CUresult.CUDA_SUCCESS:
+            code, count = driver.cuDeviceGetCount()
+            if code == driver.CUresult.CUDA_SUCCESS and count:
+                return int(count)
+    except RuntimeError:  # cuda.bindings found no driver library
+        raise DeviceError("no NVIDIA driver was found") from None
+    raise DeviceError(f"no GPU can be used ({code.name})")
 
 
-@lru_cache(maxsize=1024)
-def launcher(fmt: Format, dtype: str, mapping: str, device: int, stream: int) -> tuple[Stream, Kernel, LaunchShape]:
-    """What every launch of a kernel on a stream has in common."""
-    kernel = load_kernel(compiler.dequantize_kernel(fmt, dtype, mapping), capability_of(device))
-    return cuda_driver.stream_on(device, stream), kernel, launch_shape(mapping, fmt)
+class Gpu:
+    """One GPU. Tests put an object with the same methods in its place, by `OPEN`.
+
+    A stream is given by its handle. Methods that take one expect this GPU to be current: ``with gpu.active()``.
+
+    Attributes:
+        index: ordinal of the GPU.
+        kernels: those that have been used, kept here by the backend.
+        idle_buffers: those of earlier loads, kept here by the loader.
+    """
+
+    def __init__(self, index: int) -> None:
+        count = n_devices()
+        if not 0 <= index < count:
+            raise DeviceError(f"there is no device cuda:{index}; this process sees {count}, from cuda:0 on")
+        self.index = index
+        self.kernels: dict[Any, Any] = {}
+        self.idle_buffers: list[Any] = []
+
+    def active(self) -> _Active:
+        """Make this GPU the current one of this thread within a ``with`` block, and restore the previous one."""
+        return _Active(self.index)
+
+    @cached_property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability."""
+        with self.active() as device:
+            return device.compute_capability.major, device.compute_capability.minor
+
+    @property
+    def context(self) -> int:
+        """The handle of what a thread must make current before it can use this GPU."""
+        return int(Device(self.index).context.handle)
+
+    @cached_property
+    def thread_functions(self) -> Mapping[str, Any] | None:
+        """Functions of the driver for threads without Python; None where the system or the driver lacks what they need.
+
+        That is Linux, and a driver by which a stream can write to pinned memory.
+        """
+        if sys.platform != "linux":
+            return None
+        with self.active():
+            flag, stream = self.pinned(4).view(np.uint32), self.create_stream()
+            flag[0] = 0
+            code, *_ = driver.cuStreamWriteValue32(int(stream.handle), flag.ctypes.data, 1, 0)
+            stream.sync()
+        if code != driver.CUresult.CUDA_SUCCESS or not flag[0]:
+            return None
+        library = ctypes.CDLL("libcuda.so.1")
+        return {
+            "set_context": library.cuCtxSetCurrent,
+            "let_gpu_wait": library.cuStreamWaitEvent,
+            "copy": library.cuMemcpyHtoDAsync_v2,
+            "launch": library.cuLaunchKernel,
+            "signal": library.cuStreamWriteValue32_v2,
+        }
+
+    # Memory
+
+    @cached_property
+    def _pool(self) -> Any:
+        return Device(self.index).memory_resource
+
+    def allocate(self, n_bytes: int, stream: int, keeper: Any = None) -> DeviceBytes:
+        """Device memory from the GPU's pool, in the order of a stream, which `keeper` keeps from being destroyed.
+
+        Raises:
+            DeviceError: there is not enough.
+        """
+        gpu_memory.free_deferred()
+        pool, queue = self._pool, stream_on(self.index, stream)
+        try:
+            # For the legacy stream `streams.stream_for` has checked it.
+            if not stream or library_that_captures() is None:
+                buffer = pool.allocate(n_bytes or 1, stream=queue)
+            else:
+                with allowed_in_capture():
+                    buffer = pool.allocate(n_bytes or 1, stream=queue)
+        except Exception as error:
+            if "OUT_OF_MEMORY" not in str(error):
+                raise _driver_error(error) from error
+            raise self._out_of_memory(n_bytes) from error
+        return DeviceBytes(int(buffer.handle), n_bytes, self, PoolMemory(buffer, self, stream, keeper))
+
+    def allocate_by_torch(self, n_bytes: int, stream: int) -> DeviceBytes:
+        """Device memory from PyTorch's caching allocator, in the order of PyTorch's current stream.
+
+        Raises:
+            DeviceError: there is not enough.
+        """
+        try:
+            tensor = TORCH.empty(max(n_bytes, 1), self.index)
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            raise self._out_of_memory(n_bytes) from error
+        return DeviceBytes(int(tensor.data_ptr()), n_bytes, self, TorchMemory(tensor, self, stream))
+
+    def _out_of_memory(self, n_bytes: int) -> DeviceError:
+        _, free, total = driver.cuMemGetInfo()
+        return DeviceError(
+            f"cuda:{self.index} is out of memory: {n_bytes:,} bytes were asked for, "
+            f"{int(free):,} of {int(total):,} are free"
+        )
+
+    def pinned(self, n_bytes: int) -> NDArray[np.uint8]:
+        """Host memory that a GPU reads at full speed; expensive to get, cheap to reuse."""
+        return np.from_dlpack(LegacyPinnedMemoryResource().allocate(n_bytes)).view(np.uint8)
+
+    def copy_to_device(self, pointer: int, host: NDArray[np.uint8], stream: int) -> None:
+        """Queue a copy of host memory to a device address."""
+        _check(driver.cuMemcpyHtoDAsync(pointer, host.ctypes.data, host.nbytes, stream))
+
+    def send(self, pointer: int, host: NDArray[np.uint8], stream: int) -> None:
+        """Queue a copy of host memory to a device address; the caller may change the host memory afterwards.
+
+        So this waits for the copy where the memory is pinned, which a GPU reads in its own time: nothing tells the
+        owner of a NumPy array that it is still being read.
+        """
+        self.copy_to_device(pointer, host, stream)
+        # The plural asks without an error where the driver does not know the address.
+        kinds = [driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE]
+        code, values = driver.cuPointerGetAttributes(len(kinds), kinds, host.ctypes.data)
+        if code == driver.CUresult.CUDA_SUCCESS and int(values[0]):
+            self.synchronize(stream)
+
+    def copy_to_host(self, host: NDArray[Any], pointer: int, stream: int) -> None:
+        """Copy device memory to a contiguous host array, and wait until it has arrived."""
+        if host.size:
+            _check(driver.cuMemcpyDtoHAsync(host.ctypes.data, pointer, host.nbytes, stream))
+            self.synchronize(stream)
+
+    def copy_on_device(self, target: int, source: int, n_bytes: int, stream: int) -> None:
+        """Queue a copy within device memory."""
+        _check(driver.cuMemcpyDtoDAsync(target, source, n_bytes, stream))
+
+    def memset(self, memory: DeviceBytes, value: int, stream: int) -> None:
+        """Queue setting every byte to the same value."""
+        _check(driver.cuMemsetD8Async(memory.pointer, value, memory.n_bytes, stream))
+
+    # Kernels
+
+    def load_kernel(self, spec: KernelSpec) -> Kernel:
+        """A kernel that is ready to launch, compiled if it must be."""
+        return _load_kernel(spec, self.capability)
+
+    def launch(self, kernel: Kernel, thread_blocks: int, threads: int, stream: int, *arguments: int) -> None:
+        """Queue a kernel.
+
+        Raises:
+            DeviceError: the driver refuses it.
+        """
+        try:
+            launch(stream_on(self.index, stream), _launch_config(thread_blocks, threads), kernel, *arguments)
+        except Exception as error:
+            raise _driver_error(error) from error
+
+    # Streams
+
+    def create_stream(self) -> Stream:
+        """A new stream, which waits for no other unless it is told to."""
+        return Device(self.index).create_stream()
+
+    def synchronize(self, stream: int) -> None:
+        """Wait until a stream has done all its work."""
+        _check(driver.cuStreamSynchronize(stream))
+
+    def raise_if_failed(self, stream: int) -> None:
+        """Check that a stream has not failed; it may be busy.
+
+        Raises:
+            DeviceError: it has.
+        """
+        code, *_ = driver.cuStreamQuery(stream)
+        if code != driver.CUresult.CUDA_ERROR_NOT_READY:
+            _check((code,))
+
+    def record_event(self, stream: int) -> Event:
+        """The point that the work queued so far on a stream ends at."""
+        return stream_on(self.index, stream).record()
+
+    def stream_wait_event(self, stream: int, event: Event) -> None:
+        """Let a stream wait for an event, without stopping the host."""
+        _check(driver.cuStreamWaitEvent(stream, int(event.handle), 0))
+
+    def wait_for_event(self, event: Event) -> None:
+        """Stop the host until an event has happened, even while a CUDA graph is being captured."""
+        with allowed_in_capture():
+            event.sync()
+
+    def stream_wait_stream(self, waiting: int, awaited: int) -> None:
+        """Let one stream wait for the work queued so far on another, without stopping the host.
+
+        Raises:
+            DeviceError: the other is capturing a CUDA graph that this one is not part of.
+        """
+        if waiting == awaited:
+            return
+        states = capture_state(waiting), capture_state(awaited)
+        if IMPLICIT_CAPTURE in states:
+            raise DeviceError(
+                "the legacy default stream cannot be used while a CUDA graph is captured on a stream that waits for "
+                "it; capture on a non-blocking stream, or compute the data on the capturing stream before"
+            )
+        if states[0] == NOT_CAPTURING and states[1] != NOT_CAPTURING:
+            raise DeviceError("the values are part of a CUDA graph that is being captured; use the capturing stream")
+        if states[0] != NOT_CAPTURING and states[1] == NOT_CAPTURING:
+            # A graph cannot wait for what is outside of it, so that must be done before.
+            with allowed_in_capture():
+                self.synchronize(awaited)
+            return
+        Stream.from_handle(waiting).wait(Stream.from_handle(awaited))
+
+    def refuse_capture(self, stream: int, what: str) -> None:
+        """Check that a stream is not capturing a CUDA graph, before something that no graph can hold.
+
+        Raises:
+            DeviceError: it is. The capture goes on.
+        """
+        if is_capturing(stream):
+            raise DeviceError(f"a CUDA graph is being captured on this stream, and {what}")
+
+    def keep_until_done(self, stream: int, thing: Any) -> None:
+        """Keep an object alive until a stream has done the work queued so far; a later call lets go of it."""
+        if is_capturing(stream):
+            return
+        done = []
+        with _kept_lock, allowed_in_capture():
+            while _kept and _kept[0][0].is_done:
+                done.append(_kept.popleft())
+            _kept.append((self.record_event(stream), thing))
+        done.clear()  # without the lock: what is dropped may call us
+
+    def keeper_of(self, stream: int) -> tuple[bool, Any]:
+        """Whether a stream is known to live on, and what keeps it alive: a legacy one, or a library's current one."""
+        if stream <= PER_THREAD_STREAM:
+            return True, None
+        for library in libraries_with_streams():
+            if library.current_stream(self.index) == stream:
+                return True, library.keeper(self.index)
+        return False, None
+
+
+OPEN: dict[int, Gpu] = {}
+"""The GPUs that this process has used, by ordinal."""
+
+
+def gpu_at(index: int) -> Gpu:
+    """The GPU of that ordinal.
+
+    Raises:
+        DeviceError: there is none.
+    """
+    gpu = OPEN.get(index)
+    return OPEN.setdefault(index, Gpu(index)) if gpu is None else gpu
+
+
+class _ContextsOfThread(threading.local):
+    """By ordinal, a GPU that this thread has used, and the context that is current while it does."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, tuple[int | None, Device]] = {}
+
+
+_contexts = _ContextsOfThread()
+
+
+class _Active:
+    """What `Gpu.active` returns: a class, because `contextlib` takes as long as allocating memory."""
+
+    __slots__ = ("_before", "_index")
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def __enter__(self) -> Device:
+        before = current_context()
+        known = _contexts.known.get(self._index)
+        if known is not None and before is not None and before == known[0]:
+            self._before = None
+            return known[1]
+        self._before = before
+        device = Device(self._index)
+        device.set_current()
+        _contexts.known[self._index] = current_context(), device
+        return device
+
+    def __exit__(self, *error: object) -> None:
+        if self._before is not None:
+            driver.cuCtxSetCurrent(driver.CUcontext(self._before))
+
+
+def stream_handle(stream: Any) -> int:
+    """The handle of a stream; None, 0 and 1 are the legacy default stream.
+
+    Raises:
+        DeviceError: it is not a stream.
+    """
+    if stream is None:
+        return 0
+    if isinstance(stream, int) and not isinstance(stream, bool):
+        handle: int | None = stream
+    else:
+        try:
+            handle = _handle_of(stream)
+        except Exception:  # a foreign object may fail in any way
+            handle = None
+    if handle is None or not 0 <= handle < 2**64:
+        raise DeviceError(
+            f"expected a stream, got {shown(stream)}; pass None, an int, a stream of PyTorch, CuPy or Numba, or an "
+            "object with __cuda_stream__"
+        )
+    return 0 if handle == LEGACY_STREAM else handle
+
+
+def _handle_of(stream: Any) -> int | None:
+    protocol = getattr(stream, "__cuda_stream__", None)
+    if protocol is not None:
+        return int((protocol() if callable(protocol) else protocol)[1])
+    for attribute in ("cuda_stream", "ptr", "handle"):  # PyTorch, CuPy, Numba
+        handle = getattr(stream, attribute, None)
+        if handle is not None:
+            return int(getattr(handle, "value", handle) or 0)
+    return None
+
+
+@lru_cache(maxsize=64)
+def stream_on(index: int, handle: int) -> Stream:
+    """The stream of that handle as `cuda.core` has it; it does not own the handle."""
+    return Stream.from_handle(handle)
 
 
 @lru_cache(maxsize=256)
-def launch_config(thread_blocks: int, threads: int) -> LaunchConfig:
-    """The shape of a launch; making one takes a fifth of the time that launching does."""
+def _launch_config(thread_blocks: int, threads: int) -> LaunchConfig:
+    # Making one takes a fifth of the time that launching does.
     return LaunchConfig(grid=thread_blocks, block=threads)
 
 
 @compiled_once
-def load_kernel(kernel: KernelSpec, capability: tuple[int, int]) -> Kernel:
-    """A kernel ready to launch on GPUs of a compute capability, compiled if it must be."""
-    with cuda_driver.allowed_in_capture():
-        name, code = compiler.cubin(kernel, capability)
+def _load_kernel(spec: KernelSpec, capability: tuple[int, int]) -> Kernel:
+    with allowed_in_capture():
+        name, code = compiler.cubin(spec, capability)
         return ObjectCode.from_cubin(code).get_kernel(name)
 
 
-def time_kernel(
-    data: NDArray[np.uint8], fmt: Format, dtype: str, shape: tuple[int, ...], index: int
-) -> tuple[NDArray[Any], float]:
-    """The values, on the host, and the seconds that the kernel took by the GPU's clock: the median of five."""
-    with cuda_driver.active_gpu(index) as device:
-        kind = fmt.result_dtype(dtype)
-        n_elements = fmt.n_elements(data.nbytes)
-        memory = cuda_driver.allocate(data.nbytes, device, 0)
-        target = cuda_driver.allocate(n_elements * kind.itemsize, device, 0)
-        if data.nbytes:
-            send(data, memory.pointer, 0)
-        stream = cuda_driver.stream_on(index, 0)
-        seconds = []
-        for _ in range(6):  # the first one compiles
-            start = stream.record(options=cuda_driver.timed_event())
-            dequantize_into(memory, fmt, dtype, n_elements, target, 0)
-            end = stream.record(options=cuda_driver.timed_event())
-            end.sync()
-            seconds.append((end - start) / 1e3)
-        return DeviceTensor(target, shape, kind, 0).copy_to_host(), median(seconds[1:])
+def timed_event() -> EventOptions:
+    """How to record an event that keeps time, which has another name before cuda-core 1."""
+    try:
+        return EventOptions(timing_enabled=True)
+    except TypeError:
+        return EventOptions(enable_timing=True)
+
+
+def device_view(thing: Any, stream: int) -> DeviceBytes:
+    """The device memory of an array, which is not copied; work on `stream` will wait for what fills it.
+
+    Raises:
+        DataError: it is not one contiguous piece.
+    """
+    view = StridedMemoryView.from_any_interface(thing, stream_ptr=stream or LEGACY_STREAM)
+    shape, dtype = tuple(view.shape), view.dtype
+    if dtype is None:
+        raise DataError(f"cannot tell the element type of a {type(thing).__name__}")
+    if view.strides is not None and view.size:
+        expected = 1
+        for extent, stride in zip(reversed(shape), reversed(view.strides), strict=True):
+            if extent != 1 and stride != expected:
+                raise DataError(f"the array of shape {shape} is not one contiguous piece of memory; make it so")
+            expected *= extent
+    pointer, n_bytes = int(view.ptr), int(view.size) * dtype.itemsize
+    return DeviceBytes(
+        pointer, n_bytes, gpu_at(_device_at(pointer, view.device_id)), thing, dtype, shape, view.readonly
+    )
+
+
+def device_of(thing: Any) -> int:
+    """Ordinal of the GPU on which an array lies."""
+    library = library_of(thing)
+    if library is not None:
+        return library.device_of(thing)
+    if hasattr(thing, "__dlpack_device__"):
+        return int(thing.__dlpack_device__()[1])
+    n_devices()  # says why, where there is no driver
+    return _device_at(int(thing.__cuda_array_interface__["data"][0]), 0)
+
+
+def _device_at(pointer: int, claimed: int) -> int:
+    # __cuda_array_interface__ does not say which GPU it speaks of; the driver knows.
+    if pointer:
+        ordinal = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+        code, device = driver.cuPointerGetAttribute(ordinal, pointer)
+        if code == driver.CUresult.CUDA_SUCCESS:
+            return int(device)
+    return max(claimed, 0)
+
+
+def export(
+    memory: DeviceBytes, shape: tuple[int, ...], dtype: np.dtype[Any], max_version: tuple[int, int] | None
+) -> object:
+    """A DLPack capsule that shares memory and keeps it alive."""
+    is_bf16 = dtype.name == "bfloat16"
+    code = np.dtype(np.uint16) if is_bf16 else dtype
+    piece = Buffer.from_handle(memory.pointer, memory.n_bytes, owner=memory.owner)
+    whole = StridedMemoryView.from_buffer(piece, shape, itemsize=code.itemsize, dtype=code)
+    capsule = whole.__dlpack__(stream=-1, max_version=max_version)
+    if is_bf16:
+        patch_dlpack_dtype(capsule)
+    return capsule
+
+
+_kept: deque[tuple[Event, Any]] = deque()
+"""Objects whose memory streams still use, and the point after which they do not, oldest first."""
+
+_kept_lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _kept_lock  # noqa: PLW0603 whoever held it at a fork does not exist in the child
+    _kept_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def error_name(code: int) -> str:
+    """What the driver calls an error."""
+    return f"the CUDA driver says {driver.CUresult(code).name}"
+
+
+def _driver_error(error: Exception) -> DeviceError:
+    return DeviceError(f"the CUDA driver says {str(error).partition(':')[0] or type(error).__name__}")
+
+
+def _check(result: tuple[Any, ...]) -> None:
+    if result[0] != driver.CUresult.CUDA_SUCCESS:
+        raise DeviceError(f"the CUDA driver says {result[0].name}")

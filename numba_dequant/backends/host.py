@@ -1,38 +1,137 @@
-"""The ways to compute on the host, behind one function: NumPy, all cores, and Numba's CUDA simulator."""
+"""The backends that compute on the host: NumPy, all cores, and Numba's CUDA simulator."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_dequant.arguments import (
+    Job,
+    after_writing,
+    allocated,
+    check_apart,
+    flat_bytes,
+    host_array,
+    host_output,
+    memory_of_array,
+    with_tensor_name,
+)
 from numba_dequant.backends import cpu, reference
+from numba_dequant.backends.batch import Batch
 from numba_dequant.backends.devices import DeviceSpec
+from numba_dequant.backends.dlpack import shareable
+from numba_dequant.errors import DeviceError, NumbaDequantError, OutputError
 from numba_dequant.format import Format
 from numba_dequant.formats import is_passed_on
 
 
-def dequantize_into(
-    data: NDArray[np.uint8],
-    fmt: Format,
-    dtype: str,
-    out: NDArray[Any],
-    place: DeviceSpec,
-    mapping: str = "tile",
-    *,
-    on_one_core: bool = False,
-) -> None:
-    """Write the values of `data` (whole blocks) to the flat array `out`, rounded once to `dtype`."""
-    if fmt.stored_dtype is not None:
-        out[:] = data.view(fmt.stored_dtype)
-    elif place.kind == "reference" and is_passed_on(fmt, dtype):
-        cpu.pass_on(data, out, 0, out.size)
-    elif place.kind == "reference":
-        reference.dequantize_into(data, fmt, out)
-    elif place.kind == "cpu":
-        cpu.dequantize_into(data, fmt, dtype, out, 1 if on_one_core else None)
-    else:
+class HostBackend:
+    """Computes on all cores. `device` is where results are said to lie."""
+
+    def __init__(self, device: DeviceSpec) -> None:
+        self.device = device
+
+    def dequantize(self, job: Job, stream: Any, mapping: str) -> Any:
+        """The result of one job."""
+        data, values = self._memory(job)
+        self._compute(job, data, values, mapping)
+        return self.result(job, values)
+
+    def prepare(self, jobs: Sequence[Job], stream: Any) -> Batch[Any]:
+        """A batch whose every run reads the data again, where it lies."""
+        prepared = []
+        for job in jobs:
+            try:
+                prepared.append((job, *self._memory(job)))
+            except NumbaDequantError as error:
+                raise with_tensor_name(error, job.name) from error
+        written = [memory_of_array(out, job.name, is_out=True) for job, _, out in prepared if job.out is not None]
+        if written:
+            check_apart([*written, *(memory_of_array(data, job.name, is_out=False) for job, data, _ in prepared)])
+        results = {job.name: self.result(job, values) for job, _, values in prepared}
+        steps = [partial(self._compute, *each, "tile") for each in prepared]
+        return Batch(results, lambda: [step() for step in steps])
+
+    def output(self, job: Job) -> NDArray[Any]:
+        """The memory to write to: that of `out`, or new.
+
+        Raises:
+            OutputError: `out` is not right for the result.
+            DeviceError: there is not enough memory.
+        """
+        if job.out is not None:
+            return host_output(job, self.device)
+        dtype = job.result_dtype
+        return allocated(lambda: np.empty(job.shape, dtype), job.n_elements * dtype.itemsize, "the result")
+
+    def result(self, job: Job, values: NDArray[Any]) -> Any:
+        """What the caller gets whose values have been or will be written to this memory."""
+        return shareable(values) if job.out is None else job.out
+
+    def write(
+        self, data: NDArray[np.uint8], job: Job, out: NDArray[Any], mapping: str = "tile", n_shares: int | None = None
+    ) -> None:
+        """Write the values of `data`, whole blocks of the job's, to the flat array `out`.
+
+        The work is cut in `n_shares`; in as many as is quickest if that is None.
+        """
+        if job.fmt.stored_dtype is not None:
+            out[:] = data.view(job.fmt.stored_dtype)
+        else:
+            assert job.dtype is not None
+            self._decode(data, job.fmt, job.dtype, out, mapping, n_shares)
+
+    def _decode(
+        self, data: NDArray[np.uint8], fmt: Format, dtype: str, out: NDArray[Any], mapping: str, n_shares: int | None
+    ) -> None:
+        cpu.dequantize_into(data, fmt, dtype, out, n_shares)
+
+    def _memory(self, job: Job) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Where the data lies, perhaps strided, and where the values are to be written."""
+        data = host_array(job.data)
+        job.measure(data.nbytes)
+        values = self.output(job)
+        if job.out is not None and np.may_share_memory(values, data):
+            raise OutputError("out shares memory with data")
+        return data, values
+
+    def _compute(self, job: Job, data: NDArray[Any], values: NDArray[Any], mapping: str) -> None:
+        try:
+            self.write(flat_bytes(data), job, values.reshape(-1), mapping)
+        except MemoryError as error:
+            raise DeviceError(f"the CPU is out of memory while it computes {values.size:,} values: {error}") from error
+        if job.out is not None:
+            after_writing(job.out)
+
+
+class ReferenceBackend(HostBackend):
+    """Computes by NumPy, in the way that is easiest to read."""
+
+    def _decode(
+        self, data: NDArray[np.uint8], fmt: Format, dtype: str, out: NDArray[Any], mapping: str, n_shares: int | None
+    ) -> None:
+        if is_passed_on(fmt, dtype):
+            cpu.pass_on(data, out, 0, out.size)
+        else:
+            reference.dequantize_into(data, fmt, out)
+
+
+class SimulatorBackend(HostBackend):
+    """Runs the kernel in Numba's CUDA simulator."""
+
+    def _decode(
+        self, data: NDArray[np.uint8], fmt: Format, dtype: str, out: NDArray[Any], mapping: str, n_shares: int | None
+    ) -> None:
         from numba_dequant.backends import simulator
 
         simulator.dequantize_into(data, fmt, dtype, out, mapping)
+
+    def result(self, job: Job, values: NDArray[Any]) -> Any:
+        """What stands for a tensor on a GPU."""
+        from numba_dequant.backends.simulator import SimulatedTensor
+
+        return SimulatedTensor(values) if job.out is None else job.out

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from numba_dequant.arguments import after_writing
-from numba_dequant.backends import cuda_driver
 from numba_dequant.backends.device_tensor import DeviceTensor
+from numba_dequant.backends.gpu import Gpu, device_view, gpu_at, stream_handle
+from numba_dequant.backends.gpu_memory import DeviceBytes
 from numba_dequant.errors import DeviceError
 from numba_dequant.interop import TORCH, Library, library_of, library_that_captures
 
@@ -20,40 +21,39 @@ class CallStream(NamedTuple):
     """The stream of one call.
 
     Attributes:
+        gpu: the GPU that computes.
         handle: of the stream.
         framework: whose current stream it is; None for a stream that the caller named, and for the legacy stream.
         keeper: what keeps the stream from being destroyed.
         is_named: whether the caller named it.
     """
 
-    handle: int
+    gpu: Gpu
+    handle: int = 0
     framework: Library | None = None
     keeper: Any = None
     is_named: bool = False
 
 
-_LEGACY = CallStream(0)
-
-
-def stream_for(stream: Any, index: int, things: Iterable[Any]) -> CallStream:
-    """The stream of a call on GPU `index` that reads and writes `things`: data, outputs, None.
+def stream_for(stream: Any, gpu: Gpu, things: Iterable[Any]) -> CallStream:
+    """The stream of a call that reads and writes `things`: data, outputs, None.
 
     Raises:
         DeviceError: `stream` is not a stream, or a library is capturing a CUDA graph that would miss this call.
     """
     if stream is not None:
-        return CallStream(cuda_driver.stream_handle(stream), None, stream, is_named=True)
+        return CallStream(gpu, stream_handle(stream), None, stream, is_named=True)
     for thing in things:
         library = owner_of(thing)
         if library is not None:
-            return CallStream(library.current_stream(index), library, library.keeper(index))
+            return CallStream(gpu, library.current_stream(gpu.index), library, library.keeper(gpu.index))
     capturing = library_that_captures()
     if capturing is not None:
         raise DeviceError(
             f"{capturing.name} is capturing a CUDA graph, but no array of this call is an array of {capturing.name}, "
             "so the graph would not contain it; pass stream= with the capturing stream"
         )
-    return _LEGACY
+    return CallStream(gpu)
 
 
 def owner_of(thing: Any) -> Library | None:
@@ -65,7 +65,7 @@ def owner_of(thing: Any) -> Library | None:
     return None if library is TORCH and not (TORCH.is_on_gpu(thing) or TORCH.has_gpu) else library
 
 
-def memory_of(thing: Any, call: CallStream) -> cuda_driver.DeviceBytes:
+def memory_of(thing: Any, call: CallStream) -> DeviceBytes:
     """The device memory of an array; work on the call's stream waits for what fills it.
 
     A strided array of PyTorch or CuPy is copied first.
@@ -75,23 +75,25 @@ def memory_of(thing: Any, call: CallStream) -> cuda_driver.DeviceBytes:
     """
     if isinstance(thing, DeviceTensor):
         if thing.stream != call.handle:
-            with cuda_driver.active_gpu(thing.device):
-                cuda_driver.stream_wait_stream(call.handle, thing.stream)
+            gpu = thing.memory.gpu
+            with gpu.active():
+                gpu.stream_wait_stream(call.handle, thing.stream)
         return thing.memory
     library = library_of(thing)
     if library is None:
-        return cuda_driver.device_view(thing, call.handle)
-    found = library.view(thing)
+        return device_view(thing, call.handle)
+    view = library.view(thing)
+    gpu = gpu_at(view.device)
     if library is not call.framework:
-        with cuda_driver.active_gpu(found.device):
-            cuda_driver.stream_wait_stream(call.handle, library.current_stream(found.device))
-    if found.is_copy:
+        with gpu.active():
+            gpu.stream_wait_stream(call.handle, library.current_stream(view.device))
+    if view.is_copy:
         # The copy is this call's alone, and its memory is the library's.
-        let_go(found.array, library, found.device, call)
-    return cuda_driver.DeviceBytes(found.pointer, found.n_bytes, found.device, found.array, found.dtype, found.shape)
+        let_go(view.array, library, call._replace(gpu=gpu))
+    return DeviceBytes(view.pointer, view.n_bytes, gpu, view.array, view.dtype, view.shape)
 
 
-def release(call: CallStream, index: int, data: Any, out: Any) -> None:
+def release(call: CallStream, *, data: Any = None, out: Any = None) -> None:
     """Order what comes after a call with it: whoever uses its arrays next, or their memory once they are dropped."""
     for thing in (data, out):
         if thing is None:
@@ -102,9 +104,9 @@ def release(call: CallStream, index: int, data: Any, out: Any) -> None:
         library = library_of(thing)
         if library is None:
             if call.is_named:
-                cuda_driver.keep_until_done(index, call.handle, thing)
+                call.gpu.keep_until_done(call.handle, thing)
         elif library is not call.framework and library.is_on_gpu(thing):
-            let_go(thing, library, index, call)
+            let_go(thing, library, call)
     if isinstance(out, DeviceTensor):
         if out.stream != call.handle:
             out.stream, out.framework = call.handle, call.framework
@@ -112,15 +114,15 @@ def release(call: CallStream, index: int, data: Any, out: Any) -> None:
         after_writing(out)
 
 
-def let_go(array: Any, library: Library, index: int, call: CallStream) -> None:
+def let_go(array: Any, library: Library, call: CallStream) -> None:
     """Let a library know that its array is in use on a stream other than its current one."""
-    current = library.current_stream(index)
+    current = library.current_stream(call.gpu.index)
     if current == call.handle:
         return
     if not call.is_named:
         # Two libraries share this call. The one whose stream it is not goes on only when the call is done.
-        cuda_driver.stream_wait_stream(current, call.handle)
+        call.gpu.stream_wait_stream(current, call.handle)
     elif library is TORCH:
-        TORCH.record_stream(array, index, call.handle)
+        TORCH.record_stream(array, call.gpu.index, call.handle)
     else:
-        cuda_driver.keep_until_done(index, call.handle, array)
+        call.gpu.keep_until_done(call.handle, array)

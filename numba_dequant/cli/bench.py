@@ -43,14 +43,15 @@ def bench(
 
 
 def _on_gpu(index: int, sources: list[Format], dtype: str, progress: Callable[[], object]) -> tuple[str, list[Row]]:
-    from numba_dequant.backends import cuda_driver
+    from numba_dequant.backends.gpu import gpu_at
     from numba_dequant.cli.measure import GpuClock, Workload
 
-    with cuda_driver.active_gpu(index) as device:
-        clock = GpuClock(device)
+    gpu = gpu_at(index)
+    with gpu.active() as device:
+        clock = GpuClock(gpu)
         rows = []
         for fmt in sources:
-            work = Workload(fmt, dtype, GPU_ELEMENTS, device)
+            work = Workload(fmt, dtype, GPU_ELEMENTS, gpu)
             work.check()
             rows.append(Row(fmt, work.bytes_moved / clock.seconds(work), work.roof(clock)))
             progress()

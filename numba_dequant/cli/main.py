@@ -279,9 +279,9 @@ def _warm(options: argparse.Namespace) -> int:
         problem = "the CUDA simulator compiles nothing" if devices.is_simulated() else devices.why_no_cuda()
         if problem:
             return _fail(f"{problem}; name a GPU with --arch, or take --cpu")
-        from numba_dequant.backends import gpu
+        from numba_dequant.backends.gpu import gpu_at
 
-        capabilities = [gpu.capability_of(0)]
+        capabilities = [gpu_at(0).capability]
     tasks = warm.tasks(sources, dtypes, capabilities, on_cpu=options.cpu)
     with tqdm(total=len(tasks), unit="kernel", disable=None, leave=False) as bar:
         n_kept = 0

@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 from cuda.bindings import driver
-from cuda.core import Device, Event, Kernel, LaunchConfig, launch
+from cuda.core import Device, Event
 
 from numba_dequant.api import dequantize
-from numba_dequant.backends import cuda_driver, gpu
+from numba_dequant.arguments import Job
+from numba_dequant.backends.cuda import dequantize_into
 from numba_dequant.backends.device_tensor import DeviceTensor
+from numba_dequant.backends.gpu import Gpu, stream_on, timed_event
+from numba_dequant.backends.gpu_memory import DeviceBytes
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.format import Format
 from numba_dequant.kernels.compiler import copy_kernel
@@ -54,17 +57,17 @@ class GpuClock:
         head_start: copies of 1 GiB to queue.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, gpu: Gpu) -> None:
         self.head_start = 1
-        self._stream = cuda_driver.stream_on(device.device_id, 0)
-        self._room = [cuda_driver.allocate(HEAD_START, device, 0) for _ in range(2)]
+        self._gpu, self._stream = gpu, stream_on(gpu.index, 0)
+        self._room = [gpu.allocate(HEAD_START, 0) for _ in range(2)]
         self._start: Event | None = None
 
     def __call__(self) -> float:
         """A reading, in seconds."""
         if self._start is None:
             for _ in range(self.head_start):
-                cuda_driver.copy_on_device(self._room[0].pointer, self._room[1].pointer, HEAD_START, 0)
+                self._gpu.copy_on_device(self._room[0].pointer, self._room[1].pointer, HEAD_START, 0)
             self._start = self._event()
             return 0.0
         end = self._event()
@@ -74,7 +77,7 @@ class GpuClock:
         return milliseconds / 1e3
 
     def _event(self) -> Event:
-        return self._stream.record(options=cuda_driver.timed_event())
+        return self._stream.record(options=timed_event())
 
     def seconds(self, work: Callable[[], object]) -> float:
         """What one call of `work` takes, the median of several readings."""
@@ -90,7 +93,7 @@ class GpuClock:
     def copy_speed(self) -> float:
         """Bytes read and written per second by a copy from device memory to device memory."""
         first, second = (room.pointer for room in self._room)
-        return 2 * HEAD_START / self.seconds(lambda: cuda_driver.copy_on_device(first, second, HEAD_START, 0))
+        return 2 * HEAD_START / self.seconds(lambda: self._gpu.copy_on_device(first, second, HEAD_START, 0))
 
 
 class Workload:
@@ -108,9 +111,9 @@ class Workload:
         fmt: Format,
         dtype: str,
         n_elements: int,
-        device: Device,
+        gpu: Gpu,
         mapping: str = "tile",
-        kernel: Callable[[cuda_driver.DeviceBytes, int, cuda_driver.DeviceBytes], object] | None = None,
+        kernel: Callable[[DeviceBytes, int, DeviceBytes], object] | None = None,
     ) -> None:
         """Fill as much memory with blocks as the GPU's cache does not hold.
 
@@ -118,7 +121,7 @@ class Workload:
             fmt: their format.
             dtype: the output type.
             n_elements: how many; a whole number of blocks is made of it.
-            device: the current one.
+            gpu: the current one.
             mapping: that of the library's kernel.
             kernel: queues another kernel in place of it, from data, the number of elements and the output.
         """
@@ -129,14 +132,15 @@ class Workload:
         n_read, n_written = n_blocks * fmt.type_size, self.n_elements * self.itemsize
         self.bytes_moved = n_read + n_written
         turns = min(max(2, -(-UNCACHED // self.bytes_moved)), MAX_TURNS)
-        self._sources, self._targets = _in_one(n_read, turns, device), _in_one(n_written, turns, device)
-        self._turn = 0
+        self._sources, self._targets = _in_one(n_read, turns, gpu), _in_one(n_written, turns, gpu)
+        self._job = Job(None, fmt, dtype, n_elements=self.n_elements)
+        self._gpu, self._turn = gpu, 0
         piece = np.random.default_rng(0).integers(0, 256, min(n_read, 1 << 24), np.uint8)
         for memory in self._sources:
-            gpu.send(piece, memory.pointer, 0)
+            gpu.send(memory.pointer, piece, 0)
             for start in range(piece.size, n_read, piece.size):
                 size = min(piece.size, n_read - start)
-                cuda_driver.copy_on_device(memory.pointer + start, memory.pointer, size, 0)
+                gpu.copy_on_device(memory.pointer + start, memory.pointer, size, 0)
 
     def __call__(self) -> None:
         """Queue the work."""
@@ -144,9 +148,9 @@ class Workload:
         if self._kernel is not None:
             self._kernel(data, self.n_elements, target)
         else:
-            gpu.dequantize_into(data, self.fmt, self.dtype, self.n_elements, target, 0, self.mapping)
+            dequantize_into(data, self._job, target, 0, self.mapping)
 
-    def buffers(self) -> tuple[cuda_driver.DeviceBytes, cuda_driver.DeviceBytes]:
+    def buffers(self) -> tuple[DeviceBytes, DeviceBytes]:
         """Where to read and where to write this time."""
         self._turn = (self._turn + 1) % len(self._sources)
         return self._sources[self._turn], self._targets[self._turn]
@@ -159,16 +163,16 @@ class Workload:
         """
         self._turn = -1
         data, target = self._sources[0], self._targets[0]
-        cuda_driver.memset(target, 0xA5, 0)
+        self._gpu.memset(target, 0xA5, 0)
         self()
         n_blocks = self.n_elements // self.fmt.block_size
         count = min(n_blocks, max(CHECKED // self.fmt.block_size, 1))
         for first in {0, n_blocks - count}:
             blocks = np.empty(count * self.fmt.type_size, np.uint8)
-            cuda_driver.copy_to_host(blocks, data.pointer + first * self.fmt.type_size, 0)
+            self._gpu.copy_to_host(blocks, data.pointer + first * self.fmt.type_size, 0)
             expected = dequantize(blocks, self.fmt, self.dtype, device="reference")
             found = np.empty_like(expected)
-            cuda_driver.copy_to_host(found, target.pointer + first * self.fmt.block_size * self.itemsize, 0)
+            self._gpu.copy_to_host(found, target.pointer + first * self.fmt.block_size * self.itemsize, 0)
             assert_bit_identical(found, expected, f"{self.fmt.name} to {self.dtype}, mapping {self.mapping}")
 
     def roof(self, clock: GpuClock) -> float:
@@ -176,7 +180,6 @@ class Workload:
 
         0 if no such kernel divides the work evenly, as is so for the smallest sizes.
         """
-        capability = gpu.capability_of(self._sources[0].device)
         shapes = [(stores, threads, False) for stores, threads in ROOF_SHAPES]
         tile = launch_shape("tile", self.fmt)
         shapes.append((tile.tile_elements * self.itemsize // 16 // tile.threads, tile.threads, True))
@@ -186,12 +189,12 @@ class Workload:
             n_loads, rest = divmod(tile_elements * self.fmt.type_size, 16 * self.fmt.block_size)
             if rest or self.n_elements % tile_elements or (is_staged and n_loads > MAX_STAGE):
                 continue
-            kernel = gpu.load_kernel(copy_kernel(stores, threads, MAX_STAGE if is_staged else 0), capability)
-            config = LaunchConfig(grid=self.n_elements // tile_elements, block=threads)
+            kernel = self._gpu.load_kernel(copy_kernel(stores, threads, MAX_STAGE if is_staged else 0))
+            shape = self.n_elements // tile_elements, threads
 
-            def move(config: LaunchConfig = config, kernel: Kernel = kernel, n_loads: int = n_loads) -> None:
+            def move(kernel: Any = kernel, shape: tuple[int, int] = shape, n_loads: int = n_loads) -> None:
                 data, target = self.buffers()
-                launch(cuda_driver.stream_on(data.device, 0), config, kernel, data.pointer, n_loads, target.pointer)
+                self._gpu.launch(kernel, *shape, 0, data.pointer, n_loads, target.pointer)
 
             best = max(best, self.bytes_moved / clock.seconds(move))
         return best
@@ -199,30 +202,30 @@ class Workload:
 
 def jit_launch(
     kernel: Any, mapping: LaunchShape, data: np.dtype[Any], out: np.dtype[Any]
-) -> Callable[[cuda_driver.DeviceBytes, int, cuda_driver.DeviceBytes], None]:
+) -> Callable[[DeviceBytes, int, DeviceBytes], None]:
     """For `Workload`: a kernel that `numba.cuda.jit` has made, whose arguments are arrays of these types."""
     from numba_dequant.kernels.numba_cuda import cuda
 
     arrays: dict[int, Any] = {}  # making one takes longer than a launch
 
-    def array(memory: cuda_driver.DeviceBytes, dtype: np.dtype[Any]) -> Any:
+    def array(memory: DeviceBytes, dtype: np.dtype[Any]) -> Any:
         if memory.pointer not in arrays:
             tensor = DeviceTensor(memory, (memory.n_bytes // dtype.itemsize,), dtype, 0)
             arrays[memory.pointer] = cuda.as_cuda_array(tensor)
         return arrays[memory.pointer]
 
-    def launch(blocks: cuda_driver.DeviceBytes, n_elements: int, values: cuda_driver.DeviceBytes) -> None:
+    def launch(blocks: DeviceBytes, n_elements: int, values: DeviceBytes) -> None:
         kernel[mapping.thread_blocks(n_elements), mapping.threads](array(blocks, data), n_elements, array(values, out))
 
     return launch
 
 
-def _in_one(n_bytes: int, count: int, device: Device) -> list[cuda_driver.DeviceBytes]:
+def _in_one(n_bytes: int, count: int, gpu: Gpu) -> list[DeviceBytes]:
     """So many pieces of one allocation, each aligned as if it had been allocated alone."""
     step = -(-n_bytes // 256) * 256
-    whole = cuda_driver.allocate(step * count, device, 0)
+    whole = gpu.allocate(step * count, 0)
     pointers = range(whole.pointer, whole.pointer + step * count, step)
-    return [cuda_driver.DeviceBytes(pointer, n_bytes, device.device_id, whole.owner) for pointer in pointers]
+    return [DeviceBytes(pointer, n_bytes, gpu, whole.owner) for pointer in pointers]
 
 
 def machine(device: Device | None = None) -> dict[str, Any]:

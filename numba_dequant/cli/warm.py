@@ -17,7 +17,6 @@ from numba_dequant.backends.devices import available_cores
 from numba_dequant.errors import DeviceError
 from numba_dequant.format import Format
 from numba_dequant.kernels import compiler, native
-from numba_dequant.loading import native_threads
 
 MAX_POOL = 8
 """Processes, of which each takes a second and 0.3 GB to start."""
@@ -45,7 +44,7 @@ def tasks(
     formats: Sequence[Format], dtypes: list[str], capabilities: list[tuple[int, int]], *, on_cpu: bool
 ) -> list[Task]:
     """What is needed for these formats and output types, for one tensor and for many."""
-    found = [Task(native.ensure_compiled)] if capabilities and native_threads.IS_SUPPORTED else []
+    found = [Task(native.ensure_compiled)] if capabilities and sys.platform == "linux" else []
     for fmt in formats:
         for dtype in dtypes:
             if on_cpu:

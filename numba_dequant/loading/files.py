@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from io import RawIOBase
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_dequant.arguments import allocated
 from numba_dequant.errors import DeviceError, ReadError
 from numba_dequant.gguf.source import CHANGED, read_into
 from numba_dequant.gguf.source import read_error as error_of_system
@@ -132,7 +132,10 @@ def read_tensor(tensor: TensorInfo) -> NDArray[np.uint8]:
     check_complete(tensor)
     if tensor.source.data is not None and tensor.byte_order == "little":
         return _read_only(tensor.source.data[tensor.offset : tensor.offset + tensor.n_bytes])
-    buffer = allocate(tensor, (tensor.n_bytes,), np.dtype(np.uint8))
+    try:
+        buffer = allocated(lambda: np.empty(tensor.n_bytes, np.uint8), tensor.n_bytes, "its blocks")
+    except DeviceError as error:
+        raise DeviceError(f"{tensor.path}: tensor {tensor.name!r}: {error}") from error
     if not tensor.n_bytes:
         return buffer
     chunk = Chunk(tensor.path, tensor.offset, tensor.n_bytes, [TensorSlice(0, 0, 0, tensor.n_bytes)])
@@ -158,18 +161,6 @@ def map_tensor(tensor: TensorInfo) -> NDArray[np.uint8]:
         except ValueError:  # it has just been cut short
             raise truncated(tensor, tensor.source.size(file)) from None
     return found.view(np.ndarray)
-
-
-def allocate(tensor: TensorInfo, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """An array for what a tensor holds.
-
-    Raises:
-        DeviceError: there is not enough memory.
-    """
-    try:
-        return np.empty(shape, dtype)
-    except (MemoryError, ValueError) as error:  # NumPy has a ValueError for more bytes than an address can count
-        raise DeviceError(f"{tensor.path}: tensor {tensor.name!r}: out of memory: {error}") from error
 
 
 def _read_only(data: NDArray[np.uint8]) -> NDArray[np.uint8]:

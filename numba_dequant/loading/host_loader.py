@@ -8,15 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.arguments import after_writing, check_apart, host_output, memory_of_array, with_tensor_name
-from numba_dequant.backends import host
-from numba_dequant.backends.devices import DeviceSpec, available_cores
-from numba_dequant.backends.dlpack import shareable
+from numba_dequant.arguments import Job, after_writing, check_apart, memory_of_array, with_tensor_name
+from numba_dequant.backends.devices import available_cores
+from numba_dequant.backends.host import HostBackend, SimulatorBackend
 from numba_dequant.errors import DeviceError, OutputError
 from numba_dequant.loading.chunks import Chunk, TensorSlice
-from numba_dequant.loading.files import allocate
 from numba_dequant.loading.python_threads import Pipeline
-from numba_dequant.loading.requests import QuantizedTensor, Request
+from numba_dequant.loading.requests import Request
 
 CHUNK_BYTES = 1 << 20
 """Bytes that a thread reads at a time: what a core's own cache holds."""
@@ -27,7 +25,7 @@ WAITING_THREADS = 2
 
 def load(
     requests: Sequence[Request],
-    place: DeviceSpec,
+    backend: HostBackend,
     threads: int | None,
     prefetch: int | None,
     on_bytes_read: Callable[[int], None],
@@ -38,61 +36,48 @@ def load(
         OutputError: an `out` is not right. Nothing has been read then.
         ReadError, GgufError, DeviceError: reading or allocating failed halfway.
     """
-    outputs = {index: _output(request, place) for index, request in enumerate(requests) if request.out is not None}
-    names = {index: requests[index].tensor.name for index in outputs}
-    check_apart(memory_of_array(array, names[index], is_out=True) for index, array in outputs.items())
-    results = _Results(requests, place, outputs)
+    outputs = {}
+    for index, request in enumerate(requests):
+        if request.job.out is not None:
+            try:
+                outputs[index] = backend.output(request.job)
+            except OutputError as error:
+                raise with_tensor_name(error, request.job.name) from error
+    check_apart(memory_of_array(array, requests[index].job.name, is_out=True) for index, array in outputs.items())
+    results = _Results(requests, backend, outputs)
     # The simulator's threads are its own.
-    n_workers = 1 if place.kind == "simulator" else threads or available_cores() + WAITING_THREADS
+    is_simulated = isinstance(backend, SimulatorBackend)
+    n_workers = 1 if is_simulated else threads or available_cores() + WAITING_THREADS
     tensors = [request.tensor for request in requests]
     pipeline = Pipeline(tensors, results, CHUNK_BYTES, n_workers, prefetch, on_bytes_read)
     return (results.pop_result(index) for index in pipeline)
 
 
-def _output(request: Request, place: DeviceSpec) -> NDArray[Any]:
-    tensor = request.tensor
-    try:
-        return host_output(request.out, _kind(request), tensor.shape, tensor.n_elements, place)
-    except OutputError as error:
-        raise with_tensor_name(error, tensor.name) from error
-
-
-def _kind(request: Request) -> np.dtype[Any]:
-    if request.dtype is None:
-        return np.dtype(np.uint8)
-    return request.tensor.format.result_dtype(request.dtype)
-
-
 class _Results:
-    """The arrays to write to: they come to be when reading gets to them, and are let go when they are handed out."""
+    """The arrays to write to: they are made when reading gets to them, and dropped when they are handed out."""
 
-    def __init__(self, requests: Sequence[Request], place: DeviceSpec, outputs: dict[int, NDArray[Any]]) -> None:
-        self.requests, self.place = requests, place
+    def __init__(self, requests: Sequence[Request], backend: HostBackend, outputs: dict[int, NDArray[Any]]) -> None:
+        self.requests, self.backend = requests, backend
         self.arrays = outputs
 
     def prepare(self, index: int) -> None:
         request = self.requests[index]
-        if request.out is not None:
-            return
-        tensor = request.tensor
-        shape = (tensor.n_bytes,) if request.dtype is None else tensor.shape
-        self.arrays[index] = allocate(tensor, shape, _kind(request))
+        if request.job.out is None:
+            try:
+                self.arrays[index] = self.backend.output(request.job)
+            except DeviceError as error:
+                raise request.blame(error) from error
 
     def worker(self) -> _Worker:
         return _Worker(self)
 
     def pop_result(self, index: int) -> Any:
         request, array = self.requests[index], self.arrays.pop(index)
-        if request.dtype is None:
-            return QuantizedTensor(array, request.tensor.format, request.tensor.shape)
-        if request.out is not None:
-            after_writing(request.out)
-            return request.out
-        if self.place.kind == "simulator":
-            from numba_dequant.backends.simulator import SimulatedTensor
-
-            return SimulatedTensor(array)
-        return shareable(array)
+        if request.job.dtype is None:
+            return request.finished(array)
+        if request.job.out is not None:
+            after_writing(request.job.out)
+        return self.backend.result(request.job, array)
 
 
 class _Worker:
@@ -107,20 +92,17 @@ class _Worker:
 
     def consume(self, chunk: Chunk, data: NDArray[np.uint8]) -> None:
         for part in chunk.parts:
+            request = self._results.requests[part.index]
             try:
-                self._write(part, data[part.at : part.at + part.n_bytes])
+                self._write(part, request.job, data[part.at : part.at + part.n_bytes])
             except MemoryError as error:
-                tensor = self._results.requests[part.index].tensor
-                raise DeviceError(f"{tensor.path}: tensor {tensor.name!r}: out of memory: {error}") from error
+                raise request.blame(DeviceError(f"out of memory: {error}")) from error
 
-    def _write(self, part: TensorSlice, data: NDArray[np.uint8]) -> None:
-        request = self._results.requests[part.index]
-        fmt = request.tensor.format
+    def _write(self, part: TensorSlice, job: Job, data: NDArray[np.uint8]) -> None:
         flat = self._results.arrays[part.index].reshape(-1)
-        if request.dtype is None:
+        if job.dtype is None:
             flat[part.start : part.start + part.n_bytes] = data
             return
-        first = part.start // fmt.type_size * fmt.block_size
-        out = flat[first : first + part.n_bytes // fmt.type_size * fmt.block_size]
-        place = self._results.place
-        host.dequantize_into(data, fmt, request.dtype, out, place, on_one_core=True)
+        first = part.start // job.fmt.type_size * job.fmt.block_size
+        n_elements = part.n_bytes // job.fmt.type_size * job.fmt.block_size
+        self._results.backend.write(data, job, flat[first : first + n_elements], n_shares=1)

@@ -11,16 +11,15 @@ import atexit
 import ctypes
 import os
 import select
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_dequant.backends.gpu import Gpu
 from numba_dequant.errors import DeviceError
 from numba_dequant.kernels import native
 from numba_dequant.kernels.native.records import (
@@ -32,9 +31,6 @@ from numba_dequant.kernels.native.records import (
     thread_dtype,
 )
 
-IS_SUPPORTED = sys.platform == "linux"
-"""Whether this system has what the loop needs: `pread`, `eventfd`, and a driver named libcuda."""
-
 MAX_THREADS = 64
 """Threads at most."""
 
@@ -44,30 +40,19 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-@cache
-def calls() -> NDArray[np.void]:
-    """The functions that the loop calls."""
-    library, driver = _library(), ctypes.CDLL("libcuda.so.1")
+def calls(gpu: Gpu) -> NDArray[np.void]:
+    """The functions that the loop calls, as the record `calls_dtype` of their addresses."""
+    library = _library()
     functions = {
-        "set_context": driver.cuCtxSetCurrent,
         "wait_for_share": library.read,
         "read": library.pread,
         "error": library.__errno_location,
         "tell": library.write,
         "pause": library.usleep,
-        "let_gpu_wait": driver.cuStreamWaitEvent,
-        "copy": driver.cuMemcpyHtoDAsync_v2,
-        "launch": driver.cuLaunchKernel,
-        "signal": driver.cuStreamWriteValue32_v2,
+        **(gpu.thread_functions or {}),
     }
-    return addresses(functions)
-
-
-def addresses(functions: dict[str, Any]) -> NDArray[np.void]:
-    """The record `calls_dtype` of ctypes functions."""
-    return np.array(
-        [tuple(ctypes.cast(functions[name], ctypes.c_void_p).value for name in calls_dtype.names or ())], calls_dtype
-    )
+    addresses = (ctypes.cast(functions[name], ctypes.c_void_p).value for name in calls_dtype.names or ())
+    return np.array([tuple(addresses)], calls_dtype)
 
 
 class ReaderFaultError(Exception):
@@ -92,7 +77,7 @@ class ReaderThreads:
         most: int,
         buffers: NDArray[np.void],
         share_size: int,
-        context: int,
+        gpu: Gpu,
         finish: Callable[[], None],
     ) -> None:
         """Prepare to move tensors of so many bytes, in at most so many chunks, and parts; no buffer is lent yet.
@@ -106,7 +91,7 @@ class ReaderThreads:
         self.chunks, self.parts = np.zeros(most, chunk_dtype), np.zeros(most, slice_dtype)
         self.left, self.written = np.array(n_bytes, np.int64), np.zeros(len(n_bytes), np.int64)
         self._one = np.ones(1, np.int64)
-        self._calls = calls()
+        self._calls = calls(gpu)
         self._finish: Callable[[], None] | None = finish
         self._lock = threading.RLock()
         self.is_stopping = False
@@ -133,7 +118,7 @@ class ReaderThreads:
         self._buffers = buffers
         job = self._job[0]
         job["calls"], job["one"] = self._calls.ctypes.data, self._one.ctypes.data
-        job["buffers"], job["most_buffers"], job["context"] = buffers.ctypes.data, len(buffers), context
+        job["buffers"], job["most_buffers"], job["context"] = buffers.ctypes.data, len(buffers), gpu.context
         job["chunks"], job["parts"] = self.chunks.ctypes.data, self.parts.ctypes.data
         job["n_chunks"], job["n_parts"], job["share_size"] = most, most, share_size
         job["left"], job["written"] = self.left.ctypes.data, self.written.ctypes.data
@@ -142,7 +127,7 @@ class ReaderThreads:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that have been bytes_read so far."""
+        """Bytes that have been read so far."""
         return int(self._job["bytes_read"][0])
 
     @property
@@ -194,7 +179,7 @@ class ReaderThreads:
         os.eventfd_write(self._planned, MAX_THREADS)
 
     def wait_for(self, tensor: int, seconds: float) -> bool:
-        """Wait until all of a tensor has been bytes_read, but not for long; whether it has.
+        """Wait until all of a tensor has been read, but not for long; whether it has.
 
         Raises:
             ReaderFaultError: a thread has failed.

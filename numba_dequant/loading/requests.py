@@ -7,9 +7,17 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from numba_dequant.arguments import flag_option, output_mapping, output_type
+from numba_dequant.arguments import Job, flag_option, output_mapping, output_type
 from numba_dequant.dtypes import dtype_name
-from numba_dequant.errors import DtypeError, OptionError, OutputError, ShapeError, TensorNotFoundError, shown
+from numba_dequant.errors import (
+    DtypeError,
+    NumbaDequantError,
+    OptionError,
+    OutputError,
+    ShapeError,
+    TensorNotFoundError,
+    shown,
+)
 from numba_dequant.format import Format, whole_number
 from numba_dequant.gguf.file import TensorInfo
 
@@ -41,17 +49,26 @@ class QuantizedTensor(NamedTuple):
 
 
 class Request(NamedTuple):
-    """One tensor to load.
-
-    Attributes:
-        tensor: where its bytes are; of some rows only, if only they were asked for.
-        dtype: the output type; None for the bytes as they are stored.
-        out: the caller's array to write to, if any.
-    """
+    """One tensor to load: where its bytes are, of some rows only perhaps, and what is to become of them."""
 
     tensor: TensorInfo
-    dtype: str | None
-    out: Any = None
+    job: Job
+
+    def finished(self, result: Any) -> Any:
+        """What the caller gets: `result`, or what stands for blocks that were kept as they are."""
+        if self.job.dtype is not None:
+            return result
+        return QuantizedTensor(result, self.tensor.format, self.tensor.shape)
+
+    def blame(self, error: NumbaDequantError) -> NumbaDequantError:
+        """The same error, saying with which tensor of which file it is."""
+        return type(error)(f"{self.tensor.path}: tensor {self.tensor.name!r}: {error}")
+
+
+def request_for(tensor: TensorInfo, dtype: str | None, out: Any = None) -> Request:
+    """The request for a tensor; `dtype` None keeps the bytes as they are stored."""
+    shape, n_elements = ((tensor.n_bytes,), tensor.n_bytes) if dtype is None else (tensor.shape, tensor.n_elements)
+    return Request(tensor, Job(None, tensor.format, dtype, shape, out, tensor.name, n_elements))
 
 
 def plan_requests(
@@ -80,11 +97,12 @@ def plan_requests(
         if name not in names:
             raise TensorNotFoundError(f"out has an array for {shown(name)}, which is not among the tensors to load")
     type_of = dtype_resolver(dtype)
-    found = []
+    requests = []
     for tensor in chosen:
-        given = outputs.get(tensor.name)
-        found.append(Request(tensor, None if kept else output_type(type_of(tensor.name), None, given), given))
-    return found
+        array = outputs.get(tensor.name)
+        output = None if kept else output_type(type_of(tensor.name), None, array)
+        requests.append(request_for(tensor, output, array))
+    return requests
 
 
 def tensor_named(tensors: Mapping[str, TensorInfo], name: Any) -> TensorInfo:

@@ -16,23 +16,28 @@ pytestmark = pytest.mark.gpu
 if why_no_cuda() is None and not is_simulated():
     from cuda.core import Device
 
-    from numba_dequant.backends import cuda_driver, gpu
+    from numba_dequant.arguments import Job
+    from numba_dequant.backends import cuda
+    from numba_dequant.backends.gpu import Gpu, gpu_at
+    from numba_dequant.backends.gpu_memory import DeviceBytes
     from numba_dequant.kernels.dequantize import jit
 
 
 def poisoned(n_bytes):
     """Device memory that holds no value a kernel would write by chance."""
-    with cuda_driver.active_gpu(0) as device:
-        memory = cuda_driver.allocate(n_bytes, device, 0)
-        cuda_driver.memset(memory, 0xA5, 0)
+    gpu = gpu_at(0)
+    with gpu.active():
+        memory = gpu.allocate(n_bytes, 0)
+        gpu.memset(memory, 0xA5, 0)
         return memory
 
 
 def on_gpu(data):
-    with cuda_driver.active_gpu(0) as device:
-        memory = cuda_driver.allocate(data.nbytes, device, 0)
+    gpu = gpu_at(0)
+    with gpu.active():
+        memory = gpu.allocate(data.nbytes, 0)
         if data.nbytes:
-            gpu.send(data.reshape(-1).view(np.uint8), memory.pointer, 0)
+            gpu.send(memory.pointer, data.reshape(-1).view(np.uint8), 0)
         return memory
 
 
@@ -43,15 +48,13 @@ def run(data, name, dtype="float16", mapping="tile", shift=0, out_shift=0):
     itemsize = 4 if dtype == "float32" else 2
     room = on_gpu(np.concatenate([np.zeros(shift, np.uint8), data]))
     target = poisoned(n * itemsize + 64)
-    with cuda_driver.active_gpu(0):
-        gpu.dequantize_into(
-            cuda_driver.DeviceBytes(room.pointer + shift, data.size, 0, room),
-            source, dtype, n,
-            cuda_driver.DeviceBytes(target.pointer + out_shift, n * itemsize, 0, target),
-            0, mapping,
-        )  # fmt: skip
+    gpu = gpu_at(0)
+    with gpu.active():
+        blocks = DeviceBytes(room.pointer + shift, data.size, gpu, room)
+        out = DeviceBytes(target.pointer + out_shift, n * itemsize, gpu, target)
+        cuda.dequantize_into(blocks, Job(None, source, dtype, n_elements=n), out, 0, mapping)
         whole = np.empty(n * itemsize + 64, np.uint8)
-        cuda_driver.copy_to_host(whole, target.pointer, 0)
+        gpu.copy_to_host(whole, target.pointer, 0)
     assert (whole[:out_shift] == 0xA5).all()
     assert (whole[out_shift + n * itemsize :] == 0xA5).all(), "written past the end"
     return whole[out_shift : out_shift + n * itemsize].view(rounded(np.empty(0, np.float32), dtype).dtype)
@@ -179,9 +182,8 @@ class TestSharing:
     def test_data_of_torch_and_cupy_stays_on_the_gpu(self, monkeypatch):
         torch, cupy = pytest.importorskip("torch"), pytest.importorskip("cupy")
         arrays = [torch.from_numpy(self.data).cuda(), cupy.asarray(self.data)]
-        for name in ("copy_to_device", "copy_to_host", "allocate"):
-            if name != "allocate":
-                monkeypatch.setattr(cuda_driver, name, lambda *_: pytest.fail("copied through the host"))
+        for name in ("copy_to_device", "copy_to_host"):
+            monkeypatch.setattr(Gpu, name, lambda *_: pytest.fail("copied through the host"))
         tensors = [nd.dequantize(array, "Q4_0", shape=(8, 256)) for array in arrays]
         monkeypatch.undo()
         for tensor in tensors:
@@ -229,13 +231,14 @@ class TestStreams:
 
     def test_every_kind_of_stream(self):
         torch, cupy = pytest.importorskip("torch"), pytest.importorskip("cupy")
-        from numba import cuda
+        from numba import cuda as numba_cuda
 
         expected = nd.dequantize(self.data, "Q8_0", device="reference")
         torch_stream = torch.cuda.Stream()
-        with cuda_driver.active_gpu(0) as device:
-            core = device.create_stream()
-        for stream in (None, 0, 1, torch_stream, torch_stream.cuda_stream, cupy.cuda.Stream(), cuda.stream(), core):
+        with gpu_at(0).active():
+            core = gpu_at(0).create_stream()
+        foreign = torch_stream, torch_stream.cuda_stream, cupy.cuda.Stream(), numba_cuda.stream(), core
+        for stream in (None, 0, 1, *foreign):
             tensor = nd.dequantize(self.data, "Q8_0", device="cuda", stream=stream)
             assert_same_bits(tensor.copy_to_host(), expected)
 
@@ -248,7 +251,7 @@ class TestStreams:
         with torch.cuda.stream(busy):
             for _ in range(200):
                 room.add_(1)
-        monkeypatch.setattr(cuda_driver, "synchronize", lambda _: pytest.fail("waited for the stream"))
+        monkeypatch.setattr(Gpu, "synchronize", lambda *_: pytest.fail("waited for the stream"))
         tensor = nd.dequantize(self.data, "Q8_0", device="cuda", stream=busy)
         monkeypatch.undo()
         with torch.cuda.stream(other):
@@ -263,19 +266,13 @@ class TestStreams:
 
 
 def test_pinned_memory_may_be_changed_at_once():
-    buffer = runtime_pinned(34 * 100_000)
-    assert cuda_driver.is_pinned(buffer)
-    assert not cuda_driver.is_pinned(np.zeros(100, np.uint8))
+    with gpu_at(0).active():
+        buffer = gpu_at(0).pinned(34 * 100_000)
     buffer[:] = random_blocks("Q8_0", 100_000)
     expected = nd.dequantize(buffer.copy(), "Q8_0", device="reference")
     tensor = nd.dequantize(buffer, "Q8_0", device="cuda")
     buffer[:] = 0
     assert_same_bits(tensor.copy_to_host(), expected)
-
-
-def runtime_pinned(n_bytes):
-    with cuda_driver.active_gpu(0):
-        return cuda_driver.pinned(n_bytes)
 
 
 def test_copies_and_pickles():
@@ -300,7 +297,7 @@ def test_what_the_driver_refuses_is_a_device_error(monkeypatch):
 
     from numba_dequant.backends import gpu
 
-    monkeypatch.setattr(gpu, "launch_config", lambda grid, threads: LaunchConfig(grid=1, block=4096))
+    monkeypatch.setattr(gpu, "_launch_config", lambda grid, threads: LaunchConfig(grid=1, block=4096))
     with pytest.raises(nd.DeviceError, match="the CUDA driver says CUDA_ERROR"):
         nd.dequantize(bytes(34), "Q8_0", device="cuda")
 
@@ -321,8 +318,8 @@ def test_the_caller_s_context_is_put_back():
 
 def test_out_of_memory():
     message = r"out of memory: .* bytes were asked for"
-    with pytest.raises(nd.DeviceError, match=message), cuda_driver.active_gpu(0) as device:
-        cuda_driver.allocate(1 << 45, device, 0)
+    with pytest.raises(nd.DeviceError, match=message), gpu_at(0).active():
+        gpu_at(0).allocate(1 << 45, 0)
     assert nd.dequantize(bytes(34), "Q8_0", device="cuda").size == 32
 
 
@@ -331,7 +328,7 @@ def test_memory_comes_back():
 
     def free():
         gc.collect()
-        with cuda_driver.active_gpu(0) as device:
+        with gpu_at(0).active() as device:
             device.sync()
             return int(driver.cuMemGetInfo()[1])
 

@@ -15,11 +15,13 @@ from blocks import DATA
 from cuda.bindings import driver
 
 import numba_dequant as nd
-from numba_dequant.backends import cuda_driver
+from numba_dequant.backends.gpu import gpu_at
 from numba_dequant.kernels import native
-from numba_dequant.loading import gpu_loader, native_threads
+from numba_dequant.loading import gpu_buffers
 
 pytestmark = pytest.mark.gpu
+
+TUNING = gpu_buffers.LoadTuning(chunk_bytes=64 * faults.ROW, subread_bytes=16 * faults.ROW)
 
 
 class Disk:
@@ -33,9 +35,10 @@ class Disk:
             "read": ctypes.CFUNCTYPE(*[ctypes.c_ssize_t] * 5)(self.read),
             "error": ctypes.CFUNCTYPE(*[ctypes.c_ssize_t] * 2)(lambda _: ctypes.addressof(self.number)),
         }
-        self.calls = native_threads.calls().copy()
+
+    def install(self, patch):
         for name, function in self.functions.items():
-            self.calls[name] = ctypes.cast(function, ctypes.c_void_p).value
+            patch.setitem(gpu_at(0).thread_functions, name, function)
 
     def read(self, file, pointer, n_bytes, offset):
         try:
@@ -65,8 +68,7 @@ def path(tmp_path):
 def nothing_is_left(monkeypatch):
     """Small chunks, so that faults come halfway; and no thread, file or memory remains."""
     nd.open(nothing_but_a_header()).close()
-    monkeypatch.setattr(gpu_loader, "CHUNK_BYTES", 64 * faults.ROW)
-    monkeypatch.setattr(gpu_loader, "SUBREAD_BYTES", 16 * faults.ROW)
+    monkeypatch.setattr(gpu_buffers, "TUNING", TUNING)
     nd.dequantize(bytes(34), "Q8_0", device="cuda")
     native.load("read_and_send")
     before = state()
@@ -84,7 +86,7 @@ def nothing_but_a_header():
 def state(n_threads=None):
     """GPU memory in use, threads (which may take a moment to get down to a number), open files."""
     gc.collect()
-    with cuda_driver.active_gpu(0) as device:
+    with gpu_at(0).active() as device:
         device.sync()
         _, pool = driver.cuDeviceGetDefaultMemPool(0)
         _, used = driver.cuMemPoolGetAttribute(pool, driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_USED_MEM_CURRENT)
@@ -98,11 +100,11 @@ class TestHalfway:
         tensor, at = faults.place(path, layer)
         disk = broken(at, faults.input_output_error)
         with monkeypatch.context() as patch:
-            patch.setattr(native_threads, "calls", lambda: disk.calls)
+            disk.install(patch)
             message = rf"model\.gguf: tensor '{tensor.name}' at byte \d+: Input/output error; check the disk"
             with pytest.raises(nd.ReadError, match=message) as raised:
                 nd.load(path, device="cuda", threads=threads)
-        assert raised.value.offset <= at < raised.value.offset + gpu_loader.CHUNK_BYTES
+        assert raised.value.offset <= at < raised.value.offset + TUNING.chunk_bytes
         del raised
         faults.assert_loads(path, "cuda")
 
@@ -111,7 +113,7 @@ class TestHalfway:
         content = path.read_bytes()
         disk = broken(at, lambda: os.truncate(path, at))
         with monkeypatch.context() as patch:
-            patch.setattr(native_threads, "calls", lambda: disk.calls)
+            disk.install(patch)
             with pytest.raises((nd.GgufError, nd.ReadError), match=r"model\.gguf: tensor 'blk"):
                 nd.load(path, device="cuda", threads=threads)
         path.write_bytes(content)
@@ -123,22 +125,22 @@ class TestHalfway:
 
         disk = broken(at, lambda: faults.overwrite(path, 30))
         with monkeypatch.context() as patch:
-            patch.setattr(native_threads, "calls", lambda: disk.calls)
+            disk.install(patch)
             with pytest.raises(nd.ReadError, match="it has changed since it was opened; reopen it"):
                 nd.load(path, device="cuda", threads=threads)
         path.write_bytes(content)
         faults.assert_loads(path, "cuda")
 
     def test_out_of_memory(self, path, monkeypatch, threads, layer):
-        real, calls = cuda_driver.allocate, []
+        real, calls = gpu_at(0).allocate, []
 
-        def allocate(n_bytes, device, stream, keeper=None):
+        def allocate(n_bytes, stream, keeper=None):
             calls.append(n_bytes)
             is_output = n_bytes == faults.N_ROWS * 640
-            return real(1 << 45 if is_output and calls.count(n_bytes) > layer else n_bytes, device, stream, keeper)
+            return real(1 << 45 if is_output and calls.count(n_bytes) > layer else n_bytes, stream, keeper)
 
         with monkeypatch.context() as patch:
-            patch.setattr(cuda_driver, "allocate", allocate)
+            patch.setattr(gpu_at(0), "allocate", allocate)
             message = rf"model\.gguf: tensor 'blk\.{layer}\.weight': cuda:0 is out of memory"
             with pytest.raises(nd.DeviceError, match=message):
                 nd.load(path, device="cuda", threads=threads)
@@ -173,16 +175,18 @@ def test_ctrl_c(path):
     """In a process of its own, in the middle of a load that takes seconds."""
     code = """
 import os, signal, sys, threading, time
+import pytest
 sys.path[:0] = sys.argv[2:]
 import numba_dequant as nd
 import test_gpu_faults
+from numba_dequant.backends.gpu import gpu_at
 from numba_dequant.kernels import native
-from numba_dequant.loading import gpu_loader, native_threads
+from numba_dequant.loading import gpu_buffers
 native.load("read_and_send")
 nd.dequantize(bytes(34), "Q8_0", device="cuda")
-gpu_loader.CHUNK_BYTES, gpu_loader.SUBREAD_BYTES = 64 * 340, 16 * 340
-disk = test_gpu_faults.Disk(lambda offset, n_bytes: time.sleep(0.02))
-real, native_threads.calls = native_threads.calls, lambda: disk.calls
+gpu_buffers.TUNING = test_gpu_faults.TUNING
+patch = pytest.MonkeyPatch()
+test_gpu_faults.Disk(lambda offset, n_bytes: time.sleep(0.02)).install(patch)
 before = test_gpu_faults.faults.n_threads_of_this_process()
 # Python does not listen to it where a shell has started this in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -194,7 +198,7 @@ except KeyboardInterrupt:
     assert time.perf_counter() - start < 1.5
     time.sleep(0.1)
     assert test_gpu_faults.faults.n_threads_of_this_process(before) == before
-    native_threads.calls = real
+    patch.undo()
     assert len(nd.load(sys.argv[1], device="cuda")) == 4
     print("interrupted")
 """
@@ -226,13 +230,13 @@ def test_two_hundred_loads_with_faults(path, monkeypatch):
         nonlocal failures
         fault = rng.choice([None, faults.input_output_error, "callback", "memory"])
         disk = broken(rng.randrange(2000, size), fault if callable(fault) else lambda: None)
-        real, n_allocated = cuda_driver.allocate, []
+        real, n_allocated = gpu_at(0).allocate, []
 
-        def allocate(n_bytes, device, stream, keeper=None):
+        def allocate(n_bytes, stream, keeper=None):
             n_allocated.append(n_bytes)
             if fault == "memory" and len(n_allocated) == 3:
                 raise nd.DeviceError("cuda:0 is out of memory")
-            return real(n_bytes, device, stream, keeper)
+            return real(n_bytes, stream, keeper)
 
         def callback(progress):
             if fault == "callback" and progress.bytes_done > size // 2:
@@ -240,8 +244,8 @@ def test_two_hundred_loads_with_faults(path, monkeypatch):
 
         options = {"threads": rng.randint(1, 4), "prefetch": rng.randint(0, 3), "callback": callback}
         with monkeypatch.context() as patch:
-            patch.setattr(native_threads, "calls", lambda: disk.calls)
-            patch.setattr(cuda_driver, "allocate", allocate)
+            disk.install(patch)
+            patch.setattr(gpu_at(0), "allocate", allocate)
             try:
                 for _ in nd.open(path).stream(device="cuda", **options):
                     if rng.random() < 0.05:
@@ -266,10 +270,11 @@ def test_two_hundred_loads_with_faults(path, monkeypatch):
 
 
 def test_the_next_load_reuses_what_it_keeps(path):
-    with cuda_driver.active_gpu(0):
+    gpu = gpu_at(0)
+    with gpu.active():
         nd.load(path, device="cuda", threads=2)
-        (kept,) = gpu_loader.POOL.idle[0]
+        (kept,) = gpu.idle_buffers
         count = len(kept)
         nd.load(path, device="cuda", threads=2)
-        assert gpu_loader.POOL.idle[0] == [kept]
-    assert 0 < len(kept) == count <= gpu_loader.BUFFERS
+        assert gpu.idle_buffers == [kept]
+    assert 0 < len(kept) == count <= TUNING.buffers

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.gpu
 torch = pytest.importorskip("torch")
 
 if why_no_cuda() is None and not is_simulated():
-    from numba_dequant.backends import cuda_driver, gpu
+    from numba_dequant.backends import gpu
+    from numba_dequant.backends.gpu import Gpu, gpu_at
 
 BUSY = 2_000_000
 """Clock cycles: about a millisecond."""
@@ -260,7 +261,7 @@ class TestPinnedTensors:
                 for _ in range(20):
                     busy()
                 start = time.perf_counter()
-                monkeypatch.setattr(cuda_driver, "synchronize", lambda _: pytest.fail("waited for the stream"))
+                monkeypatch.setattr(Gpu, "synchronize", lambda *_: pytest.fail("waited for the stream"))
                 if many:
                     found = nd.dequantize_many({"a": (data, "Q8_0")}, device="cuda")["a"]
                 else:
@@ -280,8 +281,8 @@ class TestPinnedTensors:
             assert_same_bits(nd.dequantize(data, "Q8_0", device="cuda", stream=stream).copy_to_host(), expected)
 
     def test_other_pinned_memory_may_be_changed_at_once(self, expected):
-        with cuda_driver.active_gpu(0):
-            buffer = cuda_driver.pinned(HOST.size)
+        with gpu_at(0).active():
+            buffer = gpu_at(0).pinned(HOST.size)
         buffer[:] = HOST
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
@@ -307,8 +308,8 @@ class TestGraphs:
         if is_loaded:
             call(data)
         else:
-            gpu.load_kernel.cache_clear()
-            gpu.launcher.cache_clear()
+            gpu._load_kernel.cache_clear()
+            gpu_at(0).kernels.clear()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             found = call(data)

@@ -14,10 +14,10 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(autouse=True)
 def the_first_stays_current():
     driver = pytest.importorskip("cuda.bindings.driver")
-    cuda_driver = pytest.importorskip("numba_dequant.backends.cuda_driver")
-    if cuda_driver.n_devices() < 2:
+    gpu = pytest.importorskip("numba_dequant.backends.gpu")
+    if gpu.n_devices() < 2:
         pytest.skip("needs two GPUs")
-    with cuda_driver.active_gpu(0):
+    with gpu.gpu_at(0).active():
         before = driver.cuCtxGetCurrent()[1]
         yield
         assert int(driver.cuCtxGetCurrent()[1]) == int(before)

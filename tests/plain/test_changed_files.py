@@ -258,12 +258,12 @@ def test_an_array_that_cannot_be_allocated_is_an_error_of_ours(path, monkeypatch
     error = {"MemoryError": MemoryError, "ValueError": ValueError}[name]
 
     def empty(shape, *arguments, **options):
-        if shape in ((4,), (16,)):
+        if shape in (4, (4,), 16, (16,)):
             raise error("too much")
         return real(shape, *arguments, **options)
 
     monkeypatch.setattr(np, "empty", empty)
-    with pytest.raises(nd.DeviceError, match="tensor 't': out of memory: too much"):
+    with pytest.raises(nd.DeviceError, match=r"tensor 't': the CPU is out of memory: \d+ bytes were asked for"):
         USES[use](model)
 
 

@@ -31,7 +31,7 @@ def test_the_first_example_of_the_readme(tmp_path, monkeypatch, capsys):
     write_model(tmp_path / "model.gguf", tensors, [("general.architecture", "llama")])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("numba_dequant.backends.devices.why_no_cuda", lambda: None)
-    monkeypatch.setattr("numba_dequant.model.parse_device", lambda _: nd.backends.devices.DeviceSpec("cpu"))
+    monkeypatch.setattr("numba_dequant.api.parse_device", lambda _: nd.backends.devices.DeviceSpec("cpu"))
     names = {}
     exec(code, names)
     assert capsys.readouterr().out == "llama\n(4, 256)\nblk.0.attn_q.weight (4, 256)\n"

@@ -109,8 +109,9 @@ print(*sorted(needed))
     found = run(WITHOUT_GPU_PACKAGES + code)
     assert found.returncode == 0, found.stderr
     assert set(found.stdout.split()) <= {
-        *("numba_cuda", "device_tensor", "gpu", "gpu_loader", "dequantize", "intrinsics_cuda", "gpu_batch", "measure"),
-        *("copy", "cuda_driver", "simulator", "streams"),
+        *("cuda", "cuda_batch", "device_tensor", "gpu", "gpu_memory", "simulator", "streams"),
+        *("copy", "dequantize", "intrinsics_cuda", "numba_cuda"),
+        *("gpu_buffers", "gpu_loader", "native_threads", "measure"),
     }
 
 

@@ -1,4 +1,8 @@
-"""A GPU that does its work as late as it may: streams advance at random, and when they must."""
+"""A GPU that does its work as late as it may: streams advance at random, and when they must.
+
+It has the methods of `backends.gpu.Gpu`, and stands in its place. Its memory is the host's, and its kernels are run by
+the reference.
+"""
 
 import ctypes
 import gc
@@ -7,19 +11,20 @@ import random
 import threading
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from faults import n_threads_of_this_process
 
 import numba_dequant as nd
-from numba_dequant.backends import cuda_driver, devices, gpu
+from numba_dequant.backends import devices, gpu
+from numba_dequant.backends.gpu_memory import DeviceBytes
 from numba_dequant.dtypes import numpy_dtype
-from numba_dequant.kernels.launch_shape import launch_shape
-from numba_dequant.loading import gpu_loader, native_threads
+from numba_dequant.loading import gpu_buffers
 
 POISON = 0xA5
+
+TUNING = gpu_buffers.LoadTuning(chunk_bytes=4096, subread_bytes=1000)
 
 
 def at(address, n_bytes):
@@ -27,16 +32,22 @@ def at(address, n_bytes):
 
 
 class Owner:
-    """A chunk of memory of the late GPU; what is freed is poisoned, in the order of the stream that it belongs to."""
+    """A piece of memory of the late GPU. It is freed in the order of its stream, behind all streams that used it."""
 
     def __init__(self, late, pointer, n_bytes, stream):
-        self.late, self.range, self.stream = late, (pointer, pointer + n_bytes), stream
+        self.late, self.range, self.stream = late, (pointer, pointer + n_bytes), int(stream)
+        self.others, self.lent_to = [], set()
 
     def used_on(self, stream):
-        """Nothing: no test of this GPU uses memory on a stream other than its own."""
-        assert int(stream) == int(self.stream)
+        if stream != self.stream:
+            self.others.append(self.late.record_event(stream))
+
+    def lend(self, stream, keeper):
+        self.lent_to.add(int(stream))
 
     def __del__(self):
+        for event in [*self.others, *map(self.late.record_event, self.lent_to)]:
+            self.late.stream_wait_event(self.stream, event)
         self.late.free(self)
 
 
@@ -62,42 +73,48 @@ class Stream:
 
 @dataclass
 class Operation:
-    """Something that a stream has been asked to do, where it writes, and what it waits for."""
+    """Something that a stream has been asked to do, the memory that it reads or writes, and what it waits for."""
 
     work: Callable[[], None]
-    pointer: int
-    n_bytes: int
-    awaited: tuple[int, int] | None
+    ranges: tuple[tuple[int, int], ...] = ()
+    awaited: tuple[int, int] | None = None
+
+
+@dataclass
+class Kernel:
+    handle: int
+    spec: tuple
 
 
 class LateGpu:
-    device_id = 0
+    index, capability, context = 0, (9, 0), 1
 
-    def __init__(self, seed):
-        self.memory = np.zeros(64 << 20, np.uint8)
-        self.end = 256
+    def __init__(self, seed, *, has_threads=True):
+        self.kernels, self.idle_buffers = {}, []
+        room = np.zeros((64 << 20) + 256, np.uint8)
+        self.memory = room[-room.ctypes.data % 256 :]
+        self.start = self.memory.ctypes.data
+        self.end = self.start + 256
         self.queues, self.done = defaultdict(list), defaultdict(int)
         self.random = random.Random(seed)
         self.lock = threading.RLock()
-        self.n_streams = 0
-        self.in_use = 0
-        self.problems = []
-        self.events, self.kernels = [], []
-        self.calls, self.functions = self.make_calls()
+        self.n_streams = self.in_use = 0
+        self.problems, self.events, self.loaded, self.kept = [], [], [], []
+        self.thread_functions = self.functions() if has_threads else None
 
-    def make_calls(self):
-        """What the threads' loop calls: the C library's own functions, and in place of the driver's those of this."""
-        library = ctypes.CDLL(None)
-        real = {"wait_for_share": library.read, "tell": library.write}
-        ours = {"set_context": 1, "pause": 1, "let_gpu_wait": 3, "copy": 4, "launch": 11, "signal": 4}
+    def functions(self):
+        """What the threads' loop calls in place of the driver, and in place of `pread`."""
+        counts = {"set_context": 1, "pause": 1, "let_gpu_wait": 3, "copy": 4, "launch_of_thread": 11, "signal": 4}
         self.error_number = ctypes.c_int()
-        functions = real | {
-            "read": ctypes.CFUNCTYPE(*[ctypes.c_ssize_t] * 5)(self.read),
-            "error": ctypes.CFUNCTYPE(*[ctypes.c_ssize_t] * 2)(lambda _: ctypes.addressof(self.error_number)),
+        functions = {
+            name.removesuffix("_of_thread"): ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_ssize_t] * count)(
+                getattr(self, name)
+            )
+            for name, count in counts.items()
         }
-        for name, count in ours.items():
-            functions[name] = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_ssize_t] * count)(getattr(self, name))
-        return native_threads.addresses(functions), functions
+        functions["read"] = ctypes.CFUNCTYPE(*[ctypes.c_ssize_t] * 5)(self.read)
+        functions["error"] = ctypes.CFUNCTYPE(*[ctypes.c_ssize_t] * 2)(lambda _: ctypes.addressof(self.error_number))
+        return functions
 
     def read(self, file, pointer, n_bytes, offset):
         try:
@@ -126,31 +143,145 @@ class LateGpu:
         return 0
 
     def let_gpu_wait(self, stream, event, flags):
-        self.wait_for(stream, self.events[event - 1])
+        self.stream_wait_event(stream, self.events[event - 1])
         return 0
 
     def copy(self, pointer, host, n_bytes, stream):
         self.copy_to_device(pointer, at(host, n_bytes), stream)
         return 0
 
-    def launch(self, kernel, grid, _1, _2, threads, _3, _4, _5, stream, arguments, _6):
-        fmt, dtype = self.kernels[kernel - 1]
-        first, n_elements, out = (
-            ctypes.c_int64.from_address(where).value for where in at(arguments, 24).view(np.int64).tolist()
-        )
-        assert grid == launch_shape("tile", fmt).thread_blocks(n_elements)
-        data = cuda_driver.DeviceBytes(first, fmt.n_bytes((n_elements,)), 0, None)
-        n_bytes = n_elements * np.dtype(numpy_dtype(dtype)).itemsize
-        self.dequantize_into(data, fmt, dtype, n_elements, cuda_driver.DeviceBytes(out, n_bytes, 0, None), stream)
+    def launch_of_thread(self, kernel, grid, _1, _2, threads, _3, _4, _5, stream, arguments, _6):
+        values = (ctypes.c_int64.from_address(where).value for where in at(arguments, 24).view(np.int64).tolist())
+        self.launch(self.loaded[kernel - 1], grid, threads, stream, *values)
         return 0
 
-    def launcher(self, fmt, dtype, mapping, index, stream):
-        self.kernels.append((fmt, dtype))
-        return None, SimpleNamespace(handle=len(self.kernels)), launch_shape(mapping, fmt)
+    # The methods of `Gpu`
 
-    def queue(self, stream, work, pointer=0, n_bytes=0, awaited=None):
+    def active(self):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def allocate(self, n_bytes, stream, keeper=None):
         with self.lock:
-            self.queues[int(stream)].append(Operation(work, pointer, n_bytes, awaited))
+            pointer, self.end = self.end, self.end + -(-max(n_bytes, 1) // 256) * 256
+            assert self.end <= self.start + self.memory.size
+            self.in_use += n_bytes
+            self.queue(stream, lambda: at(pointer, n_bytes).fill(POISON), (pointer, n_bytes))
+            return DeviceBytes(pointer, n_bytes, self, Owner(self, pointer, n_bytes, stream))
+
+    def allocate_by_torch(self, n_bytes, stream):
+        raise AssertionError("no test of this GPU has tensors of PyTorch's on it")
+
+    def pinned(self, n_bytes):
+        return np.zeros(n_bytes, np.uint8)
+
+    def copy_to_device(self, pointer, host, stream):
+        def copy():
+            at(pointer, host.size)[:] = host
+
+        self.queue(stream, copy, (pointer, host.size))
+
+    def send(self, pointer, host, stream):
+        self.copy_to_device(pointer, host.copy(), stream)
+
+    def copy_to_host(self, host, pointer, stream):
+        self.run(stream)
+        host.reshape(-1).view(np.uint8)[:] = at(pointer, host.nbytes)
+
+    def copy_on_device(self, target, source, n_bytes, stream):
+        def copy():
+            at(target, n_bytes)[:] = at(source, n_bytes)
+
+        self.queue(stream, copy, (target, n_bytes), (source, n_bytes))
+
+    def memset(self, memory, value, stream):
+        self.queue(stream, lambda: at(memory.pointer, memory.n_bytes).fill(value), (memory.pointer, memory.n_bytes))
+
+    def load_kernel(self, spec):
+        with self.lock:
+            self.loaded.append(Kernel(len(self.loaded) + 1, spec))
+            return self.loaded[-1]
+
+    def launch(self, kernel, thread_blocks, threads, stream, *arguments):
+        fmt, dtype, shape = kernel.spec.options
+        assert threads == shape.threads
+        if "table" not in kernel.spec.parameters:
+            data, n_elements, out = arguments
+            assert thread_blocks == shape.thread_blocks(n_elements)
+            self.dequantize(fmt, dtype, n_elements, data, out, stream)
+            return
+        assert arguments[0] == arguments[3] == 0
+        table = at(arguments[1], 8 * 4 * arguments[2]).view(np.int64).reshape(4, -1)
+
+        def dequantize():
+            first_tiles, starts, out_starts, counts = table.tolist()
+            expected = np.cumsum([0, *(shape.thread_blocks(count) for count in counts)]).tolist()
+            assert [*first_tiles, thread_blocks] == expected
+            for start, out_start, count in zip(starts, out_starts, counts, strict=True):
+                compute(fmt, dtype, count, start, out_start * numpy_dtype(dtype).itemsize)
+
+        # It is a launch's own business which memory the table names; here, all of it must be there.
+        self.queue(stream, dequantize, (arguments[1], table.nbytes), *self.ranges_of(table, fmt, dtype, stream))
+
+    def ranges_of(self, table, fmt, dtype, stream):
+        self.run(stream)  # what fills the table
+        itemsize = numpy_dtype(dtype).itemsize
+        for _, start, out_start, count in table.T.tolist():
+            yield start, fmt.n_bytes((count,))
+            yield out_start * itemsize, count * itemsize
+
+    def create_stream(self):
+        with self.lock:
+            self.n_streams += 1
+            return Stream(self, 100 + self.n_streams)
+
+    def synchronize(self, stream):
+        self.run(stream)
+
+    def raise_if_failed(self, stream):
+        pass
+
+    def record_event(self, stream):
+        with self.lock:
+            return Event(self, int(stream), len(self.queues[int(stream)]))
+
+    def stream_wait_event(self, stream, event):
+        with self.lock:
+            awaited = event.stream, event.position
+            self.queue(stream, lambda: self.run(*awaited), awaited=awaited)
+
+    def wait_for_event(self, event):
+        event.sync()
+
+    def stream_wait_stream(self, waiting, awaited):
+        if waiting != awaited:
+            self.stream_wait_event(waiting, self.record_event(awaited))
+
+    def refuse_capture(self, stream, what):
+        pass
+
+    def keep_until_done(self, stream, thing):
+        self.kept.append(thing)
+
+    def keeper_of(self, stream):
+        return True, None
+
+    # What it does with them
+
+    def dequantize(self, fmt, dtype, n_elements, data, out, stream):
+        n_bytes, n_written = fmt.n_bytes((n_elements,)), n_elements * numpy_dtype(dtype).itemsize
+        assert data % 16 == out % 16 == 0, "neither wide loads nor wide stores"
+        work = lambda: compute(fmt, dtype, n_elements, data, out)  # noqa: E731
+        self.queue(stream, work, (data, n_bytes), (out, n_written))
+
+    def queue(self, stream, work, *ranges, awaited=None):
+        with self.lock:
+            self.queues[int(stream)].append(Operation(work, ranges, awaited))
             for handle in list(self.queues):
                 if self.random.random() < 0.2:
                     self.run(handle, self.done[handle] + self.random.randint(0, 3))
@@ -164,113 +295,38 @@ class LateGpu:
                 operation.work()
                 operation.work = None
 
-    def allocate(self, n_bytes, owner_device, stream, keeper=None):
-        with self.lock:
-            pointer, self.end = self.end, self.end + -(-max(n_bytes, 1) // 256) * 256
-            assert self.end <= self.memory.size
-            self.in_use += n_bytes
-            self.queue(stream, lambda: self.memory[pointer : pointer + n_bytes].fill(POISON), pointer, n_bytes)
-            return cuda_driver.DeviceBytes(pointer, n_bytes, 0, Owner(self, pointer, n_bytes, stream))
-
     def free(self, owner):
         with self.lock:
             first, last = owner.range
             self.in_use -= last - first
             for stream, queue in self.queues.items():
                 for position, operation in enumerate(queue[self.done[stream] :], self.done[stream]):
-                    overlaps = operation.pointer < last and first < operation.pointer + operation.n_bytes
-                    if overlaps and not self.is_behind(int(owner.stream), stream, position):
-                        self.problems.append(f"freed while stream {stream} was still going to write to it")
+                    overlaps = any(start < last and first < start + n_bytes for start, n_bytes in operation.ranges)
+                    if overlaps and not self.is_behind(owner.stream, stream, position):
+                        self.problems.append(f"freed while stream {stream} was still going to use it")
 
     def is_behind(self, waiting, stream, position):
         """Whether a stream does nothing more before another one has got past a position."""
         awaited = [operation.awaited for operation in self.queues[waiting][self.done[waiting] :] if operation.awaited]
         return waiting == stream or any(of == stream and upto > position for of, upto in awaited)
 
-    def copy_to_device(self, pointer, host, stream):
-        def copy():
-            self.memory[pointer : pointer + host.size] = host
 
-        self.queue(stream, copy, pointer, host.size)
-
-    def copy_to_host(self, host, pointer, stream):
-        self.run(stream)
-        host.reshape(-1).view(np.uint8)[:] = self.memory[pointer : pointer + host.nbytes]
-
-    def copy_on_device(self, target, fmt, n_bytes, stream):
-        def copy():
-            self.memory[target : target + n_bytes] = self.memory[fmt : fmt + n_bytes]
-
-        self.queue(stream, copy, target, n_bytes)
-
-    def dequantize_into(self, data, fmt, dtype, n_elements, out, stream, mapping="tile"):
-        if not n_elements:
-            return
-        if fmt.stored_dtype is not None:
-            self.copy_on_device(out.pointer, data.pointer, out.n_bytes, stream)
-            return
-        assert data.pointer % 16 == out.pointer % 16 == 0, "neither wide loads nor wide stores"
-        first, last = data.pointer, data.pointer + data.n_bytes
-        pointer, n_bytes = out.pointer, out.n_bytes
-
-        def dequantize():
-            values = nd.dequantize(self.memory[first:last], fmt, dtype, device="reference")
-            assert values.size == n_elements
-            self.memory[pointer : pointer + n_bytes] = values.view(np.uint8)
-
-        self.queue(stream, dequantize, pointer, n_bytes)
-
-    def create_stream(self, of):
-        with self.lock:
-            self.n_streams += 1
-            return Stream(self, 100 + self.n_streams)
-
-    def new_event(self, of, stream):
-        with self.lock:
-            return Event(self, int(stream), len(self.queues[int(stream)]))
-
-    def wait_for(self, stream, event):
-        with self.lock:
-            awaited = event.stream, event.position
-            self.queue(stream, lambda: self.run(*awaited), awaited=awaited)
-
-    def __call__(self, index):
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
+def compute(fmt, dtype, n_elements, data, out):
+    blocks = at(data, fmt.n_bytes((n_elements,)))
+    values = nd.dequantize(blocks, fmt, dtype, device="reference")
+    assert values.size == n_elements
+    at(out, values.nbytes)[:] = values.view(np.uint8)
 
 
-def installed(kind, monkeypatch):
-    """Yield a late GPU in place of the real one: with an order of things, or with something that a system lacks."""
-    found = LateGpu(str(kind))
-    for name in ("allocate", "copy_to_device", "copy_to_host", "create_stream"):
-        monkeypatch.setattr(cuda_driver, name, getattr(found, name))
-    monkeypatch.setattr(cuda_driver, "stream_wait_event", found.wait_for)
-    monkeypatch.setattr(cuda_driver, "record_event", found.new_event)
-    monkeypatch.setattr(cuda_driver, "context_of", lambda device: 1)
-    monkeypatch.setattr(cuda_driver, "supports_stream_write", lambda index: kind != "no signals")
-    monkeypatch.setattr(cuda_driver, "raise_if_failed", lambda stream: None)
-    monkeypatch.setattr(cuda_driver, "refuse_capture", lambda stream, what: None)
-    monkeypatch.setattr(gpu, "launcher", found.launcher)
-    monkeypatch.setattr(native_threads, "calls", lambda: found.calls)
-    monkeypatch.setattr(native_threads, "IS_SUPPORTED", kind != "alone")
-    monkeypatch.setattr(gpu_loader, "POOL", gpu_loader.BufferPool())
-    monkeypatch.setattr(cuda_driver, "active_gpu", found)
-    monkeypatch.setattr(cuda_driver, "pinned", lambda n_bytes: np.zeros(n_bytes, np.uint8))
-    monkeypatch.setattr(cuda_driver, "is_pinned", lambda host: False)
-    monkeypatch.setattr(cuda_driver, "copy_on_device", found.copy_on_device)
-    monkeypatch.setattr(gpu, "dequantize_into", found.dequantize_into)
-    monkeypatch.setattr(gpu, "capability_of", lambda index: (9, 0))
+def installed(seed, monkeypatch, *, has_threads=True):
+    """Yield a late GPU in place of the real one; without what reader threads need, if it is said so."""
+    late = LateGpu(seed, has_threads=has_threads)
+    monkeypatch.setitem(gpu.OPEN, 0, late)
     monkeypatch.setattr(devices, "why_no_cuda", lambda: None)
-    monkeypatch.setattr(gpu_loader, "CHUNK_BYTES", 4096)
-    monkeypatch.setattr(gpu_loader, "SUBREAD_BYTES", 1000)
+    monkeypatch.setattr(gpu_buffers, "TUNING", replace(TUNING))
     threads = n_threads_of_this_process()
-    yield found
+    yield late
     gc.collect()
     assert n_threads_of_this_process(threads) == threads
-    assert not found.problems
-    assert not gpu_loader.POOL.idle or isinstance(kind, int)
+    assert not late.problems
+    assert has_threads or not late.idle_buffers

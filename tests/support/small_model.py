@@ -2,10 +2,9 @@
 
 import numpy as np
 from blocks import assert_same_bits, random_blocks
+from late_gpu import TUNING
 
 import numba_dequant as nd
-from numba_dequant.backends import cuda_driver
-from numba_dequant.loading import gpu_loader, native_threads
 
 TENSORS = {
     "token_embd": ("Q8_0", (40, 320), random_blocks("Q8_0", 400)),
@@ -20,17 +19,12 @@ TENSORS = {
 }
 
 
-def has_threads():
-    """Whether threads read, as they do where a system and a driver have what they need."""
-    return native_threads.IS_SUPPORTED and cuda_driver.supports_stream_write(0)
-
-
-def kept_bytes():
+def kept_bytes(late):
     """GPU memory that is kept for the next load."""
-    return sum(len(buffers) for kept in gpu_loader.POOL.idle.values() for buffers in kept) * 4096
+    return sum(map(len, late.idle_buffers)) * TUNING.chunk_bytes
 
 
-MAX_BYTES = gpu_loader.BUFFERS * 4096
+MAX_BYTES = TUNING.buffers * TUNING.chunk_bytes
 """GPU memory that a load takes for itself."""
 
 

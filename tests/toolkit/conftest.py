@@ -6,18 +6,17 @@ from numba_dequant.kernels.gpu_packages import is_there
 collect_ignore_glob = [] if is_there("cuda.core") and is_there("numba_cuda") else ["test_*.py"]
 
 
-@pytest.fixture(params=[0, 1, 2, 3, "alone", "no signals"])
-def late(request, monkeypatch):
-    """Four orders of things, a system without what the threads need, and a driver."""
+@pytest.fixture(params=[0, 1, 2, 3])
+def late_with_threads(request, monkeypatch):
+    """A GPU that is late, in four orders of things."""
     import late_gpu
 
     yield from late_gpu.installed(request.param, monkeypatch)
 
 
-@pytest.fixture
-def with_threads(late):
-    """For what only threads do: not where a system or a driver lacks what they need."""
-    from small_model import has_threads
+@pytest.fixture(params=[0, 1, 2, 3, "no threads"])
+def late(request, monkeypatch):
+    """A GPU that is late, in four orders of things, and one whose system or driver lacks what reader threads need."""
+    import late_gpu
 
-    if not has_threads():
-        pytest.skip("no threads read here")
+    yield from late_gpu.installed(request.param, monkeypatch, has_threads=request.param != "no threads")

@@ -6,8 +6,8 @@ import threading
 import numpy as np
 import pytest
 from blocks import assert_same_bits, random_blocks, write_model
-from late_gpu import POISON
-from small_model import MAX_BYTES, TENSORS, assert_loads, assert_right, has_threads, kept_bytes
+from late_gpu import POISON, TUNING, at
+from small_model import MAX_BYTES, TENSORS, assert_loads, assert_right, kept_bytes
 
 import numba_dequant as nd
 from numba_dequant.loading import gpu_loader, requests
@@ -27,10 +27,10 @@ def test_everything(model, late, threads, stream):
         assert list(found) == list(TENSORS)
         for name, tensor in found.items():
             assert_right(tensor, name)
-    assert kept_bytes() <= MAX_BYTES
+    assert kept_bytes(late) <= MAX_BYTES
     del found, tensor
     gc.collect()
-    assert late.in_use == kept_bytes()
+    assert late.in_use == kept_bytes(late)
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
@@ -58,7 +58,7 @@ def test_the_iterator_is_dropped(model, late, threads):
             break
     del tensor
     gc.collect()
-    assert late.in_use - before == kept_bytes()
+    assert late.in_use - before == kept_bytes(late)
     assert_loads(model, threads)
 
 
@@ -75,7 +75,7 @@ def test_several_threads_fill_a_buffer(tmp_path, late):
             shares.append((offset, len(data), threading.get_ident()))
             if len({thread for _, _, thread in shares}) > 1:
                 two_readers.set()
-        if has_threads():
+        if late.thread_functions:
             two_readers.wait(30)  # on a busy machine one could have read everything before another has started
         return real_read(file, data, offset)
 
@@ -88,11 +88,11 @@ def test_several_threads_fill_a_buffer(tmp_path, late):
         tensor = model.tensors["large"]
         found = model.load("large", device="cuda", threads=3)
     assert_same_bits(found.copy_to_host(), nd.dequantize(data, "Q8_0", shape=(2000, 32), device="reference"))
-    if has_threads():
+    if late.thread_functions:
         ends = [offset + n_bytes for offset, n_bytes, _ in sorted(shares)]
         assert [offset for offset, _, _ in sorted(shares)] == [tensor.offset, *ends[:-1]]
         assert ends[-1] == tensor.offset + tensor.n_bytes
-        assert max(n_bytes for _, n_bytes, _ in shares) == gpu_loader.SUBREAD_BYTES
+        assert max(n_bytes for _, n_bytes, _ in shares) == TUNING.subread_bytes
         assert len({thread for _, _, thread in shares}) > 1
         assert sum(copied) == tensor.n_bytes
         assert len(copied) < len(shares) / 2
@@ -112,7 +112,7 @@ def test_rows(model, late, threads):
 def test_out(model, late, threads):
     out = {"a.q": model.load("a.q", device="cuda", threads=1), "ids": model.load("ids", device="cuda", threads=1)}
     for tensor in out.values():
-        late.memory[tensor.ptr : tensor.ptr + tensor.nbytes] = POISON
+        at(tensor.ptr, tensor.nbytes).fill(POISON)
     found = model.load_all(device="cuda", threads=threads, out=out)
     for name, tensor in found.items():
         assert_right(tensor, name)
@@ -132,7 +132,7 @@ def test_two_loads_at_once(model, late, threads):
     for (name, one), (_, other) in zip(first, second, strict=True):
         assert_right(one, name)
         assert_right(other, name)
-    assert kept_bytes() <= 2 * MAX_BYTES
+    assert kept_bytes(late) <= 2 * MAX_BYTES
 
 
 @pytest.mark.parametrize("select", [None, "*.norm", ["a.q", "b.k"]])
@@ -141,7 +141,7 @@ def test_what_is_reported_is_what_was_asked_for(model, late, select, prefetch):
     """Neither the bytes between two tensors nor those between two chunks."""
     chosen = requests.plan_requests(model.tensors, select, "float16", None, keep_quantized=False)
     reports = []
-    for _ in gpu_loader.load(chosen, 0, None, 3, prefetch, reports.append):
+    for _ in gpu_loader.load(chosen, late, None, 3, prefetch, reports.append):
         pass
     assert reports == sorted(reports)
     assert reports[-1] == sum(request.tensor.n_bytes for request in chosen)
@@ -149,19 +149,17 @@ def test_what_is_reported_is_what_was_asked_for(model, late, select, prefetch):
 
 def test_closing_a_model_keeps_the_buffers_of_the_others(model, late):
     model.load_all(device="cuda")
-    before = kept_bytes()
+    before = kept_bytes(late)
     model.close()
     with nd.open(model.path):
         pass
-    assert kept_bytes() == before
+    assert kept_bytes(late) == before
     nd.release_buffers("cuda:0")
-    assert kept_bytes() == 0
+    assert kept_bytes(late) == 0
 
 
-def test_loads_in_many_threads_at_once(model, late):
+def test_loads_in_many_threads_at_once(model, late_with_threads):
     """Each has buffers of its own; none are lost, and none are used twice."""
-    if not has_threads():
-        pytest.skip("no threads read here")
     barrier, found = threading.Barrier(4), []
 
     def load():
@@ -174,6 +172,6 @@ def test_loads_in_many_threads_at_once(model, late):
     for worker in workers:
         worker.join()
     assert len(found) == 20
-    kept = gpu_loader.POOL.idle[0]
+    kept = late_with_threads.idle_buffers
     assert 1 <= len(kept) <= 4
     assert len({id(each) for each in kept}) == len(kept)

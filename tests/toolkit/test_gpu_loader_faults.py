@@ -5,14 +5,15 @@ import errno
 import gc
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 from blocks import random_blocks, write_model
-from small_model import TENSORS, assert_loads, assert_right, has_threads, kept_bytes
+from late_gpu import TUNING
+from small_model import TENSORS, assert_loads, assert_right, kept_bytes
 
 import numba_dequant as nd
-from numba_dequant.backends import cuda_driver
-from numba_dequant.loading import files, gpu_loader, native_threads
+from numba_dequant.loading import files, gpu_buffers, native_threads
 
 
 @pytest.fixture
@@ -35,12 +36,11 @@ def test_a_read_error_halfway(model, late, monkeypatch, threads):
         with pytest.raises(nd.ReadError, match=r"tensor 'output' at byte .*Input/output error; check the disk"):
             model.load_all(device="cuda", threads=threads)
     gc.collect()
-    assert late.in_use == kept_bytes()
+    assert late.in_use == kept_bytes(late)
     assert_loads(model, threads)
 
 
-@pytest.mark.usefixtures("with_threads")
-def test_a_read_error_names_the_tensor_that_it_lies_in(tmp_path, late, threads):
+def test_a_read_error_names_the_tensor_that_it_lies_in(tmp_path, late_with_threads, threads):
     tensors = {"small": ("F32", (5,), bytes(20)), "large": ("Q8_0", (40, 32), random_blocks("Q8_0", 40))}
     with nd.open(write_model(tmp_path / "model.gguf", tensors)) as model:
         end = model.tensors["large"].offset + 512
@@ -50,25 +50,25 @@ def test_a_read_error_names_the_tensor_that_it_lies_in(tmp_path, late, threads):
                 raise OSError(5, "Input/output error")
             return os.preadv(file, [data[: end - offset]], offset)
 
-        late.read_into = read_into
+        late_with_threads.read_into = read_into
         with pytest.raises(nd.ReadError, match=f"tensor 'large' at byte {end}: Input/output error; check the disk"):
             model.load_all(device="cuda", threads=threads)
 
 
 def test_out_of_memory_halfway(model, late, monkeypatch, threads):
-    real = cuda_driver.allocate
+    real = late.allocate
 
-    def allocate(n_bytes, owner_device, stream, keeper=None):
+    def allocate(n_bytes, stream, keeper=None):
         if n_bytes == 90 * 64 * 2:
             raise nd.DeviceError("cuda:0 is out of memory")
-        return real(n_bytes, owner_device, stream, keeper)
+        return real(n_bytes, stream, keeper)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cuda_driver, "allocate", allocate)
+        patch.setattr(late, "allocate", allocate)
         with pytest.raises(nd.DeviceError, match=r"model\.gguf: tensor 'output': cuda:0 is out of memory"):
             model.load_all(device="cuda", threads=threads)
     gc.collect()
-    assert late.in_use == kept_bytes()
+    assert late.in_use == kept_bytes(late)
     assert_loads(model, threads)
 
 
@@ -82,7 +82,7 @@ def test_the_system_has_few_threads_left(model, late, monkeypatch, n_given):
 
     library.pthread_create = create
     monkeypatch.setattr(native_threads, "_library", lambda: library)
-    if n_given or not has_threads():
+    if n_given or not late.thread_functions:
         assert_loads(model, 5)
     else:
         with pytest.raises(nd.DeviceError, match="cannot start a reader thread: Resource temporarily unavailable"):
@@ -124,9 +124,8 @@ def test_a_child_process_leaves_the_threads_alone(model, late):
         assert_right(tensor, name)
 
 
-@pytest.mark.usefixtures("with_threads")
 @pytest.mark.parametrize("step", ["_join", "_close"])
-def test_ctrl_c_while_a_load_is_being_stopped(model, late, monkeypatch, step):
+def test_ctrl_c_while_a_load_is_being_stopped(model, late_with_threads, monkeypatch, step):
     """Before the threads have ended, or behind it: all of it lives on, and the next load stops it first."""
     walk = model.stream(device="cuda", threads=3, prefetch=6)
     next(walk)
@@ -140,18 +139,10 @@ def test_ctrl_c_while_a_load_is_being_stopped(model, late, monkeypatch, step):
     assert bool(interrupted.n_threads) == (step == "_join")
     assert_loads(model, 3)
     assert not native_threads._running
-    assert [len(kept) for kept in gpu_loader.POOL.idle.values()] == [1]
+    assert len(late_with_threads.idle_buffers) == 1
 
 
-def with_call(late, name, function):
-    """What the threads call, with another function for one of them."""
-    calls = late.calls.copy()
-    calls[name] = ctypes.cast(function, ctypes.c_void_p).value
-    return calls
-
-
-@pytest.mark.usefixtures("with_threads")
-def test_a_gpu_that_has_failed_is_named_first(model, late, monkeypatch):
+def test_a_gpu_that_has_failed_is_named_first(model, late_with_threads, monkeypatch):
 
     def fail(self):
         raise ValueError("what cuda-core says of the same")
@@ -159,31 +150,29 @@ def test_a_gpu_that_has_failed_is_named_first(model, late, monkeypatch):
     launch = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_ssize_t] * 11)(lambda *_: 700)
     with monkeypatch.context() as patch:
         patch.setattr("late_gpu.Stream.sync", fail)
-        patch.setattr(late, "calls", with_call(late, "launch", launch))
+        patch.setitem(late_with_threads.thread_functions, "launch", launch)
         with pytest.raises(nd.DeviceError, match="ILLEGAL_ADDRESS"):
             model.load_all(device="cuda", threads=3)
-    assert not kept_bytes(), "what it has may never be given back"
-    for queue in (late.queues, late.done):
+    assert not kept_bytes(late_with_threads), "what it has may never be given back"
+    for queue in (late_with_threads.queues, late_with_threads.done):
         queue.clear()  # a GPU that has failed does nothing any more
     assert_loads(model, 3)
 
 
-@pytest.mark.usefixtures("with_threads")
-def test_a_signal_is_refused(model, late, monkeypatch):
+def test_a_signal_is_refused(model, late_with_threads, monkeypatch):
     """The buffer would be waited for in vain, so no other load gets it."""
     refuse = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_ssize_t] * 4)(lambda *_: 2)
     with monkeypatch.context() as patch:
-        patch.setattr(late, "calls", with_call(late, "signal", refuse))
+        patch.setitem(late_with_threads.thread_functions, "signal", refuse)
         with pytest.raises(nd.DeviceError, match="OUT_OF_MEMORY"):
             model.load_all(device="cuda", threads=2)
     assert_loads(model, 2)
 
 
-@pytest.mark.usefixtures("with_threads")
 @pytest.mark.parametrize("n_given", [0, 1])
-def test_the_system_has_few_files_left(model, late, monkeypatch, n_given):
+def test_the_system_has_few_files_left(model, late_with_threads, monkeypatch, n_given):
     model.load_all("a.norm", device="cuda")
-    (kept,) = gpu_loader.POOL.idle[0]
+    (kept,) = late_with_threads.idle_buffers
     n_files, left, real = len(os.listdir("/proc/self/fd")), [n_given], os.eventfd
 
     def eventfd(*arguments):
@@ -196,7 +185,7 @@ def test_the_system_has_few_files_left(model, late, monkeypatch, n_given):
         patch.setattr(os, "eventfd", eventfd)
         with pytest.raises(nd.DeviceError, match="Too many open files; close some files"):
             model.load_all("a.norm", device="cuda")
-    assert gpu_loader.POOL.idle[0] == [kept]
+    assert late_with_threads.idle_buffers == [kept]
     assert len(os.listdir("/proc/self/fd")) == n_files
 
 
@@ -215,9 +204,8 @@ def test_a_time_stamp_alone_is_warned_of_once(model, late, threads):
     assert_loads(model, threads)
 
 
-@pytest.mark.usefixtures("with_threads")
-def test_a_piece_that_no_buffer_holds(model, late, monkeypatch):
+def test_a_piece_that_no_buffer_holds(model, late_with_threads, monkeypatch):
     """Machine code that is told too much would write past the end of a buffer."""
-    monkeypatch.setattr(gpu_loader, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(gpu_buffers, "TUNING", replace(TUNING, chunk_bytes=100))
     with pytest.raises(nd.DeviceError, match="a chunk of 544 bytes, and buffers of 100"):
         model.load_all(device="cuda")

@@ -1,0 +1,219 @@
+"""The backend for a GPU: checks, memory and the launch, in the order of one stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.arguments import Job, host_bytes, is_on_gpu
+from numba_dequant.backends import gpu_memory, streams
+from numba_dequant.backends.batch import Batch
+from numba_dequant.backends.device_tensor import DeviceTensor
+from numba_dequant.backends.gpu import Gpu, stream_on, timed_event
+from numba_dequant.backends.gpu_memory import DeviceBytes
+from numba_dequant.backends.streams import CallStream
+from numba_dequant.dtypes import OUTPUT_TYPES
+from numba_dequant.errors import DeviceError, DtypeError, OutputError
+from numba_dequant.format import Format
+from numba_dequant.interop import TORCH, library_of
+from numba_dequant.kernels.compiler import dequantize_kernel
+from numba_dequant.kernels.launch_shape import LaunchShape, launch_shape
+
+MAX_GRID = 2**31 - 1
+
+NO_HOST_DATA = "data on the host cannot be part of it; copy the data to the GPU before the capture"
+
+
+class CudaBackend:
+    """Computes on a GPU."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+
+    def dequantize(self, job: Job, stream: Any, mapping: str) -> Any:
+        """The result of one job; the host does not wait for it."""
+        data, gpu = job.data, self.gpu
+        call = streams.stream_for(stream, gpu, (data, job.out))
+        if not isinstance(data, DeviceTensor) and not is_on_gpu(data):
+            if not is_pinned_tensor(data):
+                return load(host_bytes(data), job, call, mapping)
+            gpu.refuse_capture(call.handle, NO_HOST_DATA)
+            data = TORCH.to_gpu(data, gpu.index, call.handle)
+        with gpu.active():
+            memory = streams.memory_of(data, call)
+            check_place(memory, gpu)
+            job.measure(memory.n_bytes)
+            result, target = output(job, call, memory)
+            dequantize_into(memory, job, target, call.handle, mapping)
+            streams.release(call, data=data, out=job.out)
+            return result
+
+    def prepare(self, jobs: Sequence[Job], stream: Any) -> Batch[Any]:
+        """A batch whose every run is a launch per format, on the stream that is meant at that time."""
+        from numba_dequant.backends import cuda_batch
+
+        return cuda_batch.prepare(jobs, self.gpu, stream)
+
+
+def load(host: NDArray[np.uint8], job: Job, call: CallStream, mapping: str = "tile") -> Any:
+    """Dequantize bytes that lie on the host; their copy on the GPU is freed behind the kernel."""
+    job.measure(host.nbytes)
+    with call.gpu.active():
+        call.gpu.refuse_capture(call.handle, NO_HOST_DATA)
+        result, target = output(job, call)
+        dequantize_into(_sent(host, call), job, target, call.handle, mapping)
+        streams.release(call, out=job.out)
+        return result
+
+
+def upload(host: NDArray[np.uint8], call: CallStream) -> DeviceTensor:
+    """Bytes that lie on the host, as they are, on the GPU."""
+    with call.gpu.active():
+        return DeviceTensor(_sent(host, call), (host.nbytes,), gpu_memory.BYTES, call.handle, call.framework)
+
+
+def _sent(host: NDArray[np.uint8], call: CallStream) -> DeviceBytes:
+    memory = call.gpu.allocate(host.nbytes, call.handle, call.keeper)
+    if host.nbytes:
+        call.gpu.send(memory.pointer, host, call.handle)
+    return memory
+
+
+def is_pinned_tensor(data: Any) -> bool:
+    """Whether data is a PyTorch tensor in pinned memory: PyTorch copies it, and does not wait (`Torch.to_gpu`)."""
+    return library_of(data) is TORCH and TORCH.is_pinned(data)
+
+
+def output(job: Job, call: CallStream, data: DeviceBytes | None = None) -> tuple[Any, DeviceBytes]:
+    """What to return, and the memory to write: that of `out`, or new memory once all is checked."""
+    check_capability(job, call.gpu)
+    if job.out is not None:
+        return job.out, checked_output(job, call, data)
+    dtype = job.result_dtype
+    target = new_memory(job.n_elements * dtype.itemsize, call)
+    return DeviceTensor(target, job.shape, dtype, call.handle, call.framework), target
+
+
+def new_memory(n_bytes: int, call: CallStream) -> DeviceBytes:
+    """Memory for a result: from PyTorch's allocator on PyTorch's current stream, else from the GPU's pool.
+
+    Raises:
+        DeviceError: there is not enough, or a CUDA graph is being captured by somebody other than PyTorch.
+    """
+    if call.framework is TORCH:
+        return call.gpu.allocate_by_torch(n_bytes, call.handle)
+    if call.handle:
+        call.gpu.refuse_capture(call.handle, "only PyTorch can allocate memory for it; pass out=")
+    return call.gpu.allocate(n_bytes, call.handle, call.keeper)
+
+
+def check_place(memory: DeviceBytes, gpu: Gpu) -> None:
+    """Check that data lies on the GPU that is to read it.
+
+    Raises:
+        DeviceError: it does not.
+    """
+    if memory.gpu is not gpu:
+        raise DeviceError(
+            f"the data lies on cuda:{memory.gpu.index}, the device is cuda:{gpu.index}; copy it there first"
+        )
+
+
+def check_capability(job: Job, gpu: Gpu) -> None:
+    """Check that a GPU can convert to an output type.
+
+    Raises:
+        DtypeError: it cannot.
+    """
+    if job.dtype is None:
+        return
+    needed = OUTPUT_TYPES[job.dtype].capability
+    if needed[0] and job.fmt.decode is not None and gpu.capability < needed:
+        least, ours = (".".join(map(str, each)) for each in (needed, gpu.capability))
+        raise DtypeError(
+            f"{job.dtype} needs a GPU of compute capability {least} or later, this one has {ours}; use float16"
+        )
+
+
+def checked_output(job: Job, call: CallStream, data: DeviceBytes | None = None) -> DeviceBytes:
+    """The memory of the caller's `out`, which is right in every way for the result of reading `data`.
+
+    Raises:
+        OutputError: it is not.
+    """
+    out, index = job.out, call.gpu.index
+    if not isinstance(out, DeviceTensor):
+        library = library_of(out)
+        if not (is_on_gpu(out) if library is None else library.is_on_gpu(out)):
+            raise OutputError(f"out is a {type(out).__name__} on the host, the device is cuda:{index}")
+        if library is not None and not library.is_contiguous(out):
+            raise OutputError("out is not contiguous; pass a contiguous array")
+    target = streams.memory_of(out, call)
+    if target.gpu is not call.gpu:
+        raise OutputError(f"out lies on cuda:{target.gpu.index}, the device is cuda:{index}")
+    if target.is_readonly:
+        raise OutputError("out is read-only")
+    job.check_output(target.dtype, target.shape)
+    if data is not None and not (
+        target.pointer + target.n_bytes <= data.pointer or data.pointer + data.n_bytes <= target.pointer
+    ):
+        raise OutputError("out shares memory with data")
+    return target
+
+
+def dequantize_into(data: DeviceBytes, job: Job, out: DeviceBytes, stream: int, mapping: str = "tile") -> None:
+    """Queue the work that writes the values of `data` to `out`, both on the current GPU."""
+    if not job.n_elements:
+        return
+    fmt, gpu = job.fmt, data.gpu
+    if fmt.stored_dtype is not None:
+        gpu.copy_on_device(out.pointer, data.pointer, out.n_bytes, stream)
+        return
+    target = out
+    if out.pointer % 16:
+        # The kernel stores 16 bytes at a time: an odd address gets its values by way of other memory.
+        gpu.refuse_capture(stream, "out lies at an address that is not a multiple of 16; pass one that does")
+        target = gpu.allocate(out.n_bytes, stream)
+    assert job.dtype is not None
+    kernel, shape = kernel_for(fmt, job.dtype, gpu, mapping)
+    step = MAX_GRID * shape.tile_elements
+    for first in range(0, job.n_elements, step):
+        count = min(step, job.n_elements - first)
+        start = data.pointer + first // fmt.block_size * fmt.type_size
+        end = target.pointer + first * (out.n_bytes // job.n_elements)
+        gpu.launch(kernel, shape.thread_blocks(count), shape.threads, stream, start, count, end)
+    if target is not out:
+        gpu.copy_on_device(out.pointer, target.pointer, out.n_bytes, stream)
+
+
+def kernel_for(fmt: Format, dtype: str, gpu: Gpu, mapping: str = "tile") -> tuple[Any, LaunchShape]:
+    """The kernel of a format, ready to launch, and how its work is cut."""
+    key = fmt, dtype, mapping
+    try:
+        kernel, shape = gpu.kernels[key]
+    except KeyError:
+        kernel, shape = gpu.load_kernel(dequantize_kernel(fmt, dtype, mapping)), launch_shape(mapping, fmt)
+        gpu.kernels[key] = kernel, shape
+    return kernel, shape
+
+
+def time_kernel(data: NDArray[np.uint8], job: Job, gpu: Gpu) -> tuple[NDArray[Any], float]:
+    """The values, on the host, and the seconds that the kernel took by the GPU's clock: the median of five."""
+    job.measure(data.nbytes)
+    with gpu.active():
+        call = CallStream(gpu)
+        result, target = output(job, call)
+        memory = _sent(data, call)
+        stream = stream_on(gpu.index, 0)
+        seconds = []
+        for _ in range(6):  # the first one compiles
+            start = stream.record(options=timed_event())
+            dequantize_into(memory, job, target, 0)
+            end = stream.record(options=timed_event())
+            end.sync()
+            seconds.append((end - start) / 1e3)
+        return result.copy_to_host(), median(seconds[1:])

@@ -1,0 +1,235 @@
+"""Many tensors on a GPU: one launch per format, over a table of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from cuda.core import Event
+from numpy.typing import NDArray
+
+from numba_dequant.arguments import Job, Memory, after_writing, check_apart, host_bytes, is_on_gpu, with_tensor_name
+from numba_dequant.backends import cuda, streams
+from numba_dequant.backends.batch import Batch
+from numba_dequant.backends.device_tensor import DeviceTensor
+from numba_dequant.backends.gpu import Gpu
+from numba_dequant.backends.gpu_memory import DeviceBytes
+from numba_dequant.backends.streams import CallStream
+from numba_dequant.errors import NumbaDequantError
+from numba_dequant.interop import TORCH, library_of
+from numba_dequant.kernels.compiler import batch_kernel
+from numba_dequant.kernels.launch_shape import launch_shape, tile_directory
+
+SHARED_MEMORY = 64 << 20
+"""Tensors share pieces of device memory of up to so many bytes: getting one costs as much as launching a kernel."""
+
+ALIGNMENT = 256
+"""Of each tensor in shared memory: as if it had been allocated alone."""
+
+
+Step = Callable[[int], None]
+"""Something that is queued on a stream, given its handle."""
+
+
+@dataclass(slots=True)
+class _Task:
+    """A job that has been checked, and where it reads and writes.
+
+    Attributes:
+        job: what was asked for.
+        data: its blocks on the GPU; without an address until blocks on the host get memory there.
+        target: where its values go; without an address until a new result gets memory.
+        host: its blocks, where they lie on the host.
+        gather: copies strided data to `data`, which each run reads.
+        result: what the caller gets.
+    """
+
+    job: Job
+    data: DeviceBytes
+    target: DeviceBytes
+    host: NDArray[np.uint8] | None
+    gather: Step | None
+    result: Any
+
+    def memory(self) -> list[Memory]:
+        """What is read, and what is written to."""
+        pieces = [(self.data, False), (self.target, True)]
+        return [
+            Memory(each.pointer, each.pointer + each.n_bytes, self.job.name, is_out)
+            for each, is_out in pieces
+            if each.pointer
+        ]
+
+
+def prepare(jobs: Sequence[Job], gpu: Gpu, stream: Any) -> Batch[Any]:
+    """The batch of `numba_dequant.prepare_many` on a GPU."""
+    arrays = [array for job in jobs for array in (job.data, job.out) if array is not None]
+    call = streams.stream_for(stream, gpu, arrays)
+    with gpu.active():
+        gpu.refuse_capture(call.handle, "a batch cannot be prepared during the capture; prepare it before")
+        tasks = []
+        for job in jobs:
+            try:
+                tasks.append(_task(job, call))
+            except NumbaDequantError as error:
+                raise with_tensor_name(error, job.name) from error
+        if any(job.out is not None for job in jobs):
+            check_apart(memory for task in tasks for memory in task.memory())
+        _allocate([task.data for task in tasks if task.host is not None], call)
+        _allocate([task.target for task in tasks if task.result is None], call)
+        for task in tasks:
+            if task.host is not None and task.host.size:
+                gpu.send(task.data.pointer, task.host, call.handle)
+            if task.result is None:
+                shape, dtype = task.job.shape, task.job.result_dtype
+                task.result = DeviceTensor(task.target, shape, dtype, call.handle, call.framework)
+        steps, tables = _steps(tasks, call)
+        return Batch({task.job.name: task.result for task in tasks}, _Run(call, steps, tasks, tables, arrays))
+
+
+class _Run:
+    """Queues all steps of a batch on the stream that is meant at that time.
+
+    It keeps the memory whose addresses the steps hold.
+    """
+
+    def __init__(
+        self, call: CallStream, steps: list[Step], tasks: list[_Task], tables: DeviceBytes | None, arrays: list[Any]
+    ) -> None:
+        self._call, self._steps, self._arrays = call, steps, arrays
+        self._kept = tasks, tables
+        libraries = {library.name: library for array in arrays if (library := streams.owner_of(array)) is not None}
+        self._others = [library for library in libraries.values() if library is not call.framework]
+        memories = [task.data for task in tasks] + [task.target for task in tasks] + ([tables] if tables else [])
+        owners = {id(memory.owner): memory.owner for memory in memories if hasattr(memory.owner, "used_on")}
+        self._owners = list(owners.values())
+        self._results = [task.result for task in tasks if isinstance(task.result, DeviceTensor)]
+        self._outs = [task.result for task in tasks if not isinstance(task.result, DeviceTensor)]
+        self._uploaded: Event | None = call.gpu.record_event(call.handle)
+        self._last = call.handle
+        self._used = {call.handle}
+
+    def __call__(self) -> None:
+        call, gpu = self._call, self._call.gpu
+        handle = call.framework.current_stream(gpu.index) if call.framework is not None else call.handle
+        with gpu.active():
+            if handle != call.handle and self._uploaded is not None:
+                # The data was copied to the GPU on the stream on which the batch was prepared.
+                gpu.wait_for_event(self._uploaded)
+                self._uploaded = None
+            others = [library.current_stream(gpu.index) for library in self._others]
+            for other in others:
+                gpu.stream_wait_stream(handle, other)
+            for step in self._steps:
+                step(handle)
+            for out in self._outs:
+                after_writing(out)
+            if not call.is_named:
+                for other in others:
+                    gpu.stream_wait_stream(other, handle)
+            if handle != self._last:
+                self._last = handle
+                self._used.add(handle)
+                for result in self._results:
+                    result.stream = handle
+
+    def __del__(self) -> None:
+        # The streams may still be at work on what is dropped with this, and on results that live on.
+        with suppress(Exception), self._call.gpu.active():  # the interpreter may be ending
+            for handle in self._used:
+                for owner in self._owners:
+                    owner.used_on(handle)
+            if self._call.is_named:
+                for array in self._arrays:
+                    streams.release(self._call, data=array)
+
+
+def _task(job: Job, call: CallStream) -> _Task:
+    host, array, gpu = None, job.data, call.gpu
+    if cuda.is_pinned_tensor(array):
+        array = TORCH.to_gpu(array, gpu.index, call.handle)
+    gather: Step | None = None
+    if isinstance(array, DeviceTensor) or is_on_gpu(array):
+        data = streams.memory_of(array, call)
+        library = library_of(array)
+        if library is not None and not library.is_contiguous(array):
+            gather = partial(library.copy, data.owner, array, gpu.index)
+        cuda.check_place(data, gpu)
+    else:
+        host = host_bytes(array)
+        data = DeviceBytes(0, host.size, gpu, None)
+    job.measure(data.n_bytes)
+    cuda.check_capability(job, gpu)
+    if job.out is None:
+        target = DeviceBytes(0, job.n_elements * job.result_dtype.itemsize, gpu, None)
+    else:
+        target = cuda.checked_output(job, call, data if host is None else None)
+    return _Task(job, data, target, host, gather, job.out)
+
+
+def _allocate(pieces: list[DeviceBytes], call: CallStream) -> None:
+    """Get device memory for each piece; small ones share."""
+    start = 0
+    sharing: list[tuple[DeviceBytes, int]] = []
+    for piece in pieces:
+        size = -(-piece.n_bytes // ALIGNMENT) * ALIGNMENT
+        if start + size > SHARED_MEMORY:
+            _share(sharing, start, call)
+            sharing, start = [], 0
+        sharing.append((piece, start))
+        start += size
+    _share(sharing, start, call)
+
+
+def _share(pieces: list[tuple[DeviceBytes, int]], n_bytes: int, call: CallStream) -> None:
+    if pieces:
+        whole = cuda.new_memory(n_bytes, call)
+        for piece, start in pieces:
+            piece.pointer, piece.owner = whole.pointer + start, whole.owner
+
+
+def _steps(tasks: list[_Task], call: CallStream) -> tuple[list[Step], DeviceBytes | None]:
+    """What is to be queued, and the memory of the tables for it.
+
+    That is one launch per format, and a step for each tensor that cannot be part of one.
+    """
+    gpu, steps = call.gpu, [task.gather for task in tasks if task.gather is not None]
+    by_format: dict[int, list[_Task]] = {}
+    for task in tasks:
+        if not task.job.n_elements:
+            continue
+        if task.job.fmt.stored_dtype is not None or task.target.pointer % 16:
+            steps.append(partial(cuda.dequantize_into, task.data, task.job, task.target))
+        else:
+            by_format.setdefault(id(task.job.fmt), []).append(task)
+    if not by_format:
+        return steps, None
+    groups = list(by_format.values())
+    # The GPU is asked for all kernels before anything is queued: compiling may fail.
+    kernels = [gpu.load_kernel(batch_kernel(group[0].job.fmt, group[0].job.dtype or "")) for group in groups]
+    tables = [_table(group) for group in groups]
+    packed = np.concatenate([table.reshape(-1) for table, _ in tables])
+    memory = cuda.new_memory(packed.nbytes, call)
+    gpu.send(memory.pointer, packed.view(np.uint8), call.handle)
+    start = memory.pointer
+    for group, kernel, (table, n_tiles) in zip(groups, kernels, tables, strict=True):
+        threads = launch_shape("tile", group[0].job.fmt).threads
+        steps.append(partial(_launch, gpu, kernel, n_tiles, threads, start, len(group)))
+        start += table.nbytes
+    return steps, memory
+
+
+def _launch(gpu: Gpu, kernel: Any, n_tiles: int, threads: int, table: int, n_tensors: int, stream: int) -> None:
+    # The table holds addresses, which count from 0.
+    gpu.launch(kernel, n_tiles, threads, stream, 0, table, n_tensors, 0)
+
+
+def _table(tasks: list[_Task]) -> tuple[NDArray[np.int64], int]:
+    numbers = [(task.data.pointer, task.target.pointer, task.job.n_elements) for task in tasks]
+    data, targets, n_elements = np.array(numbers, np.int64).T
+    job = tasks[0].job
+    return tile_directory(launch_shape("tile", job.fmt), data, targets // job.result_dtype.itemsize, n_elements)
