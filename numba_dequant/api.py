@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from numpy.typing import NDArray
@@ -196,6 +197,14 @@ def prepare_many(
     return backend_for(device, stream, on_gpu).prepare(jobs, stream)
 
 
+@cache
+def _modules_of_gpus() -> tuple[Any, Any]:
+    # A call takes as long to import them again as to launch a kernel.
+    from numba_dequant.backends import cuda, gpu
+
+    return cuda, gpu
+
+
 def backend_for(device: Any, stream: Any, data: Any = None) -> HostBackend | CudaBackend:
     """What computes on a device; if `device` is None, on the GPU that the data lies on, or on the first GPU.
 
@@ -204,16 +213,13 @@ def backend_for(device: Any, stream: Any, data: Any = None) -> HostBackend | Cud
     """
     on_gpu = data is not None and is_on_gpu(data)
     if on_gpu and device is None:
-        from numba_dequant.backends.gpu import device_of
-
-        spec = gpu_device(device_of(data))
+        spec = gpu_device(_modules_of_gpus()[1].device_of(data))
     else:
         spec = parse_device(device)
     if spec.kind == "cuda":
-        from numba_dequant.backends.cuda import CudaBackend
-        from numba_dequant.backends.gpu import gpu_at
-
-        return CudaBackend(gpu_at(spec.index))
+        cuda, gpu = _modules_of_gpus()
+        backend: CudaBackend = cuda.CudaBackend(gpu.gpu_at(spec.index))
+        return backend
     if on_gpu:
         raise DeviceError(f"the data lies on a GPU, but the device is {spec}; copy it to the host first")
     if spec.kind == "simulator":

@@ -192,13 +192,11 @@ def dequantize_into(data: DeviceBytes, job: Job, out: DeviceBytes, stream: int, 
 
 def kernel_for(fmt: Format, dtype: str, gpu: Gpu, mapping: str = "tile") -> tuple[Any, LaunchShape]:
     """The kernel of a format, ready to launch, and how its work is cut."""
-    key = fmt, dtype, mapping
-    try:
-        kernel, shape = gpu.kernels[key]
-    except KeyError:
-        kernel, shape = gpu.load_kernel(dequantize_kernel(fmt, dtype, mapping)), launch_shape(mapping, fmt)
-        gpu.kernels[key] = kernel, shape
-    return kernel, shape
+    known: tuple[Any, LaunchShape] | None = gpu.kernels.get((fmt, dtype, mapping))
+    if known is None:
+        known = gpu.load_kernel(dequantize_kernel(fmt, dtype, mapping)), launch_shape(mapping, fmt)
+        gpu.kernels[fmt, dtype, mapping] = known
+    return known
 
 
 def time_kernel(data: NDArray[np.uint8], job: Job, gpu: Gpu) -> tuple[NDArray[Any], float]:

@@ -77,6 +77,7 @@ def _spec_of(name: str) -> DeviceSpec | None:
     return DeviceSpec("cpu") if found[0].startswith("cpu") else _gpu(int(found[1] or 0))
 
 
+@lru_cache(maxsize=64)
 def _gpu(index: int) -> DeviceSpec:
     return DeviceSpec("simulator" if is_simulated() else "cuda", index)
 
