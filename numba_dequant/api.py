@@ -212,10 +212,8 @@ def backend_for(device: Any, stream: Any, data: Any = None) -> HostBackend | Cud
         DeviceError: there is no such device, or it has no streams, or cannot read the data.
     """
     on_gpu = data is not None and is_on_gpu(data)
-    if on_gpu and device is None:
-        spec = gpu_device(_modules_of_gpus()[1].device_of(data))
-    else:
-        spec = parse_device(device)
+    uses_its_own = on_gpu and device is None
+    spec = gpu_device(_modules_of_gpus()[1].device_of(data)) if uses_its_own else parse_device(device)
     if spec.kind == "cuda":
         cuda, gpu = _modules_of_gpus()
         backend: CudaBackend = cuda.CudaBackend(gpu.gpu_at(spec.index))

@@ -13,7 +13,7 @@ from numba_dequant.backends.devices import available_cores
 from numba_dequant.backends.host import HostBackend, SimulatorBackend
 from numba_dequant.errors import DeviceError, OutputError
 from numba_dequant.loading.chunks import Chunk, TensorSlice
-from numba_dequant.loading.python_threads import Pipeline
+from numba_dequant.loading.python_threads import Pipeline, Work
 from numba_dequant.loading.requests import Request
 
 CHUNK_BYTES = 1 << 20
@@ -46,63 +46,50 @@ def load(
     check_apart(memory_of_array(array, requests[index].job.name, is_out=True) for index, array in outputs.items())
     results = _Results(requests, backend, outputs)
     # The simulator's threads are its own.
-    is_simulated = isinstance(backend, SimulatorBackend)
-    n_workers = 1 if is_simulated else threads or available_cores() + WAITING_THREADS
-    tensors = [request.tensor for request in requests]
-    pipeline = Pipeline(tensors, results, CHUNK_BYTES, n_workers, prefetch, on_bytes_read)
-    return (results.pop_result(index) for index in pipeline)
+    n_threads = 1 if isinstance(backend, SimulatorBackend) else threads or available_cores() + WAITING_THREADS
+    work = Work(results.prepare, results.consume, CHUNK_BYTES)
+    pipeline = Pipeline([request.tensor for request in requests], work, n_threads, prefetch, on_bytes_read)
+    return (results.pop(index) for index in pipeline)
 
 
 class _Results:
     """The arrays to write to: they are made when reading gets to them, and dropped when they are handed out."""
 
     def __init__(self, requests: Sequence[Request], backend: HostBackend, outputs: dict[int, NDArray[Any]]) -> None:
-        self.requests, self.backend = requests, backend
-        self.arrays = outputs
+        self._requests, self._backend, self._arrays = requests, backend, outputs
 
     def prepare(self, index: int) -> None:
-        request = self.requests[index]
+        """Get the memory of a tensor."""
+        request = self._requests[index]
         if request.job.out is None:
             try:
-                self.arrays[index] = self.backend.output(request.job)
+                self._arrays[index] = self._backend.output(request.job)
             except DeviceError as error:
                 raise request.blame(error) from error
 
-    def worker(self) -> _Worker:
-        return _Worker(self)
-
-    def pop_result(self, index: int) -> Any:
-        request, array = self.requests[index], self.arrays.pop(index)
-        if request.job.dtype is None:
-            return request.finished(array)
-        if request.job.out is not None:
-            after_writing(request.job.out)
-        return self.backend.result(request.job, array)
-
-
-class _Worker:
-    """Decodes chunks in the thread that has read them."""
-
-    def __init__(self, results: _Results) -> None:
-        self._results = results
-        self._buffer = np.empty(CHUNK_BYTES, np.uint8)
-
-    def buffer(self) -> NDArray[np.uint8]:
-        return self._buffer
-
     def consume(self, chunk: Chunk, data: NDArray[np.uint8]) -> None:
+        """Write the values of a chunk."""
         for part in chunk.parts:
-            request = self._results.requests[part.index]
+            request = self._requests[part.index]
             try:
                 self._write(part, request.job, data[part.at : part.at + part.n_bytes])
             except MemoryError as error:
                 raise request.blame(DeviceError(f"out of memory: {error}")) from error
 
     def _write(self, part: TensorSlice, job: Job, data: NDArray[np.uint8]) -> None:
-        flat = self._results.arrays[part.index].reshape(-1)
+        flat = self._arrays[part.index].reshape(-1)
         if job.dtype is None:
             flat[part.start : part.start + part.n_bytes] = data
             return
         first = part.start // job.fmt.type_size * job.fmt.block_size
         n_elements = part.n_bytes // job.fmt.type_size * job.fmt.block_size
-        self._results.backend.write(data, job, flat[first : first + n_elements], n_shares=1)
+        self._backend.write(data, job, flat[first : first + n_elements], n_shares=1)
+
+    def pop(self, index: int) -> Any:
+        """The result of a tensor whose values have all been written."""
+        job, array = self._requests[index].job, self._arrays.pop(index)
+        if job.dtype is None:
+            return self._requests[index].finished(array)
+        if job.out is not None:
+            after_writing(job.out)
+        return self._backend.result(job, array)

@@ -1,14 +1,10 @@
-"""Reading tensors on several threads, in memory that does not grow with the model.
-
-What becomes of the bytes is the business of a `Worker`, one a thread: it has the memory to read to, and takes each
-chunk when it has been read.
-"""
+"""Reading tensors on several threads of Python, in memory that does not grow with the model."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,27 +14,23 @@ from numba_dequant.loading.chunks import Chunk, plan_chunks, round_robin_by_disk
 from numba_dequant.loading.files import OpenFiles
 
 POLL_SECONDS = 0.1
-"""Seconds after which who waits for a tensor looks how far it has got."""
+"""Seconds after which a thread that waits for a tensor reports the progress."""
 
 
-class Worker(Protocol):
-    """What a thread does with chunks."""
+@dataclass(frozen=True)
+class Work:
+    """What becomes of the bytes of tensors.
 
-    def buffer(self) -> NDArray[np.uint8]:
-        """Memory that the next chunk may be read to."""
+    Attributes:
+        prepare: gets ready for a tensor, given its index: called before any of its bytes are taken, once, by one thread
+            at a time.
+        consume: takes a chunk and its bytes, in this machine's byte order, in the thread that has read them.
+        max_bytes: bytes of a chunk at most.
+    """
 
-    def consume(self, chunk: Chunk, data: NDArray[np.uint8]) -> None:
-        """A chunk that has been read to the start of that memory, in this machine's byte order."""
-
-
-class Consumer(Protocol):
-    """Where the bytes of tensors go."""
-
-    def prepare(self, index: int) -> None:
-        """Get ready for a tensor: called before any of its bytes are taken, once, and never twice at a time."""
-
-    def worker(self) -> Worker:
-        """What one more thread does with chunks: called in that thread."""
+    prepare: Callable[[int], None]
+    consume: Callable[[Chunk, NDArray[np.uint8]], None]
+    max_bytes: int
 
 
 class Pipeline:
@@ -51,8 +43,7 @@ class Pipeline:
     def __init__(
         self,
         tensors: Sequence[TensorInfo],
-        sink: Consumer,
-        largest: int,
+        work: Work,
         n_threads: int,
         prefetch: int | None,
         on_bytes_read: Callable[[int], None],
@@ -61,18 +52,17 @@ class Pipeline:
 
         Args:
             tensors: in the order in which they are handed out.
-            sink: where their bytes go.
-            largest: bytes of a chunk at most.
+            work: what becomes of their bytes.
             n_threads: how many at most; with one, all is done in the thread that iterates.
             prefetch: tensors that may be read ahead of the one that was handed out last; None for all.
             on_bytes_read: is called now and then, in the thread that iterates, with the number of bytes taken so far.
         """
-        self._tensors, self._sink = tensors, sink
+        self._tensors, self._work = tensors, work
         # An order other than that of handing out would have the first tensor wait for one that is not due.
         order = range(len(tensors)) if prefetch is not None else round_robin_by_disk(tensors)
-        self._chunks = plan_chunks(tensors, order, largest, in_turn=prefetch is not None)
+        self._chunks = plan_chunks(tensors, order, work.max_bytes, in_turn=prefetch is not None)
         self._next: Chunk | None = next(self._chunks, None)
-        n_chunks = sum(tensor.n_bytes for tensor in tensors) // largest + 1
+        n_chunks = sum(tensor.n_bytes for tensor in tensors) // work.max_bytes + 1
         self._n_threads = max(1, min(n_threads, n_chunks))
         self._prefetch, self._on_bytes_read = prefetch, on_bytes_read
         self._left = [tensor.n_bytes for tensor in tensors]
@@ -88,7 +78,7 @@ class Pipeline:
             return
         names = [f"numba_dequant reader {number}" for number in range(self._n_threads)]
         # Daemons, so that a program may end with an iterator that it has not finished.
-        threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
+        threads = [threading.Thread(target=self._read, name=name, daemon=True) for name in names]
         try:
             if not self._start(threads):
                 yield from self._here()
@@ -116,12 +106,12 @@ class Pipeline:
         return True
 
     def _here(self) -> Iterator[int]:
-        worker = self._sink.worker()
+        buffer = np.empty(self._work.max_bytes, np.uint8)
         with OpenFiles() as files:
             for index in range(len(self._tensors)):
                 self._wanted = index
                 while self._left[index] and (chunk := self._claim()):
-                    self._handle(chunk, worker, files)
+                    self._handle(chunk, buffer, files)
                     self._on_bytes_read(self._taken)
                 self._ready(index)
                 yield index
@@ -141,12 +131,12 @@ class Pipeline:
                 taken = self._taken
             self._on_bytes_read(taken)
 
-    def _work(self) -> None:
+    def _read(self) -> None:
         try:
-            worker = self._sink.worker()
+            buffer = np.empty(self._work.max_bytes, np.uint8)
             with OpenFiles() as files:
                 while chunk := self._claim_in_turn():
-                    self._handle(chunk, worker, files)
+                    self._handle(chunk, buffer, files)
         except BaseException as error:
             with self._changed:
                 self._error = self._error or error
@@ -172,11 +162,11 @@ class Pipeline:
 
     def _ready(self, index: int) -> None:
         if not self._prepared[index]:
-            self._sink.prepare(index)
+            self._work.prepare(index)
             self._prepared[index] = True
 
-    def _handle(self, chunk: Chunk, worker: Worker, files: OpenFiles) -> None:
-        worker.consume(chunk, files.read(chunk, self._tensors, worker.buffer()))
+    def _handle(self, chunk: Chunk, buffer: NDArray[np.uint8], files: OpenFiles) -> None:
+        self._work.consume(chunk, files.read(chunk, self._tensors, buffer))
         with self._changed:
             for part in chunk.parts:
                 self._left[part.index] -= part.n_bytes

@@ -15,7 +15,7 @@ import numba_dequant as nd
 from numba_dequant.gguf.source import Source
 from numba_dequant.loading import files
 from numba_dequant.loading.chunks import plan_chunks, round_robin_by_disk
-from numba_dequant.loading.python_threads import Pipeline
+from numba_dequant.loading.python_threads import Pipeline, Work
 
 FORMATS = ["Q8_0", "Q4_K", "F32", "I8"]
 
@@ -112,33 +112,19 @@ class Consumer:
     def __init__(self, tensors, delay=0.0):
         self.tensors, self.delay = tensors, delay
         self.found, self.threads = {}, set()
-        self.n_waiting = threading.Semaphore(0)
 
     def prepare(self, index):
         assert index not in self.found
         self.found[index] = np.full(self.tensors[index].n_bytes, 77, np.uint8)
 
-    def worker(self):
-        sink = self
-
-        class Worker:
-            memory = np.empty(1000, np.uint8)
-
-            def buffer(self):
-                return self.memory
-
-            def consume(self, chunk, data):
-                sink.threads.add(threading.current_thread())
-                time.sleep(sink.delay)
-                for part in chunk.parts:
-                    sink.found[part.index][part.start : part.start + part.n_bytes] = data[part.at :][: part.n_bytes]
-
-        worker = Worker()
-        worker.memory = np.empty(1000, np.uint8)
-        return worker
+    def consume(self, chunk, data):
+        self.threads.add(threading.current_thread())
+        time.sleep(self.delay)
+        for part in chunk.parts:
+            self.found[part.index][part.start : part.start + part.n_bytes] = data[part.at :][: part.n_bytes]
 
     def pipeline(self, n_threads=3, prefetch=None, watch=lambda done: None):
-        return Pipeline(self.tensors, self, 1000, n_threads, prefetch, watch)
+        return Pipeline(self.tensors, Work(self.prepare, self.consume, 1000), n_threads, prefetch, watch)
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, None])
