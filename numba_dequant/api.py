@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 
 from numpy.typing import NDArray
 
@@ -17,61 +17,49 @@ from numba_dequant.format import Format
 from numba_dequant.formats import format_named
 from numba_dequant.kernels.launch_shape import launch_shape
 
-if TYPE_CHECKING:  # it imports what only a GPU needs
-    from numba_dequant.backends.cuda import CudaBackend
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from numba_dequant.backends.cuda import CudaBackend  # it imports what only a GPU needs
 
 Key = TypeVar("Key")
 
 Out = TypeVar("Out")
 
+_Format = str | int | Format
 _Shape = Sequence[int] | NDArray[Any] | int | None
+_Host = Literal["reference", "cpu"]
+
+
+if TYPE_CHECKING:
+
+    class _Options(TypedDict, total=False):
+        shape: _Shape
+        stream: Any
+        mapping: str
 
 
 @overload
 def dequantize(
-    data: Any,
-    format: str | int | Format,
-    dtype: Any = ...,
-    *,
-    shape: _Shape = ...,
-    device: Any = ...,
-    out: Out,
-    stream: Any = ...,
-    mapping: str = ...,
+    data: Any, format: _Format, dtype: Any = ..., *, out: Out, device: Any = ..., **options: Unpack[_Options]
 ) -> Out: ...
 
 
 @overload
 def dequantize(
-    data: Any,
-    format: str | int | Format,
-    dtype: Any = ...,
-    *,
-    shape: _Shape = ...,
-    device: Literal["reference", "cpu"],
-    out: None = ...,
-    stream: None = ...,
-    mapping: str = ...,
+    data: Any, format: _Format, dtype: Any = ..., *, device: _Host, out: None = ..., **options: Unpack[_Options]
 ) -> NDArray[Any]: ...
 
 
 @overload
 def dequantize(
-    data: Any,
-    format: str | int | Format,
-    dtype: Any = ...,
-    *,
-    shape: _Shape = ...,
-    device: Any = ...,
-    out: None = ...,
-    stream: Any = ...,
-    mapping: str = ...,
+    data: Any, format: _Format, dtype: Any = ..., *, device: Any = ..., out: None = ..., **options: Unpack[_Options]
 ) -> Array: ...
 
 
 def dequantize(
     data: Any,
-    format: str | int | Format,
+    format: _Format,
     dtype: Any = "float16",
     *,
     shape: _Shape = None,

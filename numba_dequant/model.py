@@ -6,7 +6,7 @@ import html
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from numba_dequant import display
 from numba_dequant.api import backend_for
 from numba_dequant.arguments import flag_option, output_type, whole_option
+from numba_dequant.backends.batch import Array
 from numba_dequant.backends.devices import parse_device
 from numba_dequant.backends.host import HostBackend
 from numba_dequant.errors import OutputError
@@ -21,10 +22,48 @@ from numba_dequant.gguf.file import GgufFile, TensorInfo, TensorTable, open_gguf
 from numba_dequant.gguf.metadata import Metadata
 from numba_dequant.loading.files import check_complete, map_tensor, read_tensor
 from numba_dequant.loading.progress import Progress, Reporter
-from numba_dequant.loading.requests import Request, Select, plan_requests, request_for, slice_rows, tensor_named
+from numba_dequant.loading.requests import (
+    QuantizedTensor,
+    Request,
+    Select,
+    plan_requests,
+    request_for,
+    slice_rows,
+    tensor_named,
+)
 from numba_dequant.locks import compile_lock
 
 Callback = Callable[[Progress], object] | None
+
+Out = TypeVar("Out")
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    class _Options(TypedDict, total=False):
+        device: Any
+        stream: Any
+        threads: int | None
+
+    class _Walk(_Options, total=False):
+        progress: bool | None
+        callback: Callback
+
+    class _Open(_Walk, total=False):
+        offset: int
+        allow_truncated: bool
+        orig_shapes: bool
+
+    # Each with the option that says: values, not blocks.
+    class _LoadValues(_Options, total=False):
+        keep_quantized: Literal[False]
+        rows: slice | None
+
+    class _WalkValues(_Walk, total=False):
+        keep_quantized: Literal[False]
+
+    class _OpenValues(_Open, total=False):
+        keep_quantized: Literal[False]
 
 
 class Model:
@@ -61,6 +100,25 @@ class Model:
     def missing_shards(self) -> tuple[str, ...]:
         """Shards that were not there, where `allow_truncated` let them be missing."""
         return self._file.missing_shards
+
+    @overload
+    def load(
+        self,
+        name: str | TensorInfo,
+        dtype: Any = ...,
+        *,
+        keep_quantized: Literal[True],
+        rows: slice | None = ...,
+        **options: Unpack[_Options],
+    ) -> QuantizedTensor: ...
+
+    @overload
+    def load(self, name: str | TensorInfo, dtype: Any = ..., *, out: Out, **options: Unpack[_LoadValues]) -> Out: ...
+
+    @overload
+    def load(
+        self, name: str | TensorInfo, dtype: Any = ..., *, out: None = ..., **options: Unpack[_LoadValues]
+    ) -> Array: ...
 
     def load(
         self,
@@ -103,6 +161,21 @@ class Model:
         request = request_for(tensor, None if kept else output, out)
         return next(self._results([request], device, stream, threads, None, lambda bytes_done: None))
 
+    @overload
+    def load_all(
+        self, select: Select = ..., dtype: Any = ..., *, keep_quantized: Literal[True], **options: Unpack[_Walk]
+    ) -> dict[str, QuantizedTensor]: ...
+
+    @overload
+    def load_all(
+        self, select: Select = ..., dtype: Any = ..., *, out: Mapping[str, Any], **options: Unpack[_WalkValues]
+    ) -> dict[str, Any]: ...
+
+    @overload
+    def load_all(
+        self, select: Select = ..., dtype: Any = ..., *, out: None = ..., **options: Unpack[_WalkValues]
+    ) -> dict[str, Array]: ...
+
     def load_all(
         self,
         select: Select = None,
@@ -143,6 +216,22 @@ class Model:
         chosen = plan_requests(self.tensors, select, dtype, out, keep_quantized=keep_quantized)
         loaded = self._named(chosen, device, stream, threads, None, progress, callback)
         return dict(loaded)
+
+    @overload
+    def stream(
+        self,
+        select: Select = ...,
+        dtype: Any = ...,
+        *,
+        prefetch: int = ...,
+        keep_quantized: Literal[True],
+        **options: Unpack[_Walk],
+    ) -> Iterator[tuple[str, QuantizedTensor]]: ...
+
+    @overload
+    def stream(
+        self, select: Select = ..., dtype: Any = ..., *, prefetch: int = ..., **options: Unpack[_WalkValues]
+    ) -> Iterator[tuple[str, Array]]: ...
 
     def stream(
         self,
@@ -290,19 +379,47 @@ def open(source: Any, *, offset: int = 0, allow_truncated: bool = False, orig_sh
     return Model(open_gguf(source, offset=offset, allow_truncated=allow_truncated, orig_shapes=orig_shapes))
 
 
+@overload
+def load(
+    source: Any, select: Select = ..., dtype: Any = ..., *, keep_quantized: Literal[True], **options: Unpack[_Open]
+) -> dict[str, QuantizedTensor]: ...
+
+
+@overload
+def load(
+    source: Any, select: Select = ..., dtype: Any = ..., *, out: Mapping[str, Any], **options: Unpack[_OpenValues]
+) -> dict[str, Any]: ...
+
+
+@overload
+def load(
+    source: Any, select: Select = ..., dtype: Any = ..., *, out: None = ..., **options: Unpack[_OpenValues]
+) -> dict[str, Array]: ...
+
+
 def load(
     source: Any,
     select: Select = None,
     dtype: Any = "float16",
     *,
+    device: Any = None,
+    out: Mapping[str, Any] | None = None,
+    stream: Any = None,
+    keep_quantized: bool = False,
+    threads: int | None = None,
+    progress: bool | None = None,
+    callback: Callback = None,
     offset: int = 0,
     allow_truncated: bool = False,
     orig_shapes: bool = False,
-    **options: Any,
 ) -> dict[str, Any]:
-    """`open` and `Model.load_all` in one call."""
+    """The tensors of a file: `open` and `Model.load_all` in one call, with the arguments of both."""
     model = open(source, offset=offset, allow_truncated=allow_truncated, orig_shapes=orig_shapes)
-    return model.load_all(select, dtype, **options)
+    options: Any = {"device": device, "out": out, "stream": stream, "keep_quantized": keep_quantized}
+    loaded: dict[str, Any] = model.load_all(
+        select, dtype, threads=threads, progress=progress, callback=callback, **options
+    )
+    return loaded
 
 
 def release_buffers(device: Any = None) -> None:
