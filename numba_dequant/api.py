@@ -186,11 +186,11 @@ def prepare_many(
 
 
 @cache
-def _modules_of_gpus() -> tuple[Any, Any]:
+def _modules_of_gpus() -> tuple[Any, Any, Any]:
     # A call takes as long to import them again as to launch a kernel.
-    from numba_dequant.backends import cuda, gpu
+    from numba_dequant.backends import cuda, foreign, gpu
 
-    return cuda, gpu
+    return cuda, foreign, gpu
 
 
 def backend_for(device: Any, stream: Any, data: Any = None) -> HostBackend | CudaBackend:
@@ -203,7 +203,7 @@ def backend_for(device: Any, stream: Any, data: Any = None) -> HostBackend | Cud
     uses_its_own = on_gpu and device is None
     spec = gpu_device(_modules_of_gpus()[1].device_of(data)) if uses_its_own else parse_device(device)
     if spec.kind == "cuda":
-        cuda, gpu = _modules_of_gpus()
+        cuda, _, gpu = _modules_of_gpus()
         backend: CudaBackend = cuda.CudaBackend(gpu.gpu_at(spec.index))
         return backend
     if on_gpu:

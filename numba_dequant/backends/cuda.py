@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from numba_dequant.arguments import Job, host_bytes, is_on_gpu
 from numba_dequant.backends import gpu_memory, streams
-from numba_dequant.backends.batch import Batch
+from numba_dequant.backends.batch import Backend, Batch
 from numba_dequant.backends.device_tensor import DeviceTensor
 from numba_dequant.backends.gpu import Gpu, stream_on, timed_event
 from numba_dequant.backends.gpu_memory import DeviceBytes
@@ -28,7 +28,7 @@ MAX_GRID = 2**31 - 1
 NO_HOST_DATA = "data on the host cannot be part of it; copy the data to the GPU before the capture"
 
 
-class CudaBackend:
+class CudaBackend(Backend):
     """Computes on a GPU."""
 
     def __init__(self, gpu: Gpu) -> None:

@@ -12,12 +12,13 @@ import numpy as np
 from cuda.core import Event
 from numpy.typing import NDArray
 
-from numba_dequant.arguments import Job, Memory, after_writing, check_apart, host_bytes, is_on_gpu, with_tensor_name
+from numba_dequant.arguments import Job, after_writing, host_bytes, is_on_gpu, with_tensor_name
 from numba_dequant.backends import cuda, streams
 from numba_dequant.backends.batch import Batch
 from numba_dequant.backends.device_tensor import DeviceTensor
 from numba_dequant.backends.gpu import Gpu
 from numba_dequant.backends.gpu_memory import DeviceBytes
+from numba_dequant.backends.overlap import Memory, check_apart
 from numba_dequant.backends.streams import CallStream
 from numba_dequant.errors import NumbaDequantError
 from numba_dequant.interop import TORCH, library_of

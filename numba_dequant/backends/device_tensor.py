@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.backends.dlpack import shareable
-from numba_dequant.backends.gpu import LEGACY_STREAM, export, stream_handle
+from numba_dequant.backends.foreign import LEGACY_STREAM, export, stream_handle
 from numba_dequant.backends.gpu_memory import DeviceBytes
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DeviceError

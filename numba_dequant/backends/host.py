@@ -9,27 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.arguments import (
-    Job,
-    after_writing,
-    allocated,
-    check_apart,
-    flat_bytes,
-    host_array,
-    host_output,
-    memory_of_array,
-    with_tensor_name,
-)
+from numba_dequant.arguments import Job, after_writing, allocated, flat_bytes, host_array, host_output, with_tensor_name
 from numba_dequant.backends import cpu, reference
-from numba_dequant.backends.batch import Batch
+from numba_dequant.backends.batch import Backend, Batch
 from numba_dequant.backends.devices import DeviceSpec
 from numba_dequant.backends.dlpack import shareable
+from numba_dequant.backends.overlap import check_apart, memory_of_array
 from numba_dequant.errors import DeviceError, NumbaDequantError, OutputError
 from numba_dequant.format import Format
 from numba_dequant.formats import is_passed_on
 
 
-class HostBackend:
+class HostBackend(Backend):
     """Computes on all cores. `device` is where results are said to lie."""
 
     def __init__(self, device: DeviceSpec) -> None:

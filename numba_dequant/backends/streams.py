@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from numba_dequant.arguments import after_writing
 from numba_dequant.backends.device_tensor import DeviceTensor
-from numba_dequant.backends.gpu import Gpu, device_view, gpu_at, stream_handle
+from numba_dequant.backends.foreign import device_view, stream_handle
+from numba_dequant.backends.gpu import Gpu, gpu_at
 from numba_dequant.backends.gpu_memory import DeviceBytes
 from numba_dequant.errors import DeviceError
 from numba_dequant.interop import TORCH, Library, library_of, library_that_captures

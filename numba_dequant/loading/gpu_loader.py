@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from io import RawIOBase
 from typing import Any
 
-from numba_dequant.arguments import Memory, check_apart, with_tensor_name
+from numba_dequant.arguments import with_tensor_name
 from numba_dequant.backends import cuda, streams
 from numba_dequant.backends.devices import available_cores
 from numba_dequant.backends.gpu import Gpu, error_name
 from numba_dequant.backends.gpu_memory import DeviceBytes
+from numba_dequant.backends.overlap import Memory, check_apart
 from numba_dequant.backends.streams import CallStream
 from numba_dequant.errors import DeviceError, NumbaDequantError
 from numba_dequant.gguf.file import truncated

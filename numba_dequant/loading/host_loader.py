@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.arguments import Job, after_writing, check_apart, memory_of_array, with_tensor_name
+from numba_dequant.arguments import Job, after_writing, with_tensor_name
 from numba_dequant.backends.devices import available_cores
 from numba_dequant.backends.host import HostBackend, SimulatorBackend
+from numba_dequant.backends.overlap import check_apart, memory_of_array
 from numba_dequant.errors import DeviceError, OutputError
 from numba_dequant.loading.chunks import Chunk, TensorSlice
 from numba_dequant.loading.python_threads import Pipeline, Work

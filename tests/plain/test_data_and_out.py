@@ -13,7 +13,8 @@ from blocks import assert_same_bits
 from three_tensors import BLOCKS, TENSORS, dequantize, open_model
 
 import numba_dequant as nd
-from numba_dequant.arguments import Memory, check_apart, is_on_gpu
+from numba_dequant.arguments import is_on_gpu
+from numba_dequant.backends.overlap import Memory, check_apart
 
 EXPECTED = nd.dequantize(BLOCKS, "Q8_0", device="reference")
 

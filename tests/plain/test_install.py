@@ -109,7 +109,7 @@ print(*sorted(needed))
     found = run(WITHOUT_GPU_PACKAGES + code)
     assert found.returncode == 0, found.stderr
     assert set(found.stdout.split()) <= {
-        *("cuda", "cuda_batch", "device_tensor", "gpu", "gpu_memory", "simulator", "streams"),
+        *("cuda", "cuda_batch", "device_tensor", "foreign", "gpu", "gpu_memory", "simulator", "streams"),
         *("copy", "dequantize", "intrinsics_cuda", "numba_cuda"),
         *("gpu_buffers", "gpu_loader", "native_threads", "measure"),
     }
