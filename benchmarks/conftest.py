@@ -8,9 +8,10 @@ import pytest
 import numba_dequant
 from numba_dequant import FORMATS
 from numba_dequant.backends.devices import is_simulated, why_no_cuda
+from numba_dequant.dtypes import NAMES
 
 QUANTIZED = [name for name, source in FORMATS.items() if source.block_size > 1]
-DTYPES = ["float16", "bfloat16", "float32"]
+DTYPES = list(NAMES)
 
 NO_GPU = "the CUDA simulator is on" if is_simulated() else why_no_cuda()
 if NO_GPU is None:

@@ -187,9 +187,11 @@ def store_codegen(convert: Emit, alignment: int) -> Codegen:
         start = builder.gep(base, [builder.mul(index, LONG(item.width // 8))])
         with builder.if_else(builder.icmp_signed(">=", count, LONG(8))) as (whole, part):
             with whole:
-                for first in range(0, n_words, 4):
-                    four = builder.shuffle_vector(words, words, vector(list(range(first, first + 4))))
-                    builder.store(four, pointer_at(builder, start, LONG(4 * first), four.type), align=alignment)
+                size = min(n_words, 4)  # 16 bytes at most
+                for first in range(0, n_words, size):
+                    few = builder.shuffle_vector(words, words, vector(list(range(first, first + size))))
+                    place = pointer_at(builder, start, LONG(4 * first), few.type)
+                    builder.store(few, place, align=min(alignment, 4 * size))
             with part:
                 items = builder.bitcast(words, ir.VectorType(item, 8))
                 for lane in range(8):

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from numba_dequant import FORMATS
-from numba_dequant.dtypes import numpy_dtype
+from numba_dequant.dtypes import NAMES, numpy_dtype
 
 DATA = Path(__file__).parents[1] / "data"
 
 QUANTIZED = [name for name, source in FORMATS.items() if source.block_size > 1]
 DECODED = [name for name, source in FORMATS.items() if source.decode is not None]
 GOLDEN = sorted(path.stem for path in (DATA / "golden").glob("*.npz"))
-DTYPES = ["float16", "bfloat16", "float32"]
+DTYPES = list(NAMES)
 
 
 def golden(name):
