@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from numba_dequant.arguments import Job, is_on_gpu, output_type, parse_tensors
 from numba_dequant.backends.batch import Array, Batch
-from numba_dequant.backends.devices import gpu_device, parse_device
+from numba_dequant.backends.devices import is_simulated, parse_device
 from numba_dequant.backends.host import HostBackend, ReferenceBackend, SimulatorBackend
 from numba_dequant.errors import DeviceError
 from numba_dequant.format import Format
@@ -186,11 +186,11 @@ def prepare_many(
 
 
 @cache
-def _modules_of_gpus() -> tuple[Any, Any, Any]:
-    # A call takes as long to import them again as to launch a kernel.
-    from numba_dequant.backends import cuda, foreign, gpu
+def _cuda() -> Any:
+    # A call takes as long to import it again as to launch a kernel.
+    from numba_dequant.backends import cuda
 
-    return cuda, foreign, gpu
+    return cuda
 
 
 def backend_for(device: Any, stream: Any, data: Any = None) -> HostBackend | CudaBackend:
@@ -199,12 +199,14 @@ def backend_for(device: Any, stream: Any, data: Any = None) -> HostBackend | Cud
     Raises:
         DeviceError: there is no such device, or it has no streams, or cannot read the data.
     """
+    backend: CudaBackend
     on_gpu = data is not None and is_on_gpu(data)
-    uses_its_own = on_gpu and device is None
-    spec = gpu_device(_modules_of_gpus()[1].device_of(data)) if uses_its_own else parse_device(device)
+    if on_gpu and device is None and not is_simulated():
+        backend = _cuda().backend_of(data)
+        return backend
+    spec = parse_device(device)
     if spec.kind == "cuda":
-        cuda, _, gpu = _modules_of_gpus()
-        backend: CudaBackend = cuda.CudaBackend(gpu.gpu_at(spec.index))
+        backend = _cuda().CudaBackend(_cuda().gpu_at(spec.index))
         return backend
     if on_gpu:
         raise DeviceError(f"the data lies on a GPU, but the device is {spec}; copy it to the host first")

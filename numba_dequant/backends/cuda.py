@@ -13,7 +13,9 @@ from numba_dequant.arguments import Job, host_bytes, is_on_gpu
 from numba_dequant.backends import gpu_memory, streams
 from numba_dequant.backends.batch import Backend, Batch
 from numba_dequant.backends.device_tensor import DeviceTensor
-from numba_dequant.backends.gpu import Gpu, stream_on, timed_event
+from numba_dequant.backends.devices import gpu_device
+from numba_dequant.backends.foreign import device_of
+from numba_dequant.backends.gpu import OPEN, Gpu, gpu_at, stream_on, timed_event
 from numba_dequant.backends.gpu_memory import DeviceBytes
 from numba_dequant.backends.streams import CallStream
 from numba_dequant.dtypes import OUTPUT_TYPES
@@ -26,6 +28,16 @@ from numba_dequant.kernels.launch_shape import LaunchShape, launch_shape
 MAX_GRID = 2**31 - 1
 
 NO_HOST_DATA = "data on the host cannot be part of it; copy the data to the GPU before the capture"
+
+
+def backend_of(data: Any) -> CudaBackend:
+    """What computes on the GPU that an array lies on.
+
+    Raises:
+        DeviceError: no GPU can be used.
+    """
+    index = device_of(data)
+    return CudaBackend(OPEN.get(index) or gpu_at(gpu_device(index).index))
 
 
 class CudaBackend(Backend):
@@ -45,7 +57,8 @@ class CudaBackend(Backend):
             data = TORCH.to_gpu(data, gpu.index, call.handle)
         with gpu.active():
             memory = streams.memory_of(data, call)
-            check_place(memory, gpu)
+            if memory.gpu is not gpu:
+                raise elsewhere(memory, gpu)
             job.measure(memory.n_bytes)
             result, target = output(job, call, memory)
             dequantize_into(memory, job, target, call.handle, mapping)
@@ -111,16 +124,9 @@ def new_memory(n_bytes: int, call: CallStream) -> DeviceBytes:
     return call.gpu.allocate(n_bytes, call.handle, call.keeper)
 
 
-def check_place(memory: DeviceBytes, gpu: Gpu) -> None:
-    """Check that data lies on the GPU that is to read it.
-
-    Raises:
-        DeviceError: it does not.
-    """
-    if memory.gpu is not gpu:
-        raise DeviceError(
-            f"the data lies on cuda:{memory.gpu.index}, the device is cuda:{gpu.index}; copy it there first"
-        )
+def elsewhere(memory: DeviceBytes, gpu: Gpu) -> DeviceError:
+    """The error where data lies on another GPU than the one that is to read it."""
+    return DeviceError(f"the data lies on cuda:{memory.gpu.index}, the device is cuda:{gpu.index}; copy it there first")
 
 
 def check_capability(job: Job, gpu: Gpu) -> None:
@@ -179,13 +185,13 @@ def dequantize_into(data: DeviceBytes, job: Job, out: DeviceBytes, stream: int, 
         gpu.refuse_capture(stream, "out lies at an address that is not a multiple of 16; pass one that does")
         target = gpu.allocate(out.n_bytes, stream)
     assert job.dtype is not None
-    kernel, shape = kernel_for(fmt, job.dtype, gpu, mapping)
+    kernel, shape = gpu.kernels.get((fmt, job.dtype, mapping)) or kernel_for(fmt, job.dtype, gpu, mapping)
     step = MAX_GRID * shape.tile_elements
     for first in range(0, job.n_elements, step):
         count = min(step, job.n_elements - first)
         start = data.pointer + first // fmt.block_size * fmt.type_size
         end = target.pointer + first * (out.n_bytes // job.n_elements)
-        gpu.launch(kernel, shape.thread_blocks(count), shape.threads, stream, start, count, end)
+        gpu.launch(kernel, shape.thread_blocks(count), shape.threads, (start, count, end), stream)
     if target is not out:
         gpu.copy_on_device(out.pointer, target.pointer, out.n_bytes, stream)
 

@@ -159,7 +159,8 @@ def _task(job: Job, call: CallStream) -> _Task:
         library = library_of(array)
         if library is not None and not library.is_contiguous(array):
             gather = partial(library.copy, data.owner, array, gpu.index)
-        cuda.check_place(data, gpu)
+        if data.gpu is not gpu:
+            raise cuda.elsewhere(data, gpu)
     else:
         host = host_bytes(array)
         data = DeviceBytes(0, host.size, gpu, None)
@@ -219,14 +220,10 @@ def _steps(tasks: list[_Task], call: CallStream) -> tuple[list[Step], DeviceByte
     start = memory.pointer
     for group, kernel, (table, n_tiles) in zip(groups, kernels, tables, strict=True):
         threads = launch_shape("tile", group[0].job.fmt).threads
-        steps.append(partial(_launch, gpu, kernel, n_tiles, threads, start, len(group)))
+        # The table holds addresses, which count from 0.
+        steps.append(partial(gpu.launch, kernel, n_tiles, threads, (0, start, len(group), 0)))
         start += table.nbytes
     return steps, memory
-
-
-def _launch(gpu: Gpu, kernel: Any, n_tiles: int, threads: int, table: int, n_tensors: int, stream: int) -> None:
-    # The table holds addresses, which count from 0.
-    gpu.launch(kernel, n_tiles, threads, stream, 0, table, n_tensors, 0)
 
 
 def _table(tasks: list[_Task]) -> tuple[NDArray[np.int64], int]:

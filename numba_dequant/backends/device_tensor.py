@@ -102,7 +102,7 @@ class DeviceTensor:
         }
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return (2, self.device)
+        return (2, self.memory.gpu.index)
 
     def __dlpack__(
         self,

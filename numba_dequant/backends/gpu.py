@@ -208,7 +208,7 @@ class Gpu:
         """A kernel that is ready to launch, compiled if it must be."""
         return _load_kernel(spec, self.capability)
 
-    def launch(self, kernel: Kernel, thread_blocks: int, threads: int, stream: int, *arguments: int) -> None:
+    def launch(self, kernel: Kernel, thread_blocks: int, threads: int, arguments: tuple[int, ...], stream: int) -> None:
         """Queue a kernel.
 
         Raises:

@@ -7,7 +7,8 @@ as for the library's own functions. Otherwise it is the legacy default stream.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 from numba_dequant.arguments import after_writing
 from numba_dequant.backends.device_tensor import DeviceTensor
@@ -18,7 +19,8 @@ from numba_dequant.errors import DeviceError
 from numba_dequant.interop import TORCH, Library, library_of, library_that_captures
 
 
-class CallStream(NamedTuple):
+@dataclass(slots=True)
+class CallStream:
     """The stream of one call.
 
     Attributes:
@@ -90,7 +92,7 @@ def memory_of(thing: Any, call: CallStream) -> DeviceBytes:
             gpu.stream_wait_stream(call.handle, library.current_stream(view.device))
     if view.is_copy:
         # The copy is this call's alone, and its memory is the library's.
-        let_go(view.array, library, call._replace(gpu=gpu))
+        let_go(view.array, library, replace(call, gpu=gpu))
     return DeviceBytes(view.pointer, view.n_bytes, gpu, view.array, view.dtype, view.shape)
 
 

@@ -194,7 +194,7 @@ class Workload:
 
             def move(kernel: Any = kernel, shape: tuple[int, int] = shape, n_loads: int = n_loads) -> None:
                 data, target = self.buffers()
-                self._gpu.launch(kernel, *shape, 0, data.pointer, n_loads, target.pointer)
+                self._gpu.launch(kernel, *shape, (data.pointer, n_loads, target.pointer), 0)
 
             best = max(best, self.bytes_moved / clock.seconds(move))
         return best

@@ -151,8 +151,8 @@ class LateGpu:
         return 0
 
     def launch_of_thread(self, kernel, grid, _1, _2, threads, _3, _4, _5, stream, arguments, _6):
-        values = (ctypes.c_int64.from_address(where).value for where in at(arguments, 24).view(np.int64).tolist())
-        self.launch(self.loaded[kernel - 1], grid, threads, stream, *values)
+        values = [ctypes.c_int64.from_address(where).value for where in at(arguments, 24).view(np.int64).tolist()]
+        self.launch(self.loaded[kernel - 1], grid, threads, values, stream)
         return 0
 
     # The methods of `Gpu`
@@ -207,7 +207,7 @@ class LateGpu:
             self.loaded.append(Kernel(len(self.loaded) + 1, spec))
             return self.loaded[-1]
 
-    def launch(self, kernel, thread_blocks, threads, stream, *arguments):
+    def launch(self, kernel, thread_blocks, threads, arguments, stream):
         fmt, dtype, shape = kernel.spec.options
         assert threads == shape.threads
         if "table" not in kernel.spec.parameters:
