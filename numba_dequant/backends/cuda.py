@@ -36,6 +36,8 @@ def backend_of(data: Any) -> CudaBackend:
     Raises:
         DeviceError: no GPU can be used.
     """
+    if isinstance(data, DeviceTensor):
+        return CudaBackend(data.memory.gpu)
     index = device_of(data)
     return CudaBackend(OPEN.get(index) or gpu_at(gpu_device(index).index))
 

@@ -164,9 +164,9 @@ def test_many_take_data_from_everywhere_in_one_launch_per_format(late, monkeypat
         key: (on_gpu(data, stream=3) if number % 2 else data, name, shape)
         for number, (key, (data, name, shape)) in enumerate(tensors.items())
     }
-    batch = nd.prepare_many(given, stream=5)
     launches, real = [], late.launch
     late.launch = lambda *arguments: (launches.append(arguments), real(*arguments))
+    batch = nd.prepare_many(given, stream=5)
     assert_all_same(batch.run(), tensors)
     decoded = {name for _, name, _ in tensors.values() if nd.FORMATS[name].decode}
     assert len(launches) == len(decoded)
