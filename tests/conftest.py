@@ -27,12 +27,6 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
-def pytest_collection_finish(session):
-    # Many tests collect garbage; what is imported by now is none.
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Tests neither use nor fill the user's cache. Processes of one run of the tests share one: each compiles less."""
@@ -41,6 +35,13 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NUMBA_DEQUANT_CACHE_DIR", str(folder))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_to_collect():
+    """Many tests collect garbage; what a test file before this one has imported and compiled is none."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
