@@ -32,12 +32,12 @@ REMOVED_IDS = {
     37: "IQ4_NL_4_8",
     38: "IQ4_NL_8_8",
 }
-"""Ids that GGML once gave to formats and has taken back."""
+"""Ids of formats that GGML has removed."""
 
 # Source: enum ggml_type of the llama.cpp fork that microsoft/BitNet has been built on (Eddie-Wang1120/llama.cpp, its
 # ggml.h); 36 is also in the ggml.h of ik_llama.cpp, which reads such files.
 BITNET_IDS = {36: "I2_S", 37: "I8_S", 38: "TL1"}
-"""Ids that Microsoft's BitNet gives to formats of its own."""
+"""Ids of the formats of Microsoft's BitNet."""
 
 # Source: enum ggml_type of ggml/include/ggml.h in ikawrakow/ik_llama.cpp, commit 8337e4cd.
 IK_LLAMA_IDS = {
@@ -57,14 +57,14 @@ IK_LLAMA_IDS = {
     352: "IQ5_KS_R4 MXFP4_R8",
     397: "Q8_K_R16 Q8_KV_R8 Q8_K_R8",
 }
-"""Formats of ik_llama.cpp, a fork of llama.cpp: those whose ids follow one another, by the first id."""
+"""Formats of ik_llama.cpp, a fork of llama.cpp. Each key is the id of the first name; the others follow it."""
 
 
 def register(new: Format) -> Format:
-    """Add a format to `FORMATS`; it then works everywhere that a built-in one does.
+    """Add a format to `FORMATS`. It then works like a built-in one.
 
     Raises:
-        OptionError: it is not a `Format`, or its name (in any case) or its ggml id is taken.
+        OptionError: `new` is not a `Format`, or its name (ignoring case) or its ggml id is taken.
     """
     if not isinstance(new, Format):
         raise OptionError(f"register takes a Format, got {shown(new)}")
@@ -79,16 +79,16 @@ def register(new: Format) -> Format:
 
 
 ENTRY_POINTS = "numba_dequant.formats"
-"""The group of entry points by which an installed package adds formats: each names a `Format`, or a module whose import
-registers some. They are loaded when a name or an id is not known."""
+"""The entry point group by which installed packages add formats. Each entry point names a `Format`, or a module that
+registers formats when it is imported. They are loaded at the first unknown name or id."""
 
 _plugins_are_loaded = False
 
 
 def _load_plugins() -> None:
-    """Register the formats of installed packages, once; one that fails is said in a warning."""
-    global _plugins_are_loaded  # noqa: PLW0603 it is set first: a plugin may ask for a format, too
-    with compile_lock:  # another thread waits until they are registered
+    """Register the formats of installed packages, once. A package that fails causes a warning."""
+    global _plugins_are_loaded  # noqa: PLW0603 set first, because a plugin may look up a format
+    with compile_lock:  # other threads wait until the formats are registered
         if _plugins_are_loaded:
             return
         _plugins_are_loaded = True
@@ -96,18 +96,18 @@ def _load_plugins() -> None:
 
         for each in entry_points(group=ENTRY_POINTS):
             try:
-                found = each.load()
-                if isinstance(found, Format) and _formats.get(found.name) is not found:
-                    register(found)
+                plugin = each.load()
+                if isinstance(plugin, Format) and _formats.get(plugin.name) is not plugin:
+                    register(plugin)
             except Exception as error:
                 warn_once(f"the formats of {each.value!r} are not registered: {type(error).__name__}: {error}")
 
 
 def registered(name: str, module: str | None) -> Format:
-    """The format of that name, which importing `module` registers if that has not been done: for `pickle`.
+    """The format called `name`, for `pickle`. If it is unknown, import `module`, which registers it.
 
     Raises:
-        UnknownFormatError: it is not registered.
+        UnknownFormatError: no such format is registered.
     """
     if name not in _formats and module is not None:
         with suppress(ImportError):
@@ -116,15 +116,15 @@ def registered(name: str, module: str | None) -> Format:
 
 
 def format_named(name: Any) -> Format:
-    """The format of that name or ggml id: a name in any case, a number, or a member of gguf-py's GGMLQuantizationType.
+    """The format with this name (ignoring case), ggml id, or member of gguf-py's GGMLQuantizationType.
 
     Raises:
-        UnknownFormatError: there is none.
+        UnknownFormatError: there is no such format.
     """
     if type(name) is str:
-        found = _formats.get(name)
-        if found is not None:
-            return found
+        fmt = _formats.get(name)
+        if fmt is not None:
+            return fmt
     if isinstance(name, Format):
         return name
     if isinstance(name, str):
@@ -135,7 +135,7 @@ def format_named(name: Any) -> Format:
     if ggml_id is None:
         raise UnknownFormatError(f"format must be a name such as 'Q8_0', a ggml id or a Format, got {shown(name)}")
     if isinstance(name, enum.Enum):
-        # File types are enumerated too, with numbers that mean other things.
+        # LlamaFileType is an enum too, but its numbers are file types, not ggml ids.
         if "MOSTLY_" in name.name.upper() or _type_of_files(name.name) is not None:
             return _format_spelled(name.name, name)
         named = _spelled(name.name)
@@ -147,43 +147,43 @@ def format_named(name: Any) -> Format:
 
 
 def _spelled(text: str) -> Format | None:
-    """The format of that name in any case, with blanks around it, or as GGML's source writes it."""
+    """The format with this name, ignoring case, surrounding blanks, and the prefix of GGML's enum."""
     upper = text.strip().upper().removeprefix("GGML_TYPE_").removeprefix("GGMLQUANTIZATIONTYPE.")
-    found = _formats.get(upper)
-    if found is None:
+    fmt = _formats.get(upper)
+    if fmt is None:
         _load_plugins()
-    return found or next((known for known in _formats.values() if known.name.upper() == upper), None)
+    return fmt or next((known for known in _formats.values() if known.name.upper() == upper), None)
 
 
 def _format_spelled(text: str, given: Any) -> Format:
-    found = _spelled(text)
-    if found is not None:
-        return found
-    of_files = _type_of_files(text)
-    if of_files is not None:
+    fmt = _spelled(text)
+    if fmt is not None:
+        return fmt
+    usual = _type_of_files(text)
+    if usual is not None:
         raise UnknownFormatError(
-            f"{shown(given)} is a file type: it says what most tensors of a file are, here {of_files.name}, and others "
-            f"differ. Pass the type of the tensor itself, such as {of_files.name!r}"
+            f"{shown(given)} is a file type. Most tensors of such a file are {usual.name}, but others differ. Pass the "
+            f"type of the tensor itself, such as {usual.name!r}"
         )
     upper = text.strip().upper()[:40]
     if re.fullmatch("[0-9]{1,9}", upper) and int(upper) in _with_id:
-        raise UnknownFormatError(f"unknown format {shown(given)}. A ggml id is passed as an int: {int(upper)}")
+        raise UnknownFormatError(f"unknown format {shown(given)}. Pass a ggml id as an int: {int(upper)}")
     near = difflib.get_close_matches(upper.removeprefix("GGML_TYPE_"), _formats, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UnknownFormatError(f"unknown format {shown(given)}.{hint} Known formats: {', '.join(_formats)}")
 
 
 _FILE_TYPES = {"MOSTLY_IQ2_S": "IQ2_XS", "IQ2_M": "IQ2_S", "IQ3_XS": "IQ3_S", "IQ3_M": "IQ3_S", "Q8_K_XL": "Q8_0"}
-"""File types whose tensors are of a format that the name does not say."""
+"""File types whose name differs from the format of most of their tensors."""
 
 
 def _type_of_files(text: str) -> Format | None:
-    """What most tensors of a file are whose file type is called that in llama.cpp; None if it is not a file type."""
+    """The format of most tensors in a file of this llama.cpp file type; None if it is not a file type."""
     upper = text.strip().upper().removeprefix("LLAMA_FTYPE_")
-    found = re.fullmatch("(UD-)?(MOSTLY_|ALL_)?(.+?)(_XS|_S|_M|_L|_XL|_MOE)?", upper)
-    if found is None:
+    match = re.fullmatch("(UD-)?(MOSTLY_|ALL_)?(.+?)(_XS|_S|_M|_L|_XL|_MOE)?", upper)
+    if match is None:
         return None
-    prefix, mostly, name, size = found.groups()
+    prefix, mostly, name, size = match.groups()
     whole = name + (size or "")
     if whole in _formats and not prefix and not mostly:
         return None
@@ -192,10 +192,10 @@ def _type_of_files(text: str) -> Format | None:
 
 
 def format_with_id(ggml_id: int) -> Format:
-    """The format that a GGUF file names by this number.
+    """The format with this ggml id, as GGUF files store it.
 
     Raises:
-        UnknownFormatError: the number is unassigned, or its format was removed from GGML.
+        UnknownFormatError: the id is unknown, or GGML has removed its format.
     """
     if ggml_id not in _with_id:
         _load_plugins()
@@ -205,12 +205,12 @@ def format_with_id(ggml_id: int) -> Format:
 
 
 def _origin(ggml_id: int) -> str:
-    """Who has used an id that is not known here, and what to do; empty if that is not known either."""
+    """Which project uses an unknown id, and what to do; empty if no project is known."""
     removed, bitnet = REMOVED_IDS.get(ggml_id), BITNET_IDS.get(ggml_id)
     if bitnet:
         return (
-            f" ({bitnet} of Microsoft's BitNet, which only its own programs read; in files of 2024 {removed}, which "
-            "GGML has removed: quantize the model again)"
+            f" ({bitnet} of Microsoft's BitNet, which only its own programs read; or, in files of 2024, {removed}, "
+            "which GGML has removed: quantize the model again)"
         )
     if removed:
         return f" ({removed}, a format that GGML has removed: quantize the model again)"
@@ -232,14 +232,14 @@ for _module in pkgutil.iter_modules(__path__):
 _BUILT_IN = frozenset(_formats.values())
 
 PASSED_ON = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-"""Formats whose elements are values of an output type."""
+"""Formats that store an output type."""
 
 
 def is_built_in(fmt: Format) -> bool:
-    """Whether a format is this package's own, so that code compiled for it depends on nothing but this package."""
+    """Whether a format is part of this package, so that its compiled code depends on this package alone."""
     return fmt in _BUILT_IN and getattr(fmt.decode, "__module__", "").startswith(f"{__name__}.")
 
 
 def is_passed_on(fmt: Format, dtype: str) -> bool:
-    """Whether the elements of a format are of type `dtype` as they are stored."""
+    """Whether a format stores its elements as `dtype`, so that they are only copied."""
     return PASSED_ON.get(fmt.name) == dtype and is_built_in(fmt)

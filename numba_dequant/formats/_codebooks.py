@@ -1,11 +1,11 @@
 """The codebooks of the IQ and FP4 formats, and how their signs are packed.
 
-A grid lists the points (four or eight values that go together) that an index may name, each packed in one integer, its
-first value in the lowest byte. A point takes each of its values from a few levels, so all possible points can be
-numbered: its first value is the lowest digit. Every grid of GGML is in the order of these numbers, and all there is to
-store is which of them belong to it: one bit each, the lowest bit of the first byte for point 0.
+A grid is a table of points. A point is four or eight values, packed in one integer, the first value in the lowest byte.
+Each value is one of a few levels, so every possible point has a number: its values are the digits, the first value the
+lowest. GGML sorts each grid by this number. A grid is therefore stored as one bit per possible point: 1 if the point is
+in the grid. The lowest bit of the first byte is point 0.
 
-Source: GGML, the `iq..._grid`, `kvalues_...` and `ksigns_iq2xs` tables in ggml-common.h; the bits were computed from
+Source: GGML, the tables `iq..._grid`, `kvalues_...` and `ksigns_iq2xs` in ggml-common.h. The bits were computed from
 the same grids in gguf-py's quants.py.
 """
 
@@ -25,18 +25,18 @@ def _grid(levels: tuple[int, ...], length: int, members: str) -> LookupTable:
 
 
 def points(grid: LookupTable, indexes: NDArray[Any]) -> NDArray[np.float32]:
-    """The points of a grid that `indexes` number, along a new last axis."""
+    """The points of a grid at `indexes`, as float32, their values along a new last axis."""
     return grid.items.view(np.int8).reshape(len(grid.items), -1).take(indexes, axis=0).astype(np.float32)
 
 
 def signs_of(packed: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Eight signs per byte, along a new last axis: -1 where a bit is set, 1 elsewhere."""
+    """Eight signs per byte, along a new last axis: -1 for a set bit, 1 for a clear bit."""
     minus = np.unpackbits(packed[..., None], axis=-1, bitorder="little")
     return np.where(minus, np.float32(-1), np.float32(1))
 
 
 def even_signs_of(packed: NDArray[Any]) -> NDArray[np.float32]:
-    """Eight signs per seven bits, along a new last axis: the eighth makes the number of minus signs even."""
+    """Eight signs per seven bits, along a new last axis. The eighth makes the number of minus signs even."""
     signs = signs_of(packed.astype(np.uint8))
     signs[..., 7] = signs[..., :7].prod(axis=-1)
     return signs
@@ -44,7 +44,7 @@ def even_signs_of(packed: NDArray[Any]) -> NDArray[np.float32]:
 
 @helper
 def even_signs(seven: int) -> int:
-    """The seven bits of `seven`, and an eighth that makes the number of set bits even."""
+    """Seven bits, and an eighth that makes the number of set bits even."""
     # Bit n of the constant is the parity of the number n.
     parity = (0x6996 >> ((seven ^ (seven >> 4)) & 15)) & 1
     return seven | (parity << 7)
@@ -52,8 +52,8 @@ def even_signs(seven: int) -> int:
 
 @helper
 def negate_bytes(eight: int, minus: int) -> int:
-    """Eight packed bytes, those negated whose bit of `minus` is set; a byte to be negated must not be 0."""
-    # The two's complement of a byte other than 0 carries nothing into the next byte.
+    """Negate each of eight packed bytes whose bit in `minus` is set. Such a byte must not be 0."""
+    # Negating a nonzero byte carries nothing into the next byte.
     ones = spread_bits(minus)
     return (eight ^ ((ones << 8) - ones)) + ones
 
@@ -61,10 +61,10 @@ def negate_bytes(eight: int, minus: int) -> int:
 IQ4_NL_VALUES = LookupTable(
     np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 )
-"""What the nibbles of IQ4_NL and IQ4_XS stand for: finer steps near zero."""
+"""The values of IQ4_NL and IQ4_XS (GGML's `kvalues_iq4nl`). The steps are finer near zero."""
 
 FP4_DOUBLED_VALUES = LookupTable(np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8))
-"""Twice what the nibbles of MXFP4 and NVFP4 stand for: a sign, two bits of exponent, one of mantissa."""
+"""Twice the E2M1 values of MXFP4 and NVFP4 (GGML's `kvalues_mxfp4`)."""
 
 _IQ2_LEVELS = (8, 25, 43)
 
@@ -156,4 +156,4 @@ IQ1_GRID = _grid(
     "oL4LKLgIirpLsq7/uqT4rqogUihotqAw5oAKAigIImpigCAKAqqqK6rqoqmgoggIECCgiiIAgg4ARSEUhaAKQFEIRSGpBgBKqgIIpQAQDUQUgigI"
     "RSEUBQAIgoKs8iAAAACqCigKuiDqogIAgkgJKOkUABFLRVEARQGoAlAUQlEIiCQIiCgKQAgARQEUBaACQFEIRQE=",
 )
-"""2048 points of 8 values; IQ1_S and IQ1_M share them."""
+"""2048 points of 8 values, for IQ1_S and IQ1_M."""

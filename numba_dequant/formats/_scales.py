@@ -1,4 +1,4 @@
-"""The 12 bytes of 6-bit scales and minima that Q4_K and Q5_K share.
+"""The packed 6-bit scales and minima of Q4_K and Q5_K: 12 bytes for 8 sub-blocks.
 
 Source: GGML, `get_scale_min_k4` in ggml-quants.c.
 """
@@ -12,7 +12,7 @@ from numba_dequant.bits import helper, load_u8
 
 
 def unpack_scales(packed: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Scales and minima of every sub-block: (n, 12) bytes in, two (n, 8) float32 out."""
+    """Unpack scales and minima: (n, 12) uint8 in, two float32 arrays of shape (n, 8) out."""
     first, second, third = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     scales = np.concatenate([first & 63, (third & 15) | (first >> 6 << 4)], axis=1)
     minima = np.concatenate([second & 63, (third >> 4) | (second >> 6 << 4)], axis=1)

@@ -1,4 +1,4 @@
-"""BF16: plain bfloat16, the upper half of a float32, one after the other."""
+"""BF16: x = the stored bfloat16, the upper half of a float32; 16 bits per weight."""
 
 from typing import Any
 

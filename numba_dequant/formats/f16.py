@@ -1,4 +1,4 @@
-"""F16: plain float16, one after the other."""
+"""F16: x = the stored float16; 16 bits per weight."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""F32: plain float32, one after the other."""
+"""F32: x = the stored float32; 32 bits per weight."""
 
 from typing import Any
 

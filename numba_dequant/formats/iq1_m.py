@@ -1,9 +1,11 @@
-"""IQ1_M: a super-block of 32 ternary points of a grid, eight values each, a 3-bit scale for every two and a shift each.
+"""IQ1_M: x = d * (2 * scales[i] + 1) * (grid[q] + delta); 256 weights in 16 sub-blocks of 16, 1.75 bits per weight.
 
-`qs` holds the low eight bits of the points' numbers. A nibble of `qh` belongs to a point, the first in the low nibble:
-three bits, the top of its number, and in the highest bit the sign of the eighth by which its values are shifted, a set
-bit for minus. `scales` are four 16-bit words: four scales each, lowest bits first, and in the top four bits a nibble of
-the float16 scale of the super-block, the lowest nibble first.
+A sub-block has two grid points and one scale. Each index q has 11 bits and selects a point: eight values, each -1, 0 or
+1. `qs` holds the low eight bits of q. Each nibble of `qh`, low nibble first, belongs to one point. Its low three bits
+are the top bits of q. Its highest bit is the sign of delta: 0 for 0.125, 1 for -0.125.
+
+`scales` is four 16-bit words. The low 12 bits of each word are four scales of 3 bits, from the lowest bits up. The top
+four bits of the words form the float16 `d`, its lowest four bits in the first word.
 
 Source: GGML, `block_iq1_m`, `iq1s_grid` and `IQ1M_DELTA` in ggml-common.h, `dequantize_row_iq1_m` in ggml-quants.c.
 """
@@ -24,9 +26,9 @@ EIGHTH_BITS = 0x3E000000
 
 def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
     words = np.ascontiguousarray(blocks["scales"]).view("<u2")
-    whole = np.bitwise_or.reduce((words >> 12) << np.array([0, 4, 8, 12], np.uint16), axis=1, dtype=np.uint16)
+    d_bits = np.bitwise_or.reduce((words >> 12) << np.array([0, 4, 8, 12], np.uint16), axis=1, dtype=np.uint16)
     scales = (words[:, :, None] >> np.array([0, 3, 6, 9], np.uint16)) & 7
-    d = whole.view(np.float16).astype(np.float32)[:, None] * (2 * scales.reshape(-1, 16) + 1).astype(np.float32)
+    d = d_bits.view(np.float16).astype(np.float32)[:, None] * (2 * scales.reshape(-1, 16) + 1).astype(np.float32)
     nibbles = np.stack([blocks["qh"] & 15, blocks["qh"] >> 4], axis=2).reshape(-1, 32)
     grid = points(IQ1_GRID, blocks["qs"] | ((nibbles & 7).astype(np.uint16) << 8))
     deltas = np.where(nibbles >> 3, np.float32(-0.125), np.float32(0.125))
@@ -35,12 +37,12 @@ def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
 
 def decode(block: Any, at: int, run: int) -> Any:
     scales = load_8_bytes(block, at + SCALES)
-    whole = ((scales >> 12) & 0xF) | ((scales >> 24) & 0xF0) | ((scales >> 36) & 0xF00) | ((scales >> 48) & 0xF000)
+    d_bits = ((scales >> 12) & 0xF) | ((scales >> 24) & 0xF0) | ((scales >> 36) & 0xF00) | ((scales >> 48) & 0xF000)
     scale = (scales >> (16 * (run >> 3) + 3 * ((run >> 1) & 3))) & 7
     nibble = load_u8(block, at + QH + (run >> 1)) >> (4 * (run & 1))
     point = lookup(IQ1_GRID, load_u8(block, at + QS + run) | ((nibble & 7) << 8))
     delta = single(EIGHTH_BITS | ((nibble & 8) << 28))
-    return half(whole) * to_float(2 * scale + 1) * (signed_bytes(point) + delta)
+    return half(d_bits) * to_float(2 * scale + 1) * (signed_bytes(point) + delta)
 
 
 IQ1_M = Format(
@@ -48,7 +50,7 @@ IQ1_M = Format(
     29,
     256,
     LAYOUT,
-    "32 shifted ternary points of eight from a grid of 2048, a 3-bit scale per two",
+    "32 ternary points of 8 values, grid of 2048; scale per 2 points, delta per point",
     dequantize,
     decode,
 )

@@ -1,8 +1,8 @@
-"""IQ1_S: a super-block of eight sub-blocks of 32: four ternary points of a grid, a 3-bit scale and a shift.
+"""IQ1_S: x = d * (2 * scale + 1) * (grid[q] + delta); 256 weights in 8 sub-blocks of 32, 1.5625 bits per weight.
 
-`qs` holds the low eight bits of the numbers of the points, eight values each. An item of `qh` belongs to a sub-block:
-four times three bits, the tops of those numbers, the scale, and in the highest bit the sign of the eighth by which all
-values of the sub-block are shifted, a set bit for minus.
+A sub-block has four grid points, one scale and one delta. Each index q has 11 bits and selects a point: eight values,
+each -1, 0 or 1. `qs` holds the low eight bits of q. Item i of `qh` belongs to sub-block i. From the lowest bit up, it
+holds the top three bits of each of the four indexes, the 3-bit scale, and the sign of delta: 0 for 0.125, 1 for -0.125.
 
 Source: GGML, `block_iq1_s`, `iq1s_grid` and `IQ1S_DELTA` in ggml-common.h, `dequantize_row_iq1_s` in ggml-quants.c.
 """
@@ -44,7 +44,7 @@ IQ1_S = Format(
     19,
     256,
     LAYOUT,
-    "32 shifted ternary points of eight from a grid of 2048, a 3-bit scale per four",
+    "32 ternary points of 8 values, grid of 2048; scale and delta per 4 points",
     dequantize,
     decode,
 )

@@ -1,8 +1,9 @@
-"""IQ2_S: a super-block of 32 points of a grid, eight values each, and a 4-bit scale for every two of them.
+"""IQ2_S: x = d * (scales[i] + 0.5) / 4 * grid[q] * sign; 256 weights in 16 sub-blocks of 16, 2.5625 bits per weight.
 
-The first 32 bytes of `qs` are the low eight bits of the points' numbers, the last 32 hold their signs, a set bit for
-minus. Byte i of `qh` holds the top two bits of points 4i to 4i + 3, lowest bits first; byte i of `scales` the scales of
-points 4i and 4i + 1 (low nibble) and the next two (high).
+A sub-block has two grid points and one scale. Each index q has ten bits and selects a point: eight values. The first 32
+bytes of `qs` hold the low eight bits of q. Byte k of `qh` holds the top two bits for points 4k to 4k + 3, starting from
+the lowest bits. The last 32 bytes of `qs` hold the signs, one byte per point, 1 for minus. Each byte of `scales` holds
+two scales, the first in the low nibble.
 
 Source: GGML, `block_iq2_s` and `iq2s_grid` in ggml-common.h, `dequantize_row_iq2_s` in ggml-quants.c.
 """
@@ -40,5 +41,5 @@ def decode(block: Any, at: int, run: int) -> Any:
 
 
 IQ2_S = Format(
-    "IQ2_S", 22, 256, LAYOUT, "32 points of eight from a grid of 1024, a 4-bit scale per two", dequantize, decode
+    "IQ2_S", 22, 256, LAYOUT, "32 points of 8 values, grid of 1024; a 4-bit scale per 2 points", dequantize, decode
 )

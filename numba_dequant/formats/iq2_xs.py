@@ -1,7 +1,8 @@
-"""IQ2_XS: a super-block of 32 points of a grid, eight values each, and a 4-bit scale for every two of them.
+"""IQ2_XS: x = d * (scales[i] + 0.5) / 4 * grid[q] * sign; 256 weights in 16 sub-blocks of 16, 2.3125 bits per weight.
 
-An item of `qs` holds the number of a point in its low nine bits and seven signs above (the eighth makes the number of
-minus signs even). Byte i of `scales` holds the scales of points 4i and 4i + 1 (low nibble) and the next two (high).
+A sub-block has two grid points and one scale. Each item of `qs` belongs to one point. Its low nine bits are the index
+q, which selects eight values. Its top seven bits are signs, 1 for minus. The eighth sign makes the number of minus
+signs even. Each byte of `scales` holds two scales, the first in the low nibble.
 
 Source: GGML, `block_iq2_xs` and `iq2xs_grid` in ggml-common.h, `dequantize_row_iq2_xs` in ggml-quants.c.
 """
@@ -35,5 +36,5 @@ def decode(block: Any, at: int, run: int) -> Any:
 
 
 IQ2_XS = Format(
-    "IQ2_XS", 17, 256, LAYOUT, "32 points of eight from a grid of 512, a 4-bit scale per two", dequantize, decode
+    "IQ2_XS", 17, 256, LAYOUT, "32 points of 8 values, grid of 512; a 4-bit scale per 2 points", dequantize, decode
 )

@@ -1,7 +1,8 @@
-"""IQ2_XXS: a super-block of eight sub-blocks of 32: four points of a grid with their signs, and a 4-bit scale.
+"""IQ2_XXS: x = d * (scale + 0.5) / 4 * grid[q] * sign; 256 weights in 8 sub-blocks of 32, 2.0625 bits per weight.
 
-A sub-block takes four items of `qs`, 8 bytes: four bytes that number a point of eight values each, then a 32-bit word
-of four times seven signs (the eighth makes the number of minus signs even) below the scale.
+A sub-block has four grid points and one scale. It takes 8 bytes of `qs`: four index bytes q, then a 32-bit word. Each
+index selects a point: eight values. The low 28 bits of the word are the signs, seven bits per point, 1 for minus. The
+eighth sign of a point makes its number of minus signs even. The top four bits of the word are the scale.
 
 Source: GGML, `block_iq2_xxs` and `iq2xxs_grid` in ggml-common.h, `dequantize_row_iq2_xxs` in ggml-quants.c.
 """
@@ -39,5 +40,5 @@ def decode(block: Any, at: int, run: int) -> Any:
 
 
 IQ2_XXS = Format(
-    "IQ2_XXS", 16, 256, LAYOUT, "32 points of eight from a grid of 256, a 4-bit scale per four", dequantize, decode
+    "IQ2_XXS", 16, 256, LAYOUT, "32 points of 8 values, grid of 256; a 4-bit scale per 4 points", dequantize, decode
 )

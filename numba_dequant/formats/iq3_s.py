@@ -1,7 +1,8 @@
-"""IQ3_S: a super-block of eight sub-blocks of 32: eight points of a grid, four values each, and a 4-bit scale.
+"""IQ3_S: x = d * (2 * scales[i] + 1) * grid[q] * sign; 256 weights in 8 sub-blocks of 32, 3.4375 bits per weight.
 
-`qs` holds the low eight bits of the points' numbers, bit i of `qh` the ninth of point i. Bit i of `signs` says that
-element i is negative. A byte of `scales` holds the scales of two sub-blocks, the first in the low nibble.
+A sub-block has eight grid points and one scale. Each index q has nine bits and selects a point: four values. Byte k of
+`qs` holds the low eight bits for point k, and bit k of `qh` holds the ninth. Bit k of `signs` is 1 if weight k is
+negative. Each byte of `scales` holds two scales, the first in the low nibble.
 
 Source: GGML, `block_iq3_s` and `iq3s_grid` in ggml-common.h, `dequantize_row_iq3_s` in ggml-quants.c.
 """
@@ -38,5 +39,5 @@ def decode(block: Any, at: int, run: int) -> Any:
 
 
 IQ3_S = Format(
-    "IQ3_S", 21, 256, LAYOUT, "64 points of four from a grid of 512, a 4-bit scale per eight", dequantize, decode
+    "IQ3_S", 21, 256, LAYOUT, "64 points of 4 values, grid of 512; a 4-bit scale per 8 points", dequantize, decode
 )

@@ -1,7 +1,8 @@
-"""IQ3_XXS: a super-block of eight sub-blocks of 32: eight points of a grid with their signs, and a 4-bit scale.
+"""IQ3_XXS: x = d * (scale + 0.5) / 2 * grid[q] * sign; 256 weights in 8 sub-blocks of 32, 3.0625 bits per weight.
 
-The first 64 bytes of `qs` number points of four values each, eight to a sub-block. The last 32 are a 32-bit word for
-each sub-block: four times seven signs (the eighth makes the number of minus signs even) below the scale.
+A sub-block has eight grid points and one scale. The first 64 bytes of `qs` are the indexes q. Each selects a point:
+four values. The last 32 bytes of `qs` are a 32-bit word per sub-block. Its low 28 bits are signs, seven bits per eight
+weights, 1 for minus. The eighth sign makes the number of minus signs even. The top four bits are the scale.
 
 Source: GGML, `block_iq3_xxs` and `iq3xxs_grid` in ggml-common.h, `dequantize_row_iq3_xxs` in ggml-quants.c.
 """
@@ -40,5 +41,5 @@ def decode(block: Any, at: int, run: int) -> Any:
 
 
 IQ3_XXS = Format(
-    "IQ3_XXS", 18, 256, LAYOUT, "64 points of four from a grid of 256, a 4-bit scale per eight", dequantize, decode
+    "IQ3_XXS", 18, 256, LAYOUT, "64 points of 4 values, grid of 256; a 4-bit scale per 8 points", dequantize, decode
 )

@@ -1,6 +1,7 @@
-"""IQ4_NL: 32 nibbles, each the number of a value in a table of 16, times one scale.
+"""IQ4_NL: x = d * kvalues_iq4nl[q]; 32 weights, 4.5 bits per weight.
 
-Byte i of `qs` holds the nibbles of elements i (low) and i + 16 (high).
+Byte k of `qs` holds quant k in its low nibble and quant k + 16 in its high nibble. The table `kvalues_iq4nl` has 16
+values.
 
 Source: GGML, `block_iq4_nl` in ggml-common.h and `dequantize_row_iq4_nl` in ggml-quants.c.
 """
@@ -31,5 +32,5 @@ def decode(block: Any, at: int, run: int) -> Any:
 
 
 IQ4_NL = Format(
-    "IQ4_NL", 20, 32, LAYOUT, "32 nibbles that number values of a table, under one scale", dequantize, decode
+    "IQ4_NL", 20, 32, LAYOUT, "32 four-bit indexes into a table of 16 values; one scale", dequantize, decode
 )

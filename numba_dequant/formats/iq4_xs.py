@@ -1,8 +1,8 @@
-"""IQ4_XS: a super-block of eight sub-blocks of 32 nibbles, each the number of a value in the table of IQ4_NL.
+"""IQ4_XS: x = d * (scales[i] - 32) * kvalues_iq4nl[q]; 256 weights in 8 sub-blocks of 32, 4.25 bits per weight.
 
-The scale of a sub-block has six bits and is centred on 32: a nibble of `scales_l` below two bits of `scales_h`, the
-first sub-block in the lowest bits of both. A sub-block takes 16 bytes of `qs`: byte i holds the nibbles of its elements
-i (low) and i + 16 (high).
+Each scale has 6 bits. `scales_l` holds the low four bits, two scales per byte, and `scales_h` holds the top two bits.
+Both start with sub-block 0 in the lowest bits. A sub-block takes 16 bytes of `qs`. Byte k of a sub-block holds its
+quant k in the low nibble and its quant k + 16 in the high nibble. The table of 16 values is that of IQ4_NL.
 
 Source: GGML, `block_iq4_xs` in ggml-common.h and `dequantize_row_iq4_xs` in ggml-quants.c.
 """
@@ -40,5 +40,11 @@ def decode(block: Any, at: int, run: int) -> Any:
 
 
 IQ4_XS = Format(
-    "IQ4_XS", 23, 256, LAYOUT, "eight sub-blocks of 32 nibbles that number values of a table", dequantize, decode
+    "IQ4_XS",
+    23,
+    256,
+    LAYOUT,
+    "8 sub-blocks of 32 indexes into a table of 16 values; a 6-bit scale each",
+    dequantize,
+    decode,
 )

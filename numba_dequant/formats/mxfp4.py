@@ -1,8 +1,9 @@
-"""MXFP4: 32 four-bit floats (sign, two bits of exponent, one of mantissa) times a power of two.
+"""MXFP4: x = 2**(e - 128) * kvalues_mxfp4[q]; 32 weights, 4.25 bits per weight.
 
-`e` is the exponent of the power of two, from 2^-127 to 2^128. The table holds the doubled floats, which are integers,
-so GGML halves the power: 2^(e - 128), of which the smallest two are subnormal. Every `e` is a number, 255 too.
-Byte i of `qs` holds the nibbles of elements i (low) and i + 16 (high).
+A quant is an E2M1 float: a sign bit, two bits of exponent, one bit of mantissa. The table holds twice its value, which
+is an integer, so the power of two is half of the E8M0 scale 2**(e - 127). For `e` of 0 and 1 it is a subnormal float32.
+`e` = 255 is an ordinary exponent, not NaN. Byte k of `qs` holds quant k in its low nibble and quant k + 16 in its high
+nibble.
 
 Source: GGML, `block_mxfp4` in ggml-common.h, `ggml_e8m0_to_fp32_half` in ggml-impl.h and `dequantize_row_mxfp4` in
 ggml-quants.c.
@@ -37,4 +38,4 @@ def decode(block: Any, at: int, run: int) -> Any:
     return single(bits) * signed_bytes(lookup_nibbles(FP4_DOUBLED_VALUES, nibbles))
 
 
-MXFP4 = Format("MXFP4", 39, 32, LAYOUT, "32 four-bit floats under a power of two", dequantize, decode)
+MXFP4 = Format("MXFP4", 39, 32, LAYOUT, "32 FP4 (E2M1) values; a power of two as scale", dequantize, decode)

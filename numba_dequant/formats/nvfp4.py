@@ -1,9 +1,11 @@
-"""NVFP4: four sub-blocks of 16 four-bit floats (sign, two bits of exponent, one of mantissa), with an 8-bit scale each.
+"""NVFP4: x = d[i] / 2 * kvalues_mxfp4[q]; 64 weights in 4 sub-blocks of 16, 4.5 bits per weight.
 
-A byte of `d` is a float with four bits of exponent (biased by 7) and three of mantissa. GGML ignores its sign bit, but
-takes 0x7F, which is NaN elsewhere, for 0, and 0xFF for 480. The table holds the doubled four-bit floats, so the scale
-is halved.
-A sub-block takes 8 bytes of `qs`: byte i holds the nibbles of its elements i (low) and i + 8 (high).
+A quant is an E2M1 float: a sign bit, two bits of exponent, one bit of mantissa. The table holds twice its value, so the
+scale is halved. `d[i]` is a UE4M3 float: four bits of exponent (bias 7) and three bits of mantissa. GGML ignores its
+sign bit. GGML reads 0x7F, which is NaN in E4M3, as 0, and 0xFF as 480.
+
+A sub-block takes 8 bytes of `qs`. Byte k of a sub-block holds its quant k in the low nibble and its quant k + 8 in the
+high nibble.
 
 Source: GGML, `block_nvfp4` in ggml-common.h, `ggml_ue4m3_to_fp32` in ggml-impl.h and `dequantize_row_nvfp4` in
 ggml-quants.c.
@@ -25,7 +27,7 @@ D, QS = field_offsets(LAYOUT)
 def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
     exponent = (blocks["d"] >> 3).astype(np.int32) & 15
     mantissa = (blocks["d"] & 7).astype(np.float32)
-    # Three bits of mantissa, the bias of seven, and the half.
+    # 3 for the bits of mantissa, 7 for the bias, 1 for the division by two.
     d = np.ldexp(np.where(exponent == 0, mantissa, mantissa + 8), np.maximum(exponent, 1) - (3 + 7 + 1))
     d = np.where(blocks["d"] == 0x7F, np.float32(0), d)
     pairs = blocks["qs"].reshape(-1, 4, 8)
@@ -38,7 +40,7 @@ def decode(block: Any, at: int, run: int) -> Any:
     scale = load_u8(block, at + D + sub_block)
     if scale == 0x7F:
         scale = 0
-    # In the place of a float16's exponent and mantissa its bits mean the same, but for the bias: 7, not 15.
+    # Shifted to the bits of a float16, it has the same fields but bias 7 instead of 15.
     d = half((scale & 0x7F) << 7) * to_float(1 << (15 - 7 - 1))
     packed = load_8_bytes(block, at + QS + 8 * sub_block)
     nibbles = (packed >> (4 * (run & 1))) & 0x0F0F0F0F0F0F0F0F
@@ -46,5 +48,5 @@ def decode(block: Any, at: int, run: int) -> Any:
 
 
 NVFP4 = Format(
-    "NVFP4", 40, 64, LAYOUT, "four sub-blocks of 16 four-bit floats, an 8-bit float scale each", dequantize, decode
+    "NVFP4", 40, 64, LAYOUT, "4 sub-blocks of 16 FP4 (E2M1) values; an FP8 (UE4M3) scale each", dequantize, decode
 )

@@ -1,4 +1,4 @@
-"""Plain array types that are returned as they are stored: integers, and float64."""
+"""I8, I16, I32, I64, F64: x = the stored number; 8, 16, 32, 64 and 64 bits per weight."""
 
 from numba_dequant.format import Format, block_layout
 

@@ -1,6 +1,6 @@
-"""Q1_0: 128 signs, plus or minus one scale.
+"""Q1_0: x = d * (2 * q - 1); 128 weights, 1.125 bits per weight.
 
-Bit i of `qs`, the lowest bit of a byte first, says that element i is positive.
+Bit k of `qs` is quant k, starting from the lowest bit of byte 0: 1 for +d, 0 for -d.
 
 Source: GGML, `block_q1_0` in ggml-common.h and `dequantize_row_q1_0` in ggml-quants.c.
 """
@@ -27,4 +27,4 @@ def decode(block: Any, at: int, run: int) -> Any:
     return half(load_u16(block, at + D)) * centred_bytes(doubled, 1)
 
 
-Q1_0 = Format("Q1_0", 41, 128, LAYOUT, "128 signs of one scale", dequantize, decode)
+Q1_0 = Format("Q1_0", 41, 128, LAYOUT, "128 signs; one scale", dequantize, decode)

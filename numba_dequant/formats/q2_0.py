@@ -1,6 +1,6 @@
-"""Q2_0: 64 two-bit numbers, centred on 1, times one scale.
+"""Q2_0: x = d * (q - 1); 64 weights, 2.25 bits per weight.
 
-A byte of `qs` holds four elements that follow each other, lowest bits first.
+Byte k of `qs` holds quants 4k to 4k + 3, starting from the lowest bits.
 
 Source: GGML, `block_q2_0` in ggml-common.h and `dequantize_row_q2_0` in ggml-quants.c.
 """
@@ -24,7 +24,7 @@ def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def decode(block: Any, at: int, run: int) -> Any:
-    # Halve three times: two bytes come to lie in two words, four nibbles in four, eight quants in eight bytes.
+    # Spread in three steps: two bytes to 32 bits each, then four nibbles to 16, then eight quants to 8.
     quants = load_u16(block, at + QS + 2 * run)
     quants = (quants | (quants << 24)) & 0x000000FF000000FF
     quants = (quants | (quants << 12)) & 0x000F000F000F000F
@@ -32,4 +32,4 @@ def decode(block: Any, at: int, run: int) -> Any:
     return half(load_u16(block, at + D)) * centred_bytes(quants, 1)
 
 
-Q2_0 = Format("Q2_0", 42, 64, LAYOUT, "64 two-bit numbers centred on 1, under one scale", dequantize, decode)
+Q2_0 = Format("Q2_0", 42, 64, LAYOUT, "64 two-bit quants centred on 1; one scale", dequantize, decode)

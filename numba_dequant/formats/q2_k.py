@@ -1,8 +1,8 @@
-"""Q2_K: a super-block of 16 sub-blocks of 16 two-bit numbers, each with a 4-bit scale and a 4-bit minimum.
+"""Q2_K: x = d * scales[i] * q - dmin * mins[i]; 256 weights in 16 sub-blocks of 16, 2.625 bits per weight.
 
-A byte of `scales` holds the scale of its sub-block in the low nibble, the minimum in the high one. Each half of the
-super-block (128 elements) takes 32 bytes of `qs`: byte i holds elements i, i + 32, i + 64 and i + 96 of the half,
-lowest bits first.
+Byte i of the field `scales` holds the scale in its low nibble and the minimum (`mins`) in its high nibble. Each half of
+the block (128 quants) takes 32 bytes of `qs`. Byte k of a half holds its quants k, k + 32, k + 64 and k + 96, starting
+from the lowest bits.
 
 Source: GGML, `block_q2_K` in ggml-common.h and `dequantize_row_q2_K` in ggml-quants.c.
 """
@@ -38,5 +38,5 @@ def decode(block: Any, at: int, run: int) -> Any:
 
 
 Q2_K = Format(
-    "Q2_K", 10, 256, LAYOUT, "16 sub-blocks of 16 two-bit numbers, a 4-bit scale and minimum each", dequantize, decode
+    "Q2_K", 10, 256, LAYOUT, "16 sub-blocks of 16 two-bit quants; a 4-bit scale and minimum each", dequantize, decode
 )

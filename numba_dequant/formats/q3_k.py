@@ -1,9 +1,11 @@
-"""Q3_K: a super-block of 16 sub-blocks of 16 three-bit numbers, centred on 4, each with a 6-bit scale centred on 32.
+"""Q3_K: x = d * (scales[i] - 32) * (q - 4); 256 weights in 16 sub-blocks of 16, 3.4375 bits per weight.
 
-`qs` holds the low two bits: each half of the super-block (128 elements) takes 32 bytes, of which byte i holds elements
-i, i + 32, i + 64 and i + 96 of the half. The third bit of element i is bit i // 32 of byte i % 32 of `hmask`.
-`scales` holds the low nibble of scale i in byte i % 8 (low nibble for the first eight scales, high nibble for the
-others) and its top two bits in byte 8 + i % 4, at bit 2 * (i // 4).
+`qs` holds the low two bits of the quants. Each half of the block (128 quants) takes 32 bytes of `qs`. Byte k of a half
+holds its quants k, k + 32, k + 64 and k + 96, starting from the lowest bits. The third bit of quant k of the block is
+bit k // 32 of byte k % 32 of `hmask`.
+
+`scales` packs 16 scales of 6 bits. The low four bits of scale i are in byte i % 8: in the low nibble for scales 0 to 7,
+in the high nibble for the others. The top two bits are in byte 8 + i % 4, from bit 2 * (i // 4) up.
 
 Source: GGML, `block_q3_K` in ggml-common.h and `dequantize_row_q3_K` in ggml-quants.c.
 """
@@ -44,11 +46,5 @@ def decode(block: Any, at: int, run: int) -> Any:
 
 
 Q3_K = Format(
-    "Q3_K",
-    11,
-    256,
-    LAYOUT,
-    "16 sub-blocks of 16 three-bit numbers centred on 4, a 6-bit scale each",
-    dequantize,
-    decode,
+    "Q3_K", 11, 256, LAYOUT, "16 sub-blocks of 16 three-bit quants centred on 4; a 6-bit scale each", dequantize, decode
 )

@@ -1,6 +1,6 @@
-"""Q4_0: 32 nibbles, centred on 8, times one scale.
+"""Q4_0: x = d * (q - 8); 32 weights, 4.5 bits per weight.
 
-Byte i of `qs` holds element i in its low nibble and element i + 16 in its high nibble.
+Byte k of `qs` holds quant k in its low nibble and quant k + 16 in its high nibble.
 
 Source: GGML, `block_q4_0` in ggml-common.h and `dequantize_row_q4_0` in ggml-quants.c.
 """
@@ -29,4 +29,4 @@ def decode(block: Any, at: int, run: int) -> Any:
     return half(load_u16(block, at + D)) * centred_bytes(quants, 8)
 
 
-Q4_0 = Format("Q4_0", 2, 32, LAYOUT, "32 nibbles centred on 8, under one scale", dequantize, decode)
+Q4_0 = Format("Q4_0", 2, 32, LAYOUT, "32 four-bit quants centred on 8; one scale", dequantize, decode)

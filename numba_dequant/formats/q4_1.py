@@ -1,6 +1,6 @@
-"""Q4_1: 32 nibbles times one scale, plus one minimum.
+"""Q4_1: x = d * q + m; 32 weights, 5 bits per weight.
 
-Byte i of `qs` holds element i in its low nibble and element i + 16 in its high nibble.
+Byte k of `qs` holds quant k in its low nibble and quant k + 16 in its high nibble.
 
 Source: GGML, `block_q4_1` in ggml-common.h and `dequantize_row_q4_1` in ggml-quants.c.
 """
@@ -30,4 +30,4 @@ def decode(block: Any, at: int, run: int) -> Any:
     return half(load_u16(block, at + D)) * unsigned_bytes(quants) + half(load_u16(block, at + M))
 
 
-Q4_1 = Format("Q4_1", 3, 32, LAYOUT, "32 nibbles under one scale and one minimum", dequantize, decode)
+Q4_1 = Format("Q4_1", 3, 32, LAYOUT, "32 four-bit quants; one scale and one minimum", dequantize, decode)

@@ -1,7 +1,10 @@
-"""Q4_K: a super-block of eight sub-blocks of 32, each with a 6-bit scale and a 6-bit minimum.
+"""Q4_K: x = d * scales[i] * q - dmin * mins[i]; 256 weights in 8 sub-blocks of 32, 4.5 bits per weight.
 
-`scales` packs eight scales and eight minima in 12 bytes: the low six bits of bytes 0 to 3 and 4 to 7 are the first four
-of each; bytes 8 to 11 hold the low nibbles of the last four, whose top two bits sit on top of bytes 0 to 7.
+The field `scales` packs eight scales and eight minima (`mins`) of 6 bits in 12 bytes. Bytes 0 to 3 hold scales 0 to 3
+and bytes 4 to 7 hold minima 0 to 3, each in the low six bits. Byte 8 + k holds the low four bits of scale 4 + k (low
+nibble) and of minimum 4 + k (high nibble). Their top two bits are the top two bits of bytes k and 4 + k.
+
+Each pair of sub-blocks takes 32 bytes of `qs`: the first in the low nibbles, the second in the high nibbles.
 
 Source: GGML, `block_q4_K` in ggml-common.h, `get_scale_min_k4` and `dequantize_row_q4_K` in ggml-quants.c.
 """
@@ -39,5 +42,5 @@ def decode(block: Any, at: int, run: int) -> Any:
 
 
 Q4_K = Format(
-    "Q4_K", 12, 256, LAYOUT, "eight sub-blocks of 32 nibbles, a 6-bit scale and minimum each", dequantize, decode
+    "Q4_K", 12, 256, LAYOUT, "8 sub-blocks of 32 four-bit quants; a 6-bit scale and minimum each", dequantize, decode
 )

@@ -1,6 +1,7 @@
-"""Q5_0: 32 five-bit numbers, centred on 16, times one scale.
+"""Q5_0: x = d * (q - 16); 32 weights, 5.5 bits per weight.
 
-Byte i of `qs` holds the low four bits of elements i and i + 16; bit i of `qh` is the fifth bit of element i.
+Byte k of `qs` holds the low four bits of quants k (low nibble) and k + 16 (high nibble). Bit k of `qh` is the fifth bit
+of quant k.
 
 Source: GGML, `block_q5_0` in ggml-common.h and `dequantize_row_q5_0` in ggml-quants.c.
 """
@@ -31,4 +32,4 @@ def decode(block: Any, at: int, run: int) -> Any:
     return half(load_u16(block, at + D)) * centred_bytes(low | high, 16)
 
 
-Q5_0 = Format("Q5_0", 6, 32, LAYOUT, "32 five-bit numbers centred on 16, under one scale", dequantize, decode)
+Q5_0 = Format("Q5_0", 6, 32, LAYOUT, "32 five-bit quants centred on 16; one scale", dequantize, decode)

@@ -1,6 +1,7 @@
-"""Q5_1: 32 five-bit numbers times one scale, plus one minimum.
+"""Q5_1: x = d * q + m; 32 weights, 6 bits per weight.
 
-Byte i of `qs` holds the low four bits of elements i and i + 16; bit i of `qh` is the fifth bit of element i.
+Byte k of `qs` holds the low four bits of quants k (low nibble) and k + 16 (high nibble). Bit k of `qh` is the fifth bit
+of quant k.
 
 Source: GGML, `block_q5_1` in ggml-common.h and `dequantize_row_q5_1` in ggml-quants.c.
 """
@@ -32,4 +33,4 @@ def decode(block: Any, at: int, run: int) -> Any:
     return half(load_u16(block, at + D)) * unsigned_bytes(low | high) + half(load_u16(block, at + M))
 
 
-Q5_1 = Format("Q5_1", 7, 32, LAYOUT, "32 five-bit numbers under one scale and one minimum", dequantize, decode)
+Q5_1 = Format("Q5_1", 7, 32, LAYOUT, "32 five-bit quants; one scale and one minimum", dequantize, decode)

@@ -1,7 +1,8 @@
-"""Q5_K: a super-block of eight sub-blocks of 32 five-bit numbers, each with a 6-bit scale and a 6-bit minimum.
+"""Q5_K: x = d * scales[i] * q - dmin * mins[i]; 256 weights in 8 sub-blocks of 32, 5.5 bits per weight.
 
-Scales and minima are packed as in Q4_K. Each pair of sub-blocks takes 32 bytes of `qs`, the first in the low nibbles;
-the fifth bit of element i of sub-block s is bit s of byte i of `qh`.
+The field `scales` packs the scales and the minima (`mins`) as in Q4_K. Each pair of sub-blocks takes 32 bytes of `qs`,
+which hold the low four bits of the quants: the first sub-block in the low nibbles, the second in the high nibbles. The
+fifth bit of quant k of sub-block i is bit i of byte k of `qh`.
 
 Source: GGML, `block_q5_K` in ggml-common.h and `dequantize_row_q5_K` in ggml-quants.c.
 """
@@ -42,11 +43,5 @@ def decode(block: Any, at: int, run: int) -> Any:
 
 
 Q5_K = Format(
-    "Q5_K",
-    13,
-    256,
-    LAYOUT,
-    "eight sub-blocks of 32 five-bit numbers, a 6-bit scale and minimum each",
-    dequantize,
-    decode,
+    "Q5_K", 13, 256, LAYOUT, "8 sub-blocks of 32 five-bit quants; a 6-bit scale and minimum each", dequantize, decode
 )

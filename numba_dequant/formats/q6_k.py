@@ -1,8 +1,8 @@
-"""Q6_K: a super-block of 16 sub-blocks of 16 six-bit numbers, centred on 32, each with an 8-bit scale.
+"""Q6_K: x = d * scales[i] * (q - 32); 256 weights in 16 sub-blocks of 16, 6.5625 bits per weight.
 
-Each half of the super-block (128 elements) is four groups of 32. Its 64 bytes of `ql` hold the low nibbles: groups 0
-and 1 in the low half of each byte, groups 2 and 3 in the high half. Its 32 bytes of `qh` hold the top two bits: byte i
-has those of element i of each group, group 0 lowest.
+Each half of the block (128 quants) is four groups of 32. A half takes 64 bytes of `ql`, which hold the low four bits of
+the quants: groups 0 and 1 in the low nibbles, groups 2 and 3 in the high nibbles. A half takes 32 bytes of `qh`, which
+hold the top two bits. Byte k has those of quant k of each group, group 0 in the lowest bits.
 
 Source: GGML, `block_q6_K` in ggml-common.h and `dequantize_row_q6_K` in ggml-quants.c.
 """
@@ -39,11 +39,5 @@ def decode(block: Any, at: int, run: int) -> Any:
 
 
 Q6_K = Format(
-    "Q6_K",
-    14,
-    256,
-    LAYOUT,
-    "16 sub-blocks of 16 six-bit numbers centred on 32, an 8-bit scale each",
-    dequantize,
-    decode,
+    "Q6_K", 14, 256, LAYOUT, "16 sub-blocks of 16 six-bit quants centred on 32; an 8-bit scale each", dequantize, decode
 )

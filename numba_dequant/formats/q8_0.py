@@ -1,4 +1,6 @@
-"""Q8_0: signed bytes times one scale.
+"""Q8_0: x = d * q; 32 weights, 8.5 bits per weight.
+
+`qs` holds the quants as signed bytes.
 
 Source: GGML, `block_q8_0` in ggml-common.h and `dequantize_row_q8_0` in ggml-quants.c.
 """
@@ -24,4 +26,4 @@ def decode(block: Any, at: int, run: int) -> Any:
     return half(load_u16(block, at + D)) * signed_bytes(load_8_bytes(block, at + QS + 8 * run))
 
 
-Q8_0 = Format("Q8_0", 8, 32, LAYOUT, "32 signed bytes under one scale", dequantize, decode)
+Q8_0 = Format("Q8_0", 8, 32, LAYOUT, "32 signed bytes; one scale", dequantize, decode)

@@ -1,6 +1,7 @@
-"""Q8_1: signed bytes times one scale, and the scaled sum of them, which only dot products use.
+"""Q8_1: x = d * q; 32 weights, 9 bits per weight.
 
-GGML keeps activations in it and has no function to dequantize it; the values are as plain as those of Q8_0.
+`qs` holds the quants as signed bytes. `s` is d times the sum of the quants; only dot products use it. GGML stores
+activations in this format and has no function to dequantize it.
 
 Source: GGML, `block_q8_1` in ggml-common.h.
 """
@@ -26,4 +27,4 @@ def decode(block: Any, at: int, run: int) -> Any:
     return half(load_u16(block, at + D)) * signed_bytes(load_8_bytes(block, at + QS + 8 * run))
 
 
-Q8_1 = Format("Q8_1", 9, 32, LAYOUT, "32 signed bytes under one scale, and their sum", dequantize, decode)
+Q8_1 = Format("Q8_1", 9, 32, LAYOUT, "32 signed bytes; one scale, and their scaled sum", dequantize, decode)

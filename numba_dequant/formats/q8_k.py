@@ -1,4 +1,7 @@
-"""Q8_K: a super-block of 256 signed bytes times one float32 scale, and sums of 16 bytes, which only dot products use.
+"""Q8_K: x = d * q; 256 weights, 9.125 bits per weight.
+
+`qs` holds the quants as signed bytes, and `d` is a float32. `bsums` holds the sums of every 16 quants; only dot
+products use them.
 
 Source: GGML, `block_q8_K` in ggml-common.h and `dequantize_row_q8_K` in ggml-quants.c.
 """
@@ -24,4 +27,6 @@ def decode(block: Any, at: int, run: int) -> Any:
     return single(load_u32(block, at + D)) * signed_bytes(load_8_bytes(block, at + QS + 8 * run))
 
 
-Q8_K = Format("Q8_K", 15, 256, LAYOUT, "256 signed bytes under one float32 scale, and their sums", dequantize, decode)
+Q8_K = Format(
+    "Q8_K", 15, 256, LAYOUT, "256 signed bytes; one float32 scale, and the sums of every 16", dequantize, decode
+)

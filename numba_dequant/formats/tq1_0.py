@@ -1,9 +1,11 @@
-"""TQ1_0: a super-block of 256 ternary digits (-1, 0, 1) times one scale.
+"""TQ1_0: x = d * (q - 1); 256 weights, 1.6875 bits per weight.
 
-A byte is a fraction of 256 with five digits to base three: its first digit is the whole part of 3/256 of the byte, and
-multiplying the byte by three, modulo 256, brings up the next. Elements 0 to 159 are the digits of bytes 0 to 31 of `qs`
-(all first digits, then all second ones, up to the fifth), elements 160 to 239 likewise those of bytes 32 to 47, and
-elements 240 to 255 the first four digits of the four bytes of `qh`.
+Each quant is a base-3 digit: 0, 1 or 2. A byte b stores five digits as the fraction b / 256. The first digit is
+3 * b >> 8. To get to the next digit, multiply b by 3 modulo 256.
+
+Quants 0 to 159 are in bytes 0 to 31 of `qs`: the first digits of all these bytes, then the second digits, and so on to
+the fifth. Quants 160 to 239 are in bytes 32 to 47 in the same order. Quants 240 to 255 are the first four digits of the
+four bytes of `qh`, in the same order.
 
 Source: GGML, `block_tq1_0` in ggml-common.h and `dequantize_row_tq1_0` in ggml-quants.c.
 """
@@ -44,15 +46,15 @@ def decode(block: Any, at: int, run: int) -> Any:
         digit, start, shift = 2 * (run - 30), QH - 4, 32
     packed = load_8_bytes(block, at + start) >> shift
     if run >= 30:
-        # The four bytes of `qh` twice: the second half of the run is one digit further on.
+        # The four bytes of `qh` twice: the upper four are multiplied by 3, to give the next digit.
         tripled = ((packed & 0x00FF00FF) * 3 & 0x00FF00FF) | ((packed & 0xFF00FF00) * 3 & 0xFF00FF00)
         packed = (packed & 0xFFFFFFFF) | (tripled << 32)
     power = (0x511B090301 >> (8 * digit)) & 0xFF
-    # Every other byte, so that products have 16 bits to lie in.
+    # Every other byte, so that each product has 16 bits.
     even = ((packed & 0x00FF00FF00FF00FF) * power) & 0x00FF00FF00FF00FF
     odd = (((packed >> 8) & 0x00FF00FF00FF00FF) * power) & 0x00FF00FF00FF00FF
     digits = (((even * 3) >> 8) & 0x0003000300030003) | ((odd * 3) & 0x0300030003000300)
     return half(load_u16(block, at + D)) * centred_bytes(digits, 1)
 
 
-TQ1_0 = Format("TQ1_0", 34, 256, LAYOUT, "256 ternary digits, five to a byte, under one scale", dequantize, decode)
+TQ1_0 = Format("TQ1_0", 34, 256, LAYOUT, "256 base-3 digits, 5 per byte; one scale", dequantize, decode)

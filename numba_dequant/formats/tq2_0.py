@@ -1,7 +1,7 @@
-"""TQ2_0: a super-block of 256 two-bit numbers, centred on 1, times one scale; meant for ternary weights.
+"""TQ2_0: x = d * (q - 1); 256 weights, 2.0625 bits per weight.
 
-Each half of the super-block (128 elements) takes 32 bytes of `qs`: byte i holds elements i, i + 32, i + 64 and i + 96
-of the half, lowest bits first.
+Each half of the block (128 quants) takes 32 bytes of `qs`. Byte k of a half holds its quants k, k + 32, k + 64 and k +
+96, starting from the lowest bits. The format is meant for ternary weights: q is 0, 1 or 2.
 
 Source: GGML, `block_tq2_0` in ggml-common.h and `dequantize_row_tq2_0` in ggml-quants.c.
 """
@@ -32,4 +32,4 @@ def decode(block: Any, at: int, run: int) -> Any:
     return half(load_u16(block, at + D)) * centred_bytes(quants, 1)
 
 
-TQ2_0 = Format("TQ2_0", 35, 256, LAYOUT, "256 two-bit numbers centred on 1, under one scale", dequantize, decode)
+TQ2_0 = Format("TQ2_0", 35, 256, LAYOUT, "256 two-bit quants centred on 1; one scale", dequantize, decode)

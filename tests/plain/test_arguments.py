@@ -73,7 +73,7 @@ class TestFormat:
         }.items(),
     )
     def test_a_file_type_names_the_tensor_type_that_is_meant(self, file_type, format):
-        with pytest.raises(nd.UnknownFormatError, match=f"is a file type.* here {format}, .*such as '{format}'"):
+        with pytest.raises(nd.UnknownFormatError, match=f"is a file type.* are {format}, .*such as '{format}'"):
             format_named(file_type)
 
     @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ class TestFormat:
         [
             ("Q9_Z", r"unknown format 'Q9_Z'\. Known formats: F32"),
             ("q4__k", r"unknown format 'q4__k'\. Did you mean 'Q4_K'\? Known formats: F32"),
-            ("8", r"unknown format '8'\. A ggml id is passed as an int: 8"),
+            ("8", r"unknown format '8'\. Pass a ggml id as an int: 8"),
             (True, "a ggml id or a Format, got True"),
             (["Q8_0"], r"a ggml id or a Format, got \['Q8_0'\]"),
             (b"Q8_0", "a ggml id or a Format, got b'Q8_0'"),

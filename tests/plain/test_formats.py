@@ -1,3 +1,4 @@
+import re
 import time
 
 import gguf
@@ -7,7 +8,7 @@ from blocks import DECODED, DTYPES, GOLDEN, QUANTIZED, assert_same_bits, golden,
 
 import numba_dequant as nd
 from numba_dequant.format import Format, block_layout
-from numba_dequant.formats import REMOVED_IDS, format_with_id, register
+from numba_dequant.formats import REMOVED_IDS, format_with_id, plain, register
 from numba_dequant.kernels import intrinsics_cpu
 
 # What gguf-py 0.19 has wrong (Q8_1) or not at all: GGML's own numbers.
@@ -32,6 +33,20 @@ def test_layout_has_ggml_s_size(name):
         data, values = golden(name)
         expected = (values.shape[1], data.shape[1])
     assert (source.block_size, source.type_size) == expected
+
+
+@pytest.mark.parametrize("name", nd.FORMATS)
+def test_documentation_begins_with_the_formula(name):
+    source = nd.FORMATS[name]
+    if source.decode is None:
+        heading, _, costs = plain.__doc__.partition(": x = ")
+        cost = dict(zip(heading.split(", "), re.findall("[0-9]+", costs), strict=True))[name]
+        assert cost == f"{source.bits_per_weight:g}"
+        return
+    line = source.description.splitlines()[0]
+    weights = f"{source.block_size} weights.*, " if source.block_size > 1 else ""
+    assert re.fullmatch(f"{name}: x = .+; {weights}{source.bits_per_weight:g} bits per weight\\.", line), line
+    assert len(line) <= 117
 
 
 def test_formats_are_ordered_by_id():
