@@ -88,22 +88,23 @@ class GgufError(NumbaDequantError, ValueError):
     Attributes:
         path: the file.
         field: what was being read, for example ``"tensor 'a.weight' offset"``.
-        offset: byte position of that field in the file, None where there is none.
+        offset: byte position of that field in the file, or None.
         found: what the file holds there.
         allowed: what it may hold.
+        reason: what is wrong, and what is allowed or what to do.
     """
 
-    def __init__(self, path: str, field: str, offset: int | None, found: object, allowed: str) -> None:
+    def __init__(self, path: str, field: str, offset: int | None, found: object, allowed: str, reason: str) -> None:
         self.path = path
         self.field = field
         self.offset = offset
         self.found = found
         self.allowed = allowed
-        where = "" if offset is None else f" at byte {offset}"
-        super().__init__(f"{path}: {field}{where}: found {found}, allowed: {allowed}")
+        self.reason = reason
+        super().__init__(f"{path}: {reason}" if offset is None else f"{path}: at byte {offset}: {reason}")
 
-    def __reduce__(self) -> tuple[type[GgufError], tuple[str, str, int | None, object, str]]:
-        return type(self), (self.path, self.field, self.offset, self.found, self.allowed)
+    def __reduce__(self) -> tuple[type[GgufError], tuple[str, str, int | None, object, str, str]]:
+        return type(self), (self.path, self.field, self.offset, self.found, self.allowed, self.reason)
 
 
 MAX_SHOWN = 120

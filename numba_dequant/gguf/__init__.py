@@ -1,1 +1,1 @@
-"""The header, the metadata and the tensor table of a GGUF file, with every check of them."""
+"""Reads and checks the header, the metadata and the tensor table of GGUF files."""

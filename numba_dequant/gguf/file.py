@@ -1,24 +1,24 @@
-"""The header and the tensor table of a GGUF file, or of all shards of a split one, with all checks.
+"""Reads and checks the header and the tensor table of a GGUF file, or of all shards of a split file.
 
-Source of the format: ggml's docs/gguf.md and src/gguf.cpp. Where they leave room, this is what we do:
+Source of the format: ggml's docs/gguf.md and src/gguf.cpp. Where they leave a choice, these rules apply:
 
-* names of tensors may be as long as keys, 65535 bytes, and tensors have up to 8 dimensions: files of image and video
-  models have names of over 63 bytes and 5 dimensions, which ggml refuses as it is usually built;
-* NULs at the end of a key, a name or a string value are cut off (files of August 2023 have them); within a key or a
-  string they stay, within a name they are refused. Items of arrays of strings stay as they are: InternLM2 has a token
-  that is a NUL;
-* a bool is True unless it is 0, alone and in arrays;
-* a string value that is not UTF-8 does not make the file unreadable: what is wrong in it becomes U+FFFD;
-* of the keys that begin with "split." only split.no, split.count and split.tensors.count mean anything, and must be
-  integers;
-* taken: a tensor without dimensions (a scalar), an empty tensor name, a dimension of 0, missing padding after the last
-  tensor;
-* refused: an empty key, keys and names that are not UTF-8, equal keys or names (once NULs are cut off), arrays within
-  arrays, arrays of more than 64 Mi items, strings of more than 64 MiB, an alignment of more than 1 MiB, a shape that
-  NumPy could not hold as float64, where a dimension of 0 counts as 1;
-* a GGUF file that begins within another (`offset`) is aligned from its own beginning.
+* Tensor names may have 65535 bytes, like keys. Tensors may have 8 dimensions. GGML, as usually built, allows 63 bytes
+  and 4 dimensions, but files of image and video models exceed this.
+* NULs at the end of a key, a tensor name or a string value are removed (files of August 2023 have them). Elsewhere in a
+  key or a string they are kept; elsewhere in a tensor name they are an error. Array items keep all their NULs, because
+  InternLM2 has a token that is a NUL.
+* A bool is False if it is 0, and otherwise True, also in arrays.
+* Invalid UTF-8 in a string value is replaced by U+FFFD.
+* Only three keys with the prefix "split." are used: split.no, split.count and split.tensors.count. They must be
+  integers.
+* Accepted: a tensor without dimensions (a scalar), an empty tensor name, a dimension of 0, no padding after the last
+  tensor.
+* Refused: an empty key, keys and tensor names that are not UTF-8, duplicate keys or tensor names (after NULs are
+  removed), arrays of arrays, arrays of more than 64 Mi items, strings of more than 64 MiB, an alignment of more than
+  1 MiB, a shape of 2**60 elements or more, where a dimension of 0 counts as 1.
+* A GGUF file that begins inside another file (`offset`) is aligned relative to its own start.
 
-Nothing here imports CUDA packages or Numba, and nothing but the header is read.
+This module imports no CUDA package and no Numba, and reads only headers.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ __all__ = ["GgufFile", "TensorInfo", "TensorTable", "open_gguf", "truncated"]
 
 MAX_SHARDS = 65535
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
-"""What ComfyUI-GGUF puts before the name of a tensor that it has reshaped, to make the key of the shape it had."""
+"""ComfyUI-GGUF stores the original shape of a reshaped tensor under this prefix plus the tensor name."""
 
 
 def open_gguf(source: Any, *, offset: int = 0, allow_truncated: bool = False, orig_shapes: bool = False) -> GgufFile:
-    """Read the header of a GGUF file, and of the other shards if it is the first of a split.
+    """Read the header of a GGUF file. If it is the first shard of a split, read those of the other shards too.
 
     Args:
         source: a path, the contents of a file, or all shards of a split as a list of either, in any order.
-        offset: byte at which the GGUF file begins.
-        allow_truncated: take a file whose tensors' data is not all there, and a split that lacks later shards.
-        orig_shapes: give tensors that ComfyUI-GGUF has reshaped the shapes that they had.
+        offset: byte position where the GGUF file begins.
+        allow_truncated: accept a file without all of its tensor data, and a split without its later shards.
+        orig_shapes: restore the original shapes of tensors that ComfyUI-GGUF reshaped.
 
     Raises:
-        GgufError: it is no GGUF file, breaks a rule of the format, is a later shard, or a shard is missing.
-        MissingFileError: there is no such file.
-        ReadError: it cannot be read.
-        OptionError: an argument is of a wrong kind.
+        GgufError: the file is not a GGUF file, violates the format or is not the first shard, or a shard is missing.
+        MissingFileError: the file does not exist.
+        ReadError: the file cannot be read.
+        OptionError: an argument has a wrong type or value.
     """
     offset = whole_option("offset", offset, 0)
     allow_truncated = flag_option("allow_truncated", allow_truncated)
@@ -75,7 +75,7 @@ def open_gguf(source: Any, *, offset: int = 0, allow_truncated: bool = False, or
 
 
 def _join_given(sources: Sequence[Any], offset: int, *, allow_truncated: bool) -> GgufFile:
-    """The model whose shards have been named, in any order."""
+    """Join the shards in a list, given in any order."""
     if not sources or offset:
         raise OptionError("offset is for one file, not for a list" if offset else "the list of shards is empty")
     for each in sources:
@@ -90,27 +90,33 @@ def _join_given(sources: Sequence[Any], offset: int, *, allow_truncated: bool) -
         _expect(shard, "split.count", len(shards), "the number of files in the list")
         number = _split_number(shard, "split.no", -1)
         if not 0 <= number < len(shards) or number in by_number:
-            other = f" and in {by_number[number].path}" if number in by_number else ""
-            found = f"{number}{other}" if number >= 0 else "none"
-            raise GgufError(shard.path, "metadata 'split.no'", None, found, f"0 to {len(shards) - 1}, each in one file")
+            last = len(shards) - 1
+            if number in by_number:
+                reason = f"split.no is {number}, as in {by_number[number].path}; list each shard once"
+            elif "split.no" in shard.metadata:
+                reason = f"split.no is {number}; it must be 0 to {last}, because the list has {len(shards)} files"
+            else:
+                reason = f"split.no is missing; each shard must have a number from 0 to {last}"
+            value = shard.metadata.get("split.no")
+            raise GgufError(shard.path, "metadata 'split.no'", None, value, f"0 to {last}, each in one file", reason)
         by_number[number] = shard
     return _joined([by_number[number] for number in range(len(shards))])
 
 
 def _join_found(first: GgufFile, paths: Sequence[str], *, allow_truncated: bool) -> GgufFile:
-    """The model whose first shard has been read, and whose shards have these paths."""
+    """Join the first shard, which is already read, with the other shards at `paths`."""
     shards, missing = [first], []
     for number, path in enumerate(paths[1:], 1):
         try:
             shard = read_file(source_of(path), allow_truncated=allow_truncated)
         except MissingFileError:
             if not allow_truncated:
-                found = f"{len(paths)}, but no file {path}"
-                raise GgufError(first.path, "metadata 'split.count'", None, found, "all shards") from None
+                reason = f"shard {path} is missing (split.count is {len(paths)})"
+                raise GgufError(first.path, "metadata 'split.count'", None, len(paths), "all shards", reason) from None
             missing.append(path)
             continue
-        _expect(shard, "split.no", number, "as in its name")
-        _expect(shard, "split.count", len(paths), "as in its name")
+        _expect(shard, "split.no", number, "the number in the file name")
+        _expect(shard, "split.count", len(paths), "the count in the file name")
         shards.append(shard)
     return _joined(shards, tuple(missing))
 
@@ -121,11 +127,13 @@ def _joined(shards: Sequence[GgufFile], missing: tuple[str, ...] = ()) -> GgufFi
     for shard in shards:
         for name, tensor in shard.tensors.items():
             if name in tensors:
-                raise GgufError(shard.path, f"tensor {name!r} name", None, f"it in {tensors[name].path} too", "one")
+                reason = f"tensor {name!r} appears both in this shard and in {tensors[name].path}"
+                raise GgufError(shard.path, f"tensor {name!r} name", None, tensors[name].path, "one shard", reason)
             tensors[name] = tensor
     total = _split_number(first, "split.tensors.count", len(tensors))
     if total != len(tensors) and not missing:
-        raise GgufError(first.path, "metadata 'split.tensors.count'", None, total, f"{len(tensors)}, as in the shards")
+        reason = f"split.tensors.count is {total}, but the shards have {len(tensors)} tensors; are all of one model?"
+        raise GgufError(first.path, "metadata 'split.tensors.count'", None, total, str(len(tensors)), reason)
     return replace(
         first,
         tensors=TensorTable(tensors),
@@ -139,33 +147,40 @@ def _joined(shards: Sequence[GgufFile], missing: tuple[str, ...] = ()) -> GgufFi
 def _split_number(file: GgufFile, key: str, missing: int) -> int:
     value = file.metadata.get(key, missing)
     if key == "split.count" and not 0 <= value <= MAX_SHARDS:
-        raise GgufError(file.path, f"metadata {key!r}", None, value, f"a number up to {MAX_SHARDS}")
+        reason = f"split.count is {value}; it must be 0 to {MAX_SHARDS}"
+        raise GgufError(file.path, f"metadata {key!r}", None, value, f"0 to {MAX_SHARDS}", reason)
     return int(value)
 
 
 def _expect(shard: GgufFile, key: str, expected: int, why: str) -> None:
-    found = shard.metadata.get(key)
-    if found != expected:
-        raise GgufError(shard.path, f"metadata {key!r}", None, found, f"{expected}, {why}")
+    value = shard.metadata.get(key)
+    if value != expected:
+        reason = f"{key} is {'missing' if value is None else value}; it must be {expected}, {why}"
+        raise GgufError(shard.path, f"metadata {key!r}", None, value, str(expected), reason)
 
 
 def _shard_paths(first: GgufFile, count: int, path: str | None) -> list[str]:
-    """The names of all shards, which follow from that of the first; if it is a link, perhaps from what it leads to."""
-    wanted = rf"(.*)-(\d{{5}})-of-{count:05}(\.gguf)"
+    """The paths of all shards, derived from the path of the first or, if that is a link, from its target."""
+    pattern = rf"(.*)-(\d{{5}})-of-{count:05}(\.gguf)"
     names = [] if path is None else [first.path, os.path.realpath(path)]
-    match = next(filter(None, (re.fullmatch(wanted, name, re.DOTALL) for name in names)), None)
+    match = next(filter(None, (re.fullmatch(pattern, name, re.DOTALL) for name in names)), None)
     if match is None:
-        allowed = f"a file name that ends in -00001-of-{count:05}.gguf, or all shards in a list: open([...])"
-        raise GgufError(first.path, "metadata 'split.count'", None, count, allowed)
+        suffix = f"-00001-of-{count:05}.gguf"
+        reason = (
+            f"this is one of {count} shards, but its name does not end in {suffix}, so the others cannot be found. "
+            "Rename it, or pass all shards as a list: open([...])"
+        )
+        raise GgufError(first.path, "metadata 'split.count'", None, count, f"a file name that ends in {suffix}", reason)
     paths = [f"{match[1]}-{number:05}-of-{count:05}{match[3]}" for number in range(1, count + 1)]
     if int(match[2]) != 1 or first.metadata.get("split.no") != 0:
-        found = first.metadata.get("split.no")
-        raise GgufError(first.path, "metadata 'split.no'", None, found, f"0: open the first shard, {paths[0]}")
+        number = first.metadata.get("split.no")
+        reason = f"this is shard {match[2]} of the split (split.no is {number}); open the first shard, {paths[0]}"
+        raise GgufError(first.path, "metadata 'split.no'", None, number, "0", reason)
     return paths
 
 
 def _with_original_shapes(file: GgufFile) -> GgufFile:
-    """The file with the shapes that tensors had before ComfyUI-GGUF reshaped them so that rows were whole blocks."""
+    """The file with the shapes that tensors had before ComfyUI-GGUF reshaped them into rows of whole blocks."""
     tensors = dict(file.tensors)
     for key in file.metadata:
         name = key[len(ORIGINAL_SHAPE) :]
@@ -175,15 +190,18 @@ def _with_original_shapes(file: GgufFile) -> GgufFile:
 
 
 def _original_shape(file: GgufFile, key: str, tensor: TensorInfo) -> tuple[int, ...]:
-    """The shape that a key holds, rows first."""
+    """The shape in the metadata `key`, rows first."""
 
-    def fail(found: object) -> NoReturn:
+    def fail(value: object) -> NoReturn:
         allowed = f"up to {MAX_DIMENSIONS} integers whose product is {tensor.n_elements}"
-        raise GgufError(file.path, f"metadata {key!r}", getattr(stored, "offset", None), found, allowed)
+        reason = f"metadata {key!r} is {value}; it must be {allowed}"
+        raise GgufError(file.path, f"metadata {key!r}", getattr(stored, "offset", None), value, allowed, reason)
 
     stored = file.metadata[key]
     if not isinstance(stored, MetadataArray) or not stored.is_of_integers or len(stored) > MAX_DIMENSIONS:
-        fail(f"{len(stored):,} items" if isinstance(stored, MetadataArray) else f"a {type(stored).__name__}")
+        fail(
+            f"an array of {len(stored):,} items" if isinstance(stored, MetadataArray) else f"a {type(stored).__name__}"
+        )
     shape = tuple(stored.to_list())
     if any(extent < 0 for extent in shape) or math.prod(shape) != tensor.n_elements:
         fail(shape)

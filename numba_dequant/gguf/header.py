@@ -1,6 +1,6 @@
-"""Reading the header of a GGUF file: a cursor that checks every length before it believes it.
+"""A cursor that reads the header of a GGUF file and checks every length before using it.
 
-The file is read in windows, not mapped: a file cut short under a map would end the process.
+The file is read in windows. It is not mapped, because truncating a mapped file ends the process.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ WINDOW = 1 << 20
 """Bytes of the header in memory at a time."""
 
 SMALL_WINDOW = 1 << 12
-"""Bytes that are read first where something has been passed over: perhaps only a few of them are needed."""
+"""Bytes to read first after a skip, because only a few may be needed."""
 
 MAX_KEY = 65535
-"""Bytes of a key, and of the name of a tensor."""
+"""Maximum bytes of a key or a tensor name."""
 
 MAX_STRING = 1 << 26
-"""Bytes of a single string: a chat template has thousands, a whole vocabulary as JSON some millions."""
+"""Maximum bytes of a string. A chat template has thousands, a vocabulary as JSON some millions."""
 
 UINT32, BOOL, STRING, ARRAY = 4, 7, 8, 9
 
 NUMBERS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "u1", 10: "u8", 11: "i8", 12: "f8"}
-"""NumPy type code of every value type that is a number or a bool."""
+"""NumPy type code of each GGUF value type that is a number or a bool."""
 
 INTEGERS = frozenset({0, 1, 2, 3, 4, 5, 10, 11})
 
-CUT_SHORT = "; or the file ends within its header, as one does whose download is incomplete"
+INCOMPLETE = "; the download may be incomplete"
 
 
 @cache
-def _record(byte_order: ByteOrder, kinds: str) -> struct.Struct:
-    return struct.Struct(("<" if byte_order == "little" else ">") + kinds)
+def _record(byte_order: ByteOrder, codes: str) -> struct.Struct:
+    return struct.Struct(("<" if byte_order == "little" else ">") + codes)
 
 
 class Cursor:
-    """A place in the header of one open file.
+    """A position in the header of one open file.
 
-    What its methods read next has the name `field`, for errors; ``{!r}`` in it stands for `subject`. A header has
-    thousands of fields, and none of their names is ever needed unless one is wrong.
+    Methods take the name of the field they read as `field`, for errors; ``{!r}`` in it stands for `subject`. It is
+    formatted only in an error, because a header has thousands of fields.
     """
 
     def __init__(self, source: Source, file: io.RawIOBase, position: int, *, is_first: bool) -> None:
-        """Begin at a byte of an open file; `is_first` where the source is to remember what the header looked like."""
+        """Start at byte `position`. With `is_first`, store checksums of the header in `source`."""
         self.source = source
         self._is_first = is_first
         self.size = source.size(file)
@@ -67,33 +67,35 @@ class Cursor:
         self._window_start = position
         self._next_window = WINDOW if is_first else SMALL_WINDOW
         self._links_of = -1
-        # Places in the window, which is never larger than `MAX_STRING`.
+        # Positions in the window, which never exceeds `MAX_STRING` bytes.
         self._starts = self._ends = np.empty(0, np.int32)
         self._chain_ends = np.empty(0, np.int64)
 
     @property
     def left(self) -> int:
-        """Bytes that are left of the file."""
+        """Bytes from the current position to the end of the file."""
         return self.size - self.position
 
-    def fail(self, field: str, at: int, found: object, allowed: str) -> NoReturn:
-        """Raise the error that names a field, its place, what is there and what may be."""
-        raise GgufError(self.source.name, field.format(self.subject), at, found, allowed)
+    def fail(self, field: str, at: int, found: object, allowed: str, reason: str) -> NoReturn:
+        """Raise a `GgufError` for a field at byte `at`."""
+        raise GgufError(self.source.name, field.format(self.subject), at, found, allowed, reason)
 
     def need(self, n_bytes: int, field: str, at: int, found: object) -> None:
-        """Check that the file goes on for `n_bytes`, before anything is read or allocated for them."""
+        """Check that `n_bytes` more bytes exist, before anything is read or allocated for them."""
         if n_bytes > self.left:
-            self.fail(field, at, found, f"what fits in the {self.left} bytes that are left of the file{CUT_SHORT}")
+            reason = f"{field.format(self.subject)}: {n_bytes} more bytes are needed, but the file has only {self.left}"
+            self.fail(field, at, found, f"at most {self.left} bytes", reason + INCOMPLETE)
 
     def take(self, n_bytes: int, field: str) -> bytes:
-        """The next bytes."""
+        """Read the next `n_bytes` bytes."""
         start = self.position - self._window_start
         if not 0 <= start <= len(self._window) - n_bytes:
             self.need(n_bytes, field, self.position, f"{n_bytes} bytes")
             self._load_window(n_bytes)
             start = 0
             if len(self._window) < n_bytes:
-                self.fail(field, self.position, f"{len(self._window)} bytes", f"{n_bytes} bytes (the file has shrunk)")
+                reason = f"{field.format(self.subject)} cannot be read: the file has become shorter since it was opened"
+                self.fail(field, self.position, f"{len(self._window)} bytes", f"{n_bytes} bytes", reason)
         self.position += n_bytes
         return self._window[start : start + n_bytes]
 
@@ -107,67 +109,70 @@ class Cursor:
         self._next_window = min(4 * self._next_window, WINDOW)
 
     def keep_checksum(self) -> None:
-        """Note what the source's header looks like, as far as it has been read and passed."""
+        """Store a checksum of the header bytes that were read and passed."""
         passed = min(self.position - self._window_start, len(self._window))
         if passed > 0 and self._is_first:
             read = memoryview(self._window)[:passed]
             self.source.header.append((self._window_start, passed, checksum(read)))
 
     def peek(self, n_bytes: int) -> bytes:
-        """The next bytes, which are not passed; fewer where the file ends."""
+        """The next bytes, without advancing; fewer at the end of the file."""
         if self.position + n_bytes > self._window_start + len(self._window):
             self._load_window(n_bytes)
         start = self.position - self._window_start
         return self._window[start : start + n_bytes]
 
-    def number(self, kind: int, field: str) -> Any:
-        """The next number of a value type; a bool is whether it is not 0."""
-        dtype = self.dtype(kind)
+    def number(self, value_type: int, field: str) -> Any:
+        """The next number of a GGUF value type; a bool is True unless it is 0."""
+        dtype = self.dtype(value_type)
         (value,) = np.frombuffer(self.take(dtype.itemsize, field), dtype)
-        return bool(value) if kind == BOOL else value.item()
+        return bool(value) if value_type == BOOL else value.item()
 
-    def numbers(self, kinds: str, field: str) -> tuple[int, ...]:
-        """The next numbers of kinds that `struct` names."""
-        record = _record(self.byte_order, kinds)
+    def numbers(self, codes: str, field: str) -> tuple[int, ...]:
+        """The next numbers, whose types are format characters of `struct`."""
+        record = _record(self.byte_order, codes)
         return record.unpack(self.take(record.size, field))
 
     def u32(self, field: str) -> int:
-        """The next four bytes as a number."""
+        """The next 32-bit unsigned integer."""
         return int.from_bytes(self.take(4, field), self.byte_order)
 
     def u64(self, field: str) -> int:
-        """The next eight bytes as a number."""
+        """The next 64-bit unsigned integer."""
         return int.from_bytes(self.take(8, field), self.byte_order)
 
-    def dtype(self, kind: int) -> np.dtype[Any]:
+    def dtype(self, value_type: int) -> np.dtype[Any]:
         """NumPy dtype of a number in this file."""
-        return np.dtype(NUMBERS[kind]).newbyteorder("<" if self.byte_order == "little" else ">")
+        return np.dtype(NUMBERS[value_type]).newbyteorder("<" if self.byte_order == "little" else ">")
 
     def name(self, field: str) -> str:
-        """The next string, a key or a name of a tensor: UTF-8, of which NULs at the end are no part."""
+        """The next string, a key or a tensor name: UTF-8, without NULs at its end."""
         length = self.string_length(field, MAX_KEY)
         raw = self.take(length, field).rstrip(b"\0")
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
-            self.fail(field, self.position - length + error.start, f"byte {raw[error.start]:#04x}", "UTF-8")
+            byte = f"byte {raw[error.start]:#04x}"
+            reason = f"{field.format(self.subject)} is not valid UTF-8: {byte}"
+            self.fail(field, self.position - length + error.start, byte, "UTF-8", reason)
 
     def string_length(self, field: str, largest: int = MAX_STRING) -> int:
-        """The length of the next string, of which nothing has been read or allocated yet."""
+        """Read and check the length of the next string, before the string is read or allocated."""
         length = self.u64(field)
         if length > largest:
-            self.fail(f"{field} length", self.position - 8, length, f"at most {largest}")
+            reason = f"{field.format(self.subject)} has {length} bytes; at most {largest} are allowed"
+            self.fail(f"{field} length", self.position - 8, length, f"at most {largest}", reason)
         return length
 
     def item(self, field: str, most: int = MAX_STRING) -> str:
-        """The next string, an item of an array: as it stands, except for what is not UTF-8; of a long one the start."""
+        """The next array item that is a string, up to `most` bytes; invalid UTF-8 becomes U+FFFD."""
         length = self.string_length(field, MAX_STRING)
         raw = self.take(min(length, most), field)
         self.position += length - len(raw)
         return raw.decode(errors="replace")
 
     def skip_strings(self, count: int, field: str) -> None:
-        """Move past `count` strings without reading what they say."""
+        """Move past `count` strings without decoding them."""
         fewest = at_once = 64
         while count:
             passed = 0
@@ -176,7 +181,7 @@ class Cursor:
             if not passed and count > fewest:
                 passed = self._skip_empty(count)
                 passed += self._skip_linked(count - passed)
-                # Where that gets nowhere, it is tried less often.
+                # If that makes no progress, it is tried less often.
                 at_once = fewest if passed > at_once else min(2 * at_once, 4096)
             count -= passed
             singly = min(count, at_once)
@@ -184,11 +189,11 @@ class Cursor:
             count -= singly
 
     def _has_walk(self) -> bool:
-        # A process that has loaded a model to a GPU has the code at hand; getting it takes longer than NumPy takes.
+        # A process that has loaded a model to a GPU has this code. Compiling it takes longer than NumPy needs.
         return self.byte_order == "little" and native.is_loaded()
 
     def _skip_compiled(self, count: int) -> int:
-        """Move past strings, as many as the window shows, in compiled code, and say how many."""
+        """Move past strings that end within the window, in compiled code; returns how many."""
         at = self.position - self._window_start
         if not 0 <= at < len(self._window):
             return 0
@@ -216,7 +221,7 @@ class Cursor:
             self.position = self._window_start + at
 
     def _skip_empty(self, count: int) -> int:
-        """Move past empty strings, as many as the window shows, and say how many: each is eight zero bytes."""
+        """Move past empty strings (eight zero bytes each) within the window; returns how many."""
         at = self.position - self._window_start
         most = min(count, (len(self._window) - at) // 8)
         passed, looked_at = 0, 16
@@ -232,17 +237,19 @@ class Cursor:
         return passed
 
     def _skip_linked(self, count: int) -> int:
-        """Move past strings of 1 to 255 bytes, as many as the window shows, and say how many.
+        """Move past strings of 1 to 255 bytes within the window; returns how many.
 
-        A vocabulary of 262 144 strings takes Python too long one by one. Seven of the eight bytes of a short string's
-        length are zero, so all places in the window that look like a start are found at once. Whether they are is
-        not a guess: the string here is one, and each next one must lie just where the one before it ends.
+        A Python loop over a vocabulary of 262 144 strings is too slow. Seven of the eight bytes of a short string's
+        length are zero, so NumPy finds all possible starts in the window at once. Only those are used that form a
+        chain from the current position: each string must start where the previous one ends.
         """
         if self.position >= self._window_start + len(self._window) - 8:
             return 0
         if self._links_of != self._window_start:
             self._find_links()
-        at = np.int32(self.position - self._window_start)  # of the type of `starts`, which would be converted otherwise
+        at = np.int32(
+            self.position - self._window_start
+        )  # the dtype of `starts`; searchsorted would convert `starts` otherwise
         first = int(np.searchsorted(self._starts, at))
         if first == len(self._starts) or self._starts[first] != at:
             return 0
@@ -253,22 +260,22 @@ class Cursor:
         return passed
 
     def _find_links(self) -> None:
-        # Seven zero bytes hold a whole word of four that is zero: few are, so the rest is looked at only there.
+        # Seven zero bytes contain an aligned zero word of four bytes. Zero words are rare; only they are examined.
         words = np.frombuffer(self._window, "<u4", len(self._window) // 4)
-        places = np.flatnonzero(words[1:-1] == 0).astype(np.int32)  # each is one less than that of the zero word
-        before, behind = words.take(places), words[2:].take(places)
+        zero_words = np.flatnonzero(words[1:-1] == 0).astype(np.int32)  # word index of the zero word, minus one
+        preceding, following = words.take(zero_words), words[2:].take(zero_words)
         if self.byte_order == "little":
-            # The length is the last byte before the word that is not zero; as many zeros as are missing must follow.
-            at = sum((before > most).view(np.uint8) for most in (0xFF, 0xFFFF, 0xFFFFFF))
-            lengths = (before >> 8 * at).view(np.int32)
-            is_start = (lengths != 0) & (behind << (32 - 8 * at) == 0)
-            starts = 4 * places + at
+            # The length is the last nonzero byte preceding the zero word; the missing zeros must follow the word.
+            at = sum((preceding > most).view(np.uint8) for most in (0xFF, 0xFFFF, 0xFFFFFF))
+            lengths = (preceding >> 8 * at).view(np.int32)
+            is_start = (lengths != 0) & (following << (32 - 8 * at) == 0)
+            starts = 4 * zero_words + at
         else:
-            # The length is the first byte behind the word that is not zero; as many zeros must come before.
-            at = sum((behind & most == 0).view(np.uint8) for most in (0xFF, 0xFFFF, 0xFFFFFF))
-            lengths = (behind >> 8 * at & 0xFF).view(np.int32)
-            is_start = (lengths != 0) & (before >> 8 * (1 + at) == 0)
-            starts = 4 * places + 1 + at
+            # The length is the first nonzero byte after the zero word; the missing zeros must precede the word.
+            at = sum((following & most == 0).view(np.uint8) for most in (0xFF, 0xFFFF, 0xFFFFFF))
+            lengths = (following >> 8 * at & 0xFF).view(np.int32)
+            is_start = (lengths != 0) & (preceding >> 8 * (1 + at) == 0)
+            starts = 4 * zero_words + 1 + at
         ends = starts + 8 + lengths
         is_start &= ends <= len(self._window)
         self._starts, self._ends = starts[is_start], ends[is_start]

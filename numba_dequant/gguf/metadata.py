@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file: values, and arrays and long strings that are read when they are looked at."""
+"""The metadata of a GGUF file. Arrays and long strings are read on first access."""
 
 from __future__ import annotations
 
@@ -23,33 +23,34 @@ from numba_dequant.gguf.header import (
 from numba_dequant.gguf.source import Source, read_error
 
 LONG_STRING = 1 << 20
-"""Bytes beyond which a string stays in the file until it is looked at: a file may hold any number of them."""
+"""Strings of more bytes stay in the file until they are accessed."""
 
 MAX_ITEMS = 1 << 26
-"""Items of an array; GGML has the same limit."""
+"""Maximum items of an array, as in GGML."""
 
 MAX_KEPT_ITEMS = 1 << 20
-"""Items of an array that are read together once several of them have been asked for one by one."""
+"""Arrays up to this length are read whole after several accesses to single items."""
 
 SHOWN_ITEMS, SHOWN_CHARACTERS = 3, 60
-"""What tables show of an array, and of a string."""
+"""How many items of an array and characters of a string tables show."""
 
 
 @contextmanager
 def _reopened(source: Source, key: str, offset: int, byte_order: ByteOrder) -> Iterator[Cursor]:
-    """A place in the header of a file that has been opened before.
+    """A cursor at byte `offset` of a file whose header was read before.
 
     Raises:
         GgufError: the file has changed.
-        ReadError: it cannot be read.
-        DeviceError: there is not enough memory for what was asked for.
+        ReadError: the file cannot be read.
+        DeviceError: not enough memory.
     """
     try:
         with source.open() as file:
             cursor = Cursor(source, file, offset, is_first=False)
             cursor.subject, cursor.byte_order = key, byte_order
             if not source.is_unchanged(file):
-                cursor.fail("metadata {!r}", offset, "a file that has changed", "the one that was opened; reopen it")
+                reason = f"metadata {key!r} cannot be read: the file has changed since it was opened; reopen it"
+                cursor.fail("metadata {!r}", offset, "a file that has changed", "the file that was opened", reason)
             yield cursor
     except NumbaDequantError:
         raise
@@ -60,16 +61,15 @@ def _reopened(source: Source, key: str, offset: int, byte_order: ByteOrder) -> I
 
 
 def _decoded(raw: bytes) -> str:
-    """A string value: NULs at its end are no part of it, and what is not UTF-8 is replaced by U+FFFD.
+    """Decode a string value, without NULs at its end. Invalid UTF-8 becomes U+FFFD.
 
-    With the replacement character a string can be printed, and written as UTF-8 or JSON; with Python's surrogates it
-    could not.
+    Such a string can be printed and written as JSON; one with Python's surrogate escapes cannot.
     """
     return raw.rstrip(b"\0").decode(errors="replace")
 
 
 class LongString:
-    """A string among the metadata that stays in the file: `Metadata` reads it when it is asked for."""
+    """A long string of the metadata, which `Metadata` reads from the file on each access."""
 
     def __init__(self, cursor: Cursor, length: int) -> None:
         self._source, self._key = cursor.source, str(cursor.subject)
@@ -77,45 +77,44 @@ class LongString:
         self._byte_order = cursor.byte_order
 
     def read(self, most: int = MAX_STRING) -> str:
-        """The string, or what its first bytes say."""
+        """The string, or at most its first `most` bytes."""
         with _reopened(self._source, self._key, self._offset, self._byte_order) as cursor:
             return _decoded(cursor.take(min(self._length, most), "metadata {!r}"))
 
     def shown(self) -> str:
-        """Its start, for tables."""
+        """The first characters, for tables."""
         return _shown(self.read(4 * SHOWN_CHARACTERS + 4))
 
 
 class MetadataArray(list[Any]):
-    """An array among the metadata: a list that is read from the file when it is looked at, and cannot be changed.
+    """A read-only list: an array of the metadata, read from the file on access.
 
-    One item or a slice is read by itself; whatever needs all items, such as iterating, reads all and keeps them. The
-    strings are as they stand in the file, except that what is not UTF-8 is replaced by U+FFFD.
+    Reading an item or a slice reads only that from the file. Operations on all items, such as iterating, read and keep
+    all. Strings keep their NULs; invalid UTF-8 becomes U+FFFD.
 
-    `json.dumps` takes it as any list. What reads the memory of a list without asking it for its items (orjson and
-    ujson do) needs `to_list`.
+    `json.dumps` accepts it. orjson and ujson read the memory of a list directly: pass them `to_list()`.
 
     Attributes:
-        key: its key.
-        offset: byte position of its first item.
+        key: the metadata key.
+        offset: byte position of the first item.
     """
 
-    def __init__(self, cursor: Cursor, key: str, kind: int, length: int) -> None:
+    def __init__(self, cursor: Cursor, key: str, value_type: int, length: int) -> None:
         super().__init__()
         self.key = key
         self.offset = cursor.position
         self._source, self._byte_order = cursor.source, cursor.byte_order
-        self._kind, self._length = kind, length
+        self._type, self._length = value_type, length
         self._items: list[Any] | None = None
-        self._looks = 0
+        self._accesses = 0
 
     @property
     def is_of_integers(self) -> bool:
-        """Whether its items are stored as integers."""
-        return self._kind in INTEGERS
+        """Whether the items are integers."""
+        return self._type in INTEGERS
 
     def to_list(self) -> list[Any]:
-        """All items, as a list of Python's own.
+        """All items as a plain Python list.
 
         Raises:
             GgufError: the file has changed.
@@ -129,22 +128,22 @@ class MetadataArray(list[Any]):
         return self._items
 
     def _read(self, start: int, stop: int, most: int = MAX_STRING) -> list[Any]:
-        """The items from `start` on, up to `stop`; of strings the first `most` bytes."""
+        """Items `start` to `stop` (exclusive); at most `most` bytes of each string."""
         if stop <= start:
             return []
         field = "metadata {!r} item"
         with _reopened(self._source, self.key, self.offset, self._byte_order) as cursor:
-            if self._kind == STRING:
+            if self._type == STRING:
                 cursor.skip_strings(start, field)
                 return [cursor.item(field, most) for _ in range(start, stop)]
-            dtype = cursor.dtype(self._kind)
+            dtype = cursor.dtype(self._type)
             cursor.position += dtype.itemsize * start
             values = np.frombuffer(cursor.take(dtype.itemsize * (stop - start), field), dtype)
-            items: list[Any] = (values.astype(bool) if self._kind == BOOL else values).tolist()
+            items: list[Any] = (values.astype(bool) if self._type == BOOL else values).tolist()
             return items
 
     def shown(self) -> str:
-        """Its first items, for tables."""
+        """The first items, for tables."""
         items = ", ".join(_shown(item) for item in self._read(0, min(self._length, SHOWN_ITEMS), 256))
         return f"[{items}{', ...' if self._length > SHOWN_ITEMS else ''}] ({self._length:,} items)"
 
@@ -153,9 +152,9 @@ class MetadataArray(list[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         indices = range(self._length)[index]
-        # Opening the file for each item would take long where somebody counts through them.
-        self._looks += 1
-        if self._items is not None or (self._looks > 8 and self._length <= MAX_KEPT_ITEMS):
+        # A loop over the indexes would otherwise open the file once per item.
+        self._accesses += 1
+        if self._items is not None or (self._accesses > 8 and self._length <= MAX_KEPT_ITEMS):
             return self._all()[index]
         if isinstance(indices, int):
             return self._read(indices, indices + 1)[0]
@@ -190,12 +189,12 @@ def _by_items(name: str) -> Any:
 
 def _refused(name: str) -> Any:
     def method(self: MetadataArray, *others: Any, **options: Any) -> NoReturn:
-        raise OptionError(f"metadata {self.key!r} cannot be changed; change the list that its to_list() gives")
+        raise OptionError(f"metadata {self.key!r} is read-only; change the list that its to_list() returns")
 
     return method
 
 
-# What `list` would do by itself looks at memory of its own, in which there are no items.
+# The methods of `list` would read the memory of the list, which is empty.
 for _name in ("contains", "reversed", "eq", "ne", "lt", "le", "gt", "ge", "add", "mul", "rmul"):
     setattr(MetadataArray, f"__{_name}__", _by_items(f"__{_name}__"))
 for _name in ("copy", "count", "index"):
@@ -207,7 +206,7 @@ for _name in ("append", "clear", "extend", "insert", "pop", "remove", "reverse",
 
 
 class Metadata(Mapping[str, Any]):
-    """The keys and values of a file. Arrays are read when they are looked at, and so are strings of over 1 MiB."""
+    """The keys and values of a file. Arrays, and strings of more than 1 MiB, are read on access."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self._values = values
@@ -226,7 +225,7 @@ class Metadata(Mapping[str, Any]):
         return len(self._values)
 
     def shown(self) -> Iterator[tuple[str, str]]:
-        """Each key with its value in a few words, for tables: no more is read than they show."""
+        """Each key with its value, shortened for tables. Only the shown part is read."""
         for key, value in self._values.items():
             try:
                 shown = value.shown() if isinstance(value, (LongString, MetadataArray)) else _shown(value)
@@ -245,18 +244,19 @@ def _shown(value: Any) -> str:
 
 
 def read_value(cursor: Cursor, key: str) -> tuple[int, Any]:
-    """The next metadata value, with its type."""
+    """Read the next metadata value; returns its type and the value."""
     field = "metadata {!r}"
     cursor.subject = key
     at = cursor.position
-    kind = cursor.u32(f"{field} type")
-    if kind == ARRAY:
-        return kind, _read_array(cursor, key)
-    if kind == STRING:
-        return kind, _read_string(cursor)
-    if kind not in NUMBERS:
-        cursor.fail(f"{field} type", at, kind, "0 to 12")
-    return kind, cursor.number(kind, field)
+    value_type = cursor.u32(f"{field} type")
+    if value_type == ARRAY:
+        return value_type, _read_array(cursor, key)
+    if value_type == STRING:
+        return value_type, _read_string(cursor)
+    if value_type not in NUMBERS:
+        reason = f"metadata {key!r} has the unknown value type {value_type}; GGUF has types 0 to 12"
+        cursor.fail(f"{field} type", at, value_type, "0 to 12", reason)
+    return value_type, cursor.number(value_type, field)
 
 
 def _read_string(cursor: Cursor) -> str | LongString:
@@ -272,17 +272,20 @@ def _read_string(cursor: Cursor) -> str | LongString:
 def _read_array(cursor: Cursor, key: str) -> MetadataArray:
     field = "metadata {!r}"
     at = cursor.position
-    kind = cursor.u32(f"{field} item type")
-    if kind != STRING and kind not in NUMBERS:
-        cursor.fail(f"{field} item type", at, kind, "0 to 8 and 10 to 12 (no arrays within arrays)")
+    item_type = cursor.u32(f"{field} item type")
+    if item_type != STRING and item_type not in NUMBERS:
+        what = "is an array of arrays" if item_type == ARRAY else f"is an array of the unknown value type {item_type}"
+        reason = f"metadata {key!r} {what}; items may be numbers, bools and strings (types 0 to 8 and 10 to 12)"
+        cursor.fail(f"{field} item type", at, item_type, "0 to 8 and 10 to 12", reason)
     at = cursor.position
     length = cursor.u64(f"{field} length")
     if length > MAX_ITEMS:
-        cursor.fail(f"{field} length", at, length, f"at most {MAX_ITEMS} items")
-    n_bytes = length * (8 if kind == STRING else np.dtype(NUMBERS[kind]).itemsize)
+        reason = f"metadata {key!r} has {length} items; at most {MAX_ITEMS} are allowed"
+        cursor.fail(f"{field} length", at, length, f"at most {MAX_ITEMS} items", reason)
+    n_bytes = length * (8 if item_type == STRING else np.dtype(NUMBERS[item_type]).itemsize)
     cursor.need(n_bytes, f"{field} length", at, length)
-    array = MetadataArray(cursor, key, kind, length)
-    if kind == STRING:
+    array = MetadataArray(cursor, key, item_type, length)
+    if item_type == STRING:
         cursor.skip_strings(length, field)
     else:
         cursor.position += n_bytes

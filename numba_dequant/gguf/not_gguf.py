@@ -1,32 +1,32 @@
-"""What a file is that does not begin as a GGUF file does: by its first bytes, which are those of something else."""
+"""Guesses, from its first bytes, what a file is that is not GGUF."""
 
 from __future__ import annotations
 
 import re
 
 LOOKED_AT = 4096
-"""Bytes from the start of a file that are looked at."""
+"""Bytes from the start of a file that are examined."""
 
 CONVERT = "convert the model with llama.cpp's convert_hf_to_gguf.py"
 OLD = "an old format of llama.cpp, from before GGUF: download the model as GGUF, or convert it"
 UNPACK = "unpack it first"
 
 STARTS = (
-    (rb"version https://git-lfs", "a Git LFS pointer, which stands for the file: run git lfs pull, or download it"),
+    (rb"version https://git-lfs", "a Git LFS pointer instead of the file: run git lfs pull, or download the file"),
     (
         rb"(?i)(\xef\xbb\xbf)?\s*<(!doctype|html|head|body|\?xml|!--)",
-        "a web page, such as one for logging in, or of an error: check the address of the download",
+        "a web page, perhaps a login or error page: check the address of the download",
     ),
-    (rb"\x00\x05\x16\x07", "a macOS ._ file (AppleDouble), which only accompanies another: open the one without ._"),
+    (rb"\x00\x05\x16\x07", "a macOS ._ file (AppleDouble) without data: open the file without ._ in its name"),
     (rb"PK\x03\x04", f"a zip archive, as PyTorch checkpoints are: {CONVERT}"),
     (rb"\x80[\x02-\x05]", f"a Python pickle, as old PyTorch checkpoints are: {CONVERT}"),
     (rb"\x89HDF\r\n\x1a\n", f"an HDF5 file, as Keras writes: {CONVERT}"),
-    (rb"\x93NUMPY", "an array of NumPy: numpy.load reads it"),
+    (rb"\x93NUMPY", "a NumPy array: read it with numpy.load"),
     (rb"lmgg|ggml|GGML", f"a GGML file without a version, {OLD}"),
     (rb"fmgg|ggmf", f"a GGMF file, {OLD}"),
     (rb"tjgg|ggjt", f"a GGJT file, {OLD}"),
     (rb"algg|ggla", f"a GGLA file, a LoRA adapter in {OLD}"),
-    (rb"nsgg|ggsn", "a saved session of llama.cpp, which holds no model"),
+    (rb"nsgg|ggsn", "a saved session of llama.cpp, without a model"),
     (rb"FUGG", "a GGUF file whose bytes have been swapped in groups of four: download or convert it again"),
     (rb"\x1f\x8b", f"compressed by gzip: {UNPACK}"),
     (rb"\xfd7zXZ\x00", f"compressed by xz: {UNPACK}"),
@@ -36,24 +36,27 @@ STARTS = (
     (rb"Rar!", f"a rar archive: {UNPACK}"),
     (rb".{257}ustar", f"a tar archive: {UNPACK}"),
     (rb".{5}\x00{3}\{", f"a safetensors file: {CONVERT}"),
-    (rb"\x7fELF|MZ|\xcf\xfa\xed\xfe", "a program; a llamafile holds its GGUF file within, where offset= finds it"),
+    (
+        rb"\x7fELF|MZ|\xcf\xfa\xed\xfe",
+        "a program; if it is a llamafile, pass the position of the GGUF file in it as offset=",
+    ),
 )
-"""A pattern of the first bytes, and what the file is then, with what to do."""
+"""A pattern of the first bytes, what the file is, and what to do."""
 
 
 TEXTS = (
-    (rb"(\xef\xbb\xbf)?\s*[{\[]\s*[\"{\[\]}\d].*", "JSON text, such as an index, a configuration or a server's answer"),
+    (rb"(\xef\xbb\xbf)?\s*[{\[]\s*[\"{\[\]}\d].*", "JSON text, such as an index, a configuration or a server response"),
     (rb"[\t\n\r\x20-\x7e]+", "text"),
 )
-"""A pattern of the whole start, and what the file is then; its first words say more."""
+"""A pattern of all examined bytes, and what the file is. The error also shows the first words."""
 
 
 def guess(start: bytes) -> str | None:
-    """What a file is that begins so, and what to do; None if nothing is known of it."""
+    """What a file with these first bytes is, and what to do; None if unknown."""
     if not start:
         return "an empty file: download it again"
     if not start.strip(b"\0"):
-        return "zeros at its beginning, as a download has that has only reserved its space: wait for it, or try again"
+        return "a download that has only reserved its space (it begins with zeros): wait for it, or download again"
     for pattern, what in STARTS:
         if re.match(pattern, start, re.DOTALL):
             return what

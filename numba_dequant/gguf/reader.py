@@ -1,6 +1,6 @@
-"""Reading one GGUF file, which may be a shard: its header and its tensor table, with all checks.
+"""Reads and checks the header and the tensor table of one GGUF file, which may be a shard.
 
-The rules are those that `file` lists.
+The module `file` lists the rules.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from numba_dequant.errors import GgufError, NumbaDequantError, UnknownFormatError
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, format_with_id
-from numba_dequant.gguf.header import CUT_SHORT, INTEGERS, UINT32, Cursor
+from numba_dequant.gguf.header import INCOMPLETE, INTEGERS, UINT32, Cursor
 from numba_dequant.gguf.metadata import Metadata, read_value
 from numba_dequant.gguf.not_gguf import LOOKED_AT, guess
 from numba_dequant.gguf.source import NotRegularFileError, Source, read_error
@@ -21,32 +21,33 @@ DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 20
 MAX_DIMENSIONS = 8
 _ENTRY = tuple(f"{n_dimensions}QIQ" for n_dimensions in range(MAX_DIMENSIONS + 1))
-"""What follows the number of dimensions: each of them, a type and an offset."""
+"""Format of a tensor entry after the number of dimensions: the dimensions, the type, the offset."""
 MAX_ELEMENTS = 1 << 60
-"""Elements that no tensor has: NumPy counts bytes up to 2**63, and an element may take 8."""
+"""A tensor must have fewer elements: NumPy counts bytes up to 2**63, and an element may take 8."""
 MIN_ENTRY = 13
-"""Bytes that a metadata entry takes at least: the length of its key, its type, and one byte."""
+"""Minimum bytes of a metadata entry: the length of the key, the type, and one byte."""
 MIN_TENSOR = 24
-"""Bytes that an entry of the tensor table takes at least: the length of its name, its dimensions, type and offset."""
+"""Minimum bytes of a tensor entry: the length of the name, the number of dimensions, the type, the offset."""
 SPLIT_KEYS = frozenset({"split.no", "split.count", "split.tensors.count"})
 
 
 def read_file(source: Source, offset: int = 0, *, allow_truncated: bool = False) -> GgufFile:
-    """Read the header of one file, which begins at a byte of the source.
+    """Read the header of one file, which begins at byte `offset` of the source.
 
     Raises:
-        GgufError: it is no GGUF file, or breaks a rule of the format.
-        ReadError: it cannot be read.
+        GgufError: the file is not a GGUF file, or violates the format.
+        ReadError: the file cannot be read.
     """
     try:
         with source.open_first() as file:
             cursor = Cursor(source, file, offset, is_first=True)
-            found = _read_header(cursor, allow_truncated=allow_truncated)
+            gguf_file = _read_header(cursor, allow_truncated=allow_truncated)
             cursor.keep_checksum()
-            source.may_grow = found.n_bytes_here < found.n_bytes
-            return found
+            source.may_grow = gguf_file.n_bytes_here < gguf_file.n_bytes
+            return gguf_file
     except NotRegularFileError as error:
-        raise GgufError(source.name, "file", None, f"no regular file: {error.strerror}", "a GGUF file") from error
+        reason = f"{error.strerror}; correct the path"
+        raise GgufError(source.name, "file", None, error.strerror, "a regular file", reason) from error
     except NumbaDequantError:
         raise
     except OSError as error:
@@ -63,44 +64,37 @@ def _read_header(cursor: Cursor, *, allow_truncated: bool) -> GgufFile:
     entries = _read_table(cursor, n_tensors)
     data_start = start + _padded(cursor.position - start, alignment)
     tensors, end = _place(cursor, entries, data_start, alignment, allow_truncated=allow_truncated)
-    name = cursor.source.name
-    return GgufFile(
-        name,
-        version,
-        cursor.byte_order,
-        alignment,
-        metadata,
-        TensorTable(tensors),
-        (name,),
-        end,
-        min(end, cursor.size),
-    )
+    name, here = cursor.source.name, min(end, cursor.size)
+    return GgufFile(name, version, cursor.byte_order, alignment, metadata, TensorTable(tensors), (name,), end, here)
 
 
 def _check_magic(cursor: Cursor) -> None:
     at = cursor.position
     if at > cursor.size:
-        cursor.fail("offset", at, f"a file of {cursor.size} bytes", "a place within the file")
+        reason = f"offset {at} is beyond the end of the file, which has {cursor.size} bytes"
+        cursor.fail("offset", at, f"a file of {cursor.size} bytes", f"at most {cursor.size}", reason)
     start = cursor.peek(LOOKED_AT)
     if start[:4] == b"GGUF":
         cursor.position += 4
         return
     found = repr(start[:4]) if len(start) >= 4 else f"{len(start)} bytes"
     what = guess(start) if start or not at else None
+    begins = f"begins with {found}, not b'GGUF'" if len(start) >= 4 else f"has only {found}"
     looks = f"; it looks like {what}" if what else ""
-    cursor.fail("magic", at, found, f"b'GGUF': this is not a GGUF file{looks}")
+    cursor.fail("magic", at, found, "b'GGUF'", f"this is not a GGUF file: it {begins}{looks}")
 
 
 def _read_version(cursor: Cursor) -> int:
     at = cursor.position
     raw = cursor.take(4, "version")
-    # The number is small: if its low half is zero, it has been read from the wrong end.
+    # Versions are small numbers: if the first two bytes are zero, the file is big-endian.
     cursor.byte_order = "big" if raw[:2] == b"\0\0" and raw != bytes(4) else "little"
     version = int.from_bytes(raw, cursor.byte_order)
     if version == 1:
-        cursor.fail("version", at, "1, which was written in August 2023 only", "2 or 3; convert the model again")
+        reason = "GGUF version 1, used in August 2023 only, is not supported; convert the model again"
+        cursor.fail("version", at, version, "2 or 3", reason)
     if version not in (2, 3):
-        cursor.fail("version", at, version, "2 or 3")
+        cursor.fail("version", at, version, "2 or 3", f"GGUF version {version} is not supported, only 2 and 3")
     return version
 
 
@@ -109,7 +103,8 @@ def _read_count(cursor: Cursor, field: str, smallest: int) -> int:
     count = cursor.u64(field)
     if count * smallest > cursor.left:
         most = cursor.left // smallest
-        cursor.fail(field, at, count, f"at most {most}, what fits in the rest of the file{CUT_SHORT}")
+        reason = f"{field} is {count}, but the rest of the file has room for {most} at most"
+        cursor.fail(field, at, count, f"at most {most}", reason + INCOMPLETE)
     return count
 
 
@@ -120,25 +115,28 @@ def _read_metadata(cursor: Cursor, n_entries: int) -> tuple[Metadata, int]:
         at, cursor.subject = cursor.position, index
         key = cursor.name("metadata key {!r}")
         if not key:
-            cursor.fail("metadata key {!r}", at, "an empty key", "at least one byte that is not NUL")
+            cursor.fail("metadata key {!r}", at, "an empty key", "a key", f"metadata key {index} is empty")
         if key in metadata:
-            cursor.fail("metadata key {!r}", at, f"{key!r} again", "each key once")
+            reason = f"metadata key {key!r} appears twice; a key must be unique"
+            cursor.fail("metadata key {!r}", at, key, "each key once", reason)
         at = cursor.position
-        kind, value = read_value(cursor, key)
+        value_type, value = read_value(cursor, key)
         if key == "general.alignment":
-            is_sound = kind == UINT32 and 0 < value <= MAX_ALIGNMENT and value & (value - 1) == 0
-            if not is_sound:
-                found = value if kind == UINT32 else f"a value of type {kind}"
-                cursor.fail("metadata 'general.alignment'", at, found, "a uint32, a power of two up to 1 MiB")
+            is_valid = value_type == UINT32 and 0 < value <= MAX_ALIGNMENT and value & (value - 1) == 0
+            if not is_valid:
+                found = value if value_type == UINT32 else f"a value of type {value_type}"
+                reason = f"general.alignment is {found}; it must be a uint32, a power of two up to 1 MiB"
+                cursor.fail("metadata {!r}", at, found, "a uint32, a power of two up to 1 MiB", reason)
             alignment = value
-        if key in SPLIT_KEYS and kind not in INTEGERS:
-            cursor.fail("metadata {!r}", at, f"a value of type {kind}", "an integer")
+        if key in SPLIT_KEYS and value_type not in INTEGERS:
+            reason = f"{key} is a value of type {value_type}; it must be an integer"
+            cursor.fail("metadata {!r}", at, f"a value of type {value_type}", "an integer", reason)
         metadata[key] = value
     return Metadata(metadata), alignment
 
 
 class _Entry(NamedTuple):
-    """A line of the tensor table, before its offset has been looked at."""
+    """An entry of the tensor table, before its offset is checked."""
 
     name: str
     format: Format
@@ -156,9 +154,11 @@ def _read_table(cursor: Cursor, n_tensors: int) -> list[_Entry]:
         at, cursor.subject = cursor.position, index
         name = cursor.name("name of tensor {!r}")
         if "\0" in name:
-            cursor.fail("name of tensor {!r}", at, repr(name), "no NUL, except at the end")
+            reason = f"tensor name {name!r} contains a NUL; NULs are allowed only at the end"
+            cursor.fail("name of tensor {!r}", at, repr(name), "no NUL, except at the end", reason)
         if name in names:
-            cursor.fail("name of tensor {!r}", at, f"{name!r} again", "each name once")
+            reason = f"tensor name {name!r} appears twice; a name must be unique"
+            cursor.fail("name of tensor {!r}", at, name, "each name once", reason)
         names.add(name)
         entries.append(_read_entry(cursor, name))
     return entries
@@ -170,55 +170,51 @@ def _read_entry(cursor: Cursor, name: str) -> _Entry:
     shape_at = cursor.position
     if n_dimensions > MAX_DIMENSIONS:
         allowed = f"at most {MAX_DIMENSIONS}"
-        cursor.fail("tensor {!r} number of dimensions", shape_at - 4, n_dimensions, allowed)
+        reason = f"tensor {name!r} has {n_dimensions} dimensions; {allowed} are allowed"
+        cursor.fail("tensor {!r} number of dimensions", shape_at - 4, n_dimensions, allowed, reason)
     *extents, ggml_id, offset = cursor.numbers(_ENTRY[n_dimensions], "tensor {!r} dimensions, type and offset")
     shape = tuple(extents[::-1])
     if math.prod(extent or 1 for extent in shape) >= MAX_ELEMENTS:
-        allowed = "fewer than 2**60 elements, where a dimension of 0 counts as 1: NumPy holds no more"
-        cursor.fail("tensor {!r} dimensions", shape_at, shape, allowed)
+        allowed = "fewer than 2**60 elements, where a dimension of 0 counts as 1"
+        cursor.fail(
+            "tensor {!r} dimensions", shape_at, shape, allowed, f"tensor {name!r} has shape {shape}; use {allowed}"
+        )
     try:
-        source = format_with_id(ggml_id)
+        fmt = format_with_id(ggml_id)
     except UnknownFormatError as error:
         allowed = ", ".join(str(known.ggml_id) for known in FORMATS.values())
-        cursor.fail("tensor {!r} type", cursor.position - 12, str(error), allowed)
+        cursor.fail("tensor {!r} type", cursor.position - 12, ggml_id, allowed, f"tensor {name!r} has an {error}")
     row = shape[-1] if shape else 1
-    if row % source.block_size:
-        allowed = f"rows of whole blocks: {source.name} has {source.block_size} elements a block"
-        cursor.fail("tensor {!r} dimensions", shape_at, f"rows of {row}", allowed)
+    if row % fmt.block_size:
+        allowed = f"a multiple of {fmt.block_size}, the block size of {fmt.name}"
+        reason = f"tensor {name!r} has rows of {row} elements; the length of a row must be {allowed}"
+        cursor.fail("tensor {!r} dimensions", shape_at, f"rows of {row}", allowed, reason)
     n_elements = math.prod(shape)
-    n_bytes = n_elements // source.block_size * source.type_size
-    return _Entry(name, source, shape, n_bytes, n_elements, offset, cursor.position - 8)
+    n_bytes = n_elements // fmt.block_size * fmt.type_size
+    return _Entry(name, fmt, shape, n_bytes, n_elements, offset, cursor.position - 8)
 
 
 def _place(
     cursor: Cursor, entries: list[_Entry], start: int, alignment: int, *, allow_truncated: bool
 ) -> tuple[dict[str, TensorInfo], int]:
-    """Check that the tensors lie one behind the other, whole, in the file; the tensors, and where the last one ends."""
+    """Check that the tensors follow one another within the file; returns them, and the end of the last one."""
     expected, end = start, cursor.position
     cut_at: _Entry | None = None
     tensors: dict[str, TensorInfo] = {}
     for entry in entries:
-        name, source, shape, n_bytes, n_elements, offset, offset_at = entry
+        name, fmt, shape, n_bytes, n_elements, offset, offset_at = entry
         if start + offset != expected:
             cursor.subject = name
-            allowed = f"{expected - start}, behind the tensor before it"
-            cursor.fail("tensor {!r} offset", offset_at, offset, allowed)
-        tensors[name] = TensorInfo(
-            name,
-            source,
-            shape,
-            cursor.source.name,
-            expected,
-            n_bytes,
-            n_elements,
-            cursor.byte_order,
-            cursor.source,
-        )
+            allowed = str(expected - start)
+            reason = f"tensor {name!r} has offset {offset}; it must be {allowed}, directly after the previous tensor"
+            cursor.fail("tensor {!r} offset", offset_at, offset, allowed, reason)
+        source, order = cursor.source, cursor.byte_order
+        tensors[name] = TensorInfo(name, fmt, shape, source.name, expected, n_bytes, n_elements, order, source)
         end = expected + n_bytes
         cut_at = entry if cut_at is None and end > cursor.size else cut_at
         expected += _padded(n_bytes, alignment)
     if cut_at is not None and not allow_truncated:
-        raise truncated(tensors[cut_at.name], cursor.size, f", and {end} for all tensors")
+        raise truncated(tensors[cut_at.name], cursor.size, f" and the last tensor at byte {end}")
     return tensors, end
 
 

@@ -1,7 +1,7 @@
-"""Where the bytes of a GGUF file come from, a file on disk or memory, and whether they are still the same.
+"""The source of a GGUF file's bytes, a file on disk or memory, and the detection of changes.
 
-Files are read, not mapped: a file that is cut short under a map ends the process. Every file is opened by
-`open_regular`, so that a pipe or a device in the place of a file is an error and never waited for.
+Files are read, not mapped, because truncating a mapped file ends the process. Every file is opened by `open_regular`,
+so that a pipe or a device raises an error instead of blocking.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numba_dequant.arguments import flat_bytes, host_array
 from numba_dequant.errors import DataError, MissingFileError, NumbaDequantError, OptionError, ReadError, shown, warn
 
 CHANGED = "it has changed since it was opened; reopen it"
-"""What errors say of a file that is not the one whose header was read."""
+"""The reason in errors about a file that is no longer the one whose header was read."""
 
 ADVICE = {
     errno.ENOENT: "",
@@ -29,19 +29,19 @@ ADVICE = {
     errno.EPERM: "; this user may not read it: change its permissions",
     errno.EMFILE: "; close some files, or raise the limit of open files (ulimit -n)",
     errno.ENFILE: "; close some files, or raise the system's limit of open files",
-    errno.ELOOP: "; a symbolic link on the way leads back to itself: correct the link",
-    errno.ENOTDIR: "; a part of the path is a file: correct the path",
+    errno.ELOOP: "; the path contains a loop of symbolic links: correct the links",
+    errno.ENOTDIR: "; a directory of the path is a file: correct the path",
     errno.ENAMETOOLONG: "; correct the path",
     errno.ENOMEM: "; free some memory",
 }
-"""What to do about an error of the system; `USUAL_ADVICE` for all others."""
+"""What to do about a system error, by errno; `USUAL_ADVICE` for all others."""
 
 USUAL_ADVICE = "; check the disk, or copy the file again"
 
 LONGEST_WRITE = 2_000_000_000
-"""Nanoseconds: a file gets its new time before the bytes, and some systems count time in steps of two seconds."""
+"""Nanoseconds after which a time stamp is trusted: it is set before the bytes are written, in steps of up to 2 s."""
 
-KINDS = (
+FILE_TYPES = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -51,7 +51,7 @@ KINDS = (
 
 
 class FileIdentity(NamedTuple):
-    """What the system says of a file: its size in bytes, when it was written to, its number and that of its disk."""
+    """The size, modification time, inode and device of a file."""
 
     size: int
     mtime_ns: int
@@ -60,32 +60,32 @@ class FileIdentity(NamedTuple):
 
 
 def identity_of(file: io.RawIOBase) -> FileIdentity:
-    """What the system says of an open file."""
-    found = os.fstat(file.fileno())
-    return FileIdentity(found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev)
+    """The identity of an open file."""
+    status = os.fstat(file.fileno())
+    return FileIdentity(status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
 
 
 class NotRegularFileError(OSError):
-    """A directory, a pipe or the like, where a file was expected; `strerror` says which."""
+    """A directory, a pipe or a device instead of a regular file; `strerror` says which."""
 
 
 class OpenFile(io.FileIO):
-    """An open file, and how many times `Source.is_unchanged` may trust its size alone."""
+    """An open file, and how many times `Source.is_unchanged` may skip comparing the header."""
 
     trusted = 0
     next_trusted = 1
 
 
 def open_regular(path: str) -> OpenFile:
-    """Open a file for reading, without waiting for anything.
+    """Open a regular file for reading, without blocking.
 
     Raises:
-        NotRegularFileError: there is something else than a file.
-        OSError: it cannot be opened.
+        NotRegularFileError: the path is not a regular file.
+        OSError: the file cannot be opened.
     """
     try:
         file = OpenFile(path, "rb", opener=_open_at_once)
-    except ValueError as error:  # a NUL, or a character that no path of this system holds
+    except ValueError as error:  # a NUL, or a character that paths cannot have on this system
         raise OSError(errno.ENOENT, f"No such file ({error})") from error
     except OSError as error:
         try:
@@ -105,19 +105,19 @@ def open_regular(path: str) -> OpenFile:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe waits for a writer otherwise
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # without it, opening a pipe waits for a writer
 
 
 def _check_regular(mode: int) -> None:
     if not stat.S_ISREG(mode):
-        kind = next((kind for is_it, kind in KINDS if is_it(mode)), "no regular file")
-        raise NotRegularFileError(errno.EINVAL, f"it is {kind}, not a file")
+        name = next((name for is_type, name in FILE_TYPES if is_type(mode)), "not a regular file")
+        raise NotRegularFileError(errno.EINVAL, f"it is {name}, not a file")
 
 
 def read_error(
     name: str, error: OSError, tensor: str | None = None, offset: int | None = None, what: str = ""
 ) -> ReadError:
-    """The error of ours for one of the system: what was being read, what happened, and what to do."""
+    """Convert a system error to a `ReadError` that says what was read, what happened and what to do."""
     reason = f"{what}{error.strerror or error}"
     if isinstance(error, NotRegularFileError):
         return ReadError(name, tensor, offset, f"{reason}; correct the path", error.errno)
@@ -127,12 +127,12 @@ def read_error(
     if name.startswith("~"):
         reason += "; ~ is not expanded: pass os.path.expanduser(path)"
     elif "://" in name:
-        reason += "; a URL is not opened: download the file first"
+        reason += "; URLs are not supported: download the file first"
     return MissingFileError(name, tensor, offset, reason, error.errno)
 
 
 class MemoryFile(io.RawIOBase):
-    """Bytes in memory, read as a file is."""
+    """A file object over bytes in memory."""
 
     def __init__(self, data: NDArray[np.uint8]) -> None:
         self._data = data
@@ -157,24 +157,24 @@ class MemoryFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a buffer as far as there are bytes; the result is how many there were."""
+        """Read up to the size of the buffer; returns how many bytes were read."""
         room = memoryview(buffer).cast("B")
-        found = self._data[self._position : self._position + len(room)]
-        room[: len(found)] = found.data
-        self._position += len(found)
-        return len(found)
+        chunk = self._data[self._position : self._position + len(room)]
+        room[: len(chunk)] = chunk.data
+        self._position += len(chunk)
+        return len(chunk)
 
 
 class Source:
-    """One GGUF file: where its bytes are, and what tells whether it is the one whose header was read.
+    """The source of one GGUF file: its path or bytes, and what is needed to detect changes.
 
     Attributes:
-        name: the path as it was given, or ``<memory>``: what errors and tables show.
+        name: the path as the caller gave it, or ``<memory>``; shown in errors and tables.
         path: the absolute path; empty for memory.
-        data: the bytes in memory, None for a file.
-        stamp: of the file when its header was read.
+        data: the bytes in memory; None for a file.
+        stamp: the identity of the file when its header was read.
         header: offset, length and checksum of each part of the header that was read.
-        may_grow: whether it may get longer, because its download was not complete.
+        may_grow: whether the file may become longer, because its download was incomplete.
     """
 
     def __init__(self, name: str, path: str = "", data: NDArray[np.uint8] | None = None) -> None:
@@ -197,18 +197,18 @@ class Source:
         return f"Source({self.name!r})"
 
     def open(self) -> io.RawIOBase:
-        """The bytes as an open file.
+        """Open the bytes as a file.
 
         Raises:
-            OSError: as `open_regular` has it.
+            OSError: as for `open_regular`.
         """
         return MemoryFile(self.data) if self.data is not None else open_regular(self.path)
 
     def open_first(self) -> io.RawIOBase:
-        """The bytes as an open file whose header has not been read yet: what is found now is what is expected later.
+        """Open the bytes as a file before its header is read, and store its identity for later checks.
 
         Raises:
-            OSError: as `open_regular` has it.
+            OSError: as for `open_regular`.
         """
         file = self.open()
         if self.data is None:
@@ -217,24 +217,23 @@ class Source:
         return file
 
     def size(self, file: io.RawIOBase) -> int:
-        """Bytes in an open file of this source."""
+        """The size in bytes of an open file of this source."""
         return self.data.size if self.data is not None else identity_of(file).size
 
     def is_cut_short(self, file: io.RawIOBase) -> bool:
-        """Whether an open file is the one whose header was read, and has become shorter."""
+        """Whether an open file is still the one whose header was read, but shorter."""
         if self.data is not None:
             return False
         stamp, known = identity_of(file), self.stamp
         return (stamp.inode, stamp.device) == (known.inode, known.device) and stamp.size < known.size
 
     def is_unchanged(self, file: io.RawIOBase) -> bool:
-        """Whether an open file is the one whose header was read, and has not been written to as far as can be told.
+        """Whether an open file is still the one whose header was read.
 
-        A file of another size is another. Where the size is the same, but the time of writing or the number of the
-        file has changed, the header is read again and compared: some mounts change the time without a write, or by
-        reading, and some network file systems number files anew. Where both have changed, it is another file. A new
-        time is said in a warning, once. Not noticed is what leaves the header, the size and one of those two as they
-        were: values that somebody has overwritten in place get no more than the warning.
+        The file has changed if its size differs, or if both its modification time and its inode differ. If only one of
+        the two differs, the header is read again and compared, because some mounts change the time without a write,
+        and some network file systems assign new inodes. A new modification time causes one warning. Tensor data that
+        is overwritten in place is not detected: it causes only this warning.
 
         Raises:
             OSError: the header cannot be read.
@@ -250,7 +249,7 @@ class Source:
         has_new_number = (stamp.inode, stamp.device) != (known.inode, known.device)
         if (stamp.size != known.size and not has_grown) or (has_new_number and has_new_time):
             return False
-        # Where reading changes the time, each chunk would have the whole header read again.
+        # If reading changes the time, every chunk would otherwise reread the whole header.
         if isinstance(file, OpenFile):
             if file.trusted:
                 file.trusted -= 1
@@ -260,15 +259,15 @@ class Source:
             return False
         if has_new_time and not has_grown and self._may_warn():
             warn(
-                f"{self.name}: its time stamp has changed since it was opened, its size and its header have not; it is "
-                "taken for the same file. Reopen it if its tensors may have been written to"
+                f"{self.name}: its time stamp has changed since it was opened, but its size and header have not. The "
+                "file is treated as unchanged; reopen it if its tensors may have been written to"
             )
         if time.time_ns() - stamp.mtime_ns > LONGEST_WRITE:
             self._accepted = stamp
         return True
 
     def _may_warn(self) -> bool:
-        """True once: several threads may find out at the same time."""
+        """True for the first call only, from any thread."""
         try:
             self._warnings_left.pop()
         except IndexError:
@@ -284,18 +283,19 @@ class Source:
 
 
 def checksum(data: Any) -> tuple[int, int, int]:
-    """Numbers that tell bytes from others by accident, not by malice.
+    """A checksum against accidental changes. It does not protect against deliberate ones.
 
-    Words are laid in rows of 4 KiB; the sums of the columns and those of the rows tell where a word stood. It takes a
-    seventh of the time of a CRC-32 of all.
+    The 64-bit words form rows of 4 KiB. CRCs of the sums of the columns and of the rows detect moved words. This takes
+    a seventh of the time of a CRC-32 of all bytes.
     """
-    found = np.frombuffer(data, np.uint8)
-    rows = found[: len(found) // 4096 * 4096].view(np.uint64).reshape(-1, 512)
-    return zlib.crc32(np.add.reduce(rows, 0)), zlib.crc32(np.add.reduce(rows, 1)), zlib.crc32(found[rows.nbytes :].data)
+    octets = np.frombuffer(data, np.uint8)
+    rows = octets[: len(octets) // 4096 * 4096].view(np.uint64).reshape(-1, 512)
+    rest = octets[rows.nbytes :]
+    return zlib.crc32(np.add.reduce(rows, 0)), zlib.crc32(np.add.reduce(rows, 1)), zlib.crc32(rest.data)
 
 
 def read_into(file: io.RawIOBase, data: NDArray[np.uint8], offset: int) -> int:
-    """Fill `data` with the bytes from `offset` on; the result is how many there were."""
+    """Fill `data` with the bytes from `offset`; returns how many bytes were read."""
     file.seek(offset)
     done = 0
     while done < len(data):
@@ -307,16 +307,16 @@ def read_into(file: io.RawIOBase, data: NDArray[np.uint8], offset: int) -> int:
 
 
 def source_of(given: Any, number: int | None = None) -> Source:
-    """The source that a user has named: a path, or the contents of a file; `number` is its place in a list.
+    """The source for a path or for the contents of a file. `number` is the position in a list.
 
-    A `str`, an `os.PathLike` and `bytes` without a NUL byte are paths. `bytes` with one are contents, because every
-    GGUF file has a NUL among its first six bytes, and no path can have any; so are the first few bytes of such a file,
-    and whatever else holds bytes in memory.
+    A `str`, an `os.PathLike`, and `bytes` without a NUL byte are paths. `bytes` with a NUL byte are contents: every
+    GGUF file has one in its first six bytes, and no path has one. Shorter `bytes` that begin with GGUF, and any other
+    object with bytes in memory, are contents too.
 
     Raises:
-        OptionError: it is neither.
-        DataError: it is memory that is not contiguous, or not bytes.
-        ReadError: a relative path, and the working directory is gone.
+        OptionError: `given` is neither.
+        DataError: the memory is not contiguous, or not bytes.
+        ReadError: the path is relative, and the working directory does not exist.
     """
     if isinstance(given, (str, os.PathLike)) or (isinstance(given, bytes) and _is_path(given)):
         try:
@@ -331,7 +331,7 @@ def source_of(given: Any, number: int | None = None) -> Source:
         contents = _contents(given)
     except NumbaDequantError:
         raise
-    except Exception as error:  # a foreign object may fail in any way when it is asked what it is
+    except Exception as error:  # a foreign object may raise any exception
         raise OptionError(f"expected a path or the contents of a file as bytes, got {shown(given)}") from error
     name = "<memory>" if number is None else f"<memory {number}>"
     return Source(name, data=contents)
@@ -346,21 +346,21 @@ def _contents(given: Any) -> NDArray[np.uint8]:
         try:
             memoryview(given)
         except TypeError:
-            hint = "; of an open file, pass what its read() gives" if hasattr(given, "read") else ""
+            hint = "; for an open file, pass the result of its read()" if hasattr(given, "read") else ""
             raise OptionError(
                 f"expected a path, the contents of a file as bytes, or a list of shards, got "
                 f"{type(given).__name__}{hint}"
             ) from None
     if isinstance(given, np.ndarray) and given.dtype.itemsize != 1:
-        raise DataError(f"expected the contents of a file as an array of uint8, got {given.dtype.name}")
+        raise DataError(f"the contents of a file must be an array of uint8, got {given.dtype.name}")
     array = host_array(given)
     if not array.flags.c_contiguous:
-        raise DataError("expected the contents of a file as one contiguous piece of memory; pass a contiguous copy")
+        raise DataError("the contents of a file must be contiguous in memory; pass a contiguous copy")
     return flat_bytes(array)
 
 
 def _absolute(path: str) -> str:
-    # Not os.path.abspath, except for drive letters: "link/.." is not where it says if the link leads elsewhere.
+    # os.path.abspath is used on Windows only: it would drop "link/..", which is wrong if `link` is a symbolic link.
     if os.name == "nt":
         return os.path.abspath(path) if path else path
     return os.path.join(os.getcwd(), path) if path and not os.path.isabs(path) else path

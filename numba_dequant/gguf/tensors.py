@@ -1,4 +1,4 @@
-"""What the header of a GGUF model says: its tensors, and all of them together."""
+"""The result of reading a GGUF header: tensors, the table of all tensors, the file."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ from numba_dequant.gguf.header import ByteOrder
 from numba_dequant.gguf.metadata import Metadata
 from numba_dequant.gguf.source import Source
 
+CUT_SHORT = "its download is incomplete, or it was truncated"
+
 MAX_COMPARED, COMPARED_NAMES, COMPARED_CHARACTERS = 50_000, 500, 200
-"""Names of a table that are looked at when a name is not in it, those of them that are compared closely, and their
-length: all of a hostile file's would take hours."""
+"""Limits of the search for similar names: names considered, names compared in full, characters of a name. Without
+them, a hostile file could make the search take hours."""
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies and what it is.
+    """A tensor of a GGUF file: its type, its shape and where its data is.
 
     Attributes:
-        name: its name.
-        format: its storage format.
-        shape: rows first; a file stores dimensions the other way round.
-        path: the file that holds it, as it was given; ``<memory>`` for bytes in memory.
-        offset: byte position of its data in that file.
-        n_bytes: length of its data.
+        name: the tensor name.
+        format: the storage format.
+        shape: rows first; the file stores the dimensions in reverse order.
+        path: the file with the tensor, as the caller gave it; ``<memory>`` for bytes in memory.
+        offset: byte position of the data in that file.
+        n_bytes: bytes of data.
         n_elements: number of elements.
-        byte_order: of its data, "little" or "big".
-        source: what its bytes are read from, and what tells whether that is still the same.
+        byte_order: of the data, "little" or "big".
+        source: the source of the bytes, which detects changes of the file.
     """
 
     name: str
@@ -81,7 +83,7 @@ class TensorTable(Mapping[str, TensorInfo]):
             return []
         names = [each for each in islice(self._tensors, MAX_COMPARED) if len(each) <= COMPARED_CHARACTERS]
         if len(names) > COMPARED_NAMES:
-            # A difference in one place leaves what is before it, or what is behind it, where it was.
+            # One difference does not move the characters before it, or, counted from the end, those after it.
             backward = name[::-1]
             names = heapq.nlargest(
                 COMPARED_NAMES, names, lambda each: sum(map(eq, each, name)) + sum(map(eq, each[::-1], backward))
@@ -89,7 +91,7 @@ class TensorTable(Mapping[str, TensorInfo]):
         return difflib.get_close_matches(name, names, n=3)
 
     def get(self, name: object, default: Any = None) -> Any:
-        """The tensor of that name, or else `default`."""
+        """The tensor called `name`, or `default`."""
         return self._tensors[name] if name in self else default  # type: ignore[index]
 
     def __contains__(self, name: object) -> bool:
@@ -113,19 +115,19 @@ class TensorTable(Mapping[str, TensorInfo]):
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What the header of a model says; for a split model, `metadata` is that of the first shard.
+    """The header of a model. For a split model, `metadata` is that of the first shard.
 
     Attributes:
-        path: the file, or the first shard, as it was given.
-        version: of the format, 2 or 3.
+        path: the file or the first shard, as the caller gave it.
+        version: the GGUF version, 2 or 3.
         byte_order: "little" or "big".
         alignment: of tensor data, in bytes.
-        metadata: keys and values; arrays and long strings are read when they are looked at.
+        metadata: keys and values; arrays and long strings are read on access.
         tensors: the tensors of all shards.
-        shards: all files.
-        n_bytes: bytes of those files up to the end of the last tensor.
-        n_bytes_here: how many of them the files have.
-        missing_shards: files that are not there, where that was allowed.
+        shards: the paths of all files.
+        n_bytes: bytes of these files up to the end of the last tensor.
+        n_bytes_here: how many of these bytes exist.
+        missing_shards: paths of missing shards, if `allow_truncated` was given.
     """
 
     path: str
@@ -141,9 +143,8 @@ class GgufFile:
 
 
 def truncated(tensor: TensorInfo, size: int, more: str = "") -> GgufError:
-    """The error for a file of `size` bytes, which ends before a tensor does."""
-    allowed = (
-        f"at least {tensor.offset + tensor.n_bytes}{more}; its download looks incomplete, or it has been cut short"
-    )
+    """The error for a file of `size` bytes that ends before the end of a tensor."""
+    end = tensor.offset + tensor.n_bytes
+    reason = f"the file has {size} bytes, but tensor {tensor.name!r} ends at byte {end}{more}: {CUT_SHORT}"
     field = f"tensor {tensor.name!r} data"
-    return GgufError(tensor.path, field, tensor.offset, f"a file of {size} bytes", allowed)
+    return GgufError(tensor.path, field, tensor.offset, f"a file of {size} bytes", f"at least {end} bytes", reason)

@@ -77,7 +77,7 @@ class TestHalfway:
             with pytest.raises((nd.GgufError, nd.ReadError)) as raised:
                 nd.load(path, device="cpu", threads=threads)
         if threads == 1:
-            assert str(raised.value).startswith(f"{path}: tensor '{tensor.name}' data at byte {tensor.offset}: found")
+            assert str(raised.value).startswith(f"{path}: at byte {tensor.offset}: the file has ")
         assert str(path) in str(raised.value)
         path.write_bytes(content)
         assert_loads(path, "cpu")

@@ -76,6 +76,7 @@ def test_bad_files(path):
             assert expected[0] in caught.value.field
             assert caught.value.offset == expected[1]
             assert caught.value.allowed
+            assert str(caught.value) == f"{path}: at byte {caught.value.offset}: {caught.value.reason}"
             assert str(path) in str(caught.value)
         seconds = time.process_time() - start
         peak = tracemalloc.get_traced_memory()[1]
@@ -188,7 +189,7 @@ def shards(tmp_path):
 
 def test_a_missing_shard(shards):
     (shards / "split-00002-of-00003.gguf").unlink()
-    with pytest.raises(nd.GgufError, match=r"no file .*split-00002-of-00003\.gguf"):
+    with pytest.raises(nd.GgufError, match=r"split-00002-of-00003\.gguf"):
         open_gguf(shards / "split-00001-of-00003.gguf")
 
 
@@ -200,7 +201,7 @@ def test_shards_in_the_wrong_order(shards):
 
 def test_a_shard_that_lost_its_number(shards):
     (shards / "split-00001-of-00003.gguf").rename(shards / "model.gguf")
-    with pytest.raises(nd.GgufError, match=r"ends in -00001-of-00003\.gguf"):
+    with pytest.raises(nd.GgufError, match=r"does not end in -00001-of-00003\.gguf"):
         open_gguf(shards / "model.gguf")
 
 
@@ -284,7 +285,7 @@ def test_an_array_of_a_file_that_has_changed_is_not_read(tmp_path):
     path = write_strings(tmp_path / "s.gguf", ["one", "two"])
     array = open_gguf(path).metadata["a"]
     path.write_bytes(path.read_bytes().replace(b"two", b"three"))
-    with pytest.raises(nd.GgufError, match=r"metadata 'a' at byte .*: found a file that has changed, .*reopen it"):
+    with pytest.raises(nd.GgufError, match=r"metadata 'a' cannot be read: the file has changed .*reopen it"):
         list(array)
 
 
@@ -312,7 +313,7 @@ def test_no_file_no_regular_file(tmp_path):
         open_gguf(tmp_path / "none.gguf")
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(nd.GgufError, match="no regular file"):
+        with pytest.raises(nd.GgufError, match=r"it is a .*, not a file; correct the path"):
             open_gguf(path)
 
 

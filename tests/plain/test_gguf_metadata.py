@@ -144,7 +144,7 @@ def test_an_array_cannot_be_changed(opened):
         lambda: array.__imul__(2),
     ]
     for change in changes:
-        with pytest.raises(nd.OptionError, match="cannot be changed; change the list that its"):
+        with pytest.raises(nd.OptionError, match="is read-only; change the list that its"):
             change()
     array.to_list().append(5)
     assert array == ARRAYS["integers"][1]
@@ -255,7 +255,7 @@ def test_a_string_that_is_longer_than_any_may_be_is_refused_when_opened(tmp_path
     with path.open("wb") as file:
         file.write(gguf(entries=[entry("k", STRING if kind == "string" else 9, payload)])[: 37 + len(payload)])
         file.truncate(1 << 28)
-    with pytest.raises(nd.GgufError, match=r"'k' (item )?length at byte .*: found 67108865, allowed: at most 67108864"):
+    with pytest.raises(nd.GgufError, match=r"metadata 'k' (item )?has 67108865 bytes; at most 67108864 are allowed"):
         nd.open(path)
 
 
@@ -316,5 +316,5 @@ def test_strings_are_passed_alike_by_compiled_code_and_by_numpy(monkeypatch, win
             assert model.metadata["behind"] == 7
             assert model.metadata["a"].to_list() == [item.decode() for item in items]
             assert model.metadata["a"][2999] == items[2999].decode()
-            with pytest.raises(nd.GgufError, match=r"ends within its header|what fits"):
+            with pytest.raises(nd.GgufError, match=r"may be incomplete"):
                 nd.open(data[: len(data) // 2])

@@ -24,7 +24,7 @@ def test_names_of_any_length_load(length):
 
 
 def test_a_name_longer_than_any_key_is_refused():
-    with pytest.raises(nd.GgufError, match="name of tensor 0 length at byte 24: found 65536, allowed: at most 65535"):
+    with pytest.raises(nd.GgufError, match="at byte 24: name of tensor 0 has 65536 bytes; at most 65535 are allowed"):
         nd.open(gguf_file([("x" * 65536, *floats(1))]))
 
 
@@ -39,7 +39,7 @@ def test_up_to_8_dimensions_load(n_dimensions):
 
 
 def test_a_9th_dimension_is_refused():
-    with pytest.raises(nd.GgufError, match="number of dimensions at byte 33: found 9, allowed: at most 8"):
+    with pytest.raises(nd.GgufError, match="at byte 33: tensor 't' has 9 dimensions; at most 8 are allowed"):
         nd.open(gguf_file([("t", (1,) * 9, "F32", bytes(4))]))
 
 
@@ -57,21 +57,21 @@ def test_split_keys_and_the_alignment_may_end_in_a_nul():
 
 
 def test_names_that_are_equal_once_nuls_are_cut_off_are_refused():
-    with pytest.raises(nd.GgufError, match=r"name of tensor 1 .*'t' again"):
+    with pytest.raises(nd.GgufError, match="tensor name 't' appears twice"):
         nd.open(gguf_file([("t", *floats(1)), ("t\0", *floats(1))]))
-    with pytest.raises(nd.GgufError, match=r"metadata key 1 .*'k' again"):
+    with pytest.raises(nd.GgufError, match="metadata key 'k' appears twice"):
         nd.open(gguf_file(entries=[value("k\0", UINT8, 1), value("k", UINT8, 2)]))
 
 
 def test_a_nul_within_a_key_or_a_string_stays_and_within_a_name_is_refused():
     assert dict(nd.open(gguf_file(entries=[value("k\0k", STRING, "a\0b")])).metadata) == {"k\0k": "a\0b"}
-    with pytest.raises(nd.GgufError, match=r"name of tensor 0 .*'a\\x00b'"):
+    with pytest.raises(nd.GgufError, match=r"tensor name 'a\\x00b' contains a NUL"):
         nd.open(gguf_file([("a\0b", *floats(1))]))
 
 
 @pytest.mark.parametrize("key", ["", "\0", "\0\0"])
 def test_an_empty_key_is_refused(key):
-    with pytest.raises(nd.GgufError, match=r"metadata key 1 at byte .*: found an empty key"):
+    with pytest.raises(nd.GgufError, match="metadata key 1 is empty"):
         nd.open(gguf_file(entries=[value("k", UINT8, 1), value(key, UINT8, 1)]))
 
 
@@ -104,9 +104,9 @@ def test_a_string_that_is_not_utf8_costs_nothing_else(stored, shown):
 @pytest.mark.parametrize("key", [b"k\xff", b"\xff"])
 def test_a_key_or_a_name_that_is_not_utf8_is_refused(key):
     at = 24 + 8 + key.index(b"\xff")
-    with pytest.raises(nd.GgufError, match=f"metadata key 0 at byte {at}: found byte 0xff, allowed: UTF-8"):
+    with pytest.raises(nd.GgufError, match=f"at byte {at}: metadata key 0 is not valid UTF-8: byte 0xff"):
         nd.open(gguf_file(entries=[entry(key, UINT8, b"\1")]))
-    with pytest.raises(nd.GgufError, match=f"name of tensor 0 at byte {at}: found byte 0xff, allowed: UTF-8"):
+    with pytest.raises(nd.GgufError, match=f"at byte {at}: name of tensor 0 is not valid UTF-8: byte 0xff"):
         nd.open(gguf_file([(key, *floats(1))]))
 
 
@@ -125,7 +125,7 @@ def test_only_three_split_keys_mean_anything():
 @pytest.mark.parametrize(("kind", "content"), [(STRING, "1"), (FLOAT32, 1.0), (BOOL, 1), (UINT8, [1])])
 def test_the_three_split_keys_are_integers(key, kind, content):
     with pytest.raises(
-        nd.GgufError, match=f"metadata '{key}' at byte {32 + len(key)}: found a value of type .*integer"
+        nd.GgufError, match=f"at byte {32 + len(key)}: {key} is a value of type .*; it must be an integer"
     ):
         nd.open(gguf_file(entries=[value(key, kind, content)]))
 
@@ -135,7 +135,7 @@ def test_the_three_split_keys_are_integers(key, kind, content):
     [(0, 1 << 62), (1 << 62, 0), (0, 4, 1 << 62), (0, 1 << 30, 1 << 30), (1 << 60,), (0, (1 << 64) - 1), (0, 1 << 60)],
 )
 def test_shapes_that_numpy_cannot_hold_are_refused_when_opened(shape):
-    with pytest.raises(nd.GgufError, match=r"tensor 't' dimensions at byte 37: found .* allowed: fewer than 2\*\*60"):
+    with pytest.raises(nd.GgufError, match=r"at byte 37: tensor 't' has shape .*; use fewer than 2\*\*60"):
         nd.open(gguf_file([("t", shape, "F32", b"")]))
 
 
@@ -175,9 +175,7 @@ def test_an_array_of_more_items_than_ggml_takes_is_refused(tmp_path):
         path.write_bytes(head)
         with path.open("r+b") as file:
             file.truncate(49 + ((1 << 26) + 1) * item)
-        with pytest.raises(
-            nd.GgufError, match="metadata 'k' length at byte 41: found 67108865, allowed: at most 67108864"
-        ):
+        with pytest.raises(nd.GgufError, match="at byte 41: metadata 'k' has 67108865 items; at most 67108864"):
             nd.open(path)
 
 
@@ -198,12 +196,12 @@ def test_an_array_of_more_items_than_ggml_takes_is_refused(tmp_path):
         (230, "BF16_R16 of ik_llama.cpp"),
         (340, "IQ5_K_R4 of ik_llama.cpp"),
         (399, "Q8_K_R8 of ik_llama.cpp"),
-        (159, "unknown ggml type 159,"),
-        (400, "unknown ggml type 400,"),
+        (159, "unknown ggml type 159"),
+        (400, "unknown ggml type 400"),
     ],
 )
 def test_an_unknown_type_says_whose_it_is(ggml_id, message):
-    with pytest.raises(nd.GgufError, match=r"tensor 't' type at byte 45: found unknown ggml type") as caught:
+    with pytest.raises(nd.GgufError, match="at byte 45: tensor 't' has an unknown ggml type") as caught:
         nd.open(gguf_file([("t", (256,), ggml_id, bytes(200))]))
     assert message in str(caught.value)
 

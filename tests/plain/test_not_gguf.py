@@ -45,7 +45,7 @@ def safetensors():
 GOOD = gguf()
 FILES = {
     "empty": (b"", "an empty file"),
-    "zeros": (bytes(100_000), "zeros at its beginning"),
+    "zeros": (bytes(100_000), "a download that has only reserved its space"),
     "HTML": (b"<!DOCTYPE html><html><head>", "a web page"),
     "lower-case HTML": (b"\n  <html lang=en>", "a web page"),
     "HTML with a mark": (b"\xef\xbb\xbf<!doctype HTML>", "a web page"),
@@ -64,12 +64,12 @@ FILES = {
     "bzip2": (bz2.compress(GOOD), "compressed by bzip2"),
     "zstd": (b"\x28\xb5\x2f\xfd\x24\x00", "compressed by zstd"),
     "tar": (tarred(), "a tar archive"),
-    "NumPy": (numpy_array(), "an array of NumPy"),
+    "NumPy": (numpy_array(), "a NumPy array"),
     "JSON": (b'{"error": "Entry not found"}', "JSON text, .*Entry not found"),
     "JSON in lines": (b'[\n  {"a": 1},', "JSON text"),
     "text": (b"Invalid username or password.", "text: 'Invalid username or password.'"),
-    "a program": (b"\x7fELF\2\1\1" + bytes(60), "a program; a llamafile"),
-    "a llamafile": (b"MZqFpD='\n", "a program; a llamafile"),
+    "a program": (b"\x7fELF\2\1\1" + bytes(60), "a program; if it is a llamafile"),
+    "a llamafile": (b"MZqFpD='\n", "a program; if it is a llamafile"),
     "swapped": (b"FUGG" + bytes(60), "a GGUF file whose bytes have been swapped"),
 }
 
@@ -80,7 +80,7 @@ def test_a_file_that_is_something_else_says_what(tmp_path, kind, offset):
     content, expected = FILES[kind]
     path = tmp_path / "model.gguf"
     path.write_bytes(b"abc"[:offset] + content)
-    with pytest.raises(nd.GgufError, match=rf"magic at byte {offset}: .*this is not a GGUF file") as caught:
+    with pytest.raises(nd.GgufError, match=f"at byte {offset}: this is not a GGUF file") as caught:
         nd.open(path, offset=offset)
     if content or not offset:
         caught.match(f"it looks like {expected}")
@@ -88,12 +88,14 @@ def test_a_file_that_is_something_else_says_what(tmp_path, kind, offset):
 
 def test_what_is_not_known_is_not_guessed():
     for content in (b"\xaa" * 100, b"\1\2\3\4", b"GGUG\3\0\0\0", b"\xff"):
-        with pytest.raises(nd.GgufError, match=r"this is not a GGUF file$"):
+        with pytest.raises(
+            nd.GgufError, match=r"this is not a GGUF file: it (begins with b'.*', not b'GGUF'|has only 1 bytes)$"
+        ):
             nd.open(bytearray(content))
 
 
 def test_version_1_is_said_to_be_old():
-    with pytest.raises(nd.GgufError, match="version at byte 4: found 1, which was written in August 2023 only"):
+    with pytest.raises(nd.GgufError, match="at byte 4: GGUF version 1, used in August 2023 only"):
         nd.open(gguf(version=1))
 
 

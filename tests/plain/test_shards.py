@@ -55,11 +55,11 @@ def test_a_list_of_one_file_is_that_file(path):
 @pytest.mark.parametrize(
     ("shards", "message"),
     [
-        (SHARDS[:2], r"split-00001.*'split\.count': found 3, allowed: 2, the number of files in the list"),
-        (SHARDS[:1], r"'split\.count': found 3, allowed: 1"),
-        ([*SHARDS[:2], SHARDS[1]], r"'split\.no': found 1 and in .*split-00002.*allowed: 0 to 2, each in one file"),
-        ([*SHARDS, SHARDS[0]], r"'split\.count': found 3, allowed: 4"),
-        ([CONTENT, CONTENT], r"<memory 1>: metadata 'split\.count': found None, allowed: 2"),
+        (SHARDS[:2], r"split-00001.*: split\.count is 3; it must be 2, the number of files in the list"),
+        (SHARDS[:1], r"split\.count is 3; it must be 1"),
+        ([*SHARDS[:2], SHARDS[1]], r"split\.no is 1, as in .*split-00002.*; list each shard once"),
+        ([*SHARDS, SHARDS[0]], r"split\.count is 3; it must be 4"),
+        ([CONTENT, CONTENT], r"<memory 1>: split\.count is missing; it must be 2"),
     ],
 )
 def test_a_list_of_the_wrong_shards_is_refused(shards, message):
@@ -74,7 +74,7 @@ def test_the_shards_of_a_list_have_each_number_once(numbers):
         entries = [value("split.count", UINT16, 2)]
         entries += [value("split.no", INT32, number)] if number is not None else []
         shards.append(gguf([(f"t{at}", *floats(1))], entries))
-    with pytest.raises(nd.GgufError, match=r"'split\.no': found .*allowed: 0 to 1, each in one file"):
+    with pytest.raises(nd.GgufError, match=r"split\.no is .*(0 to 1|from 0 to 1)"):
         nd.open(shards)
 
 
@@ -87,7 +87,7 @@ def test_shards_are_found_beside_a_link_whatever_it_leads_to(tmp_path):
         (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/{number:064x}")
     assert_is_the_split(nd.open(tmp_path / "snapshot" / SHARDS[0].name))
     with pytest.raises(
-        nd.GgufError, match=r"ends in -00001-of-00003\.gguf, or all shards in a list: open\(\[\.\.\.\]\)"
+        nd.GgufError, match=r"does not end in -00001-of-00003\.gguf.*all shards as a list: open\(\[\.\.\.\]\)"
     ):
         nd.open(tmp_path / "blobs" / f"{0:064x}")
     assert_is_the_split(nd.open(sorted((tmp_path / "blobs").iterdir())))
@@ -109,7 +109,9 @@ def incomplete(tmp_path):
 
 
 def test_a_file_whose_data_is_not_all_there_says_so(incomplete):
-    with pytest.raises(nd.GgufError, match=f"'u' data .*of {len(CONTENT) - 40} bytes.*its download looks incomplete"):
+    with pytest.raises(
+        nd.GgufError, match=f"has {len(CONTENT) - 40} bytes, but tensor 'u' ends .* download is incomplete"
+    ):
         nd.open(incomplete)
 
 
@@ -117,7 +119,7 @@ def test_a_file_that_ends_within_its_header_says_so(path):
     data = nd.open(path).tensors["t"].offset
     for length in range(8, data - 32):
         for options in ({}, {"allow_truncated": True}):
-            with pytest.raises(nd.GgufError, match=r"the file ends within its header, as .* download is incomplete"):
+            with pytest.raises(nd.GgufError, match=r"the download may be incomplete"):
                 nd.open(CONTENT[:length], **options)
 
 
@@ -128,9 +130,9 @@ def test_an_incomplete_file_is_opened_on_request(incomplete):
     np.testing.assert_array_equal(model.load("t", "float32", device="cpu"), counted(4))
     np.testing.assert_array_equal(nd.load(incomplete, "t", device="cpu", allow_truncated=True)["t"], counted(4))
     for use in (lambda: model.load("u", device="cpu"), lambda: model.load_all(device="cpu"), lambda: model.read("u")):
-        with pytest.raises(nd.GgufError, match=r"'u' data.*looks incomplete"):
+        with pytest.raises(nd.GgufError, match=r"tensor 'u' ends at .*: its download is incomplete"):
             use()
-    with pytest.raises(nd.GgufError, match=r"'u' data.*looks incomplete"):
+    with pytest.raises(nd.GgufError, match=r"tensor 'u' ends at .*: its download is incomplete"):
         model.read("u", mmap=True)
     np.testing.assert_array_equal(model.load("u", "float32", device="cpu", rows=slice(0, 0)), np.empty((0, 3)))
 
@@ -151,7 +153,7 @@ def test_another_file_that_is_longer_is_not_taken_for_the_rest(incomplete):
 
 def test_a_split_of_which_shards_are_still_missing_is_opened_on_request(tmp_path):
     shutil.copy(SHARDS[0], tmp_path)
-    with pytest.raises(nd.GgufError, match=r"no file .*split-00002"):
+    with pytest.raises(nd.GgufError, match=r"shard .*split-00002.* is missing"):
         nd.open(tmp_path / SHARDS[0].name)
     model = nd.open(tmp_path / SHARDS[0].name, allow_truncated=True)
     assert len(model.tensors) == 2
