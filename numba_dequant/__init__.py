@@ -1,4 +1,4 @@
-"""Dequantize the compressed blocks of GGUF files, on an NVIDIA GPU or on the CPU."""
+"""Dequantize the blocks of GGUF files on an NVIDIA GPU or on the CPU."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ __all__ = [
     "release_buffers",
 ]
 
-# What a traceback or a pickle names goes by its public name, so that modules may move.
+# Tracebacks and pickles use the public names, so that modules may move.
 for _each in list(globals().values()):
     if isinstance(_each, type) and issubclass(
         _each, (NumbaDequantError, Batch, Bfloat16Array, Progress, QuantizedTensor)
@@ -71,7 +71,7 @@ del _each
 
 
 def __getattr__(name: str) -> Any:
-    # The CUDA packages take a while to import, and are needed only where there is a GPU.
+    # The CUDA packages are slow to import, and are needed only with a GPU.
     if name == "DeviceTensor":
         from numba_dequant.backends.device_tensor import DeviceTensor
 

@@ -1,12 +1,12 @@
-"""The process of the command `numba-dequant`, which `python -m numba_dequant` is too."""
+"""The process of `numba-dequant` and of `python -m numba_dequant`."""
 
 import sys
 
 
 def main() -> int:
-    """Run the command with the arguments of the process; the result is its exit status."""
+    """Run the command with the arguments of the process; returns the exit status."""
     try:
-        # The import takes long enough to be interrupted.
+        # Ctrl-C may be pressed during the import.
         from numba_dequant.cli import console, main
 
         try:

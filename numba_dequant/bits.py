@@ -1,14 +1,14 @@
-"""The few primitives that every `decode` is made of.
+"""The primitives from which every `decode` is built.
 
-Each is a plain Python function: a reader can step through it, and Numba's CUDA simulator runs it. The CPU and the
-CUDA target replace the bodies by machine instructions (`kernels/intrinsics.py`); a decode need not know.
+Each is a plain Python function, which can be stepped through and which runs in Numba's CUDA simulator. For the CPU
+and for CUDA, `kernels/intrinsics.py` replaces the bodies with machine instructions.
 
-`block` is a one-dimensional array of unsigned integers; `at` counts bytes from its start. The item size of the array
-is the alignment that the caller vouches for: loads are as wide as it allows, and the plain bodies below check it.
+`block` is a one-dimensional array of unsigned integers, and `at` is a byte offset. The item size of the array is the
+alignment that the caller guarantees. Loads use it, and the plain Python bodies check it.
 
-Arithmetic in a decode stays within these rules, so that the same source means the same in Python, NumPy and Numba:
-integers are signed 64-bit, shifts and masks (never ``/``, ``//``, ``%``); floats are float32, made by the functions
-below; a number that multiplies a float is made a float first.
+A decode must follow these rules, so that it gives the same result in Python, NumPy and Numba: integers are signed
+64-bit, with shifts and masks (never ``/``, ``//``, ``%``). Floats are float32, made by the functions below. An
+integer is converted to a float before it multiplies a float.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 RUN = 8
-"""Elements that one call of a `decode` yields: the grain of every kernel."""
+"""Elements that one call of `decode` returns."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 shared_helpers: list[Callable[..., Any]] = []
-"""Functions that decodes call besides these primitives; each target compiles them."""
+"""Functions that decodes may call in addition to the primitives; each target compiles them."""
 
 
 def helper(function: Function) -> Function:
-    """Let a decode call `function`, which must itself be written like a decode."""
+    """Decorator: let decodes call `function`, which must follow the rules of a decode."""
     shared_helpers.append(function)
     return function
 
 
 def _load(block: NDArray[Any], at: int, width: int, signed: bool) -> int:
     if at % min(width, block.itemsize):
-        raise ValueError(f"a load of {width} bytes at byte {at} of an array aligned to {block.itemsize}")
+        raise ValueError(f"misaligned load of {width} bytes at byte {at}; the array is aligned to {block.itemsize}")
     item = block.view(np.uint8)[at : at + width].tobytes()
     if len(item) != width:
-        raise IndexError(f"a load of {width} bytes at byte {at} of an array of {block.nbytes}")
+        raise IndexError(f"load of {width} bytes at byte {at} exceeds the array of {block.nbytes} bytes")
     return int.from_bytes(item, "little", signed=signed)
 
 
@@ -65,7 +65,7 @@ def load_u32(block: Any, at: int) -> int:
 
 
 def load_8_bytes(block: Any, at: int) -> int:
-    """Eight bytes, little-endian, as one signed integer: the bytes of a run, to be masked and shifted together."""
+    """Eight bytes, little-endian, as one signed integer, to be masked and shifted together."""
     return _load(block, at, 8, signed=True)
 
 
@@ -74,17 +74,17 @@ def _as_float32(bits: int) -> np.float32:
 
 
 def half(bits: int) -> np.float32:
-    """The value of a float16, given its 16 bits."""
+    """The float16 with these 16 bits, as float32."""
     return np.float32(np.uint16(bits).view(np.float16))
 
 
 def bf16(bits: int) -> np.float32:
-    """The value of a bfloat16, given its 16 bits."""
+    """The bfloat16 with these 16 bits, as float32."""
     return _as_float32(bits << 16)
 
 
 def single(bits: int) -> np.float32:
-    """The value of a float32, given its 32 bits."""
+    """The float32 with these 32 bits."""
     return _as_float32(bits)
 
 
@@ -104,7 +104,7 @@ def signed_bytes(eight: int) -> NDArray[np.float32]:
 
 
 def centred_bytes(eight: int, centre: int) -> NDArray[np.float32]:
-    """Eight bytes, packed in an integer, as eight float32, each less `centre`."""
+    """Eight unsigned bytes, packed in an integer, as eight float32, with `centre` subtracted from each."""
     return unsigned_bytes(eight) - np.float32(centre)
 
 
@@ -115,41 +115,41 @@ def spread_bits(byte: int) -> int:
 
 def load_8_floats(block: Any, at: int) -> NDArray[np.float32]:
     """Eight float32, from 32 bytes."""
-    return np.array([single(load_u32(block, at + 4 * index)) for index in range(8)])
+    return np.array([single(load_u32(block, at + 4 * k)) for k in range(8)])
 
 
 def load_8_halves(block: Any, at: int) -> NDArray[np.float32]:
     """Eight float16, from 16 bytes, as float32."""
-    return np.array([half(load_u16(block, at + 2 * index)) for index in range(8)])
+    return np.array([half(load_u16(block, at + 2 * k)) for k in range(8)])
 
 
 def load_8_bf16(block: Any, at: int) -> NDArray[np.float32]:
     """Eight bfloat16, from 16 bytes, as float32."""
-    return np.array([bf16(load_u16(block, at + 2 * index)) for index in range(8)])
+    return np.array([bf16(load_u16(block, at + 2 * k)) for k in range(8)])
 
 
 def store_float16(out: Any, index: int, values: Any, count: int) -> None:
-    """Write eight values, or the first `count` if that is less, as float16, rounded once, from element `index` on."""
+    """Round the first `count` of eight values to float16 and store them at element `index`."""
     _store(out, index, values[:count])
 
 
 def store_bfloat16(out: Any, index: int, values: Any, count: int) -> None:
-    """Write eight values, or the first `count` if that is less, as bfloat16, rounded once, from element `index` on."""
+    """Round the first `count` of eight values to bfloat16 and store them at element `index`."""
     _store(out, index, values[:count])
 
 
 def store_float32(out: Any, index: int, values: Any, count: int) -> None:
-    """Write eight values, or the first `count` if that is less, as they are, from element `index` on."""
+    """Store the first `count` of eight values at element `index`."""
     _store(out, index, values[:count])
 
 
 def store_float32_in_pairs(out: Any, index: int, values: Any, count: int) -> None:
-    """Write eight values, one of two neighbouring runs that two neighbouring threads write at the same time."""
+    """Store eight values. Two neighbouring threads store two neighbouring runs together."""
     _store(out, index, values)
 
 
 def _store(out: Any, index: int, values: Any) -> None:
-    with np.errstate(all="ignore"):  # rounding to infinity is what is meant
+    with np.errstate(all="ignore"):  # overflow to infinity is intended
         out[index : index + len(values)] = values
 
 
@@ -169,7 +169,7 @@ def is_aligned(data: Any, start: int) -> bool:
 
 
 class LookupTable:
-    """Signed integers that never change, for decodes to look up; a constant of the module that uses it."""
+    """A constant table of signed integers for decodes; it must be a global of the module that uses it."""
 
     def __init__(self, items: NDArray[Any]) -> None:
         self.items = items
@@ -182,6 +182,6 @@ def lookup(table: LookupTable, index: int) -> int:
 
 
 def lookup_nibbles(table: LookupTable, eight: int) -> int:
-    """Eight nibbles, one per byte of an integer, replaced by the signed bytes that a table of 16 has for them."""
+    """Look up eight nibbles, one per byte of an integer, in a table of 16 signed bytes."""
     nibbles = (eight & (2**64 - 1)).to_bytes(8, "little")
     return int.from_bytes(table.items[list(nibbles)].tobytes(), "little", signed=True)

@@ -1,13 +1,13 @@
-"""The folder in which compiled code is kept from one process to the next.
+"""The on-disk cache of compiled code.
 
-An entry is one file: `MAGIC`, the SHA-256 of its name and payload, the payload. It is written under another name and
-then renamed, so that many processes may write at once; one that cannot be read, or does not match its sum, counts as
+An entry is one file: `MAGIC`, the SHA-256 of name and payload, the payload. It is written to a temporary file and then
+renamed, so that several processes may write at once. An entry that cannot be read or fails its checksum counts as
 missing.
 
-What is read here is run, so it must come from this user. The rule is that of ssh for keys: the folder and each entry
-belong to this user or to root, nobody else may write to them, and an entry is a plain file and not a link. Otherwise
-it is not used, and one warning says why. The folder itself may be reached by links of this user's or root's. Windows
-has no such modes; there the folder below the user's own profile is trusted.
+The cached code is executed, so it must come from this user. As with ssh keys, the folder and each entry must belong to
+this user or to root and must not be writable by others, and an entry must be a regular file, not a link. Otherwise it
+is not used, and one warning says why. The path of the folder may contain links of this user or of root. Windows has no
+such modes; there, the folder in the user's profile is trusted.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ ENTRY_NAME = re.compile(r"[A-Za-z0-9_]+(-[A-Za-z0-9_]+)*-[0-9a-f]{32}", re.ASCII
 TEMPORARY_NAME = re.compile(r"\.numba_dequant-[0-9a-f]{16}\.tmp", re.ASCII)
 
 MAX_BYTES = 512 << 20
-"""All entries together; the least recently used ones go first."""
+"""Maximum size of all entries; the least recently used ones are removed first."""
 
 ABANDONED_AFTER = 3600
-"""Seconds after which the process that was writing a temporary file must have died."""
+"""Seconds after which a temporary file is considered abandoned by its process."""
 
 USED_WITHIN = 24 * 3600
-"""Seconds within which a second use of an entry is not noted."""
+"""Seconds during which further uses of an entry do not update its time stamp."""
 
 
 def directory() -> Path:
-    """Where entries are kept: `NUMBA_DEQUANT_CACHE_DIR`, or else the user's cache directory on this platform.
+    """The folder of the cache: `NUMBA_DEQUANT_CACHE_DIR`, or else a folder in the user's cache directory.
 
     Raises:
-        FileNotFoundError: the user has no home directory. Nothing is then kept: in a directory that everyone may
-            write, somebody else could leave code for this user.
+        FileNotFoundError: the user has no home directory. Nothing is cached then, because another user could place
+            code in a world-writable directory.
     """
     chosen = os.environ.get(VARIABLE)
     if chosen:
@@ -62,13 +62,15 @@ def directory() -> Path:
     else:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not os.path.isabs(base):
-        raise FileNotFoundError(f"there is no home directory to keep compiled code in; set {VARIABLE} to a directory")
+        raise FileNotFoundError(
+            f"there is no home directory for the cache of compiled code; set {VARIABLE} to a directory"
+        )
     return Path(base) / "numba_dequant"
 
 
 @lru_cache
 def source_digest() -> str:
-    """A digest of this package's own source: compiled code is only as good as the source that it came from."""
+    """A digest of this package's source, which is part of every cache key."""
     root = os.path.dirname(__file__)
     paths = _sources(root)
     digest = hashlib.sha256()
@@ -79,10 +81,10 @@ def source_digest() -> str:
 
 
 def _sources(folder: str) -> list[str]:
-    # pathlib takes three times as long, and a first call waits for this.
+    # pathlib is three times slower, and the first call waits for this.
     paths = []
-    with os.scandir(folder) as found:
-        for entry in found:
+    with os.scandir(folder) as entries:
+        for entry in entries:
             if entry.name.endswith(".py"):
                 paths.append(entry.path)
             elif entry.is_dir() and entry.name != "__pycache__":
@@ -91,28 +93,28 @@ def _sources(folder: str) -> list[str]:
 
 
 def cache_key(label: str, *parts: object) -> str:
-    """The name of the entry for `label` that depends on all of `parts` and on this package's source."""
+    """The name of an entry, which depends on `label`, on `parts` and on this package's source."""
     text = "\0".join([label, source_digest(), *map(str, parts)])
     return f"{label}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 @lru_cache
 def versions(*packages: str) -> str:
-    """What is installed of packages, as text."""
-    found = []
+    """The installed versions of packages, as text."""
+    versions = []
     for package in packages:
         try:
-            # What `importlib.metadata.version` does takes three times as long.
+            # `importlib.metadata.version` is three times slower.
             metadata = distribution(package).read_text("METADATA") or ""
             match = re.search(r"^Version: *(\S+)", metadata, re.MULTILINE)
-            found.append(f"{package}={match[1] if match else metadata}")
+            versions.append(f"{package}={match[1] if match else metadata}")
         except PackageNotFoundError:
-            found.append(f"{package}=")
-    return ", ".join(found)
+            versions.append(f"{package}=")
+    return ", ".join(versions)
 
 
 def read(name: str) -> bytes | None:
-    """The payload of an entry, or None if there is no sound one."""
+    """The payload of an entry, or None if there is no valid entry."""
     try:
         with _Folder() as folder:
             folder.check()
@@ -127,7 +129,7 @@ def read(name: str) -> bytes | None:
 
 
 def write(name: str, payload: bytes) -> bool:
-    """Keep `payload` as an entry; False if that is not possible, which costs speed and nothing else."""
+    """Write `payload` as an entry; returns False if that fails, which only costs speed."""
     is_kept = _write(name, payload)
     if not is_kept:
         not_kept.append(name)
@@ -166,10 +168,10 @@ def entries() -> dict[str, int]:
 
 
 def clear() -> int:
-    """Remove every entry, and what processes that died have left; the result is how many entries there were.
+    """Remove every entry and all abandoned temporary files; returns the number of entries.
 
-    A file is an entry if it has the name and the first bytes of one: nothing else in the folder is touched. Processes
-    that run now keep what they have loaded.
+    Only files with the name and the first bytes of an entry are removed. Running processes keep the code they have
+    loaded.
     """
     count = 0
     with suppress(FileNotFoundError), _Folder() as folder:
@@ -183,7 +185,7 @@ def clear() -> int:
 
 
 def problem() -> str | None:
-    """Why nothing can be kept, with the folder's name, or None if compiled code is kept."""
+    """Why the cache cannot be used, with the name of the folder, or None if it can."""
     try:
         path = directory().absolute()
         parent = _nearest(path)
@@ -199,22 +201,22 @@ def problem() -> str | None:
     except _RefusedError as refused:
         return str(refused)
     except OSError as error:
-        # An error without a number is that of `directory`, which says it all.
-        return f"nothing can be kept in {directory()}: {error.strerror}" if error.errno else str(error)
+        # An error without an errno comes from `directory`; its message is complete.
+        return f"nothing can be cached in {directory()}: {error.strerror}" if error.errno else str(error)
     return None
 
 
 def _head(name: str, payload: bytes) -> bytes:
-    # With the name: nobody can pass one entry off as another.
+    # The name is included, so that one entry cannot be passed off as another.
     return MAGIC + hashlib.sha256(name.encode() + b"\0" + payload).digest()
 
 
 class _RefusedError(Exception):
-    """A folder or an entry that somebody else may have written."""
+    """A folder or an entry that another user may have written."""
 
 
 _warned: set[Path] = set()
-"""Folders of which a warning has been given: one is enough, even if each entry has a fault of its own."""
+"""Folders for which a warning was issued; there is one warning per folder."""
 
 
 def _warn(refused: _RefusedError) -> None:
@@ -224,7 +226,7 @@ def _warn(refused: _RefusedError) -> None:
 
 
 def _why_untrusted(status: os.stat_result) -> str | None:
-    """Why a file may be somebody else's work, or None if it is not."""
+    """Why another user may have written a file, or None."""
     if not hasattr(os, "geteuid"):
         return None
     if status.st_uid not in (os.geteuid(), 0):
@@ -235,7 +237,7 @@ def _why_untrusted(status: os.stat_result) -> str | None:
 
 
 def _nearest(path: Path) -> Path:
-    """The path itself, or else the folder nearest above it that is there."""
+    """The path itself if it exists, or else its nearest existing parent."""
     path = path.absolute()
     while not os.path.lexists(path) and path != path.parent:
         path = path.parent
@@ -243,13 +245,13 @@ def _nearest(path: Path) -> Path:
 
 
 def _check_parent(parent: Path) -> None:
-    # Under sudo with the user's HOME: a folder of root's there would shut the user out of the user's own cache.
+    # Under sudo with the user's HOME, a folder of root would lock the user out of the user's own cache.
     if hasattr(os, "geteuid") and os.geteuid() == 0 and (owner := os.stat(parent).st_uid) != 0:
-        raise _RefusedError(f"{directory()} would be root's in a folder of another user's (uid {owner})")
+        raise _RefusedError(f"{directory()} would belong to root, in a folder of another user (uid {owner})")
 
 
 def _make(path: Path) -> None:
-    """Make the folder, and those above it that are missing, for this user alone."""
+    """Create the folder and its missing parents, accessible to this user only."""
     nearest = _nearest(path)
     path = path.absolute()
     missing = [each for each in (path, *path.parents) if nearest in each.parents]
@@ -261,7 +263,7 @@ def _make(path: Path) -> None:
 
 
 class _Folder:
-    """The folder of the entries, held open: what has been checked is what is used."""
+    """The folder of the cache, held open, so that the checked folder is the one that is used."""
 
     def __enter__(self) -> _Folder:
         self._path = directory().absolute()
@@ -276,7 +278,7 @@ class _Folder:
             os.close(self._handle)
 
     def check(self) -> None:
-        """Refuse a folder that somebody else may write to, or that is reached by somebody else's link."""
+        """Refuse a folder that another user may write to, or whose path contains another user's link."""
         if self._handle is None:
             return
         if reason := _why_untrusted(os.fstat(self._handle)):
@@ -286,12 +288,10 @@ class _Folder:
         for path in (self._path, *self._path.parents):
             status = os.lstat(path)
             if stat.S_ISLNK(status.st_mode) and status.st_uid not in (os.geteuid(), 0):
-                raise _RefusedError(
-                    f"{self._path} is not used: {path} is a link of another user's (uid {status.st_uid})"
-                )
+                raise _RefusedError(f"{self._path} is not used: {path} is a link of another user (uid {status.st_uid})")
 
     def check_entry(self, name: str) -> None:
-        """Refuse to write over what is not this user's own: it stays, as evidence."""
+        """Refuse to overwrite an entry that is not trusted; it stays as evidence."""
         with suppress(FileNotFoundError):
             self._check_entry(name, os.lstat(self._at(name), dir_fd=self._handle))
 
@@ -301,7 +301,7 @@ class _Folder:
             raise _RefusedError(f"{self._path / name} is not used: {reason}; remove it")
 
     def read(self, name: str) -> bytes:
-        """The content of an entry."""
+        """Read an entry."""
         handle = self._open(name)
         try:
             status = os.fstat(handle)
@@ -315,7 +315,7 @@ class _Folder:
             os.close(handle)
 
     def write(self, name: str, content: bytes) -> None:
-        """Write an entry under another name, then rename it."""
+        """Write an entry to a temporary file, then rename it."""
         temporary = f".numba_dequant-{secrets.token_hex(8)}.tmp"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
         handle = os.open(self._at(temporary), flags, 0o600, dir_fd=self._handle)
@@ -329,10 +329,9 @@ class _Folder:
             raise
 
     def files(self, pattern: re.Pattern[str]) -> Iterator[tuple[str, os.stat_result]]:
-        """Name and status of each plain file with such a name."""
-        with os.scandir(self._path if self._handle is None else self._handle) as found:
-            entries = list(found)
-            for entry in entries:
+        """Name and status of each regular file whose name matches."""
+        with os.scandir(self._path if self._handle is None else self._handle) as entries:
+            for entry in list(entries):
                 if pattern.fullmatch(entry.name):
                     with suppress(FileNotFoundError):
                         status = entry.stat(follow_symlinks=False)
@@ -340,28 +339,28 @@ class _Folder:
                             yield entry.name, status
 
     def is_ours(self, name: str, *, is_partial: bool = False) -> bool:
-        """Whether a plain file begins as an entry does; one that is partial may end before."""
+        """Whether a regular file begins like an entry; a partial one may be shorter."""
         try:
             handle = self._open(name)
         except (OSError, _RefusedError):
             return False
         with open(handle, "rb") as file:
-            found = file.read(len(MAGIC)) if stat.S_ISREG(os.fstat(handle).st_mode) else b"no file"
-        return found == MAGIC or (is_partial and MAGIC.startswith(found))
+            start = file.read(len(MAGIC)) if stat.S_ISREG(os.fstat(handle).st_mode) else b"no file"
+        return start == MAGIC or (is_partial and MAGIC.startswith(start))
 
     def unlink(self, name: str) -> None:
         """Remove a file."""
         os.unlink(self._at(name), dir_fd=self._handle)
 
     def _open(self, name: str) -> int:
-        # O_NONBLOCK: a pipe in place of an entry would otherwise be waited for.
+        # O_NONBLOCK: opening a pipe must not block.
         flags = os.O_RDONLY
         for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
             flags |= getattr(os, flag, 0)
         try:
             return os.open(self._at(name), flags, dir_fd=self._handle)
         except OSError as error:
-            if error.errno in (errno.ELOOP, errno.EMLINK):  # what systems call a link that is not followed
+            if error.errno in (errno.ELOOP, errno.EMLINK):  # the path is a link, and O_NOFOLLOW is set
                 raise _RefusedError(f"{self._path / name} is not used: it is a link; remove it") from None
             raise
 
@@ -377,9 +376,9 @@ def _remove_abandoned(folder: _Folder) -> None:
 
 
 def _remove_least_recently_used(folder: _Folder, newest: str) -> None:
-    found = sorted(folder.files(ENTRY_NAME), key=lambda file: file[1].st_mtime)
-    n_bytes = sum(status.st_size for _, status in found)
-    for name, status in found:
+    oldest_first = sorted(folder.files(ENTRY_NAME), key=lambda file: file[1].st_mtime)
+    n_bytes = sum(status.st_size for _, status in oldest_first)
+    for name, status in oldest_first:
         if n_bytes <= MAX_BYTES:
             break
         if name != newest and folder.is_ours(name):

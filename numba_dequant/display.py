@@ -1,4 +1,4 @@
-"""What a model holds, as rows of a table: for the terminal and for notebooks."""
+"""Tables of metadata and tensors, for terminals and notebooks."""
 
 from __future__ import annotations
 
@@ -7,41 +7,41 @@ from html import escape
 from typing import Any
 
 MAX_ROWS = 500
-"""Rows of a table in a notebook."""
+"""Maximum rows of a table in a notebook."""
 
 MAX_LINES = 60
-"""Rows of a table that is printed unasked."""
+"""Maximum rows of a table in a `repr`."""
 
 WIDEST_NAME = 100
-"""Characters of a name in a table."""
+"""Maximum characters of a name in a table."""
 
 
 def printable(text: str) -> str:
-    """Text that cannot steer the terminal: control characters, marks of direction and broken bytes are escaped."""
+    """Escape control characters, bidirectional marks and invalid bytes, so that text cannot control the terminal."""
     return text if text.isprintable() else "".join(map(_escaped, text))
 
 
 def _escaped(character: str) -> str:
     if character.isprintable():
         return character
-    if "\udc80" <= character <= "\udcff":  # how Python keeps a byte of a file name that is not UTF-8
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is not UTF-8 (surrogateescape)
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()
 
 
 def cell(name: str) -> str:
-    """A name for a table; of one of thousands of characters, which would widen every row, the start and the end."""
+    """A name for a table; a long name is cut in the middle."""
     shown = printable(name)
     return shown if len(shown) <= WIDEST_NAME else f"{shown[:60]}...{shown[-30:]}"
 
 
 def metadata_rows(entries: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Keys, and values in a few words."""
+    """The rows of a table of metadata."""
     return [(cell(key), printable(value)) for key, value in entries]
 
 
 def text(head: Sequence[str], rows: Sequence[Sequence[str]], sides: str, most: int | None = None) -> str:
-    """A table for a terminal; `sides` has < or > for each column. Of a long one, the beginning."""
+    """A table for a terminal, of at most `most` rows; `sides` has < or > for each column."""
     shown = [head, *rows[:most]]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     lines = []
@@ -57,7 +57,7 @@ TENSOR_HEAD, TENSOR_SIDES = ("tensor", "format", "shape", "bytes"), "<<>>"
 
 
 def tensor_rows(tensors: Iterable[Any]) -> list[tuple[str, str, str, str]]:
-    """Name, format, shape and size of each `TensorInfo`."""
+    """Name, format, shape and bytes of each `TensorInfo`."""
     return [
         (cell(each.name), each.format.name, " x ".join(map(str, each.shape)) or "scalar", f"{each.n_bytes:,}")
         for each in tensors
@@ -65,7 +65,7 @@ def tensor_rows(tensors: Iterable[Any]) -> list[tuple[str, str, str, str]]:
 
 
 def html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for a notebook; of a long one, the beginning."""
+    """A table for a notebook, of at most `MAX_ROWS` rows."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         inside = "".join(f"<{tag} style='text-align:left'>{escape(cell)}</{tag}>" for cell in cells)

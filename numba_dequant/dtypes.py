@@ -1,4 +1,4 @@
-"""The output types, a row each, and by which names people ask for them."""
+"""The output types, and their names in Python libraries."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from numba_dequant.locks import compile_lock
 
 @dataclass(frozen=True)
 class OutputType:
-    """What there is to know of an output type. Each target of Numba adds how it rounds to it (`NumbaTarget.rounds`).
+    """An output type. Each Numba target adds the rounding to it (`NumbaTarget.rounds`).
 
     Attributes:
-        name: as NumPy, ml_dtypes and PyTorch have it.
-        store: the primitive that rounds eight values and writes them.
-        spellings: its other names. "float" is PyTorch's; Python's and NumPy's is float64, and is refused.
-        store_in_pairs: the primitive for two neighbouring runs at once, where that is faster on a GPU.
-        capability: the least compute capability of a GPU that can convert to it.
+        name: the name in NumPy, ml_dtypes and PyTorch.
+        store: the primitive that rounds and stores eight values.
+        spellings: other names. "float" is PyTorch's name; np.float and Python's float are float64, and are refused.
+        store_in_pairs: a primitive that stores two neighbouring runs, if that is faster on a GPU.
+        capability: the minimum compute capability of a GPU that converts to this type.
     """
 
     name: str
@@ -54,10 +54,10 @@ _SPELLINGS = {spelling: name for name, each in OUTPUT_TYPES.items() for spelling
 
 
 def dtype_name(dtype: Any) -> str:
-    """The name of an output type given by one of its names, or as a NumPy, ml_dtypes or PyTorch dtype.
+    """The name of an output type that is given as a name or as a NumPy, ml_dtypes or PyTorch dtype.
 
     Raises:
-        DtypeError: it is none of `OUTPUT_TYPES`.
+        DtypeError: `dtype` is not one of `OUTPUT_TYPES`.
     """
     if type(dtype) is str and dtype in NAMES:
         return dtype
@@ -76,14 +76,14 @@ def _name_of(dtype: Any) -> str:
         return _name_of_text(dtype)
     if isinstance(dtype, (np.dtype, type)):
         try:
-            kind = np.dtype(dtype)
-        except Exception:  # a foreign class may have any attribute that NumPy looks at
+            numpy_type = np.dtype(dtype)
+        except Exception:  # a foreign class may raise any exception
             raise _refused(dtype, "") from None
-        if not kind.isnative:
-            raise _refused(dtype, ", which is of the other byte order")
-        if kind.name in NAMES:
-            return str(kind.name)
-        raise _refused(dtype, f", which is {kind.name}")
+        if not numpy_type.isnative:
+            raise _refused(dtype, ", which has the wrong byte order")
+        if numpy_type.name in NAMES:
+            return str(numpy_type.name)
+        raise _refused(dtype, f", which is {numpy_type.name}")
     try:
         text = str(dtype)
     except Exception:
@@ -95,13 +95,13 @@ def _name_of(dtype: Any) -> str:
 
 
 def _name_of_text(text: str) -> str:
-    found = re.fullmatch(r"((?:torch|np|numpy|jnp|jax\.numpy|ml_dtypes)\.)?([<>=|]?)(\w+)", text.strip().lower())
-    if found is not None:
-        module, order, name = found.groups()
-        # np.float was Python's float, of 64 bits.
+    match = re.fullmatch(r"((?:torch|np|numpy|jnp|jax\.numpy|ml_dtypes)\.)?([<>=|]?)(\w+)", text.strip().lower())
+    if match is not None:
+        module, order, name = match.groups()
+        # np.float was Python's float, which has 64 bits.
         is_double = name == "float" and module not in (None, "torch.")
         if order == (">" if sys.byteorder == "little" else "<") and name in _SPELLINGS:
-            raise _refused(text, ", which is of the other byte order")
+            raise _refused(text, ", which has the wrong byte order")
         if name in _SPELLINGS and not is_double:
             return _SPELLINGS[name]
     raise _refused(text, "")
@@ -113,12 +113,12 @@ def _refused(dtype: Any, why: str) -> DtypeError:
 
 @lru_cache
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The NumPy dtype of an output type; one that NumPy does not have is that of ml_dtypes."""
-    kind: Any = name
+    """The NumPy dtype of an output type, from ml_dtypes if NumPy does not have it."""
+    scalar_type: Any = name
     if not hasattr(np, name):
         with compile_lock:  # a fork waits for the import
             import ml_dtypes
 
-        kind = getattr(ml_dtypes, name)
-    found: np.dtype[Any] = np.dtype(kind)
-    return found
+        scalar_type = getattr(ml_dtypes, name)
+    dtype: np.dtype[Any] = np.dtype(scalar_type)
+    return dtype

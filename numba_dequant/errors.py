@@ -1,4 +1,4 @@
-"""Every error that this package raises on purpose, one class per kind of failure, and how it warns."""
+"""The errors that this package raises, and its warnings."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 
 class NumbaDequantError(Exception):
-    """Base of every error raised on purpose by `numba_dequant`."""
+    """Base class of all errors of `numba_dequant`."""
 
 
 class UnknownFormatError(NumbaDequantError, LookupError):
-    """A format name or ggml id that this package does not know."""
+    """An unknown format name or ggml id."""
 
 
 class DataError(NumbaDequantError, ValueError):
-    """Compressed data that cannot be read: no bytes in memory, or not a whole number of blocks."""
+    """Compressed data that is not bytes in memory, or not a whole number of blocks."""
 
 
 class ShapeError(NumbaDequantError, ValueError):
@@ -30,21 +30,21 @@ class DtypeError(NumbaDequantError, TypeError):
 
 
 class OutputError(NumbaDequantError, ValueError):
-    """An `out` array of the wrong size, type, memory order or device, or one that overlaps memory in use."""
+    """An `out` array with the wrong size, type, memory order or device, or one that overlaps other memory in use."""
 
 
 class DeviceError(NumbaDequantError, RuntimeError):
-    """A device that does not exist, cannot be used, ran out of memory or computes wrongly, or a stream that is none."""
+    """A device that does not exist, cannot be used, is out of memory or computes wrongly, or an invalid stream."""
 
 
 class OptionError(NumbaDequantError, ValueError, TypeError):
-    """An argument of a wrong kind or value that has no error class of its own."""
+    """An argument with a wrong type or value, for which there is no other error class."""
 
 
 class TensorNotFoundError(NumbaDequantError, KeyError):
-    """A tensor name that the file does not hold, or a pattern that no name matches."""
+    """A tensor name that is not in the file, or a pattern that matches no name."""
 
-    __str__ = Exception.__str__  # that of KeyError puts the message in quotes
+    __str__ = Exception.__str__  # KeyError would put the message in quotes
 
 
 class ReadError(NumbaDequantError, OSError):
@@ -52,10 +52,10 @@ class ReadError(NumbaDequantError, OSError):
 
     Attributes:
         path: the file; `filename` is the same.
-        tensor: the tensor that was being read, None where the file was being opened.
-        offset: byte position in the file, None where there is none.
+        tensor: the tensor that was being read, or None.
+        offset: byte position in the file, or None.
         reason: what happened, and what to do.
-        errno: the system's number of the error, None where the system reported none.
+        errno: the errno of the system, or None.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ReadError(NumbaDequantError, OSError):
         self.errno, self.filename, self.strerror = number, path, reason
 
     def __str__(self) -> str:
-        return self._message  # that of OSError shows the number and the path again
+        return self._message  # OSError would show the errno and the path again
 
     def __reduce__(self) -> tuple[type[ReadError], tuple[str, str | None, int | None, str, int | None]]:
         return type(self), (self.path, self.tensor, self.offset, self.reason, self.errno)
@@ -83,7 +83,7 @@ class MissingFileError(ReadError, FileNotFoundError):
 
 
 class GgufError(NumbaDequantError, ValueError):
-    """A file that is not a GGUF file, or breaks a rule of the format.
+    """A file that is not a GGUF file, or that violates the format.
 
     Attributes:
         path: the file.
@@ -108,14 +108,14 @@ class GgufError(NumbaDequantError, ValueError):
 
 
 MAX_SHOWN = 120
-"""Characters of a wrong argument that an error message shows."""
+"""Maximum characters of a wrong argument in an error message."""
 
 _repr = reprlib.Repr()
 _repr.maxother = _repr.maxstring = _repr.maxlong = MAX_SHOWN
 
 
 def shown(thing: Any) -> str:
-    """A wrong argument as an error message shows it: on one line, cut short, whatever it is."""
+    """A wrong argument for an error message: on one line, shortened, and safe for any object."""
     try:
         if isinstance(thing, int) and not -(10**40) < thing < 10**40:
             return f"an int of {thing.bit_length()} bits"
@@ -125,7 +125,7 @@ def shown(thing: Any) -> str:
         if hasattr(thing, "shape") and hasattr(thing, "dtype") and not isinstance(thing, type):
             return f"{type(thing).__name__} of shape {tuple(thing.shape)}"
         text = " ".join(_repr.repr(thing).split())
-    except Exception:  # a foreign object may fail in any way when it is asked what it is
+    except Exception:  # a foreign object may raise any exception
         return f"an object of type {type(thing).__name__}"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
@@ -134,7 +134,7 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 def warn(message: str) -> None:
-    """Give a RuntimeWarning that points to the line of the user's code; in a thread of this package there is none."""
+    """Issue a RuntimeWarning that points to the line of the caller outside this package."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and (frame.f_globals.get("__package__") or "").partition(".")[0] == _PACKAGE:
         level, frame = level + 1, frame.f_back
@@ -143,5 +143,5 @@ def warn(message: str) -> None:
 
 @lru_cache(maxsize=64)
 def warn_once(message: str) -> None:
-    """Give a warning, once per process."""
+    """Issue a warning once per process."""
     warn(message)

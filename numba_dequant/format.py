@@ -1,4 +1,4 @@
-"""A GGUF storage format: one declared block layout, and everything that follows from it."""
+"""A GGUF storage format: its block layout, and properties derived from it."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ Decode: TypeAlias = Callable[[Any, int, int], Any]
 
 
 def block_layout(**fields: str | tuple[str, int]) -> np.dtype[np.void]:
-    """The fields of a block, in the order of GGML's C struct, little-endian and without padding.
+    """A structured dtype with the fields of GGML's C struct, in order, little-endian and packed.
 
-    Each field is a NumPy type code, or a pair of one and a count: ``block_layout(d="f2", qs=("i1", 32))``.
+    Each field is a NumPy type code, or a type code and a count: ``block_layout(d="f2", qs=("i1", 32))``.
     """
     described: list[tuple[str, str] | tuple[str, str, tuple[int]]] = []
-    for name, kind in fields.items():
-        if isinstance(kind, str):
-            described.append((name, "<" + kind))
+    for name, code in fields.items():
+        if isinstance(code, str):
+            described.append((name, "<" + code))
         else:
-            described.append((name, "<" + kind[0], (kind[1],)))
+            described.append((name, "<" + code[0], (code[1],)))
     return np.dtype(described)
 
 
 def field_offsets(layout: np.dtype[np.void]) -> tuple[int, ...]:
-    """Byte position of each field within its block, in the order of the fields."""
+    """Byte offset of each field in the block, in order."""
     fields = layout.fields
     assert fields is not None
     assert layout.names is not None
@@ -47,30 +47,30 @@ def field_offsets(layout: np.dtype[np.void]) -> tuple[int, ...]:
 
 
 def whole_number(thing: Any, least: int | None = None) -> int | None:
-    """A whole number of any library as an int; None for anything else, for a bool, and for less than `least`."""
-    found = thing
+    """An integer of any library as an int; None for anything else, for a bool, and for less than `least`."""
+    number = thing
     if type(thing) is not int:
         if isinstance(thing, (bool, np.bool_, type)):
             return None
         try:
-            found = operator.index(thing)
-        except Exception:  # a foreign object may fail in any way when it is asked what it is
+            number = operator.index(thing)
+        except Exception:  # a foreign object may raise any exception
             return None
-    return None if least is not None and found < least else found
+    return None if least is not None and number < least else number
 
 
 def element_of(name: str, element: Any, size: int) -> int:
-    """The number of an element of a block of `size`.
+    """Check the index of an element in a block of `size` elements.
 
     Raises:
-        ShapeError: it is not a whole number, or there is no such element.
+        ShapeError: it is not an integer, or out of range.
     """
-    found = whole_number(element)
-    if found is None:
+    number = whole_number(element)
+    if number is None:
         raise ShapeError(f"element must be a whole number, got {shown(element)}")
-    if not 0 <= found < size:
-        raise ShapeError(f"a block of {name} has elements 0 to {size - 1}, not {shown(found)}")
-    return found
+    if not 0 <= number < size:
+        raise ShapeError(f"a block of {name} has elements 0 to {size - 1}, not {shown(number)}")
+    return number
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,13 +79,13 @@ class Format:
 
     Attributes:
         name: GGML's name, for example ``"Q4_K"``.
-        ggml_id: the number that a GGUF file stores for it.
+        ggml_id: the number of the format in GGUF files.
         block_size: elements per block; 1 for a plain array type.
-        layout: the block's fields as a NumPy structured dtype, in GGML's order.
-        summary: one line on what the block holds.
-        dequantize: the values, written to be read: blocks of dtype `layout` and shape ``(n,)`` in,
-            float32 of shape ``(n, block_size)`` out. None for a type that is returned as it is stored.
-        decode: the same values, written to run fast: ``decode(block, at, run)`` gives the eight float32
+        layout: the fields of a block as a NumPy structured dtype, in GGML's order.
+        summary: the contents of a block, in one line.
+        dequantize: the specification: blocks of dtype `layout` and shape ``(n,)`` in, float32 of shape
+            ``(n, block_size)`` out. None for a type that is returned as it is stored.
+        decode: the same values, written to be compiled: ``decode(block, at, run)`` returns the eight float32
             elements ``8 * run`` to ``8 * run + 7`` of the block whose bytes start at ``at``.
     """
 
@@ -99,21 +99,20 @@ class Format:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name or not isinstance(self.summary, str):
-            raise OptionError(f"a format has a name and a summary, got {shown(self.name)} and {shown(self.summary)}")
+            raise OptionError(f"name and summary must be strings, got {shown(self.name)} and {shown(self.summary)}")
         ggml_id, block_size = whole_number(self.ggml_id, 0), whole_number(self.block_size, 1)
         if ggml_id is None or ggml_id >= 2**32:
             raise OptionError(f"{self.name}: ggml_id must be a whole number of 32 bits, got {shown(self.ggml_id)}")
         if block_size is None or (block_size != 1 and block_size % RUN):
-            found = shown(self.block_size)
-            raise OptionError(f"{self.name}: block_size must be 1 or a multiple of {RUN}, got {found}")
+            raise OptionError(f"{self.name}: block_size must be 1 or a multiple of {RUN}, got {shown(self.block_size)}")
         if not isinstance(self.layout, np.dtype) or self.layout.hasobject:
-            found = shown(self.layout)
-            raise OptionError(f"{self.name}: layout must be a structured NumPy dtype, as of block_layout, got {found}")
-        sizes = [kind[0].itemsize for kind in (self.layout.fields or {}).values()]
+            got = shown(self.layout)
+            raise OptionError(f"{self.name}: layout must be a structured NumPy dtype (see block_layout), got {got}")
+        sizes = [field[0].itemsize for field in (self.layout.fields or {}).values()]
         if not self.layout.itemsize or sum(sizes) != self.layout.itemsize:
-            raise OptionError(f"{self.name}: the layout must name its fields and leave no byte out: {self.layout}")
+            raise OptionError(f"{self.name}: layout must have named fields and no padding, got {self.layout}")
         if (self.dequantize is None) != (self.decode is None):
-            raise OptionError(f"{self.name}: give both `dequantize` and `decode`, or neither")
+            raise OptionError(f"{self.name}: pass both `dequantize` and `decode`, or neither")
         for function in (self.dequantize, self.decode):
             if function is not None and not (callable(function) and isinstance(function, Hashable)):
                 raise OptionError(f"{self.name}: dequantize and decode must be functions, got {shown(function)}")
@@ -126,7 +125,7 @@ class Format:
         return self.name, self.ggml_id, self.block_size, self.layout, self.summary, self.dequantize, self.decode
 
     def __copy__(self) -> Format:
-        """The format itself: it compares by identity, and its compiled code is kept by it."""
+        """The format itself, because formats compare by identity and compiled code is cached per format."""
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Format:
@@ -134,10 +133,10 @@ class Format:
         return self
 
     def __reduce__(self) -> tuple[Callable[..., Format], tuple[Any, ...]]:
-        """What comes out of a pickle is the format itself.
+        """Unpickling returns the format itself.
 
-        One that is registered is pickled by name, and by the module that registers it, which is imported where it is
-        read. Any other is pickled by its fields: its functions must be importable.
+        A registered format is pickled as its name and the module that registers it, which unpickling imports. Any
+        other format is pickled as its fields; its functions must be importable.
         """
         from numba_dequant import formats
 
@@ -152,45 +151,45 @@ class Format:
 
     @property
     def bits_per_weight(self) -> float:
-        """Storage cost of one element, in bits."""
+        """Bits per element, including scales."""
         return 8 * self.type_size / self.block_size
 
     @property
     def alignment(self) -> int:
-        """Bytes to which every block of an aligned array is aligned: 1, 2, 4 or 8."""
+        """Alignment in bytes of every block in an aligned array: 1, 2, 4 or 8."""
         return math.gcd(self.type_size, 8)
 
     @property
     def stored_dtype(self) -> np.dtype[Any] | None:
-        """NumPy dtype of a type that is returned as it is stored (integers, F64); None for all others."""
+        """NumPy dtype of a type that is returned as it is stored (integers, F64); None for other formats."""
         if self.decode is not None:
             return None
         assert self.layout.fields is not None
         return self.layout[0]
 
     def result_dtype(self, dtype: str) -> np.dtype[Any]:
-        """The NumPy dtype of the values: that of an output type, or the one they are stored in."""
+        """The NumPy dtype of the values: `stored_dtype` if there is one, else that of output type `dtype`."""
         return self.stored_dtype or numpy_dtype(dtype)
 
     @cached_property
     def bit_map(self) -> NDArray[np.bool_]:
-        """Which elements each bit of a block can change: shape (bits of a block, `block_size`).
+        """Which elements each bit of a block affects: bool, shape (bits of a block, `block_size`).
 
-        Bit ``8 * b + k`` is bit k of byte b, the lowest bit first. It is found by flipping bits and looking at what
-        `dequantize` makes of it.
+        Bit ``8 * b + k`` is bit k of byte b; bit 0 is the lowest. The map is found by flipping bits and comparing the
+        results of `dequantize`.
 
         Raises:
-            ShapeError: the type has no blocks.
+            ShapeError: the format has no blocks.
         """
         if self.dequantize is None or self.block_size == 1:
-            raise ShapeError(f"{self.name} has no blocks: each element is stored by itself")
+            raise ShapeError(f"{self.name} has no blocks: each element is stored separately")
         from numba_dequant.explain.bit_map import bit_map
 
         return bit_map(self.layout, self.block_size, self.dequantize)
 
     @cached_property
     def value_range(self) -> tuple[float, float]:
-        """The least and the greatest value of an element where all floats of a block, its scales, are 1.
+        """The smallest and the largest value of an element if all float fields (the scales) are 1.
 
         >>> from numba_dequant import FORMATS
         >>> FORMATS["Q4_0"].value_range
@@ -206,7 +205,7 @@ class Format:
         return value_range(self.layout, self.block_size, self.dequantize, bits)
 
     def picture(self, element: int | None = None, raw: NDArray[np.uint8] | None = None) -> BlockPicture:
-        """A picture of a block, and of the bits that decide one of its elements; with `raw`, of a block of these bytes.
+        """A picture of a block. It highlights the bits of `element`, and shows the bytes `raw` if given.
 
         >>> from numba_dequant import FORMATS
         >>> print(FORMATS["Q4_0"].picture(element=17))
@@ -219,8 +218,8 @@ class Format:
           byte   3  ████····  qs[1]
 
         Raises:
-            ShapeError: the type has no blocks, or the block has no such element.
-            DataError: `raw` is not the bytes of one block.
+            ShapeError: the format has no blocks, or `element` is out of range.
+            DataError: `raw` is not one block as uint8.
         """
         from numba_dequant.explain import format_view
 
@@ -228,14 +227,14 @@ class Format:
 
     @property
     def text(self) -> str:
-        """What is known of the format, as text: its picture, the range of its values, where it comes from."""
+        """The picture, the range of the values and the description, as text."""
         from numba_dequant.explain import format_view
 
         return format_view.text(self)
 
     @property
     def description(self) -> str:
-        """What the file that defines the format says of it, with the source of the layout; else the summary."""
+        """The docstring of the module of a built-in format: formula, packing, source. Otherwise the summary."""
         from numba_dequant.explain import format_view
 
         return format_view.description(self)
@@ -252,26 +251,26 @@ class Format:
         return format_view.mime_bundle(self)
 
     def n_elements(self, n_bytes: int) -> int:
-        """Elements in `n_bytes` of compressed data.
+        """Number of elements in `n_bytes` of compressed data.
 
         Raises:
             DataError: `n_bytes` is not a whole number of blocks.
         """
-        found = whole_number(n_bytes, 0)
-        if found is None:
+        number = whole_number(n_bytes, 0)
+        if number is None:
             raise DataError(f"n_bytes must be a whole number, 0 or more, got {shown(n_bytes)}")
-        if found % self.type_size:
+        if number % self.type_size:
             raise DataError(
-                f"{self.name} data comes in blocks of {self.type_size} bytes, but {shown(found)} bytes were given: "
-                f"{found % self.type_size} too many. Pass whole blocks."
+                f"{self.name} data comes in blocks of {self.type_size} bytes, but {shown(number)} bytes were given: "
+                f"{number % self.type_size} too many. Pass whole blocks."
             )
-        return found // self.type_size * self.block_size
+        return number // self.type_size * self.block_size
 
     def n_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes that a tensor of `shape` (rows first) takes.
+        """Bytes of a tensor of `shape` (rows first).
 
         Raises:
-            ShapeError: a row is not a whole number of blocks, or an extent is not a whole number.
+            ShapeError: a row is not a whole number of blocks, or an extent is not an integer.
         """
         if not isinstance(shape, (tuple, list)) or not all(whole_number(extent, 0) is not None for extent in shape):
             raise ShapeError(f"shape must be a tuple of whole numbers, rows first, got {shown(shape)}")
@@ -284,7 +283,7 @@ class Format:
         return math.prod(shape) // self.block_size * self.type_size
 
 
-# What every format was made of, so that a copy of it that comes out of a pickle is that format itself.
+# Every live format by its fields, so that unpickling returns the same object.
 _formats: weakref.WeakValueDictionary[tuple[Any, ...], Format] = weakref.WeakValueDictionary()
 
 

@@ -1,4 +1,4 @@
-"""One lock for what happens once in a process, made for processes that fork: compiling, and importing what is slow."""
+"""A fork-safe lock for compiling and for slow imports."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ Result = TypeVar("Result")
 
 
 class CompileLock:
-    """A lock that the same thread may take again. A child that is forked finds it free.
+    """A reentrant lock that is free in a forked child.
 
-    Numba, LLVM and Python's import have locks and half-built state of their own, so a fork waits until nobody compiles
-    or imports under this lock: what the child inherits is then whole. If that takes more than `PATIENCE`, `is_lost` is
-    true in the child, and nothing can be compiled there any more.
+    Numba, LLVM and Python's import system have locks and partial state of their own. A fork therefore waits until no
+    thread compiles or imports under this lock. If it waits longer than `PATIENCE`, `is_lost` is True in the child, and
+    the child cannot compile.
     """
 
     PATIENCE = 5.0
-    """Seconds; a format takes one."""
+    """Seconds that a fork waits; compiling one format takes about one."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -40,7 +40,7 @@ class CompileLock:
         self._lock.release()
 
     def locked(self) -> bool:
-        """Whether somebody compiles."""
+        """Whether a thread holds the lock."""
         return self._depth > 0
 
     def _before_fork(self) -> None:
@@ -61,14 +61,14 @@ compile_lock = CompileLock()
 
 
 class CacheInfo(NamedTuple):
-    """As `functools.cache` has it."""
+    """The statistics of `compiled_once`."""
 
     misses: int
     currsize: int
 
 
 class compiled_once(Generic[Result]):
-    """A decorator like `functools.cache`. Threads make each value once; one that is there is found without a lock."""
+    """A decorator like `functools.cache`. Each value is made once, under `compile_lock`; lookups take no lock."""
 
     def __init__(self, make: Callable[..., Result]) -> None:
         self._make = make
@@ -76,7 +76,7 @@ class compiled_once(Generic[Result]):
         self._misses = 0
 
     def __call__(self, *arguments: Any) -> Result:
-        """The value, made if it is not there."""
+        """The value for these arguments, made on the first call."""
         try:
             return self._made[arguments]
         except KeyError:
@@ -92,7 +92,7 @@ class compiled_once(Generic[Result]):
         return arguments in self._made
 
     def cache_info(self) -> CacheInfo:
-        """How many values have been made, and how many are kept."""
+        """How many values were made, and how many are cached."""
         return CacheInfo(self._misses, len(self._made))
 
     def cache_clear(self) -> None:

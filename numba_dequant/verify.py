@@ -1,4 +1,4 @@
-"""Run every tensor of a model on a device and compare it with the reference, bit for bit."""
+"""Dequantize every tensor of a model on a device and compare it with the reference, bit for bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from numba_dequant.model import Model
 
 @dataclass
 class Row:
-    """What was found for all tensors of one format."""
+    """The result for all tensors of one format."""
 
     format: Format
     tensors: int = 0
@@ -34,7 +34,7 @@ class Row:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every bit agrees; a NaN need only be a NaN."""
+        """Whether all bits are equal; two NaNs count as equal."""
         return not self.different
 
     @property
@@ -44,16 +44,16 @@ class Row:
 
 
 def verify(
-    model: Model, place: DeviceSpec, dtype: str = "float16", progress: Callable[[int], object] | None = None
+    model: Model, device: DeviceSpec, dtype: str = "float16", progress: Callable[[int], object] | None = None
 ) -> list[Row]:
-    """Compare every tensor; one row per format, in the order of ggml's ids."""
+    """Compare every tensor with the reference. Returns one row per format, ordered by ggml id."""
     rows: dict[str, Row] = {}
     for name, tensor in model.tensors.items():
         data = model.read(name)
         expected = dequantize(data, tensor.format, dtype, shape=tensor.shape, device="reference")
-        found, seconds = _timed(data, tensor.format, dtype, tensor.shape, place)
+        values, seconds = _timed(data, tensor.format, dtype, tensor.shape, device)
         row = rows.setdefault(tensor.format.name, Row(tensor.format))
-        different, worst = count_mismatches(found, expected)
+        different, worst = count_mismatches(values, expected)
         row.tensors += 1
         row.elements += expected.size
         row.bytes_in += data.size
@@ -67,42 +67,42 @@ def verify(
 
 
 def _timed(
-    data: NDArray[np.uint8], fmt: Format, dtype: str, shape: tuple[int, ...], place: DeviceSpec
+    data: NDArray[np.uint8], fmt: Format, dtype: str, shape: tuple[int, ...], device: DeviceSpec
 ) -> tuple[NDArray[Any], float]:
-    """The values from a device, and the time that dequantizing took there: copies to and from a GPU not counted."""
-    if place.kind == "cuda":
+    """The values, and the seconds that dequantizing took, without copies to and from a GPU."""
+    if device.kind == "cuda":
         from numba_dequant.backends.cuda import time_kernel
         from numba_dequant.backends.gpu import gpu_at
 
-        return time_kernel(data, Job(None, fmt, dtype, shape), gpu_at(place.index))
-    dequantize(data[: fmt.type_size], fmt, dtype, device=str(place))  # compiles
+        return time_kernel(data, Job(None, fmt, dtype, shape), gpu_at(device.index))
+    dequantize(data[: fmt.type_size], fmt, dtype, device=str(device))  # compiles
     start = time.perf_counter()
-    found: Any = dequantize(data, fmt, dtype, shape=shape, device=str(place))
+    values: Any = dequantize(data, fmt, dtype, shape=shape, device=str(device))
     seconds = time.perf_counter() - start
-    return found.copy_to_host() if place.kind == "simulator" else found, seconds
+    return values.copy_to_host() if device.kind == "simulator" else values, seconds
 
 
-def assert_bit_identical(found: NDArray[Any], expected: NDArray[Any], what: str) -> None:
-    """Check that every bit agrees, NaN aside.
+def assert_bit_identical(values: NDArray[Any], expected: NDArray[Any], what: str) -> None:
+    """Check that all bits are equal; two NaNs count as equal.
 
     Raises:
-        DeviceError: one does not.
+        DeviceError: some values differ.
     """
-    wrong, worst = count_mismatches(found, expected)
+    wrong, worst = count_mismatches(values, expected)
     if wrong:
         raise DeviceError(f"{wrong:,} of {expected.size:,} elements of {what} are wrong, by up to {worst:g}")
 
 
-def count_mismatches(found: NDArray[Any], expected: NDArray[Any]) -> tuple[int, float]:
-    """How many elements differ in any bit, NaN aside, and by how much the worst one does."""
-    if found.dtype.kind in "iu":
-        different = found != expected
-        return int(different.sum()), float(np.abs(found.astype(object) - expected).max()) if different.any() else 0.0
-    bits = np.dtype(f"u{found.itemsize}")
-    with np.errstate(invalid="ignore"):  # what NumPy says of casting some NaNs
-        a, b = found.astype(np.float64), expected.astype(np.float64)
+def count_mismatches(values: NDArray[Any], expected: NDArray[Any]) -> tuple[int, float]:
+    """How many elements differ in any bit, and the largest difference; two NaNs count as equal."""
+    if values.dtype.kind in "iu":
+        different = values != expected
+        return int(different.sum()), float(np.abs(values.astype(object) - expected).max()) if different.any() else 0.0
+    bits = np.dtype(f"u{values.itemsize}")
+    with np.errstate(invalid="ignore"):  # casting some NaNs warns
+        a, b = values.astype(np.float64), expected.astype(np.float64)
     neither = ~(np.isnan(a) | np.isnan(b))
-    different = np.where(neither, found.view(bits) != expected.view(bits), np.isnan(a) != np.isnan(b))
+    different = np.where(neither, values.view(bits) != expected.view(bits), np.isnan(a) != np.isnan(b))
     if not different.any():
         return 0, 0.0
     with np.errstate(invalid="ignore"):
@@ -110,7 +110,7 @@ def count_mismatches(found: NDArray[Any], expected: NDArray[Any]) -> tuple[int, 
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text."""
+    """The rows as a text table."""
     cells = [
         (
             row.format.name,

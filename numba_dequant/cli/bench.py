@@ -1,4 +1,4 @@
-"""The short benchmark of `numba-dequant bench`: every format once, beside what the machine can do."""
+"""The benchmark of `numba-dequant bench`: every format once, compared with the memory roofline."""
 
 from __future__ import annotations
 
@@ -22,27 +22,29 @@ BAR = 40
 
 @dataclass(frozen=True)
 class Row:
-    """Bytes read and written per second by one format, and the most that memory would have allowed."""
+    """Bytes read and written per second by one format, and the memory roofline; 0 if not measured."""
 
     format: Format
     speed: float
-    roof: float
+    roofline: float
 
 
 def bench(
-    place: DeviceSpec, sources: list[Format], dtype: str, progress: Callable[[], object] = lambda: None
+    device: DeviceSpec, formats: list[Format], dtype: str, progress: Callable[[], object] = lambda: None
 ) -> tuple[str, list[Row]]:
-    """Measure formats on a device: a line about the machine, and a row each.
+    """Measure formats on a device. Returns a line about the machine, and one row per format.
 
-    Each result is compared with the reference first.
+    Each result is first compared with the reference.
 
     Raises:
         DeviceError: a result is wrong.
     """
-    return _on_gpu(place.index, sources, dtype, progress) if place.kind == "cuda" else _on_cpu(sources, dtype, progress)
+    if device.kind == "cuda":
+        return _on_gpu(device.index, formats, dtype, progress)
+    return _on_cpu(formats, dtype, progress)
 
 
-def _on_gpu(index: int, sources: list[Format], dtype: str, progress: Callable[[], object]) -> tuple[str, list[Row]]:
+def _on_gpu(index: int, formats: list[Format], dtype: str, progress: Callable[[], object]) -> tuple[str, list[Row]]:
     from numba_dequant.backends.gpu import gpu_at
     from numba_dequant.cli.measure import GpuClock, Workload
 
@@ -50,21 +52,20 @@ def _on_gpu(index: int, sources: list[Format], dtype: str, progress: Callable[[]
     with gpu.active() as device:
         clock = GpuClock(gpu)
         rows = []
-        for fmt in sources:
+        for fmt in formats:
             work = Workload(fmt, dtype, GPU_ELEMENTS, gpu)
             work.check()
-            rows.append(Row(fmt, work.bytes_moved / clock.seconds(work), work.roof(clock)))
+            rows.append(Row(fmt, work.bytes_moved / clock.seconds(work), work.roofline(clock)))
             progress()
         copy = clock.copy_speed()
         return f"{device.name}, {GPU_ELEMENTS:,} elements to {dtype}; device copy {copy / 1e9:.0f} GB/s", rows
 
 
-def _on_cpu(sources: list[Format], dtype: str, progress: Callable[[], object]) -> tuple[str, list[Row]]:
-    kind = numpy_dtype(dtype)
+def _on_cpu(formats: list[Format], dtype: str, progress: Callable[[], object]) -> tuple[str, list[Row]]:
     rows = []
-    for fmt in sources:
+    for fmt in formats:
         data = np.random.default_rng(0).integers(0, 256, CPU_ELEMENTS // fmt.block_size * fmt.type_size, np.uint8)
-        out = np.empty(CPU_ELEMENTS, kind)
+        out = np.empty(CPU_ELEMENTS, numpy_dtype(dtype))
         dequantize(data, fmt, dtype, device="cpu", out=out)
         assert_bit_identical(out, dequantize(data, fmt, dtype, device="reference"), f"{fmt.name} to {dtype}")
         seconds = _seconds(partial(dequantize, data, fmt, dtype, device="cpu", out=out))
@@ -83,20 +84,20 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def table(rows: list[Row]) -> Iterator[str]:
-    """The rows as lines of text with bars: the share of the roof, or of the fastest format where there is no roof."""
-    has_roof = all(row.roof for row in rows)
+    """The rows as lines of text, with bars: the share of the roofline or, without one, of the fastest format."""
+    has_roofline = all(row.roofline for row in rows)
     fastest = max((row.speed for row in rows), default=0.0)
     width = max((len(row.format.name) for row in rows), default=0)
-    yield f"{'format'.ljust(width)}  {'GB/s':>7}" + (f"  {'roof':>6}   share" if has_roof else "")
+    yield f"{'format'.ljust(width)}  {'GB/s':>7}" + (f"  {'roofline':>8}   share" if has_roofline else "")
     for row in rows:
-        share = row.speed / (row.roof if has_roof else fastest)
-        limit = f"  {row.roof / 1e9:6.0f}  {share:6.1%}" if has_roof else ""
-        digits = 0 if has_roof else 1
+        share = row.speed / (row.roofline if has_roofline else fastest)
+        limit = f"  {row.roofline / 1e9:8.0f}  {share:6.1%}" if has_roofline else ""
+        digits = 0 if has_roofline else 1
         yield f"{row.format.name.ljust(width)}  {row.speed / 1e9:7.{digits}f}{limit}  {bar(share)}"
 
 
 def bar(share: float) -> str:
-    """A bar of block characters, an eighth of a character fine, in a field of fixed width."""
+    """A bar of `BAR` block characters, in steps of an eighth of a character."""
     eighths = round(min(max(share, 0.0), 1.0) * BAR * 8)
     whole, rest = divmod(eighths, 8)
     return ("█" * whole + (" ▏▎▍▌▋▊▉"[rest] if rest else "")).ljust(BAR, "·")

@@ -1,4 +1,4 @@
-"""The standard streams and Ctrl-C, made safe for the command: however they are set up, and whoever calls it."""
+"""Safe standard streams and Ctrl-C handling for the command."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any, TextIO, cast
 from numba_dequant.display import printable
 
 LOOKALIKES = str.maketrans("·…█▉▊▋▌▍▎▏", "..####....")
-"""What stands for the characters of pictures and bars where an encoding lacks them: as wide as they are."""
+"""ASCII replacements of the same width for pictures and bars, if the encoding lacks a character."""
 
 RETRY_SECONDS = 0.05
-"""Time after which a Ctrl-C that was lost on its way is sent again."""
+"""Seconds after which a lost Ctrl-C is sent again."""
 
 
 def _replace(error: UnicodeError) -> tuple[str, int]:
@@ -32,13 +32,13 @@ codecs.register_error("numba_dequant", _replace)
 
 
 class _AnyText:
-    """A stream to which any text can be written: what its encoding lacks is replaced."""
+    """A stream that accepts any text; characters that its encoding lacks are replaced."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._encoding = getattr(stream, "encoding", None)
         if getattr(stream, "errors", None) not in (None, "strict", "surrogateescape"):
-            self._encoding = None  # the user has chosen another way
+            self._encoding = None  # the user has chosen another error handler
 
     def write(self, text: str) -> int:
         if self._encoding is not None:
@@ -51,11 +51,11 @@ class _AnyText:
 
 @contextmanager
 def safe_streams() -> Iterator[None]:
-    """Inside, standard output and standard error exist and take any text, and warnings are one line without a path."""
+    """A context in which stdout and stderr exist and accept any text, and a warning is one line without a path."""
     with ExitStack() as stack:
         for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
             if stream is None or stream.closed:
-                # Whoever closed it does not want to see what is written to it.
+                # The caller closed it, so output is discarded.
                 stack.enter_context(redirect(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
             else:
                 stack.enter_context(redirect(cast("TextIO", _AnyText(stream))))
@@ -78,13 +78,13 @@ def _short_warnings() -> Iterator[None]:
 
 
 def complain(message: str) -> None:
-    """Print a message to standard error, if that is possible."""
+    """Print a message to standard error; errors are ignored."""
     with suppress(OSError):
         sys.stderr.write(f"numba-dequant: {printable(message)}\n")
 
 
 def discard_unwritten() -> None:
-    """Discard what cannot be written when the process ends: Python would complain, with an exit status of its own."""
+    """Flush, and discard output that cannot be written; otherwise Python changes the exit status at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -104,36 +104,36 @@ class Interrupts:
 
 @contextmanager
 def noticed_interrupts() -> Iterator[Interrupts]:
-    """Inside, Ctrl-C is noticed also where the KeyboardInterrupt is lost.
+    """A context in which Ctrl-C is noticed even if the KeyboardInterrupt is lost.
 
-    Numba compiles through C code that calls back into Python. What is raised there is reported and dropped; then the
-    compiler fails in some other way, or does not fail at all.
+    Numba compiles through C code that calls Python. An exception raised there is reported and dropped, and the compiler
+    then fails differently, or succeeds.
     """
-    found = Interrupts()
+    interrupts = Interrupts()
     if (
         threading.current_thread() is not threading.main_thread()
         or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
     ):
-        yield found  # a program that handles Ctrl-C in its own way keeps doing so
+        yield interrupts  # keep the Ctrl-C handler of the calling program
         return
     retries: list[threading.Timer] = []
     report = sys.unraisablehook
 
     def note(number: int, frame: Any) -> None:
-        found.pressed = True
+        interrupts.pressed = True
         raise KeyboardInterrupt
 
     def raise_again(lost: sys.UnraisableHookArgs) -> None:
         if isinstance(lost.exc_value, KeyboardInterrupt):
             retries.append(threading.Timer(RETRY_SECONDS, _interrupt_main_thread))
             retries[-1].start()
-        elif not found.pressed:  # what is half done after an interrupt is of no interest
+        elif not interrupts.pressed:  # errors after an interrupt are not reported
             report(lost)
 
     signal.signal(signal.SIGINT, note)
     sys.unraisablehook = raise_again
     try:
-        yield found
+        yield interrupts
     finally:
         for retry in retries:
             retry.cancel()
@@ -144,5 +144,5 @@ def noticed_interrupts() -> Iterator[Interrupts]:
 def _interrupt_main_thread() -> None:
     if sys.platform == "win32":
         signal.raise_signal(signal.SIGINT)
-    else:  # which a system call of the main thread notices too
+    else:  # also interrupts a system call of the main thread
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)

@@ -25,17 +25,17 @@ SAMPLE = files("numba_dequant") / "sample" / "sample.gguf"
 EXIT_STATUS = """\
 exit status:
   0    done
-  1    verify has found values that differ
+  1    verify found values that differ
   2    a file, an argument or a device cannot be used; the message says why
-  70   a fault of numba-dequant itself, with a traceback that helps to mend it
+  70   an internal error of numba-dequant; the traceback helps to fix it
   130  Ctrl-C
-  141  whoever read the output has closed the pipe
+  141  the reader of the output closed the pipe
 """
 CRASHED, INTERRUPTED, PIPE_CLOSED = 70, 130, 141
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; the result is its exit status."""
+    """Run the command; returns the exit status."""
     with console.safe_streams(), console.noticed_interrupts() as interrupts:
         try:
             status = _run(arguments)
@@ -76,12 +76,12 @@ def _fail(message: str) -> int:
 def _crash(lines: str) -> int:
     for line in lines.splitlines():
         console.complain(line)
-    console.complain("this is a fault of numba-dequant; please report it with the lines above")
+    console.complain("this is an internal error of numba-dequant; please report it with the lines above")
     return CRASHED
 
 
 class _Parser(argparse.ArgumentParser):
-    """Arguments may be file names, which must not steer the terminal when they are reported."""
+    """Escapes control characters in error messages, because arguments may be file names."""
 
     def error(self, message: str) -> NoReturn:
         super().error(display.printable(message))
@@ -103,8 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Dequantize every tensor of a model on the best device and compare the result, bit for bit, with "
         "the NumPy reference. Exit status 1 if any bit differs.",
     )
-    check.add_argument("file", nargs="?", metavar="FILE", help="a GGUF file; without it, a small sample of all formats")
-    check.add_argument("--device", help="reference, cpu, cuda, cuda:1, ...; the first GPU or else the CPU without it")
+    check.add_argument("file", nargs="?", metavar="FILE", help="a GGUF file; default: a small sample of all formats")
+    check.add_argument("--device", help="reference, cpu, cuda, cuda:1, ...; default: the first GPU, or else the CPU")
     check.add_argument("--dtype", choices=NAMES, default="float16", help="output type (%(default)s)")
     check.set_defaults(run=_verify)
 
@@ -117,43 +117,44 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser(
         "show",
         help="show what the bits of a block mean",
-        description="Show the layout of a format, or how the values of one block of a tensor come about.",
+        description="Show the layout of a format, or how the values of one block of a tensor are computed.",
     )
     show.add_argument("what", metavar="FORMAT|FILE", help="a format, such as Q4_K, or a GGUF file")
-    show.add_argument("tensor", nargs="?", metavar="TENSOR", help="a tensor of the file; the first one without it")
-    show.add_argument("--block", type=int, metavar="N", help="which block of the tensor (0)")
-    show.add_argument("--element", type=int, metavar="N", help="an element of the block, whose bits are shown")
+    show.add_argument("tensor", nargs="?", metavar="TENSOR", help="a tensor of the file; default: the first")
+    show.add_argument("--block", type=int, metavar="N", help="the block of the tensor (0)")
+    show.add_argument("--element", type=int, metavar="N", help="an element of the block; its bits are shown")
     show.set_defaults(run=_show)
 
     measure = commands.add_parser(
         "bench",
         help="measure every format",
-        description="Measure every format, after comparing its result with the reference: bytes read and written per "
-        "second, on a GPU beside the speed of a kernel that only moves as many bytes (the roof).",
+        description="Compare every format with the reference, then measure it: bytes read and written per second. On "
+        "a GPU, also show the memory roofline: the speed of a kernel that only copies the same number of bytes.",
     )
-    measure.add_argument("--device", help="cpu, cuda, cuda:1, ...; the first GPU or else the CPU without it")
-    measure.add_argument("--formats", metavar="A,B", help="formats (all quantized ones without it)")
+    measure.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the first GPU, or else the CPU")
+    measure.add_argument("--formats", metavar="A,B", help="formats; default: all quantized formats")
     measure.add_argument("--dtype", choices=NAMES, default="float16", help="output type (%(default)s)")
     measure.set_defaults(run=_bench)
 
     cache = commands.add_parser(
         "cache",
-        help="show or clear the compiled code that is kept",
-        description="Show where compiled code is kept from one run to the next, and how much. "
-        f"The directory is chosen by {disk_cache.VARIABLE}.",
+        help="show or clear the cache of compiled code",
+        description="Show the folder and the size of the cache of compiled code. "
+        f"The environment variable {disk_cache.VARIABLE} selects the folder.",
     )
-    cache.add_argument("--clear", action="store_true", help="remove all of it")
+    cache.add_argument("--clear", action="store_true", help="remove all entries")
     cache.set_defaults(run=_cache)
 
     warm = commands.add_parser(
         "warm",
-        help="compile ahead",
-        description="Compile kernels ahead of their first use: for the first GPU, for GPUs that are not here, or for "
-        "the CPU.",
+        help="compile ahead of time",
+        description="Compile kernels ahead of time: for the first GPU, for other GPU architectures, or for the CPU.",
     )
-    warm.add_argument("--arch", action="append", default=[], metavar="sm_90", help="a kind of GPU; may be repeated")
-    warm.add_argument("--cpu", action="store_true", help="the CPU path")
-    warm.add_argument("--formats", metavar="A,B", help="formats (all without it)")
+    warm.add_argument(
+        "--arch", action="append", default=[], metavar="sm_90", help="a GPU architecture; may be repeated"
+    )
+    warm.add_argument("--cpu", action="store_true", help="compile for the CPU")
+    warm.add_argument("--formats", metavar="A,B", help="formats; default: all")
     warm.add_argument("--dtype", choices=NAMES, action="append", help="output type; may be repeated (float16)")
     warm.set_defaults(run=_warm)
     return parser
@@ -167,13 +168,13 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _verify_file(path: str, title: str, options: argparse.Namespace) -> int:
-    place, problem = _place(options.device)
+    device, problem = _device(options.device)
     with nd.open(path) as model:
         reason = f" ({problem})" if problem else ""
-        print(f"{title}: {len(model.tensors)} tensors to {options.dtype} on {place}{reason}")
+        print(f"{title}: {len(model.tensors)} tensors to {options.dtype} on {device}{reason}")
         total = sum(tensor.n_bytes for tensor in model.tensors.values())
         with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False, delay=1) as bar:
-            rows = verify.verify(model, place, options.dtype, bar.update)
+            rows = verify.verify(model, device, options.dtype, bar.update)
     print(verify.table(rows))
     wrong = [row.format.name for row in rows if not row.is_exact]
     print(f"DIFFERENT from the reference: {', '.join(wrong)}" if wrong else "Every bit agrees with the reference.")
@@ -183,30 +184,30 @@ def _verify_file(path: str, title: str, options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from numba_dequant.cli import bench
 
-    place = _place(options.device)[0]
-    if place.kind not in ("cpu", "cuda"):
-        return _fail(f"bench cannot measure {place}; pass --device cpu or --device cuda")
-    sources = _formats(options.formats, [fmt for fmt in nd.FORMATS.values() if fmt.block_size > 1])
-    with tqdm(total=len(sources), unit="format", disable=None, leave=False) as progress:
-        title, rows = bench.bench(place, sources, options.dtype, progress.update)
+    device = _device(options.device)[0]
+    if device.kind not in ("cpu", "cuda"):
+        return _fail(f"bench cannot measure {device}; pass --device cpu or --device cuda")
+    formats = _formats(options.formats, [fmt for fmt in nd.FORMATS.values() if fmt.block_size > 1])
+    with tqdm(total=len(formats), unit="format", disable=None, leave=False) as progress:
+        title, rows = bench.bench(device, formats, options.dtype, progress.update)
     print(title)
     for line in bench.table(rows):
         print(line)
     return 0
 
 
-def _formats(names: str | None, otherwise: list[nd.Format]) -> list[nd.Format]:
+def _formats(names: str | None, default: list[nd.Format]) -> list[nd.Format]:
     if names is None:
-        return otherwise
-    found = [format_named(name) for name in names.split(",")]
-    for fmt in found:
+        return default
+    formats = [format_named(name) for name in names.split(",")]
+    for fmt in formats:
         if fmt.decode is None:
             raise nd.UnknownFormatError(f"{fmt.name} is stored as it is, so there is no code that dequantizes it")
-    return found
+    return formats
 
 
-def _place(name: str | None) -> tuple[devices.DeviceSpec, str | None]:
-    """The device of that name, or the best one and why it is not a GPU."""
+def _device(name: str | None) -> tuple[devices.DeviceSpec, str | None]:
+    """The device called `name`. Without a name: the first GPU, or the CPU and why no GPU is used."""
     problem = devices.why_no_cuda() if name is None else None
     return devices.parse_device(("cpu" if problem else "cuda:0") if name is None else name), problem
 
@@ -218,9 +219,7 @@ def _info(options: argparse.Namespace) -> int:
         if here < needed:
             print(f"{here:,} of {needed:,} bytes are here; the file looks incomplete")
         if model.missing_shards:
-            print(
-                f"not here: {', '.join(map(display.printable, model.missing_shards))}; the tensors of the others follow"
-            )
+            print(f"missing: {', '.join(map(display.printable, model.missing_shards))}; tensors of the other shards:")
         entries = display.metadata_rows(model.metadata.shown())
         width = max((len(key) for key, _ in entries), default=0)
         for key, value in entries:
@@ -234,13 +233,13 @@ def _show(options: argparse.Namespace) -> int:
     if _is_format(options.what):
         fmt = format_named(options.what)
         if options.tensor is not None or options.block is not None:
-            return _fail(f"a tensor and --block are for files, and {options.what} is a format")
+            return _fail(f"TENSOR and --block need a file, but {options.what} is a format")
         print(fmt if options.element is None else fmt.picture(options.element))
         return 0
     with nd.open(options.what) as model:
         name = next(iter(model.tensors), None) if options.tensor is None else options.tensor
         if name is None:
-            return _fail(f"{options.what} holds no tensor")
+            return _fail(f"{options.what} has no tensors")
         tensor = model.tensors[name]
         explanation = nd.explain(model.read(name), tensor.format, options.block or 0, options.element or 0)
         print(f"{display.cell(tensor.name)}: {tensor.format.summary}\n{explanation}")
@@ -248,7 +247,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _is_format(what: str) -> bool:
-    """Whether that is meant to be the name of a format, and not of a file."""
+    """Whether `what` names a format rather than a file."""
     if what in nd.FORMATS:
         return not os.path.isfile(what)
     return not (os.path.lexists(what) or os.path.dirname(what) or what.endswith(".gguf"))
@@ -263,26 +262,26 @@ def _cache(options: argparse.Namespace) -> int:
     for name, size in sorted(entries.items()):
         print(f"  {size:>9,}  {name.rpartition('-')[0]}")
     if problem := disk_cache.problem():
-        print(f"Nothing is kept from now on: {problem}")
+        print(f"The cache cannot be used: {problem}")
     return 0
 
 
 def _warm(options: argparse.Namespace) -> int:
-    sources = _formats(options.formats, [fmt for fmt in nd.FORMATS.values() if fmt.decode])
+    formats = _formats(options.formats, [fmt for fmt in nd.FORMATS.values() if fmt.decode])
     if options.cpu and cpu.is_jit_disabled():
-        return _fail("nothing is compiled for the CPU where NUMBA_DISABLE_JIT is set; unset it")
+        return _fail("NUMBA_DISABLE_JIT is set, so nothing is compiled for the CPU; unset it")
     if problem := disk_cache.problem():
-        return _fail(f"compiling ahead is of no use: {problem}")
+        return _fail(f"compiled code cannot be cached: {problem}")
     dtypes = options.dtype or ["float16"]
     capabilities = [_capability(arch) for arch in options.arch]
     if not capabilities and not options.cpu:
-        problem = "the CUDA simulator compiles nothing" if devices.is_simulated() else devices.why_no_cuda()
+        problem = "the CUDA simulator does not compile" if devices.is_simulated() else devices.why_no_cuda()
         if problem:
-            return _fail(f"{problem}; name a GPU with --arch, or take --cpu")
+            return _fail(f"{problem}; pass --arch or --cpu")
         from numba_dequant.backends.gpu import gpu_at
 
         capabilities = [gpu_at(0).capability]
-    tasks = warm.tasks(sources, dtypes, capabilities, on_cpu=options.cpu)
+    tasks = warm.tasks(formats, dtypes, capabilities, on_cpu=options.cpu)
     with tqdm(total=len(tasks), unit="kernel", disable=None, leave=False) as bar:
         n_kept = 0
         for is_kept in warm.compile_all(tasks):
@@ -290,17 +289,17 @@ def _warm(options: argparse.Namespace) -> int:
             bar.update()
     if n_kept < len(tasks):
         return _fail(
-            f"{len(tasks) - n_kept} of {len(tasks)} functions were compiled, but could not be kept in "
-            f"{disk_cache.directory()}; look whether it is full"
+            f"{len(tasks) - n_kept} of {len(tasks)} functions were compiled, but could not be written to "
+            f"{disk_cache.directory()}; check whether the disk is full"
         )
-    places = ["the CPU"] * options.cpu + [f"sm_{major}{minor}" for major, minor in capabilities]
+    targets = ["the CPU"] * options.cpu + [f"sm_{major}{minor}" for major, minor in capabilities]
     folder = disk_cache.directory()
-    print(f"{len(sources)} formats to {', '.join(dtypes)} compiled for {', '.join(places)}, in {folder}")
+    print(f"{len(formats)} formats to {', '.join(dtypes)} compiled for {', '.join(targets)}, in {folder}")
     return 0
 
 
 def _capability(arch: str) -> tuple[int, int]:
     match = re.fullmatch(r"(?:sm_)?([0-9]{1,3})([0-9])", arch)
     if match is None:
-        raise nd.DeviceError(f"unknown kind of GPU {arch!r}; expected something like sm_90")
+        raise nd.DeviceError(f"unknown architecture {arch!r}; expected something like sm_90")
     return int(match[1]), int(match[2])

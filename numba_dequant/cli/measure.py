@@ -1,4 +1,4 @@
-"""Measuring on a GPU: the clock, the roof and the workloads that `numba-dequant bench` and the benchmarks share."""
+"""Measurements on a GPU, for `numba-dequant bench` and the benchmarks: clock, workloads, memory roofline."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ from numba_dequant.verify import assert_bit_identical
 from numba_dequant.version import VERSION
 
 ROUNDS, LAUNCHES = 9, 4
-"""Readings, of which the median counts, and launches per reading."""
+"""Readings per measurement, of which the median is used, and launches per reading."""
 
 UNCACHED = 256 << 20
-"""Bytes that a GPU's cache does not hold: buffers that are used in turn cover at least so many."""
+"""Bytes that exceed the cache of a GPU; the buffers of a workload, used in turn, have at least this total size."""
 
 MAX_TURNS = 1 << 10
-"""Buffers to use in turn at most: where they are so small, launching is all that takes time."""
+"""Maximum number of buffers used in turn; with smaller buffers, launches dominate the time anyway."""
 
 HEAD_START = 1 << 30
-"""Bytes of the copy that is queued before a reading starts: 0.7 ms on an H100."""
+"""Bytes of the copy that is queued before each reading: 0.7 ms on an H100."""
 
 CHECKED = 1 << 18
-"""Elements at either end of a result that are compared with the reference."""
+"""Elements at each end of a result that are compared with the reference."""
 
-ROOF_SHAPES = [(1, 256), (2, 256), (4, 256), (8, 256), (2, 128), (4, 128)]
-"""Stores of 16 bytes per thread, and threads per thread block, of the kernels that only move bytes."""
+ROOFLINE_SHAPES = [(1, 256), (2, 256), (4, 256), (8, 256), (2, 128), (4, 128)]
+"""16-byte stores per thread, and threads per thread block, of the copy kernels."""
 
 MAX_STAGE = 512
-"""Loads of 16 bytes that a thread block of those kernels can hold in shared memory."""
+"""16-byte loads that a thread block of a copy kernel can hold in shared memory."""
 
 
 class GpuClock:
-    """A timer whose readings come in pairs: their difference is what the GPU took for the work between them.
+    """A timer whose readings come in pairs; their difference is the GPU time of the work between them.
 
-    Before the first reading of a pair a long copy is queued, so that the GPU finds all the work waiting for it behind
-    the copy, and the time that the host takes to launch does not count.
+    Before the first reading of a pair, a long copy is queued. All work is then queued before the GPU reaches it, so
+    the launch time of the host is not measured.
 
     Attributes:
-        head_start: copies of 1 GiB to queue.
+        head_start: the number of copies of 1 GiB to queue.
     """
 
     def __init__(self, gpu: Gpu) -> None:
@@ -80,7 +80,7 @@ class GpuClock:
         return self._stream.record(options=timed_event())
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """What one call of `work` takes, the median of several readings."""
+        """Seconds per call of `work`: the median of several readings."""
         work()
         readings = []
         for _ in range(ROUNDS):
@@ -91,18 +91,18 @@ class GpuClock:
         return statistics.median(readings)
 
     def copy_speed(self) -> float:
-        """Bytes read and written per second by a copy from device memory to device memory."""
+        """Bytes read and written per second by a copy within device memory."""
         first, second = (room.pointer for room in self._room)
         return 2 * HEAD_START / self.seconds(lambda: self._gpu.copy_on_device(first, second, HEAD_START, 0))
 
 
 class Workload:
-    """Random blocks on the current device, to be dequantized again and again: each call takes the next buffers in turn.
+    """Random blocks on the current device. Each call dequantizes the next of several buffers, in turn.
 
     Attributes:
-        fmt: their format.
+        fmt: the format of the blocks.
         dtype: the output type.
-        n_elements: how many.
+        n_elements: elements per call.
         bytes_moved: bytes that one call reads and writes.
     """
 
@@ -115,15 +115,15 @@ class Workload:
         mapping: str = "tile",
         kernel: Callable[[DeviceBytes, int, DeviceBytes], object] | None = None,
     ) -> None:
-        """Fill as much memory with blocks as the GPU's cache does not hold.
+        """Fill buffers that exceed the cache of the GPU with random blocks.
 
         Args:
-            fmt: their format.
+            fmt: the format of the blocks.
             dtype: the output type.
-            n_elements: how many; a whole number of blocks is made of it.
-            gpu: the current one.
-            mapping: that of the library's kernel.
-            kernel: queues another kernel in place of it, from data, the number of elements and the output.
+            n_elements: elements per call, rounded up to whole blocks.
+            gpu: the current GPU.
+            mapping: the mapping of the library's kernel.
+            kernel: a function that queues another kernel instead, given data, the number of elements and the output.
         """
         self.fmt, self.dtype, self.mapping, self._kernel = fmt, dtype, mapping, kernel
         n_blocks = -(-n_elements // fmt.block_size)
@@ -143,7 +143,7 @@ class Workload:
                 gpu.copy_on_device(memory.pointer + start, memory.pointer, size, 0)
 
     def __call__(self) -> None:
-        """Queue the work."""
+        """Queue one launch."""
         data, target = self.buffers()
         if self._kernel is not None:
             self._kernel(data, self.n_elements, target)
@@ -151,7 +151,7 @@ class Workload:
             dequantize_into(data, self._job, target, 0, self.mapping)
 
     def buffers(self) -> tuple[DeviceBytes, DeviceBytes]:
-        """Where to read and where to write this time."""
+        """The next buffers: data and output."""
         self._turn = (self._turn + 1) % len(self._sources)
         return self._sources[self._turn], self._targets[self._turn]
 
@@ -159,7 +159,7 @@ class Workload:
         """Compare both ends of a result with the reference.
 
         Raises:
-            DeviceError: a bit differs.
+            DeviceError: the values differ.
         """
         self._turn = -1
         data, target = self._sources[0], self._targets[0]
@@ -171,16 +171,16 @@ class Workload:
             blocks = np.empty(count * self.fmt.type_size, np.uint8)
             self._gpu.copy_to_host(blocks, data.pointer + first * self.fmt.type_size, 0)
             expected = dequantize(blocks, self.fmt, self.dtype, device="reference")
-            found = np.empty_like(expected)
-            self._gpu.copy_to_host(found, target.pointer + first * self.fmt.block_size * self.itemsize, 0)
-            assert_bit_identical(found, expected, f"{self.fmt.name} to {self.dtype}, mapping {self.mapping}")
+            values = np.empty_like(expected)
+            self._gpu.copy_to_host(values, target.pointer + first * self.fmt.block_size * self.itemsize, 0)
+            assert_bit_identical(values, expected, f"{self.fmt.name} to {self.dtype}, mapping {self.mapping}")
 
-    def roof(self, clock: GpuClock) -> float:
-        """Bytes per second of the fastest kernel that reads and writes as many bytes and does nothing else.
+    def roofline(self, clock: GpuClock) -> float:
+        """Bytes per second of the fastest copy kernel that reads and writes the same number of bytes.
 
-        0 if no such kernel divides the work evenly, as is so for the smallest sizes.
+        0 if no copy kernel divides the work evenly, which happens for the smallest sizes.
         """
-        shapes = [(stores, threads, False) for stores, threads in ROOF_SHAPES]
+        shapes = [(stores, threads, False) for stores, threads in ROOFLINE_SHAPES]
         tile = launch_shape("tile", self.fmt)
         shapes.append((tile.tile_elements * self.itemsize // 16 // tile.threads, tile.threads, True))
         best = 0.0
@@ -203,10 +203,10 @@ class Workload:
 def jit_launch(
     kernel: Any, mapping: LaunchShape, data: np.dtype[Any], out: np.dtype[Any]
 ) -> Callable[[DeviceBytes, int, DeviceBytes], None]:
-    """For `Workload`: a kernel that `numba.cuda.jit` has made, whose arguments are arrays of these types."""
+    """The launch of a `numba.cuda.jit` kernel for `Workload`; `data` and `out` are the dtypes of its arrays."""
     from numba_dequant.kernels.numba_cuda import cuda
 
-    arrays: dict[int, Any] = {}  # making one takes longer than a launch
+    arrays: dict[int, Any] = {}  # creating one takes longer than a launch
 
     def array(memory: DeviceBytes, dtype: np.dtype[Any]) -> Any:
         if memory.pointer not in arrays:
@@ -221,15 +221,15 @@ def jit_launch(
 
 
 def _in_one(n_bytes: int, count: int, gpu: Gpu) -> list[DeviceBytes]:
-    """So many pieces of one allocation, each aligned as if it had been allocated alone."""
+    """`count` buffers from one allocation, each aligned to 256 bytes."""
     step = -(-n_bytes // 256) * 256
-    whole = gpu.allocate(step * count, 0)
-    pointers = range(whole.pointer, whole.pointer + step * count, step)
-    return [DeviceBytes(pointer, n_bytes, gpu, whole.owner) for pointer in pointers]
+    memory = gpu.allocate(step * count, 0)
+    pointers = range(memory.pointer, memory.pointer + step * count, step)
+    return [DeviceBytes(pointer, n_bytes, gpu, memory.owner) for pointer in pointers]
 
 
 def machine(device: Device | None = None) -> dict[str, Any]:
-    """What a figure needs beside it: the GPU, its driver, and the versions of what the code is made with."""
+    """A description of the machine: the GPU, the driver and the versions of packages."""
     packages = ("numba", "numba-cuda", "cuda-core", "llvmlite", "nvidia-nvvm", "numpy", "gguf", "torch", "safetensors")
     versions = {"numba-dequant": VERSION}
     for package in packages:
@@ -237,8 +237,8 @@ def machine(device: Device | None = None) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    found: dict[str, Any] = {"python": platform.python_version(), "versions": versions}
+    description: dict[str, Any] = {"python": platform.python_version(), "versions": versions}
     if device is not None:
         code = int(driver.cuDriverGetVersion()[1])
-        found |= {"gpu": device.name, "driver": f"CUDA {code // 1000}.{code % 1000 // 10}"}
-    return found
+        description |= {"gpu": device.name, "driver": f"CUDA {code // 1000}.{code % 1000 // 10}"}
+    return description

@@ -1,4 +1,4 @@
-"""Compiling ahead, on all cores: Numba compiles one function at a time in a process."""
+"""Compiles ahead of time in several processes, because Numba compiles one function at a time per process."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from numba_dequant.format import Format
 from numba_dequant.kernels import compiler, native
 
 MAX_POOL = 8
-"""Processes, of which each takes a second and 0.3 GB to start."""
+"""Maximum number of processes; each needs a second to start, and 0.3 GB."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Something to compile: `work` does it, and keeps it on disk if that is possible."""
+    """A function to compile: `work` compiles it and writes it to the cache if possible."""
 
     work: Callable[..., object]
     arguments: tuple[Any, ...] = ()
 
     def run(self) -> bool:
-        """Compile it, and say whether it is kept.
+        """Compile; returns whether the code was cached.
 
         Raises:
-            DeviceError: the CUDA toolkit is missing, or does not know such GPUs.
+            DeviceError: the CUDA toolkit is missing, or does not support the GPU.
         """
         n_failed = len(disk_cache.not_kept)
         self.work(*self.arguments)
@@ -43,22 +43,22 @@ class Task:
 def tasks(
     formats: Sequence[Format], dtypes: list[str], capabilities: list[tuple[int, int]], *, on_cpu: bool
 ) -> list[Task]:
-    """What is needed for these formats and output types, for one tensor and for many."""
-    found = [Task(native.ensure_compiled)] if capabilities and sys.platform == "linux" else []
+    """All functions for these formats and output types, for single tensors and for batches."""
+    tasks = [Task(native.ensure_compiled)] if capabilities and sys.platform == "linux" else []
     for fmt in formats:
         for dtype in dtypes:
             if on_cpu:
-                found.append(Task(cpu.compiled, (fmt, dtype)))
+                tasks.append(Task(cpu.compiled, (fmt, dtype)))
             kernels = compiler.dequantize_kernel(fmt, dtype), compiler.batch_kernel(fmt, dtype)
-            found += [Task(compiler.cubin, (kernel, gpu)) for gpu in capabilities for kernel in kernels]
-    return found
+            tasks += [Task(compiler.cubin, (kernel, gpu)) for gpu in capabilities for kernel in kernels]
+    return tasks
 
 
 def compile_all(tasks: Sequence[Task]) -> Iterator[bool]:
-    """Run the tasks, and yield for each, when it is done, whether it is kept.
+    """Run the tasks. Yields, as each finishes, whether its code was cached.
 
     Raises:
-        DeviceError: as `Task.run` does, or a process was killed; the other tasks are then given up.
+        DeviceError: as for `Task.run`, or a process was killed; the remaining tasks are then cancelled.
     """
     n_processes = min(available_cores(), MAX_POOL, len(tasks))
     if n_processes < 2:
@@ -74,7 +74,7 @@ def compile_all(tasks: Sequence[Task]) -> Iterator[bool]:
                 yield future.result()
         except BrokenExecutor as error:
             raise DeviceError(
-                "a process that compiled was killed, perhaps because memory ran out; compile fewer formats at a time"
+                "a compiling process was killed, perhaps because memory ran out; compile fewer formats at a time"
             ) from error
         except BaseException:
             for process in set(active_children()) - others:
@@ -86,7 +86,7 @@ def compile_all(tasks: Sequence[Task]) -> Iterator[bool]:
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Processes that start inside ignore Ctrl-C, which a terminal sends to all of them: we end them ourselves."""
+    """A context in which new processes ignore Ctrl-C; `compile_all` terminates them."""
     if sys.platform == "win32":
         yield
         return

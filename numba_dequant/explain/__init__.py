@@ -1,1 +1,1 @@
-"""What the bits of a block mean: one block step by step, as text, HTML and SVG."""
+"""Explains formats and blocks, as text, HTML and SVG."""

@@ -1,6 +1,6 @@
-"""Which bits of a block decide which elements, found by trying: flip a bit, and see what `dequantize` makes of it.
+"""Finds which bits of a block affect which elements, by flipping bits and comparing the results of `dequantize`.
 
-Bit `8 * b + k` of a block is bit k of byte b, bit 0 being the lowest.
+Bit `8 * b + k` of a block is bit k of byte b; bit 0 is the lowest.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from numba_dequant.bits import RUN
 Dequantize = Callable[[NDArray[Any]], NDArray[np.float32]]
 
 FIRST_BLOCKS = 128
-"""Random blocks in which every bit is flipped alone."""
+"""Random blocks of the first round, in which every bit is flipped separately."""
 
 ROUND = 1024
-"""Random blocks that are tried next, as often as it takes."""
+"""Random blocks of each later round."""
 
 SIGHTINGS = 50
-"""How often the rarest effect of a bit must have been seen before the search ends for it: an index into a grid that
-grows by one seldom changes the last value of a point."""
+"""How often the rarest effect of a bit must be seen before its search ends. Some effects are rare: another index into
+a grid seldom changes the last value of a point."""
 
 IDLE_ROUNDS = 4
-"""Rounds after which a bit without any effect is taken to have none."""
+"""Rounds after which a bit without a visible effect counts as having none."""
 
 MAX_ROUNDS = 32
 
 
 def bit_map(layout: np.dtype[np.void], block_size: int, dequantize: Dequantize, seed: int = 0) -> NDArray[np.bool_]:
-    """Which elements a bit can change: shape (bits of a block, `block_size`)."""
+    """Which elements each bit affects: bool, shape (bits of a block, `block_size`)."""
     rng = np.random.default_rng(seed)
     seen = np.zeros((8 * layout.itemsize, block_size), np.int64)
 
@@ -59,10 +59,10 @@ def bit_map(layout: np.dtype[np.void], block_size: int, dequantize: Dequantize, 
 
 
 def _apart(seen: NDArray[np.int64], bits: list[int]) -> list[list[int]]:
-    """The bits in groups to be flipped together.
+    """Groups of bits that may be flipped together.
 
-    Those of a group decide elements of one run each, and of different runs, so that each change has one cause. Any
-    other bit is a group of its own.
+    Each bit of a group affects one run, and no two affect the same run, so that each change has one cause. A bit that
+    affects several runs is a group of its own.
     """
     alone: list[list[int]] = []
     shared: list[list[int]] = []
@@ -72,9 +72,9 @@ def _apart(seen: NDArray[np.int64], bits: list[int]) -> list[list[int]]:
         if len(runs) != 1:
             alone.append([bit])
             continue
-        for taken, members in zip(occupied, shared, strict=True):
-            if runs[0] not in taken:
-                taken.add(runs[0])
+        for used_runs, members in zip(occupied, shared, strict=True):
+            if runs[0] not in used_runs:
+                used_runs.add(runs[0])
                 members.append(bit)
                 break
         else:
@@ -88,7 +88,7 @@ def _runs(counts: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def flipped(blocks: NDArray[Any], bits: list[int]) -> NDArray[Any]:
-    """The same blocks with some bits turned over."""
+    """A copy of the blocks with some bits flipped."""
     changed = blocks.copy()
     raw = changed.view(np.uint8).reshape(len(blocks), -1)
     for bit in bits:
@@ -97,17 +97,16 @@ def flipped(blocks: NDArray[Any], bits: list[int]) -> NDArray[Any]:
 
 
 def bits_of(dequantize: Dequantize, blocks: NDArray[Any]) -> NDArray[np.uint32]:
-    """The values of blocks, as bits: even the sign of zero counts."""
+    """The values of blocks as bits, so that 0 and -0 differ."""
     with np.errstate(all="ignore"):
         return dequantize(blocks).view(np.uint32).reshape(len(blocks), -1)
 
 
 def random_blocks(layout: np.dtype[np.void], n_blocks: int, rng: np.random.Generator) -> NDArray[Any]:
-    """Random blocks whose floats are ordinary numbers, so that no scale hides what it multiplies."""
+    """Random blocks whose float fields are between 0.5 and 2, so that no scale hides the effect of a bit."""
     blocks = rng.integers(0, 256, n_blocks * layout.itemsize, np.uint8).view(layout)
     for name in layout.names or ():
-        kind = layout[name]
-        if kind.base.kind == "f":
+        if layout[name].base.kind == "f":
             blocks[name] = rng.uniform(0.5, 2.0, blocks[name].shape)
     return blocks
 
@@ -115,17 +114,17 @@ def random_blocks(layout: np.dtype[np.void], n_blocks: int, rng: np.random.Gener
 def value_range(
     layout: np.dtype[np.void], block_size: int, dequantize: Dequantize, bits: NDArray[np.bool_], seed: int = 0
 ) -> tuple[float, float]:
-    """The least and the greatest finite value of an element where all floats of a block are 1.
+    """The smallest and the largest finite value of an element if all float fields are 1.
 
-    Found by climbing: of many random blocks, each keeps every flip of a bit that brings it further.
+    Found by hill climbing: each of many random blocks keeps every bit flip that improves its value.
     """
     rng = np.random.default_rng(seed)
     is_free = np.ones(8 * layout.itemsize, bool)
     floats = [name for name in layout.names or () if layout[name].base.kind == "f"]
     for name in floats:
         assert layout.fields is not None
-        kind, start = layout.fields[name][:2]
-        is_free[8 * start : 8 * (start + kind.itemsize)] = False
+        dtype, start = layout.fields[name][:2]
+        is_free[8 * start : 8 * (start + dtype.itemsize)] = False
     ends = []
     for sign in (-1, 1):
         best = -np.inf
@@ -140,7 +139,7 @@ def value_range(
 
 
 def _climb(blocks: NDArray[Any], bits: list[int], element: int, sign: int, dequantize: Dequantize) -> float:
-    """The greatest value, or the least with a negative sign, that flips of these bits lead to."""
+    """The largest `sign * value` of an element that flips of these bits lead to."""
 
     def height(blocks: NDArray[Any]) -> NDArray[np.float64]:
         values = bits_of(dequantize, blocks).view(np.float32)[:, element].astype(np.float64)
@@ -151,8 +150,8 @@ def _climb(blocks: NDArray[Any], bits: list[int], element: int, sign: int, dequa
         before = reached
         for bit in bits:
             tried = flipped(blocks, [bit])
-            found = height(tried)
-            blocks[found > reached] = tried[found > reached]
-            reached = np.maximum(found, reached)
+            heights = height(tried)
+            blocks[heights > reached] = tried[heights > reached]
+            reached = np.maximum(heights, reached)
         if (reached == before).all():
             return float(reached.max())

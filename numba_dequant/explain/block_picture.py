@@ -1,7 +1,7 @@
-"""Pictures of a block: every byte and bit, coloured by field; those that decide one element, lit.
+"""Pictures of a block: all bytes and bits, coloured by field, with the bits of one element highlighted.
 
-Drawn from the layout and from `bit_map`: nothing is known of any one format. SVG for notebooks, which needs no script
-and reads on light and on dark pages; text for terminals.
+They are drawn from the layout and from `bit_map` alone, for any format: as SVG without scripts for notebooks, readable
+on light and dark pages, and as text for terminals.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PALETTE = ("#E69F00", "#56B4E9", "#F0E442", "#CC79A7", "#009E73", "#D55E00", "#BBBBBB", "#A6CEE3")
-"""Colours on which black can be read, most of them Okabe and Ito's; colour-blind people can tell them apart."""
+"""Colours for black text, most of them from Okabe and Ito's palette for colour-blind readers."""
 
 BYTES_PER_ROW = 16
 WIDTH, HEIGHT, GAP, MARGIN = 46, 34, 3, 40
@@ -25,11 +25,11 @@ LETTER = 7.4
 FONT = "font-family='ui-monospace, SFMono-Regular, Menlo, Consolas, monospace'"
 
 INK = "<style>svg { color: #1f2328 } @media (prefers-color-scheme: dark) { svg { color: #e6edf3 } }</style>"
-"""A picture in a file of its own knows nothing of the page around it."""
+"""Text colours of an SVG file, which has no page to inherit them from."""
 
 
 MAX_LETTERS = 8
-"""Letters of a name that a box has room for."""
+"""Maximum letters of a name in a box."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Field:
     """A field of a block.
 
     Attributes:
-        name: GGML's.
-        start: its first byte.
-        n_bytes: its length.
-        kind: its items, for example "128 x uint8".
-        item_size: bytes of an item.
-        decides: what its bits decide, for example "1 element" or "16 to 256 elements".
+        name: GGML's name.
+        start: the first byte.
+        n_bytes: the size in bytes.
+        kind: the items, for example "128 x uint8".
+        item_size: bytes per item.
+        decides: what each bit affects, for example "1 element" or "16 to 256 elements".
     """
 
     name: str
@@ -53,13 +53,13 @@ class Field:
     decides: str
 
     def label(self, byte: int) -> str:
-        """What a byte of the block is: of which item of the field."""
+        """The item of the field that a byte of the block belongs to."""
         item, rest = divmod(byte - self.start, self.item_size)
         which = f"[{item}]" if self.n_bytes > self.item_size else ""
         return f"{self.name}{which}" + (f", byte {rest}" if self.item_size > 1 else "")
 
     def mark(self, byte: int) -> str:
-        """The same in a few letters: the name where the field begins, then numbers where items do."""
+        """A short label: the name at the start of the field, then the index at the start of each item."""
         item, rest = divmod(byte - self.start, self.item_size)
         if byte == self.start:
             return self.name if len(self.name) <= MAX_LETTERS else f"{self.name[: MAX_LETTERS - 1]}…"
@@ -67,17 +67,17 @@ class Field:
 
 
 class BlockPicture:
-    """A picture of a block, which notebooks show and `print` prints.
+    """A picture of a block, for notebooks and for `print`.
 
     Attributes:
-        title: what it shows.
+        title: the title.
         fields: the fields, in order.
-        element: the element whose bits are lit, or None.
-        raw: the bytes of a real block, which are shown, or None.
-        svg: the picture as SVG, to be part of a page.
-        svg_file: the picture as SVG, to be a file.
+        element: the element whose bits are highlighted, or None.
+        raw: the bytes of a real block, or None.
+        svg: the picture as SVG for a page.
+        svg_file: the picture as SVG for a file.
         text: the picture as text.
-        bytes_text: of that, the bytes, and the bits that decide the element.
+        bytes_text: the part of `text` with the bytes and the bits of the element.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class BlockPicture:
 
     @property
     def svg_file(self) -> str:
-        """The picture as SVG, to be a file."""
+        """The picture as SVG for a file."""
         return self.svg.replace("<title>", f"{INK}<title>", 1)
 
     @property
@@ -112,7 +112,7 @@ class BlockPicture:
 
     @property
     def bytes_text(self) -> str:
-        """The bytes, and the bits that decide the element, as text."""
+        """The bytes and the bits of the element, as text."""
         return "\n".join(_bytes(self, self._bits))
 
     def _repr_html_(self) -> str:
@@ -127,15 +127,15 @@ class BlockPicture:
 
 def _field(layout: np.dtype[np.void], name: str, bits: NDArray[np.bool_]) -> Field:
     assert layout.fields is not None
-    kind, start = layout.fields[name][:2]
-    count = kind.itemsize // kind.base.itemsize
-    what = kind.base.name if kind.shape == () else f"{count} x {kind.base.name}"
-    decided = bits[8 * start : 8 * (start + kind.itemsize)].sum(axis=1)
-    return Field(name, start, kind.itemsize, what, kind.base.itemsize, _decides(decided, bits.shape[1]))
+    dtype, start = layout.fields[name][:2]
+    count = dtype.itemsize // dtype.base.itemsize
+    items = dtype.base.name if dtype.shape == () else f"{count} x {dtype.base.name}"
+    decided = bits[8 * start : 8 * (start + dtype.itemsize)].sum(axis=1)
+    return Field(name, start, dtype.itemsize, items, dtype.base.itemsize, _decides(decided, bits.shape[1]))
 
 
 def _key(picture: BlockPicture) -> str:
-    """What the marks in the boxes mean."""
+    """The legend of the marks in the boxes."""
     if picture.element is None:
         return "dark bits decide one element, grey ones up to 8, light ones more, outlined ones none"
     if picture.raw is None:
@@ -196,10 +196,10 @@ def _legend_row(item: Field) -> tuple[str, str, str, str]:
 def _byte(
     picture: BlockPicture, bits: NDArray[np.bool_], colour: str, item: Field, byte: int, x: float, y: float
 ) -> Iterator[str]:
-    """A byte: what it is or holds, and below it the bits, the highest first."""
+    """A byte: its label or value, and below it the bits, the highest first."""
     element, raw = picture.element, picture.raw
     is_lit = bits[:, element] if element is not None else np.ones(8, bool)
-    # On a byte that is not lit the page shines through, so the label has the page's colour.
+    # A byte without highlighted bits is transparent, so its label has the text colour of the page.
     box, ink, faded = (1, "#000", 1) if is_lit.any() else (0.25, "currentColor", 0.6)
     label = item.mark(byte) if raw is None else f"{raw[byte]:02x}"
     yield f"<rect x='{x}' y='{y}' width='{WIDTH}' height='{HEIGHT}' rx='3' fill='{colour}' fill-opacity='{box}'/>"
@@ -253,7 +253,7 @@ def _bytes(picture: BlockPicture, bits: NDArray[np.bool_]) -> Iterator[str]:
 
 
 def _rows(picture: BlockPicture) -> Iterator[str]:
-    """The bytes in rows: what they hold, or the first letters of their fields."""
+    """The bytes in rows: their values, or the first letters of their fields."""
     if picture.raw is not None:
         cells = [f"{byte:02x}" for byte in picture.raw]
     else:
@@ -263,7 +263,7 @@ def _rows(picture: BlockPicture) -> Iterator[str]:
 
 
 def _bits(picture: BlockPicture, byte: int, lit: NDArray[np.bool_]) -> str:
-    """Bits of a byte that decide an element; of a real block, what they are."""
+    """The bits of a byte that affect an element; for a real block, their values."""
     if picture.raw is None:
         return "".join("█" if is_lit else "·" for is_lit in lit[::-1])
     return "".join(

@@ -1,7 +1,6 @@
-"""One real block, step by step: its bytes, its fields, and how `decode` comes to the values of a run.
+"""Explains one real block: its bytes, its fields, and how `decode` computes the values of a run.
 
-The steps are those of the format's own `decode`, watched while plain Python runs it: every name that it gives to
-something, what that was, and what the functions that it called gave.
+The steps are recorded while plain Python runs the `decode` of the format: every assignment, every call, and the values.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ from numba_dequant.formats import format_named
 
 
 class Explanation:
-    """A block and how its values come about, which notebooks show and `print` prints.
+    """The explanation of a block, for notebooks and for `print`.
 
     Attributes:
-        format: its format.
-        block: which block of the data it is.
-        element: the element that is explained, with the run of eight that it is part of.
+        format: the format.
+        block: the index of the block in the data.
+        element: the explained element; the steps are those of its run of eight.
         raw: the bytes of the block.
-        fields: name -> what the field holds.
+        fields: field name -> contents.
         values: all values of the block, float32.
-        steps: what `decode` does for the run.
-        picture: the bytes and bits of the block, with those of the element lit; None for a type without blocks.
+        steps: the steps of `decode` for the run.
+        picture: the picture of the block with the bits of the element; None for a type without blocks.
     """
 
     def __init__(self, fmt: Format, block: int, element: int, raw: NDArray[np.uint8]) -> None:
@@ -47,7 +46,7 @@ class Explanation:
         }
         with np.errstate(all="ignore"):
             self.values: NDArray[np.float32] = fmt.dequantize(record).reshape(-1)
-            # The alignment is what a kernel vouches for.
+            # The alignment that kernels guarantee.
             self.steps = trace_decode(fmt.decode, raw.view(f"u{fmt.alignment}"), element // RUN)
         self.picture: BlockPicture | None = None if is_plain else fmt.picture(element, raw)
 
@@ -86,7 +85,7 @@ class Explanation:
         yield f"value of element {self.element}: {self.values[self.element]:.9g}"
 
     def _by_statement(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-        """Each statement of `decode`, with what its calls gave and what it gave names to."""
+        """Each statement of `decode` with rows (label, value) of its calls and assignments."""
         statement = ""
         rows: list[tuple[str, str]] = []
         for step in self.steps:
@@ -119,10 +118,10 @@ class Explanation:
         )
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        found = {"text/plain": self.text, "text/html": self._repr_html_()}
+        bundle = {"text/plain": self.text, "text/html": self._repr_html_()}
         if self.picture is not None:
-            found["image/svg+xml"] = self.picture.svg_file
-        return found
+            bundle["image/svg+xml"] = self.picture.svg_file
+        return bundle
 
     def __str__(self) -> str:
         return self.text
@@ -132,7 +131,7 @@ class Explanation:
 
 
 def explain(data: Any, format: str | int | Format, block: int = 0, element: int = 0) -> Explanation:
-    """How the values of one block come about.
+    """Explain how the values of one block are computed.
 
     >>> import numpy as np, numba_dequant as nd
     >>> data = np.float16(0.5).tobytes() + bytes(range(16))
@@ -163,28 +162,27 @@ def explain(data: Any, format: str | int | Format, block: int = 0, element: int 
 
     Args:
         data: whole blocks, as for `dequantize`, on the host.
-        format: their format.
-        block: which of them.
-        element: which element of the block; the steps are those of the run of eight that it is part of.
+        format: the format of the blocks.
+        block: the index of the block.
+        element: the index of the element in the block; the steps are those of its run of eight.
 
     Raises:
-        UnknownFormatError, DataError: what is wrong with the argument of that name.
-        ShapeError: there is no such block or element.
+        UnknownFormatError: `format` is unknown.
+        DataError: `data` is not whole blocks on the host.
+        ShapeError: `block` or `element` is out of range.
     """
     fmt = format_named(format)
     if fmt.dequantize is None:
         raise DataError(f"{fmt.name} is stored as it is: there is nothing to explain")
     raw = host_bytes(data)
-    # The elements of a plain array are explained in runs.
+    # Plain arrays are explained in runs of eight elements.
     size, n_bytes = (fmt.block_size, fmt.type_size) if fmt.block_size > 1 else (RUN, RUN * fmt.type_size)
     n_blocks = fmt.n_elements(raw.size) // size
     number = whole_number(block, 0)
     if number is None or number >= n_blocks:
-        found = shown(block)
-        raise ShapeError(f"the data has {n_blocks} blocks of {size} elements, from 0 on; there is no block {found}")
-    block = number
+        raise ShapeError(f"the data has {n_blocks} blocks of {size} elements; there is no block {shown(block)}")
     element = element_of(fmt.name, element, size)
-    return Explanation(fmt, block, element, raw[block * n_bytes : (block + 1) * n_bytes].copy())
+    return Explanation(fmt, number, element, raw[number * n_bytes : (number + 1) * n_bytes].copy())
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a format shows of itself: in a terminal, in a notebook, as a picture of one block."""
+"""Text, HTML and pictures of a format, for terminals and notebooks."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def picture(fmt: Format, element: int | None, raw: NDArray[np.uint8] | None) -> 
         title += f"; lit: the {int(bits[:, element].sum())} bits of element {element}"
     is_block = isinstance(raw, np.ndarray) and raw.dtype == np.uint8 and raw.shape == (fmt.type_size,)
     if raw is not None and not is_block:
-        found = f"{raw.dtype} of shape {raw.shape}" if isinstance(raw, np.ndarray) else shown(raw)
-        raise DataError(f"raw is one block of {fmt.name}: uint8 of shape ({fmt.type_size},), not {found}")
+        got = f"{raw.dtype} of shape {raw.shape}" if isinstance(raw, np.ndarray) else shown(raw)
+        raise DataError(f"raw must be one block of {fmt.name}, uint8 of shape ({fmt.type_size},), got {got}")
     return BlockPicture(title, fmt.layout, bits, element, raw)
 
 
 def description(fmt: Format) -> str:
-    """What the file that defines a format says of it, with the source of the layout; else its summary."""
+    """See `Format.description`."""
     module = sys.modules.get(getattr(fmt.decode, "__module__", ""))
     is_ours = module is not None and module.__name__.startswith("numba_dequant.formats.")
     return inspect.cleandoc(module.__doc__ or "") if module is not None and is_ours else fmt.summary
@@ -45,7 +45,7 @@ def text(fmt: Format) -> str:
 
 
 def mime_bundle(fmt: Format) -> dict[str, str]:
-    """What a notebook shows: text, HTML, and the picture by itself."""
+    """The text, the HTML and the picture for notebooks."""
     plain = text(fmt)
     if fmt.dequantize is None or fmt.block_size == 1:
         return {"text/plain": plain, "text/html": f"<p>{html.escape(plain)}</p>"}

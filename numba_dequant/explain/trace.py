@@ -1,4 +1,4 @@
-"""Watching a `decode` at work: plain Python runs it, and every step is noted."""
+"""Records the steps of a `decode` while plain Python runs it."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from numpy.typing import NDArray
 from numba_dequant.bits import LookupTable
 
 MASK = re.compile(r"0x([0-9A-F]{8}(?:[0-9A-F]{8})?)\b")
-"""A constant that is as wide as several packed bytes: what it masks is."""
+"""A hexadecimal mask of 4 or 8 bytes; a statement with such a mask works on packed bytes."""
 
 
 @dataclass(frozen=True)
 class PackedBytes:
-    """Bytes in an integer.
+    """Bytes packed in an integer.
 
     Attributes:
-        count: how many.
-        is_signed: whether they stand for signed numbers.
+        count: the number of bytes.
+        is_signed: whether the bytes are signed.
     """
 
     count: int
     is_signed: bool = False
 
     def text(self, number: int) -> str:
-        """The bytes of a number, the lowest first."""
+        """The bytes of an integer as text, the lowest first."""
         raw = (number & (1 << 8 * self.count) - 1).to_bytes(self.count, "little")
         return "  ".join(map(str, np.frombuffer(raw, np.int8 if self.is_signed else np.uint8).tolist()))
 
@@ -46,7 +46,7 @@ RESULTS = {
     "negate_bytes": PackedBytes(8, is_signed=True),
     "lookup_nibbles": PackedBytes(8, is_signed=True),
 }
-"""What functions that a decode calls pack into an integer."""
+"""How the results of primitives are packed."""
 
 
 def _text(value: Any, packed: PackedBytes | None) -> str:
@@ -61,12 +61,12 @@ def _text(value: Any, packed: PackedBytes | None) -> str:
 
 @dataclass(frozen=True)
 class Call:
-    """A function that `decode` called.
+    """A function call in `decode`.
 
     Attributes:
-        label: its name, and what it was given.
-        value: what it gave: an integer, a float32, or eight float32.
-        packed: the bytes that an integer packs, if it does.
+        label: the name of the function and its arguments.
+        value: the result: an integer, a float32, or eight float32.
+        packed: how bytes are packed in the result, or None.
     """
 
     label: str
@@ -81,13 +81,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Step:
-    """Something that `decode` gave a name.
+    """An assignment in `decode`, or its return value.
 
     Attributes:
-        name: the name.
-        source: the statement that did so.
+        name: the variable.
+        source: the statement.
         value: an integer, a float32, or eight float32.
-        calls: the functions that the statement called, in order.
+        calls: the calls of the statement, in order.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Step:
 
     @property
     def shown(self) -> str:
-        """The value as text; what packs bytes, as these."""
+        """The value as text; packed bytes are shown one by one."""
         return _text(self.value, self._packed)
 
     @property
@@ -113,19 +113,19 @@ class Step:
 
 
 def trace_decode(decode: Callable[..., Any], block: NDArray[Any], run: int) -> list[Step]:
-    """What a `decode` gives names to for a run of a block, in the order in which it does, and what it returns."""
-    watcher = _Tracer(decode)
+    """The assignments of a `decode` for one run of a block, in order, and its return value."""
+    tracer = _Tracer(decode)
     before = sys.gettrace()
-    sys.settrace(watcher.of_frame)
+    sys.settrace(tracer.of_frame)
     try:
         decode(block, 0, run)
     finally:
         sys.settrace(before)
-    return watcher.steps
+    return tracer.steps
 
 
 class _Tracer:
-    """Notes what a `decode` does, for `sys.settrace`."""
+    """Records the steps of a `decode`, for `sys.settrace`."""
 
     def __init__(self, decode: Callable[..., Any]) -> None:
         self.steps: list[Step] = []
@@ -141,15 +141,15 @@ class _Tracer:
             self._line = frame.f_lineno
             return self._in_decode
         if frame.f_back is not None and frame.f_back.f_code is self._code:
-            given = [frame.f_locals[name] for name in frame.f_code.co_varnames[: frame.f_code.co_argcount]]
-            return self._until_it_returns(frame.f_code.co_name, given)
+            arguments = [frame.f_locals[name] for name in frame.f_code.co_varnames[: frame.f_code.co_argcount]]
+            return self._until_it_returns(frame.f_code.co_name, arguments)
         return None
 
-    def _until_it_returns(self, name: str, given: list[Any]) -> Any:
-        label = f"{name}({', '.join(map(self._argument, given))})"
+    def _until_it_returns(self, name: str, arguments: list[Any]) -> Any:
+        label = f"{name}({', '.join(map(self._argument, arguments))})"
         packed = RESULTS.get(name)
-        if name == "lookup" and given[0].items.itemsize > 1:
-            packed = PackedBytes(given[0].items.itemsize, is_signed=True)
+        if name == "lookup" and arguments[0].items.itemsize > 1:
+            packed = PackedBytes(arguments[0].items.itemsize, is_signed=True)
 
         def within(frame: FrameType, event: str, argument: Any) -> Any:
             if event == "return":
@@ -164,7 +164,7 @@ class _Tracer:
         if isinstance(value, np.ndarray):
             return "block"
         if isinstance(value, (int, np.integer)) and abs(int(value)) >= 1 << 32:
-            return "..."  # bytes that an earlier line shows
+            return "..."  # packed bytes, which an earlier line shows
         return f"{value:.6g}" if isinstance(value, np.floating) else str(value)
 
     def _in_decode(self, frame: FrameType, event: str, argument: Any) -> Any:
@@ -186,18 +186,18 @@ class _Tracer:
 
 
 def _statements(function: Callable[..., Any]) -> dict[int, str]:
-    """The statement that each line of a function belongs to, counted from its first; nothing if its text is lost."""
+    """The statement at each line of a function, by line number from 0; empty without its source."""
     try:
         text = textwrap.dedent(inspect.getsource(function))
     except OSError:
         return {}
-    found: dict[int, str] = {}
-    # Outer statements come first, and are overwritten by those within.
+    statements: dict[int, str] = {}
+    # Outer statements come first; inner ones overwrite them.
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.stmt):
             body = getattr(node, "body", None)
             last = body[0].lineno - 1 if body else node.end_lineno or node.lineno
             lines = text.splitlines()[node.lineno - 1 : max(last, node.lineno)]
             for line in range(node.lineno, max(last, node.lineno) + 1):
-                found[line - 1] = " ".join(" ".join(lines).split())
-    return found
+                statements[line - 1] = " ".join(" ".join(lines).split())
+    return statements

@@ -1,1 +1,1 @@
-"""What Numba turns into machine code, for this processor and for GPUs."""
+"""Code that Numba compiles, for the CPU and for GPUs."""

@@ -1,7 +1,7 @@
-"""Kernels to machine code, through numba-cuda and the CUDA toolkit; no GPU is needed.
+"""Compiles kernels to cubins, with numba-cuda and the CUDA toolkit; no GPU is needed.
 
-What comes out is a cubin rather than PTX: a driver older than the toolkit refuses the toolkit's PTX, but loads its
-cubins. They are kept on disk.
+The result is a cubin and not PTX, because a driver older than the toolkit refuses its PTX but loads its cubins. Cubins
+are cached on disk.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ TOOLCHAIN = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-cuda-nvcc
 
 
 class KernelSpec(NamedTuple):
-    """A kernel to compile: what makes it, and how it is called.
+    """A kernel to compile.
 
     Attributes:
-        label: what its code is called on disk.
-        maker: "module.function" of this folder, which makes the kernel; it is imported when there is no code on disk.
-        options: what `maker` takes.
-        parameters: the kernel's own, "data", "table" or "number" each.
+        label: the name of its code in the cache.
+        maker: "module.function" in this folder, which creates the kernel; imported only if there is no cached code.
+        options: the arguments of `maker`.
+        parameters: the types of the kernel's parameters: "data", "table" or "number".
     """
 
     label: str
@@ -40,14 +40,14 @@ class KernelSpec(NamedTuple):
     parameters: tuple[str, ...] = ("data", "number", "data")
 
     def make(self) -> Callable[..., None]:
-        """The kernel, not compiled."""
+        """The kernel as a Python function."""
         module, _, function = self.maker.partition(".")
-        made: Callable[..., None] = getattr(import_module(f"numba_dequant.kernels.{module}"), function)(*self.options)
-        return made
+        kernel: Callable[..., None] = getattr(import_module(f"numba_dequant.kernels.{module}"), function)(*self.options)
+        return kernel
 
     @property
     def is_kept(self) -> bool:
-        """Whether its code depends on nothing but this package, so that it may be kept on disk."""
+        """Whether the code depends on this package alone, so that it may be cached on disk."""
         return all(is_built_in(option) for option in self.options if isinstance(option, Format))
 
 
@@ -65,15 +65,15 @@ def batch_kernel(fmt: Format, dtype: str) -> KernelSpec:
 
 
 def copy_kernel(stores: int, threads: int, stage: int) -> KernelSpec:
-    """A kernel that only moves bytes: ``kernel(data, n_loads, out)``."""
+    """The copy kernel: ``kernel(data, n_loads, out)``."""
     return KernelSpec(f"copy-{stores}-{threads}-{stage}", "copy.make_copy_kernel", (stores, threads, stage))
 
 
 def cubin(kernel: KernelSpec, capability: tuple[int, int]) -> tuple[str, bytes]:
-    """The entry point's name and the machine code of a kernel, for GPUs of a compute capability.
+    """The entry point's name and the cubin of a kernel, for a compute capability.
 
     Raises:
-        DeviceError: the CUDA toolkit is missing, or does not know such GPUs.
+        DeviceError: the CUDA toolkit is missing, or does not support the compute capability.
     """
     label = f"sm{capability[0]}{capability[1]}-{kernel.label}"
     entry = disk_cache.cache_key(label, disk_cache.versions(*TOOLCHAIN))
@@ -84,7 +84,7 @@ def cubin(kernel: KernelSpec, capability: tuple[int, int]) -> tuple[str, bytes]:
             kept = entry_point(text).encode() + b"\0" + assemble(text, capability)
         except Exception as error:
             reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-            raise DeviceError(f"the CUDA toolkit cannot compile {label} for this kind of GPU: {reason}") from error
+            raise DeviceError(f"the CUDA toolkit cannot compile {label} for this GPU: {reason}") from error
         if kernel.is_kept:
             disk_cache.write(entry, kept)
     name, code = kept.split(b"\0", 1)
@@ -94,17 +94,17 @@ def cubin(kernel: KernelSpec, capability: tuple[int, int]) -> tuple[str, bytes]:
 def ptx(kernel: KernelSpec, capability: tuple[int, int]) -> str:
     """The PTX text of a kernel."""
     with compile_lock:  # a fork waits for the import
-        made = kernel.make()
-    return function_ptx(made, capability, *kernel.parameters)
+        function = kernel.make()
+    return function_ptx(function, capability, *kernel.parameters)
 
 
 def function_ptx(kernel: Callable[..., None], capability: tuple[int, int], *kinds: Any) -> str:
-    """The PTX text of any function of addresses and numbers, or of what Numba has types for.
+    """The PTX text of a function.
 
     Args:
         kernel: the function.
-        capability: the GPU's compute capability.
-        kinds: of its arguments, "data", "table", "number" or types of Numba; by default those that a kernel takes.
+        capability: the compute capability of the GPU.
+        kinds: the types of its parameters: "data", "table", "number" or Numba types; default: data, number, data.
     """
     with compile_lock:  # a fork waits for the import
         from numba import types
@@ -114,7 +114,7 @@ def function_ptx(kernel: Callable[..., None], capability: tuple[int, int], *kind
     of_kind = {"data": types.CPointer(types.uint8), "table": types.CPointer(types.int64), "number": types.int64}
     signature = tuple(of_kind.get(kind, kind) for kind in kinds or ("data", "number", "data"))
     with compile_lock:
-        # numba-cuda asks the current device which GPU to compile the kernel's callees for; here we know better.
+        # numba-cuda compiles the kernel's callees for the current device; use `capability` instead.
         dispatcher = cuda.dispatcher
         real = dispatcher.get_current_device
         dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
@@ -128,16 +128,16 @@ def function_ptx(kernel: Callable[..., None], capability: tuple[int, int], *kind
 
 def entry_point(text: str) -> str:
     """The name of the kernel in a PTX text."""
-    found = re.search(r"\.entry\s+(\w+)", text)
-    assert found is not None
-    return found[1]
+    match = re.search(r"\.entry\s+(\w+)", text)
+    assert match is not None
+    return match[1]
 
 
 def assemble(text: str, capability: tuple[int, int]) -> bytes:
-    """PTX text to machine code, by the linker of the CUDA toolkit.
+    """Assemble a PTX text to a cubin with the linker of the CUDA toolkit.
 
-    The compiler names its own version in the text, and an older linker refuses that. What stands in the text is much
-    older, so the linker is offered it under earlier versions too.
+    An older linker refuses the PTX version of a newer compiler. The text uses only old instructions, so earlier version
+    numbers are tried too.
     """
     from cuda.core import Program, ProgramOptions
 
@@ -146,9 +146,9 @@ def assemble(text: str, capability: tuple[int, int]) -> bytes:
     assert header is not None
     refusal = None
     for minor in range(int(header[2]), -1, -1):
-        offered = f"{text[: header.start()]}.version {header[1]}.{minor}{text[header.end() :]}"
+        candidate = f"{text[: header.start()]}.version {header[1]}.{minor}{text[header.end() :]}"
         try:
-            return bytes(Program(offered, "ptx", options).compile("cubin").code)
+            return bytes(Program(candidate, "ptx", options).compile("cubin").code)
         except Exception as error:
             refusal = refusal or error
     assert refusal is not None
@@ -157,9 +157,9 @@ def assemble(text: str, capability: tuple[int, int]) -> bytes:
 
 @lru_cache(maxsize=1)
 def why_no_toolkit() -> str | None:
-    """Why kernels cannot be compiled here, or None if they can.
+    """Why kernels cannot be compiled, or None if they can.
 
-    Loading the toolkit takes a while, so that it was found is kept on disk.
+    Loading the toolkit is slow, so success is cached on disk.
     """
     entry = disk_cache.cache_key("toolkit", disk_cache.versions(*TOOLCHAIN))
     if disk_cache.read(entry) is not None:

@@ -1,4 +1,4 @@
-"""The roof: kernels that move as many bytes as a format does, 16 at a time, and compute nothing."""
+"""The memory roofline: kernels that copy as many bytes as a format moves, 16 per access, and compute nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from numba_dequant.bits import copy_16_bytes
-from numba_dequant.kernels import intrinsics_cuda  # noqa: F401 teaches Numba copy_16_bytes
+from numba_dequant.kernels import intrinsics_cuda  # noqa: F401 registers copy_16_bytes with Numba
 from numba_dequant.kernels.numba_cuda import cuda
 
 int32: Any = np.int32
@@ -16,10 +16,10 @@ int64: Any = np.int64
 
 
 def make_copy_kernel(stores: int, threads: int, stage: int = 0) -> Callable[[Any, int, Any], None]:
-    """A kernel, not compiled: ``kernel(data, n_loads, out)``.
+    """A copy kernel as a Python function: ``kernel(data, n_loads, out)``.
 
-    A thread block of so many threads writes `stores` times 16 bytes a thread, for which it reads `n_loads` times 16
-    bytes: straight, or by way of shared memory as the real kernels do, `stage` times 16 bytes of it.
+    Each of the `threads` threads of a thread block writes `stores` times 16 bytes. The block reads `n_loads` times 16
+    bytes: directly if `stage` is 0, otherwise through `stage` times 16 bytes of shared memory, as dequantize kernels do.
     """
     n_stores = stores * threads
     n_units = 2 * stage
@@ -28,8 +28,8 @@ def make_copy_kernel(stores: int, threads: int, stage: int = 0) -> Callable[[Any
         tile, thread = int64(cuda.blockIdx.x), int32(cuda.threadIdx.x)
         for step in range(stores):
             index = thread + int32(step * threads)
-            source = tile * n_loads + index * n_loads // n_stores
-            copy_16_bytes(out, (tile * n_stores + index) * 16, data, source * 16)
+            load = tile * n_loads + index * n_loads // n_stores
+            copy_16_bytes(out, (tile * n_stores + index) * 16, data, load * 16)
 
     def move_staged(data: Any, n_loads: int, out: Any) -> None:
         tile, thread = int64(cuda.blockIdx.x), int32(cuda.threadIdx.x)

@@ -1,11 +1,10 @@
-"""The CUDA kernels: one template over all formats, written once over `Format.decode`.
+"""The CUDA kernels: one template for all formats, built on `Format.decode`.
 
-A thread block copies a tile of consecutive quant blocks to shared memory, 16 bytes a load; then each thread decodes
-runs of eight elements and writes each with stores of 16 bytes. `launch_shape.py` says how large a tile is: with a tile
-of one it is exactly one thread block per quant block.
+A thread block copies a tile of consecutive quant blocks to shared memory with 16-byte loads. Then each thread decodes
+runs of eight elements and writes each run with 16-byte stores. `launch_shape.py` sets the size of a tile; the mapping
+"block" uses one quant block per thread block.
 
-`compiler.py` compiles these functions for the library's own launches. To launch one the plain Numba way, from a
-notebook say, take `jit`.
+`compiler.py` compiles these functions for the library. To launch a kernel with plain Numba, use `jit`.
 """
 
 from __future__ import annotations
@@ -35,11 +34,10 @@ uint32: Any = np.uint32
 
 
 def jit(format: str | Format, dtype: Any = "float16", mapping: str = "block") -> Any:
-    """A kernel as a `numba.cuda` dispatcher, to launch the plain Numba way.
+    """A kernel as a `numba.cuda` dispatcher, to launch with plain Numba.
 
     Its arguments are the compressed bytes (uint8), the number of elements to write, and the output: a flat array of
-    the output type, or of unsigned integers of its size for bfloat16. `launch_shape(mapping, format)` has the
-    numbers of a launch:
+    the output type, or uint16 for bfloat16. `launch_shape(mapping, format)` gives the launch configuration:
 
     >>> shape = launch_shape("block", FORMATS["Q8_0"])                               # doctest: +SKIP
     >>> jit("Q8_0")[shape.thread_blocks(n), shape.threads](data, n, out)              # doctest: +SKIP
@@ -49,7 +47,7 @@ def jit(format: str | Format, dtype: Any = "float16", mapping: str = "block") ->
 
 
 def make_kernel(fmt: Format, dtype: str, mapping: LaunchShape) -> Callable[[Any, int, Any], None]:
-    """The kernel, not compiled, that turns blocks of `source` into `dtype`: ``kernel(data, n_elements, out)``."""
+    """The kernel for one tensor, as a Python function: ``kernel(data, n_elements, out)``."""
     write_tile = _tile_writer(fmt, dtype, mapping)
 
     def dequantize(data: Any, n_elements: int, out: Any) -> None:
@@ -59,17 +57,17 @@ def make_kernel(fmt: Format, dtype: str, mapping: LaunchShape) -> Callable[[Any,
 
 
 def make_batch_kernel(fmt: Format, dtype: str, mapping: LaunchShape) -> Callable[[Any, Any, int, Any], None]:
-    """The kernel, not compiled, for many tensors of one format: ``kernel(data, table, n_tensors, out)``.
+    """The kernel for many tensors of one format, as a Python function: ``kernel(data, table, n_tensors, out)``.
 
-    `table` is that of `launch_shape.tile_directory`, flat.
+    `table` is the flattened result of `launch_shape.tile_directory`.
     """
     write_tile = _tile_writer(fmt, dtype, mapping)
     threads = mapping.threads
 
     def dequantize(data: Any, table: Any, n_tensors: int, out: Any) -> None:
         tile = int64(cuda.blockIdx.x)
-        # The tensor is among `count` ones from `first` on. As many of them as there are threads are looked at in one
-        # step, evenly spread; those that start at or before the tile are counted.
+        # Search the tensor of this tile among `count` tensors from `first`. In each step, every thread checks one of
+        # `threads` evenly spaced candidates, and those that start at or before the tile are counted.
         first, count = int64(0), int64(n_tensors)
         while count > 1:
             step = (count + (threads - 1)) // threads
@@ -87,7 +85,7 @@ def make_batch_kernel(fmt: Format, dtype: str, mapping: LaunchShape) -> Callable
 
 
 def _tile_writer(fmt: Format, dtype: str, mapping: LaunchShape) -> Callable[[Any, int, int, Any, int, int], None]:
-    """What one thread block does: ``write_tile(data, data_start, n_elements, out, out_start, tile)``."""
+    """The work of one thread block: ``write_tile(data, data_start, n_elements, out, out_start, number)``."""
     decode, output_type = fmt.decode, OUTPUT_TYPES[dtype]
     has_pairs = fmt.block_size % (2 * RUN) == 0
     store = (has_pairs and output_type.store_in_pairs) or output_type.store
@@ -103,12 +101,12 @@ def _tile_writer(fmt: Format, dtype: str, mapping: LaunchShape) -> Callable[[Any
     threads, runs = mapping.threads, mapping.runs
     tile_blocks = mapping.tile_elements // block_size
     wide_steps = -(-tile_blocks * type_size // (16 * threads))
-    # 16 bytes more than the tile takes: a load that need not be aligned reads whole words around it.
+    # 16 extra bytes, because unaligned loads read the whole words around their bytes.
     tile_units = (-(-tile_blocks * type_size // 16) + 1) * 16 // fmt.alignment
     unit = np.dtype(f"u{fmt.alignment}")
 
     def write_tile(data: Any, data_start: int, n_elements: int, out: Any, out_start: int, number: int) -> None:
-        # The simulator refuses the alignment that the 16-byte copies need on a GPU; Numba drops the dead branch.
+        # The 16-byte copies need this alignment on a GPU. The simulator refuses it; Numba prunes the dead branch.
         if IS_SIMULATED:
             tile = cuda.shared.array(tile_units, unit)
         else:
@@ -120,7 +118,7 @@ def _tile_writer(fmt: Format, dtype: str, mapping: LaunchShape) -> Callable[[Any
         n_wide = n_bytes >> 4
         if not is_aligned(data, start):
             n_wide = int32(0)
-        # A fixed number of steps rather than a loop that ends early: the loads are then in flight together.
+        # A fixed number of steps, without an early exit, so that the loads are in flight together.
         for step in range(wide_steps):
             index = thread + int32(step * threads)
             if index < n_wide:
@@ -131,7 +129,7 @@ def _tile_writer(fmt: Format, dtype: str, mapping: LaunchShape) -> Callable[[Any
             index += threads
         cuda.syncthreads()
 
-        # Unsigned, so that the compiler may divide by shifting.
+        # Unsigned, so that the compiler can divide by shifts.
         for step in range(runs):
             run = uint32(thread + int32(step * threads))
             element = first_block * block_size + int64(run) * RUN
@@ -152,8 +150,8 @@ def _named(kernel: Callable[..., None], name: str) -> Callable[..., None]:
 
 def _quietly(decode: Callable[..., Any]) -> Callable[..., Any]:
     def without_warnings(block: Any, at: int, run: int) -> Any:
-        # Infinite and NaN scales have defined results. The simulator runs each thread as a thread of Python's, which
-        # does not inherit NumPy's settings.
+        # Infinite and NaN scales have defined results. The simulator runs each CUDA thread as a Python thread, which
+        # does not inherit NumPy's error settings.
         with np.errstate(all="ignore"):
             return decode(block, int(at), int(run))
 

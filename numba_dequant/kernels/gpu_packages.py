@@ -1,4 +1,4 @@
-"""What only a GPU needs: the packages of the extras, and the driver."""
+"""The packages and the driver that a GPU needs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from functools import lru_cache
 from importlib.util import find_spec
 
 GPU_PACKAGES = {"numba-cuda": "numba_cuda", "cuda-core": "cuda.core"}
-"""What only a GPU needs, and the modules by which it is found."""
+"""Packages that a GPU needs, with a module of each."""
 
 
 def why_no_gpu_packages() -> str | None:
-    """What is missing for a GPU, with the command that installs it; None if everything is installed."""
+    """What is missing for a GPU, with the command that installs it, or None."""
     missing = [package for package, module in GPU_PACKAGES.items() if not is_there(module)]
     if not missing:
         return None
@@ -21,21 +21,21 @@ def why_no_gpu_packages() -> str | None:
 
 
 def install_command() -> str:
-    """The command that installs what a GPU needs, for the driver that is here."""
+    """The command that installs the GPU packages for the installed driver."""
     return f'pip install "numba_dequant[{"cu12" if 0 < driver_version() < 13000 else "cu13"}]"'
 
 
 def is_there(module: str) -> bool:
-    """Whether a module can be found; it is not imported."""
+    """Whether a module is installed, without importing it."""
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # what it is in
+    except ModuleNotFoundError:  # a parent package is missing
         return False
 
 
 @lru_cache(maxsize=1)
 def driver_version() -> int:
-    """The newest CUDA that the driver knows, as 13010 for 13.1; 0 without a driver."""
+    """The newest CUDA version that the driver supports, for example 13010 for 13.1; 0 without a driver."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         version = ctypes.c_int()

@@ -1,8 +1,7 @@
-"""The primitives of `bits.py` as machine instructions, for Numba's CPU target and for its CUDA target.
+"""The primitives of `bits.py` as LLVM instructions, for Numba's CPU and CUDA targets.
 
-One description serves both: `register_primitives` takes what differs (how a target registers things, and how it
-converts between float types) as a `NumbaTarget`. Eight float32 side by side are one LLVM vector; both targets know best
-how to cut it up.
+Both targets share this code. A `NumbaTarget` holds the differences: how the target registers functions and converts
+between float types. Eight float32 are one LLVM vector, which each target lowers to its own registers.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ Emit = Callable[[ir.IRBuilder, Any], Any]
 
 
 class EightFloats(types.Type):
-    """Numba's type of what a `decode` returns: eight float32 side by side."""
+    """The Numba type of the result of a `decode`: eight float32."""
 
     def __init__(self) -> None:
         super().__init__("EightFloats")
@@ -37,7 +36,7 @@ EIGHT = EightFloats()
 
 
 class LookupTableType(types.Dummy):
-    """Numba's type of one table: its items are known when the code that looks them up is compiled."""
+    """The Numba type of one table, whose items are compile-time constants."""
 
     def __init__(self, table: bits.LookupTable) -> None:
         self.table = table
@@ -46,7 +45,7 @@ class LookupTableType(types.Dummy):
 
 @dataclass(frozen=True)
 class NumbaTarget:
-    """What `register_primitives` needs to know of a Numba target."""
+    """The target-specific parts of `register_primitives`."""
 
     overload: Callable[..., Any]
     intrinsic: Callable[..., Any]
@@ -63,20 +62,20 @@ class NumbaTarget:
     half_to_float: Emit
     """i16 -> float."""
     rounds: dict[str, Emit]
-    """By output type of 16 bits: <8 x float> -> <4 x i32>, two values a word."""
+    """For each 16-bit output type: <8 x float> -> <4 x i32>, two values per word."""
     lookup_nibbles: Callable[[ir.IRBuilder, bits.LookupTable, Any], Any]
-    """Eight nibbles, a byte each -> their bytes in a table, packed."""
+    """i64 with a nibble per byte -> i64 with their table entries."""
     table_address_space: int
     loads_are_invariant: bool
-    """Whether nothing changes a block while it is decoded, so that loads may be moved across stores."""
+    """Whether blocks are constant during a decode, so that loads may be moved across stores."""
     widens_eight_at_once: bool
-    """Whether eight floats are loaded as one vector, which `half_to_float` then takes, or one after the other."""
+    """Whether eight floats are loaded as one vector (`half_to_float` then takes a vector) or one by one."""
     store_alignment: int
-    """Bytes to which the target vouches that a run of outputs is aligned."""
+    """Guaranteed alignment in bytes of a run of outputs."""
     load_8_unaligned: Callable[[ir.IRBuilder, Any, Any], Any] | None = None
-    """The address of an array, how far on to go -> the eight bytes there, where a plain load must be aligned."""
+    """(array address, byte offset) -> i64, if the target has no unaligned load of eight bytes."""
     registered: set[Callable[..., Any]] = field(default_factory=set)
-    """Decodes and helpers that the target can compile."""
+    """Decodes and helpers that are registered with the target."""
 
 
 def vector(values: list[int], kind: ir.Type = WORD) -> ir.Constant:
@@ -85,24 +84,24 @@ def vector(values: list[int], kind: ir.Type = WORD) -> ir.Constant:
 
 
 def splat(value: int, kind: ir.Type = WORD) -> ir.Constant:
-    """A constant vector of eight times the same value."""
+    """A constant vector of eight equal values."""
     return vector([value] * 8, kind)
 
 
 def data_pointer(context: Any, builder: ir.IRBuilder, kind: Any, value: Any) -> Any:
-    """The address of an array's bytes; a kernel's arguments may also be bare addresses."""
+    """The address of the bytes of an array; kernel arguments may also be plain addresses."""
     is_array = isinstance(kind, types.Array)
     pointer = context.make_helper(builder, kind, value).data if is_array else value
     return builder.bitcast(pointer, ir.PointerType(BYTE))
 
 
 def pointer_at(builder: ir.IRBuilder, pointer: Any, at: Any, kind: ir.Type) -> Any:
-    """The address `at` bytes on, as that of a `kind`."""
+    """`pointer` plus `at` bytes, as a pointer to `kind`."""
     return builder.bitcast(builder.gep(pointer, [at]), ir.PointerType(kind))
 
 
 def load_codegen(target: NumbaTarget, width: int, signed: bool) -> Codegen:
-    """A load of `width` bytes that assumes no more alignment than the item size of its array."""
+    """A load of `width` bytes that assumes the alignment of the array's item size."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         block, at = arguments
@@ -122,7 +121,7 @@ def load_codegen(target: NumbaTarget, width: int, signed: bool) -> Codegen:
 
 
 def table_item(builder: ir.IRBuilder, table: bits.LookupTable, index: Any, address_space: int) -> Any:
-    """One item of a table, which becomes a constant of the module that looks it up."""
+    """One item of a table, which becomes a constant of the compiled module."""
     item = ir.IntType(8 * table.items.itemsize)
     kind = ir.ArrayType(item, len(table.items))
     constant = builder.module.globals.get(table.name)
@@ -139,14 +138,14 @@ def lookup_codegen(address_space: int) -> Codegen:
     """One item of a table."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        found = table_item(builder, signature.args[0].table, arguments[1], address_space)
-        return found if found.type == LONG else builder.sext(found, LONG)
+        item = table_item(builder, signature.args[0].table, arguments[1], address_space)
+        return item if item.type == LONG else builder.sext(item, LONG)
 
     return codegen
 
 
 def lookup_nibbles_by_loads(builder: ir.IRBuilder, table: bits.LookupTable, eight: Any) -> Any:
-    """Eight items of a table of bytes, packed, one load each."""
+    """Eight items of a table of bytes, packed in an i64, with one load each."""
     lanes = builder.bitcast(eight, EIGHT_BYTES)
     result = ir.Constant(EIGHT_BYTES, ir.Undefined)
     for lane in range(8):
@@ -167,8 +166,8 @@ def eight_loads_codegen(target: NumbaTarget, kind: ir.Type, widen: Emit) -> Code
             return widen(builder, builder.load(vector, align=alignment))
         result = ir.Constant(EIGHT_FLOATS, ir.Undefined)
         for index in range(8):
-            place = builder.add(at, LONG(index * kind.width // 8))
-            item = builder.load(pointer_at(builder, base, place, kind), align=alignment)
+            offset = builder.add(at, LONG(index * kind.width // 8))
+            item = builder.load(pointer_at(builder, base, offset, kind), align=alignment)
             result = builder.insert_element(result, widen(builder, item), WORD(index))
         return result
 
@@ -176,7 +175,7 @@ def eight_loads_codegen(target: NumbaTarget, kind: ir.Type, widen: Emit) -> Code
 
 
 def store_codegen(convert: Emit, alignment: int) -> Codegen:
-    """Stores of up to eight values, as the words that `convert` packs them in, from element `index` on."""
+    """Stores of up to eight values at element `index`, as words that `convert` makes."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         out, index, values, count = arguments
@@ -185,26 +184,26 @@ def store_codegen(convert: Emit, alignment: int) -> Codegen:
         item = ir.IntType(4 * n_words)
         base = data_pointer(context, builder, signature.args[0], out)
         start = builder.gep(base, [builder.mul(index, LONG(item.width // 8))])
-        with builder.if_else(builder.icmp_signed(">=", count, LONG(8))) as (whole, part):
-            with whole:
+        with builder.if_else(builder.icmp_signed(">=", count, LONG(8))) as (is_full, is_partial):
+            with is_full:
                 size = min(n_words, 4)  # 16 bytes at most
                 for first in range(0, n_words, size):
                     few = builder.shuffle_vector(words, words, vector(list(range(first, first + size))))
-                    place = pointer_at(builder, start, LONG(4 * first), few.type)
-                    builder.store(few, place, align=min(alignment, 4 * size))
-            with part:
+                    target = pointer_at(builder, start, LONG(4 * first), few.type)
+                    builder.store(few, target, align=min(alignment, 4 * size))
+            with is_partial:
                 items = builder.bitcast(words, ir.VectorType(item, 8))
                 for lane in range(8):
                     with builder.if_then(builder.icmp_signed("<", LONG(lane), count)):
-                        place = pointer_at(builder, start, LONG(lane * item.width // 8), item)
-                        builder.store(builder.extract_element(items, WORD(lane)), place, align=item.width // 8)
+                        target = pointer_at(builder, start, LONG(lane * item.width // 8), item)
+                        builder.store(builder.extract_element(items, WORD(lane)), target, align=item.width // 8)
         return context.get_dummy_value()
 
     return codegen
 
 
 def broadcast(builder: ir.IRBuilder, value: Any) -> Any:
-    """A float, or eight of them, as eight."""
+    """A float, broadcast to eight; a vector is returned as it is."""
     if isinstance(value.type, ir.VectorType):
         return value
     one = builder.insert_element(ir.Constant(EIGHT_FLOATS, ir.Undefined), value, WORD(0))
@@ -212,7 +211,7 @@ def broadcast(builder: ir.IRBuilder, value: Any) -> Any:
 
 
 def arithmetic_codegen(operation: str) -> Codegen:
-    """A float operation whose sides are eight floats, or one that stands for eight."""
+    """A float operation on vectors of eight; a scalar side is broadcast."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         left, right = (broadcast(builder, side) for side in arguments)
@@ -222,7 +221,7 @@ def arithmetic_codegen(operation: str) -> Codegen:
 
 
 def emit(function: Emit) -> Codegen:
-    """A codegen of one argument that needs nothing but the builder."""
+    """A codegen from a function of the builder and one argument."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         return function(builder, arguments[0])
@@ -231,14 +230,14 @@ def emit(function: Emit) -> Codegen:
 
 
 def bf16(builder: ir.IRBuilder, number: Any) -> Any:
-    """i16 -> float, of which it is the upper half; or eight of them."""
+    """i16 -> float, as its upper half; or vectors of eight."""
     if isinstance(number.type, ir.VectorType):
         return builder.bitcast(builder.shl(builder.zext(number, EIGHT_WORDS), splat(16)), EIGHT_FLOATS)
     return builder.bitcast(builder.shl(builder.zext(number, WORD), WORD(16)), FLOAT)
 
 
 def single(builder: ir.IRBuilder, number: Any) -> Any:
-    """i32 -> the float with these bits; or eight of them."""
+    """i32 -> the float with these bits; or vectors of eight."""
     return builder.bitcast(number, EIGHT_FLOATS if isinstance(number.type, ir.VectorType) else FLOAT)
 
 
@@ -248,7 +247,7 @@ def to_float(builder: ir.IRBuilder, number: Any) -> Any:
 
 
 def register_primitives(target: NumbaTarget) -> None:
-    """Teach a Numba target the primitives of `bits.py` and the helpers that decodes share."""
+    """Register the primitives of `bits.py` with a Numba target."""
     target.register_model(EightFloats)(_model_for(target))
     target.register_model(LookupTableType)(target.opaque_model)
     target.typeof.register(bits.LookupTable)(lambda table, _: LookupTableType(table))
@@ -297,7 +296,7 @@ def register_primitives(target: NumbaTarget) -> None:
 
 
 def spread_bits(builder: ir.IRBuilder, number: Any) -> Any:
-    """Bit k of the low byte becomes byte k: keep bit k in copy k of the byte, then carry it to the top of its byte."""
+    """Bit k of the low byte becomes byte k: mask bit k in copy k of the byte, then carry it to the top bit."""
     four_copies = builder.mul(builder.and_(builder.trunc(number, WORD), WORD(0xFF)), WORD(0x01010101))
     copies = builder.zext(four_copies, LONG)
     copies = builder.or_(copies, builder.shl(copies, LONG(32)))
@@ -307,7 +306,7 @@ def spread_bits(builder: ir.IRBuilder, number: Any) -> Any:
 
 
 def register_decode(target: NumbaTarget, decode: Callable[..., Any]) -> None:
-    """Let compiled code of this target call a decode and the helpers it needs, which are compiled along with it."""
+    """Let compiled code of this target call a decode and its helpers; they are compiled when called."""
     for function in [*bits.shared_helpers, decode]:
         if function not in target.registered:
             register(target, function)
@@ -315,7 +314,7 @@ def register_decode(target: NumbaTarget, decode: Callable[..., Any]) -> None:
 
 
 def register(target: NumbaTarget, function: Callable[..., Any]) -> None:
-    """Let compiled code of this target call a plain function, which is compiled along with it."""
+    """Let compiled code of this target call a Python function, which is compiled when called."""
     target.overload(function, strict=False)(lambda *arguments: function)
 
 
@@ -334,12 +333,12 @@ def register_primitive(
     kinds: tuple[Any, ...],
     codegen: Codegen,
 ) -> None:
-    """Let `codegen` stand for `function`; `kinds` are the argument types, None for one that is taken as it comes."""
+    """Replace `function` by `codegen` in compiled code; `kinds` are the parameter types, None for any type."""
 
     def typed(*given: Any) -> Any:
-        return result(*(kind or here for kind, here in zip(kinds, given, strict=True))), codegen
+        return result(*(kind or actual for kind, actual in zip(kinds, given, strict=True))), codegen
 
-    # Numba wants the number of parameters spelled out.
+    # Numba requires explicit parameters.
     stand_in: Callable[..., Any]
     if len(kinds) == 1:
         one = target.intrinsic(lambda _, a: typed(a))

@@ -1,7 +1,7 @@
 """The primitives of `bits.py` on Numba's CPU target.
 
-Conversions between float types are integer arithmetic on eight lanes at once: every processor has that, and it does
-not depend on how a program has set the treatment of subnormal numbers.
+Float conversions use integer arithmetic on eight lanes. Every processor supports this, and it does not depend on
+whether the program flushes subnormal numbers to zero.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def centred_bytes(builder: ir.IRBuilder, eight: Any, centre: Any) -> Any:
 
 
 def half_to_float(builder: ir.IRBuilder, number: Any) -> Any:
-    """i16 -> float, or eight of them: move exponent and mantissa to their places, correct the exponent."""
+    """i16 -> float, or vectors of eight: shift exponent and mantissa, then correct the exponent bias."""
     is_vector = isinstance(number.type, ir.VectorType)
     words, floats, item = (EIGHT_WORDS, EIGHT_FLOATS, splat) if is_vector else (WORD, FLOAT, WORD)
     wide = builder.zext(number, words)
@@ -50,7 +50,7 @@ def half_to_float(builder: ir.IRBuilder, number: Any) -> Any:
     exponent = builder.and_(body, item(0x1F << 23))
     normal = builder.add(body, item((127 - 15) << 23))
     special = builder.add(body, item(2 * (127 - 15) << 23))
-    # A subnormal is its mantissa times 2**-24: put it below a leading one of 2**-14, then take that one away.
+    # A subnormal is mantissa * 2**-24: place the mantissa below a leading one of 2**-14, then subtract 2**-14.
     leading = item((127 - 14) << 23)
     raised = builder.bitcast(builder.or_(body, leading), floats)
     subnormal = builder.bitcast(builder.fsub(raised, builder.bitcast(leading, floats)), words)
@@ -67,7 +67,7 @@ def round_to_fp16(builder: ir.IRBuilder, values: Any) -> Any:
     odd = builder.and_(builder.lshr(size, splat(13)), splat(1))
     rebased = builder.add(size, splat((1 << 32) - ((127 - 15) << 23) + 0xFFF))
     normal = builder.lshr(builder.add(rebased, odd), splat(13))
-    # Adding 0.5 leaves room for exactly the 24 bits below 2**-1 that a subnormal float16 has: the adder rounds.
+    # After adding 0.5, the last bit of the float is 2**-24, that of a subnormal float16: the addition rounds.
     half = splat(126 << 23)
     sum_ = builder.fadd(builder.bitcast(size, EIGHT_FLOATS), builder.bitcast(half, EIGHT_FLOATS))
     subnormal = builder.sub(builder.bitcast(sum_, EIGHT_WORDS), half)

@@ -15,7 +15,7 @@ from numba_dequant.kernels.numba_cuda import extending
 FOUR_WORDS = ir.VectorType(WORD, 4)
 
 GLOBAL_MEMORY = 1
-"""Address space of tables. Constant memory serves one address at a time, and neighbours look up different ones."""
+"""Address space of tables. Constant memory is slow here, because the threads of a warp read different addresses."""
 
 
 def _instruction(builder: ir.IRBuilder, text: str, result: ir.Type, constraints: str, arguments: list[Any]) -> Any:
@@ -29,14 +29,14 @@ def unsigned_bytes(builder: ir.IRBuilder, eight: Any) -> Any:
 
 
 def signed_bytes(builder: ir.IRBuilder, eight: Any) -> Any:
-    """i64 -> <8 x float>: a signed byte, its top bit turned over, is an unsigned one that is 128 larger."""
+    """i64 -> <8 x float>: flipping the top bit of a signed byte gives an unsigned byte that is 128 larger."""
     return centred_bytes(builder, builder.xor(eight, LONG(0x8080808080808080)), WORD(128))
 
 
 def centred_bytes(builder: ir.IRBuilder, eight: Any, centre: Any) -> Any:
-    """i64, i32 -> <8 x float>: put each byte in the lowest place of the float 2**23, then take that and `centre` away.
+    """i64, i32 -> <8 x float>: insert each byte as the lowest byte of the float 2**23, then subtract 2**23 + `centre`.
 
-    That is one permutation and one subtraction; an instruction that converts has a quarter of their rate.
+    This takes one permutation and one subtraction per byte. A conversion instruction has a quarter of their throughput.
     """
     bias = builder.bitcast(builder.or_(centre, WORD(0x4B000000)), FLOAT)
     halves = [builder.trunc(eight, WORD), builder.trunc(builder.lshr(eight, LONG(32)), WORD)]
@@ -54,7 +54,7 @@ def half_to_float(builder: ir.IRBuilder, number: Any) -> Any:
 
 
 def round_to_fp16(builder: ir.IRBuilder, values: Any) -> Any:
-    """<8 x float> -> <4 x i32>. The assembler makes one instruction of the three where the GPU has it."""
+    """<8 x float> -> <4 x i32>. The assembler merges the three instructions into one if the GPU has it."""
     halves = "cvt.rn.f16.f32 low, $1; cvt.rn.f16.f32 high, $2;"
     return _round_pairs(builder, "{.reg .b16 low, high; " + halves + " mov.b32 $0, {low, high};}", values)
 
@@ -74,9 +74,9 @@ def _round_pairs(builder: ir.IRBuilder, instruction: str, values: Any) -> Any:
 
 
 def load_8_unaligned(builder: ir.IRBuilder, base: Any, at: Any) -> Any:
-    """Three words, the first of them aligned, out of which two are cut: eight loads of a byte would take longer.
+    """Load three aligned words and extract the eight bytes; this is faster than eight byte loads.
 
-    The array must start at a multiple of four, and there must be four bytes to read behind it.
+    The array must be aligned to four bytes, with four readable bytes after its end.
     """
     words = [
         builder.load(pointer_at(builder, base, builder.add(builder.and_(at, LONG(-4)), LONG(4 * index)), WORD))
@@ -89,7 +89,7 @@ def load_8_unaligned(builder: ir.IRBuilder, base: Any, at: Any) -> Any:
 
 
 def lookup_nibbles(builder: ir.IRBuilder, table: bits.LookupTable, eight: Any) -> Any:
-    """Eight items of a table of 16 bytes, by permuting the bytes of registers."""
+    """Eight items of a table of 16 bytes, by byte permutations of registers."""
     words = [WORD(word) for word in table.items.view("<u4").tolist()]
     halves = [builder.trunc(eight, WORD), builder.trunc(builder.lshr(eight, LONG(32)), WORD)]
     low, high = (builder.zext(_lookup_four(builder, words, half), LONG) for half in halves)
@@ -97,7 +97,7 @@ def lookup_nibbles(builder: ir.IRBuilder, table: bits.LookupTable, eight: Any) -
 
 
 def _lookup_four(builder: ir.IRBuilder, words: list[Any], nibbles: Any) -> Any:
-    # A permutation takes its four selectors side by side in 16 bits, so the nibbles move together first.
+    # A permutation takes four selectors in 16 bits, so the nibbles are packed first.
     pairs = builder.and_(builder.or_(nibbles, builder.lshr(nibbles, WORD(4))), WORD(0x00FF00FF))
     selectors = builder.or_(pairs, builder.lshr(pairs, WORD(8)))
     within_half = builder.and_(selectors, WORD(0x7777))
@@ -153,10 +153,10 @@ def _is_aligned(context: Any, builder: ir.IRBuilder, signature: Any, arguments: 
 
 
 def _store_in_pairs(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-    """Eight float32 are two stores of 16 bytes, and memory takes 32 bytes at a time.
+    """Store two neighbouring runs of eight float32 with two neighbouring threads.
 
-    So the two threads of a pair write the first of their runs together, and then the second: each gives the other the
-    half that is not its own to write.
+    A run is two 16-byte stores, but a memory sector has 32 bytes. The threads therefore exchange halves, and write the
+    first run together and then the second.
     """
     out, index, values, _ = arguments
     words = builder.bitcast(values, EIGHT_WORDS)
@@ -165,13 +165,13 @@ def _store_in_pairs(context: Any, builder: ir.IRBuilder, signature: Any, argumen
     is_odd = builder.icmp_unsigned("==", odd, WORD(1))
     pair = builder.shl(WORD(3), builder.and_(lane, WORD(30)))
     first = second = ir.Constant(FOUR_WORDS, ir.Undefined)
-    for place in range(4):
-        low, high = (builder.extract_element(words, WORD(place + half)) for half in (0, 4))
+    for position in range(4):
+        low, high = (builder.extract_element(words, WORD(position + half)) for half in (0, 4))
         given = builder.select(is_odd, low, high)
         exchange = "shfl.sync.bfly.b32 $0, $1, 1, 31, $2;"
         taken = builder.asm(ir.FunctionType(WORD, [WORD, WORD]), exchange, "=r,r,r", [given, pair], side_effect=True)
-        first = builder.insert_element(first, builder.select(is_odd, taken, low), WORD(place))
-        second = builder.insert_element(second, builder.select(is_odd, high, taken), WORD(place))
+        first = builder.insert_element(first, builder.select(is_odd, taken, low), WORD(position))
+        second = builder.insert_element(second, builder.select(is_odd, high, taken), WORD(position))
     base = intrinsics.data_pointer(context, builder, signature.args[0], out)
     back = builder.mul(builder.zext(odd, LONG), LONG(16))
     start = builder.sub(builder.mul(index, LONG(4)), back)

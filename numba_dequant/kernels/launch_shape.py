@@ -1,4 +1,4 @@
-"""How a kernel's work is cut into thread blocks and threads."""
+"""How the work of a kernel is divided into thread blocks and threads."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TILE_RUNS = 2
 
 @dataclass(frozen=True)
 class LaunchShape:
-    """What each thread block and each thread of a kernel does.
+    """The work of each thread block and of each thread.
 
     Attributes:
         tile_elements: elements that one thread block writes.
         threads: threads per thread block.
-        runs: runs of eight elements per thread, `threads` runs apart so that neighbours store side by side.
+        runs: runs of eight elements per thread, `threads` runs apart, so that the stores of a warp are coalesced.
     """
 
     tile_elements: int
@@ -32,15 +32,15 @@ class LaunchShape:
     runs: int
 
     def thread_blocks(self, n_elements: int) -> int:
-        """Thread blocks that cover `n_elements`."""
+        """The number of thread blocks for `n_elements`."""
         return -(-n_elements // self.tile_elements)
 
 
 def launch_shape(name: str, fmt: Format) -> LaunchShape:
-    """The mapping of that name for a format.
+    """The launch shape of the mapping `name` for a format.
 
-    ``"tile"`` gives a thread block a tile of consecutive quant blocks, 4096 elements: the fast one.
-    ``"block"`` gives it one quant block: exactly one thread block per quant block, the one to read.
+    ``"tile"``: a thread block computes a tile of consecutive quant blocks, 4096 elements. This is the fast mapping.
+    ``"block"``: a thread block computes one quant block. This is the simple mapping.
 
     Raises:
         OptionError: there is no such mapping.
@@ -53,7 +53,7 @@ def launch_shape(name: str, fmt: Format) -> LaunchShape:
 @cache
 def _mapping(name: str, fmt: Format) -> LaunchShape:
     if name == "block":
-        # A plain array has no blocks to speak of: a thread block takes one run.
+        # A plain array has blocks of one element; a thread block computes one run.
         elements = max(fmt.block_size, RUN)
         return LaunchShape(elements, elements // RUN, 1)
     elements = -(-TILE_THREADS * TILE_RUNS * RUN // fmt.block_size) * fmt.block_size
@@ -63,10 +63,10 @@ def _mapping(name: str, fmt: Format) -> LaunchShape:
 def tile_directory(
     mapping: LaunchShape, data_starts: NDArray[np.int64], out_starts: NDArray[np.int64], n_elements: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], int]:
-    """The table of a launch over many tensors, none of them empty, and the number of its tiles.
+    """The table of a launch over many non-empty tensors, and the total number of tiles.
 
-    It has a column per tensor, in four rows: the number of its first tile, counted through all the tensors; the byte at
-    which its blocks start; the element at which its values start; and how many elements it has.
+    The table is int64 of shape (4, number of tensors). Its rows are: the first tile of the tensor, counted over all
+    tensors; the byte where its blocks start; the element where its values start; its number of elements.
     """
     tiles = -(-n_elements // mapping.tile_elements)
     ends = tiles.cumsum()

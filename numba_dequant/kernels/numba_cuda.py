@@ -1,4 +1,4 @@
-"""`numba.cuda`, made to import beside every NumPy; modules that need it import it from here."""
+"""`numba.cuda`, importable with every NumPy. Other modules import it from here."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from numba_dequant.errors import DeviceError
 from numba_dequant.kernels.gpu_packages import GPU_PACKAGES, install_command, is_there
 
 REMOVED_NAMES = {"row_stack": "vstack", "trapz": "trapezoid", "in1d": "isin"}
-"""Names that NumPy has taken back, which versions of numba-cuda ask for when they are imported: 0.30 for row_stack, of
-NumPy before 2.5, 0.24 for the others, of NumPy before 2.4."""
+"""Removed NumPy functions that numba-cuda uses on import: 0.30 uses row_stack (removed in NumPy 2.5), 0.24 the others
+(removed in NumPy 2.4)."""
 
 
 @contextmanager
@@ -31,15 +31,15 @@ def _names_of_earlier_numpy() -> Iterator[None]:
 
 
 if not config.ENABLE_CUDASIM and not is_there(GPU_PACKAGES["numba-cuda"]):
-    # Numba has a `numba.cuda` of its own, of an earlier time.
+    # Numba has an older `numba.cuda` of its own.
     raise DeviceError(f"numba-cuda is not installed; run: {install_command()}")
 
 with _names_of_earlier_numpy():
-    from numba import cuda as cuda  # noqa: PLC0414 for others to import
+    from numba import cuda as cuda  # noqa: PLC0414 exported
 
     if not config.ENABLE_CUDASIM:
         extending: Any = import_module("numba.cuda.extending")
-        # Numba would import these when it first compiles.
+        # Numba imports these at the first compilation.
         for _module in ("arraymath", "arrayobj"):
             with suppress(ModuleNotFoundError):
                 import_module(f"numba.cuda.np.{_module}")

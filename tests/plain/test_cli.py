@@ -238,9 +238,9 @@ def test_bar(share, text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arch", "hopper"], "unknown kind of GPU 'hopper'; expected something like sm_90"),
+        (["--arch", "hopper"], "unknown architecture 'hopper'; expected something like sm_90"),
         (["--cpu", "--formats", "Q4_J"], "unknown format 'Q4_J'"),
-        ([], "no GPU, says the test; name a GPU with --arch, or take --cpu"),
+        ([], "no GPU, says the test; pass --arch or --cpu"),
     ],
     ids=["arch", "format", "nothing"],
 )

@@ -112,7 +112,7 @@ def test_who_watches_python_is_not_disturbed():
     ("arguments", "error", "message"),
     [
         ((bytes(17), "Q4_0"), nd.DataError, "17 too many"),
-        ((bytes(18), "Q4_0", 1), nd.ShapeError, "the data has 1 blocks of 32 elements, from 0 on; there is no block 1"),
+        ((bytes(18), "Q4_0", 1), nd.ShapeError, "the data has 1 blocks of 32 elements; there is no block 1"),
         ((bytes(18), "Q4_0", 0, 32), nd.ShapeError, "elements 0 to 31, not 32"),
         ((bytes(18), "Q4_0", 0, 1.5), nd.ShapeError, "element must be a whole number, got 1.5"),
         ((bytes(18), "Q4_0", 0.5), nd.ShapeError, "there is no block 0.5"),
@@ -137,7 +137,7 @@ def test_on_the_command_line(tmp_path, capsys):
     assert main.main(["show", "Q5_0"]) == 0
     assert capsys.readouterr().out == f"{nd.FORMATS['Q5_0']}\n"
     for wrong, message in (
-        (["show", "Q5_0", "--block", "3"], "a tensor and --block are for files, and Q5_0 is a format"),
+        (["show", "Q5_0", "--block", "3"], "TENSOR and --block need a file, but Q5_0 is a format"),
         (["show", str(path), "c"], "there is no tensor 'c'"),
         (["show", str(path), "a", "--block", "4"], "there is no block 4"),
         (["show", "Q5_9"], "unknown format 'Q5_9'. Did you mean"),

@@ -190,7 +190,7 @@ def test_what_cannot_be_drawn():
         nd.FORMATS["Q4_0"].picture(32)
     with pytest.raises(nd.ShapeError, match=r"element must be a whole number, got 1\.5"):
         nd.FORMATS["Q4_0"].picture(1.5)
-    with pytest.raises(nd.DataError, match=r"one block of Q4_0: uint8 of shape \(18,\), not uint8 of shape \(36,\)"):
+    with pytest.raises(nd.DataError, match=r"one block of Q4_0, uint8 of shape \(18,\), got uint8 of shape \(36,\)"):
         nd.FORMATS["Q4_0"].picture(3, np.zeros(36, np.uint8))
     with pytest.raises(nd.ShapeError, match="F32 has no blocks"):
         nd.FORMATS["F32"].value_range  # noqa: B018 it is worked out when it is asked for

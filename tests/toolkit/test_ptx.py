@@ -20,7 +20,7 @@ def test_wide_accesses_and_nothing_slow(name, dtype):
 
 
 @pytest.mark.parametrize("stage", [0, 512])
-def test_the_roof_moves_16_bytes_at_a_time(stage):
+def test_the_roofline_kernel_moves_16_bytes_at_a_time(stage):
     text = compiler.ptx(compiler.copy_kernel(2, 256, stage), (9, 0))
     assert faults(text) == []
     assert bool(stage) == (".shared" in text)
@@ -34,7 +34,7 @@ def test_literal_mapping_compiles():
 
 @pytest.mark.parametrize("capability", [(1, 0), (99, 9)])
 def test_gpus_that_the_toolkit_does_not_know(capability):
-    with pytest.raises(nd.DeviceError, match=r"cannot compile sm\d+-Q4_K-float16-tile for this kind of GPU: .+"):
+    with pytest.raises(nd.DeviceError, match=r"cannot compile sm\d+-Q4_K-float16-tile for this GPU: .+"):
         compiler.cubin(Q4_K, capability)
 
 
