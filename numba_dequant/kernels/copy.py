@@ -19,7 +19,7 @@ def make_copy_kernel(stores: int, threads: int, stage: int = 0) -> Callable[[Any
     """A copy kernel as a Python function: ``kernel(data, n_loads, out)``.
 
     Each of the `threads` threads of a thread block writes `stores` times 16 bytes. The block reads `n_loads` times 16
-    bytes: directly if `stage` is 0, otherwise through `stage` times 16 bytes of shared memory, as dequantize kernels do.
+    bytes: directly if `stage` is 0, otherwise through `stage` times 16 bytes of shared memory, like other kernels.
     """
     n_stores = stores * threads
     n_units = 2 * stage

@@ -195,8 +195,8 @@ def store_codegen(convert: Emit, alignment: int) -> Codegen:
                 items = builder.bitcast(words, ir.VectorType(item, 8))
                 for lane in range(8):
                     with builder.if_then(builder.icmp_signed("<", LONG(lane), count)):
-                        target = pointer_at(builder, start, LONG(lane * item.width // 8), item)
-                        builder.store(builder.extract_element(items, WORD(lane)), target, align=item.width // 8)
+                        address = pointer_at(builder, start, LONG(lane * item.width // 8), item)
+                        builder.store(builder.extract_element(items, WORD(lane)), address, align=item.width // 8)
         return context.get_dummy_value()
 
     return codegen

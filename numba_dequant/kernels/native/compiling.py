@@ -1,4 +1,4 @@
-"""Compiling functions: Numba makes LLVM's code of each, and here one object is made of all, which needs no Numba."""
+"""Compiles functions: Numba makes LLVM IR of each, and all are linked to one object that does not need Numba."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONG = ir.IntType(64)
 
 
 def compile_function(function: Callable[..., int]) -> Any:
-    """What Numba makes of a function of int64 arguments: an object that has an `address` and LLVM's text."""
+    """Compile a function of int64 arguments. The result has an `address` and `inspect_llvm`."""
     arguments = [types.int64] * function.__code__.co_argcount
     with jit_enabled():
         return cfunc(types.int64(*arguments), error_model="numpy")(function)
@@ -28,7 +28,7 @@ def compile_function(function: Callable[..., int]) -> Any:
 
 @contextmanager
 def jit_enabled() -> Iterator[None]:
-    """Let Numba compile although `NUMBA_DISABLE_JIT` is set: no Python function can stand for these."""
+    """A context in which Numba compiles even if `NUMBA_DISABLE_JIT` is set: these functions cannot run in Python."""
     before, config.DISABLE_JIT = config.DISABLE_JIT, 0
     try:
         yield
@@ -40,13 +40,13 @@ def object_code(compiled: Mapping[str, Any]) -> bytes:
     """The object code of all functions.
 
     Raises:
-        Exception: this Numba names functions or passes arguments in another way.
+        Exception: this version of Numba names functions or passes arguments differently.
     """
     return bytes(target_machine().emit_object(linked(compiled)))
 
 
 def linked(compiled: Mapping[str, Any]) -> Any:
-    """All functions as one module of LLVM, which needs no other function."""
+    """All functions linked to one LLVM module without external functions."""
     functions = {name: each.__wrapped__ for name, each in compiled.items()}
     module = llvm.parse_assembly(str(_entries(functions)))
     for name, function in functions.items():
@@ -57,19 +57,19 @@ def linked(compiled: Mapping[str, Any]) -> Any:
     _optimize(module)
     needed = [each.name for each in module.functions if each.is_declaration and not each.name.startswith("llvm.")]
     if needed:
-        raise LookupError(f"it needs {', '.join(needed)}")
+        raise LookupError(f"the code needs {', '.join(needed)}")
     return module
 
 
 def _entries(functions: Mapping[str, Callable[..., int]]) -> ir.Module:
-    """A function of C around each that Numba has compiled, whose result is a status, and its value is written."""
+    """A C wrapper for each function. Numba functions return a status and store their result."""
     module = ir.Module()
     module.triple, module.data_layout = llvm.get_process_triple(), str(target_machine().target_data)
     for name, function in functions.items():
         arguments = [LONG] * function.__code__.co_argcount
         exception = ir.IntType(8).as_pointer().as_pointer()
-        kind = ir.FunctionType(ir.IntType(32), [LONG.as_pointer(), exception, *arguments])
-        numba_function = ir.Function(module, kind, f"{name}_of")
+        signature = ir.FunctionType(ir.IntType(32), [LONG.as_pointer(), exception, *arguments])
+        numba_function = ir.Function(module, signature, f"{name}_of")
         entry = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
         builder = ir.IRBuilder(entry.append_basic_block())
         builder.call(numba_function, [builder.alloca(LONG), ir.Constant(exception, None), *entry.args])
@@ -78,11 +78,11 @@ def _entries(functions: Mapping[str, Callable[..., int]]) -> ir.Module:
 
 
 def _parsed(text: str, function: Callable[..., int]) -> Any:
-    """Numba's text of a function, which gets its name and `_of`; everything else is for it alone."""
+    """Parse Numba's LLVM IR of a function. It is renamed to its name plus `_of`; all else becomes internal."""
     module = llvm.parse_assembly(text)
     path = "".join(f"{len(part)}{part}" for part in (function.__module__.rpartition(".")[2], function.__name__))
     for each in module.functions:
-        # Numba's wrapper for C is left out, and with it what reports exceptions, of which there are none.
+        # Numba's C wrapper is dropped, with its exception reporting; the functions raise no exceptions.
         if not each.is_declaration:
             is_it = each.name.startswith("_ZN") and path in each.name
             each.name, each.linkage = (f"{function.__name__}_of", "external") if is_it else (each.name, "internal")

@@ -1,4 +1,4 @@
-"""What native functions need and Python has no words for: addresses, foreign functions, numbers that threads share."""
+"""Intrinsics for native functions: memory at addresses, foreign functions, atomics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pointer(typingctx: Any, address: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def bytes_at(typingctx: Any, address: Any) -> Any:
-    """The bytes at an address, as the primitives of `bits` take them; they need not be aligned."""
+    """The bytes at an address as an array for the primitives of `bits`; unaligned addresses are allowed."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], BYTE.as_pointer())
@@ -43,7 +43,7 @@ def load_int(typingctx: Any, address: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def load_long(typingctx: Any, address: Any) -> Any:
-    """The 64-bit number at an address, which need not be aligned."""
+    """The 64-bit number at an address; unaligned addresses are allowed."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         return builder.load(builder.inttoptr(args[0], LONG.as_pointer()), align=1)
@@ -53,7 +53,7 @@ def load_long(typingctx: Any, address: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def call_c(typingctx: Any, address: Any, arguments: Any) -> Any:
-    """Call a function of the C library; arguments and result fill a register each."""
+    """Call a C function whose arguments and result are 64-bit."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         values = [builder.extract_value(args[1], index) for index in range(len(arguments))]
@@ -65,7 +65,7 @@ def call_c(typingctx: Any, address: Any, arguments: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def call_cuda(typingctx: Any, address: Any, arguments: Any) -> Any:
-    """Call a function of the driver, whose result is a 32-bit code."""
+    """Call a CUDA driver function; returns its 32-bit result code."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         values = [builder.extract_value(args[1], index) for index in range(len(arguments))]
@@ -77,7 +77,7 @@ def call_cuda(typingctx: Any, address: Any, arguments: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def atomic_load(typingctx: Any, address: Any) -> Any:
-    """A number that others change."""
+    """Atomic load with acquire semantics."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         return builder.load_atomic(builder.inttoptr(args[0], LONG.as_pointer()), "acquire", 8)
@@ -87,11 +87,11 @@ def atomic_load(typingctx: Any, address: Any) -> Any:
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def atomic_rmw(typingctx: Any, operation: Any, address: Any, value: Any) -> Any:
-    """Change a number that other threads read; the result is what it was."""
+    """Atomic read-modify-write; returns the old value."""
     name = operation.literal_value
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        where = builder.inttoptr(args[1], LONG.as_pointer())
-        return builder.atomic_rmw(name, where, args[2], "seq_cst")
+        target = builder.inttoptr(args[1], LONG.as_pointer())
+        return builder.atomic_rmw(name, target, args[2], "seq_cst")
 
     return types.int64(operation, types.int64, types.int64), codegen

@@ -1,4 +1,4 @@
-"""The loop of `loading.native_threads`, in Python that Numba compiles."""
+"""The thread function of `loading.native_threads`, compiled by Numba."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from numba_dequant.kernels.native.records import (
 )
 
 PAUSE = 20
-"""Microseconds; a copy takes 150."""
+"""Microseconds between checks for a free buffer; a copy takes about 150."""
 
 INTERRUPTED = errno.EINTR
 ARGUMENTS, TOKEN = (thread_dtype.fields[name][1] for name in ("data", "token"))  # type: ignore[index]
@@ -37,19 +37,19 @@ BUFFER_SIZE, CHUNK_SIZE = buffer_dtype.itemsize, chunk_dtype.itemsize
 
 @register_jitable  # type: ignore[untyped-decorator]
 def is_free(buffer_at: Any, buffer: Any) -> Any:
-    """Whether the GPU is done with a buffer."""
+    """Whether the GPU has finished using a buffer."""
     return atomic_load(buffer.flag) == atomic_load(buffer_at + FREE_AT) & 0xFFFFFFFF
 
 
 @register_jitable  # type: ignore[untyped-decorator]
 def take_buffer(job_at: Any, buffers_at: Any, buffers: Any) -> Any:
-    """The number of a buffer that nobody else has, or -1 for none; the first ones are likeliest in the CPU's cache."""
+    """Claim a free buffer; returns its index or -1. The first ones are the most likely to be in the CPU cache."""
     for number in range(atomic_load(job_at + N_BUFFERS)):
         buffer_at = buffers_at + number * BUFFER_SIZE
         if atomic_load(buffer_at + IS_TAKEN) or not is_free(buffer_at, buffers[number]):
             continue
         if atomic_rmw("xchg", buffer_at + IS_TAKEN, 1) == 0:
-            # Somebody may have had it in between, and the GPU is not done with what he has sent.
+            # Another thread may have used it since the check, so check again.
             if is_free(buffer_at, buffers[number]):
                 return number
             atomic_rmw("xchg", buffer_at + IS_TAKEN, 0)
@@ -58,7 +58,7 @@ def take_buffer(job_at: Any, buffers_at: Any, buffers: Any) -> Any:
 
 @register_jitable  # type: ignore[untyped-decorator]
 def buffer_of(job: Any, job_at: Any, chunk: Any, chunk_at: Any, is_first: Any, buffers: Any, calls: Any) -> Any:
-    """The number of the buffer of a chunk, which whoever has its first share gets for it; -1 if the load is over."""
+    """The index of the buffer of a chunk, or -1 if the load is over. The thread with the first share claims it."""
     number = -1
     while number < 0:
         if is_first:
@@ -76,7 +76,7 @@ def buffer_of(job: Any, job_at: Any, chunk: Any, chunk_at: Any, is_first: Any, b
 
 @register_jitable  # type: ignore[untyped-decorator]
 def read_bytes(calls: Any, file: Any, host: int, n_bytes: Any, offset: Any) -> Any:
-    """Read to pinned memory; the result is 0, the C library's code, or END_OF_FILE, and how many bytes were read."""
+    """Read to pinned memory; returns 0, an errno or END_OF_FILE, and the number of bytes read."""
     done = 0
     while done < n_bytes:
         got = call_c(calls.read, (file, host + done, n_bytes - done, offset + done))
@@ -93,7 +93,7 @@ def read_bytes(calls: Any, file: Any, host: int, n_bytes: Any, offset: Any) -> A
 
 @register_jitable  # type: ignore[untyped-decorator]
 def send_chunk(calls: Any, chunk: Any, parts: Any, buffer: Any, arguments_at: int) -> Any:
-    """Queue all work on a chunk; the result is 0, or the driver's code."""
+    """Queue all GPU work of a chunk; returns 0 or the error code of the driver."""
     arguments = carray(pointer(arguments_at), 3, types.int64)
     code = 0
     if buffer.waited != chunk.ready:
@@ -108,11 +108,11 @@ def send_chunk(calls: Any, chunk: Any, parts: Any, buffer: Any, arguments_at: in
         if part.kernel:
             arguments[0], arguments[1], arguments[2] = buffer.gpu + part.at, part.n_elements, part.target
             grid, block = (part.n_thread_blocks, 1, 1), (part.n_threads, 1, 1)
-            places = arguments_at + ADDRESSES
-            code = call_cuda(calls.launch, (part.kernel, *grid, *block, 0, buffer.stream, places, 0))
+            addresses = arguments_at + ADDRESSES
+            code = call_cuda(calls.launch, (part.kernel, *grid, *block, 0, buffer.stream, addresses, 0))
         else:
             code = call_cuda(calls.copy, (part.target, buffer.host + part.at, part.n_bytes, buffer.stream))
-    # After a failure too: the buffer is free once the GPU has got to here.
+    # Also after a failure: the buffer is free when the GPU reaches this point.
     buffer.free_at += 1
     failed = call_cuda(calls.signal, (buffer.stream, buffer.flag, buffer.free_at & 0xFFFFFFFF, 0))
     return code or failed
@@ -120,7 +120,7 @@ def send_chunk(calls: Any, chunk: Any, parts: Any, buffer: Any, arguments_at: in
 
 @register_jitable  # type: ignore[untyped-decorator]
 def count_chunk(calls: Any, job: Any, job_at: Any, chunk: Any, parts: Any, stream_bit: Any) -> None:
-    """Count what has been sent, and tell if a tensor is complete."""
+    """Update the counters for a chunk that was sent, and signal if a tensor is complete."""
     is_complete, n_bytes = False, 0
     for number in range(chunk.first_part, chunk.first_part + chunk.n_parts):
         part = parts[number]
@@ -133,9 +133,9 @@ def count_chunk(calls: Any, job: Any, job_at: Any, chunk: Any, parts: Any, strea
 
 
 def read_and_send(thread_at: int) -> int:
-    """Read shares of chunks until there are no more, or a thread has failed; the result is how many were read.
+    """Read shares of chunks until none are left or a thread has failed; returns how many were read.
 
-    Who has read the last share of a chunk sends it.
+    The thread that reads the last share of a chunk sends the chunk.
     """
     thread = carray(pointer(thread_at), 1, thread_dtype)[0]
     job_at, arguments_at = thread.job, thread_at + ARGUMENTS
@@ -181,7 +181,7 @@ def read_and_send(thread_at: int) -> int:
 
 
 def join_threads(crew_at: int) -> int:
-    """Wait until threads have ended: one call, which Ctrl-C cannot break in two; the result is how many there were."""
+    """Wait until threads have ended; returns how many. Ctrl-C cannot interrupt this one native call."""
     crew = carray(pointer(crew_at), 1, crew_dtype)[0]
     threads = carray(pointer(crew.threads), crew.count, types.int64)
     count = 0

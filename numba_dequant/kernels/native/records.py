@@ -1,4 +1,4 @@
-"""What Python and the native functions share: records of 64-bit numbers, addresses among them."""
+"""Data that Python and native functions share: records of 64-bit integers and addresses."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ import numpy as np
 
 
 def record(*names: str) -> np.dtype[Any]:
-    """A record of 64-bit numbers."""
+    """A record of 64-bit integers."""
     return np.dtype([(name, np.int64) for name in names])
 
 
 strings_dtype = record("data", "n_bytes", "at", "left")
-"""Bytes in memory, where among them strings begin, and how many may be passed."""
+"""Bytes in memory, the offset of the first string, and the number of strings to pass."""
 
 chunk_dtype = record(
     *("file", "offset", "n_bytes", "first_part", "n_parts", "is_computed", "ready"),
     *("first_share", "shares_left", "buffer"),
 )
-"""Bytes of a file, which threads share in reading; `ready` is the event after which memory for them is there. `buffer`
-is one more than the number of the one that they have got."""
+"""A range of a file, which threads read in shares. `ready` is the event after which its target memory may be used.
+`buffer` is the index of its buffer plus one, or 0."""
 
 slice_dtype = record("tensor", "at", "n_bytes", "target", "kernel", "n_thread_blocks", "n_threads", "n_elements")
-"""Bytes of one tensor in a chunk, and what becomes of them; those with no kernel are copied."""
+"""The bytes of one tensor in a chunk, and the launch for them; without a kernel they are copied."""
 
 buffer_dtype = record("host", "gpu", "stream", "stream_bit", "waited", "flag", "free_at", "is_taken")
-"""Pinned memory, as much on the GPU, and the stream that fills and empties the latter; `waited` is the event that it
-has waited for last. The GPU counts at `flag` how often both have been used; they are free once it says `free_at`, and
-no thread has them. The count lies in pinned memory, because asking the driver makes threads wait for each other."""
+"""A buffer in pinned memory, one of the same size on the GPU, and the stream that uses them. `waited` is the last event
+that the stream waited for. The GPU counts uses at `flag`; the buffers are free when this count equals `free_at` and
+`is_taken` is 0. The count is in pinned memory, because querying the driver would make threads wait for each other."""
 
 thread_dtype = record(
     *("job", "data", "n_elements", "out", "data_at", "n_elements_at", "out_at", "token"),
     *("has_failed", "fault_chunk", "fault_place", "fault_code", "fault_offset"),
 )
-"""What one thread works with: a launch takes the addresses of its three arguments; `token` is read when there is one
-more share of a chunk. What it has failed at, if it has."""
+"""The state of one thread: the three kernel arguments and their addresses for a launch; `token`, which is read for each
+share of a chunk; and the fault, if any."""
 
 job_dtype = record(
     *("calls", "context", "buffers", "most_buffers", "n_buffers"),
@@ -43,20 +43,20 @@ job_dtype = record(
     *("share_size", "shares_planned", "progress", "one"),
     *("claimed", "planned", "bytes_read", "is_over"),
 )
-"""What all threads of a load share: addresses of tables, two event descriptors, and counters. Of `most_buffers` the
-first `n_buffers` are there to be used."""
+"""The state that all threads of a load share: addresses of tables, two event descriptors, and counters. The first
+`n_buffers` of `most_buffers` buffers may be used."""
 
 crew_dtype = record("join", "threads", "count")
-"""The C library's function, the addresses of threads to be joined, and how many there may be; 0 for none."""
+"""The address of pthread_join, the address of the thread handles (0 for none), and their number."""
 
 calls_dtype = record(
     *("set_context", "wait_for_share", "read", "error", "tell"),
     *("pause", "let_gpu_wait", "copy", "launch", "signal"),
 )
-"""Addresses of functions of the C library and of the driver."""
+"""Addresses of functions of the C library and of the CUDA driver."""
 
 FAULT_READ, FAULT_GPU = 0, 1
-"""Places of a fault."""
+"""Kinds of faults: reading the file, or calling the driver."""
 
 END_OF_FILE = -1
-"""In place of the C library's code of a fault: the file has no more bytes."""
+"""Used instead of an errno: the file has no more bytes."""

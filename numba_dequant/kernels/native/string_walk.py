@@ -1,4 +1,4 @@
-"""Moving past strings, in Python that Numba compiles: see `gguf.header.Cursor.skip_strings`."""
+"""Skips strings, compiled by Numba: see `gguf.header.Cursor.skip_strings`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numba_dequant.kernels.native.records import strings_dtype
 
 
 def walk_strings(strings_at: int) -> int:
-    """Move past strings that are whole; the result is how many are left."""
+    """Skip complete strings; returns how many are left."""
     strings = carray(pointer(strings_at), 1, strings_dtype)[0]
     while strings.left and strings.n_bytes - strings.at >= 8:
         length = load_long(strings.data + strings.at)
