@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
+import numba_dequant as nd
 from numba_dequant.api import dequantize
 from numba_dequant.backends.devices import DeviceSpec, available_cores
-from numba_dequant.dtypes import numpy_dtype
+from numba_dequant.cli.common import fail, named_device, named_formats
+from numba_dequant.dtypes import NAMES, numpy_dtype
 from numba_dequant.format import Format
 from numba_dequant.verify import assert_bit_identical
 
 GPU_ELEMENTS, CPU_ELEMENTS = 1 << 26, 1 << 22
 BAR = 40
+
+
+def add_to(commands: Any) -> None:
+    """Add the command's arguments."""
+    parser = commands.add_parser(
+        "bench",
+        help="measure every format",
+        description="Compare every format with the reference, then measure it: bytes read and written per second. On "
+        "a GPU, also show the memory roofline: the speed of a kernel that only copies the same number of bytes.",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the first GPU, or else the CPU")
+    parser.add_argument("--formats", metavar="A,B", help="formats; default: all quantized formats")
+    parser.add_argument("--dtype", choices=NAMES, default="float16", help="output type (%(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    device = named_device(options.device)[0]
+    if device.kind not in ("cpu", "cuda"):
+        return fail(f"bench cannot measure {device}; pass --device cpu or --device cuda")
+    formats = named_formats(options.formats, [fmt for fmt in nd.FORMATS.values() if fmt.block_size > 1])
+    with tqdm(total=len(formats), unit="format", disable=None, leave=False) as progress:
+        title, rows = bench(device, formats, options.dtype, progress.update)
+    print(title)
+    for line in table(rows):
+        print(line)
+    return 0
 
 
 @dataclass(frozen=True)

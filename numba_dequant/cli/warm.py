@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,15 +13,76 @@ from dataclasses import dataclass
 from multiprocessing import active_children, get_context
 from typing import Any
 
+from tqdm import tqdm
+
+import numba_dequant as nd
 from numba_dequant import disk_cache
-from numba_dequant.backends import cpu
+from numba_dequant.backends import cpu, devices
 from numba_dequant.backends.devices import available_cores
+from numba_dequant.cli.common import fail, named_formats
+from numba_dequant.dtypes import NAMES
 from numba_dequant.errors import DeviceError
 from numba_dequant.format import Format
 from numba_dequant.kernels import compiler, native
 
 MAX_POOL = 8
 """Maximum number of processes; each needs a second to start, and 0.3 GB."""
+
+
+def add_to(commands: Any) -> None:
+    """Add the command's arguments."""
+    parser = commands.add_parser(
+        "warm",
+        help="compile ahead of time",
+        description="Compile kernels ahead of time: for the first GPU, for other GPU architectures, or for the CPU.",
+    )
+    parser.add_argument(
+        "--arch", action="append", default=[], metavar="sm_90", help="a GPU architecture; may be repeated"
+    )
+    parser.add_argument("--cpu", action="store_true", help="compile for the CPU")
+    parser.add_argument("--formats", metavar="A,B", help="formats; default: all")
+    parser.add_argument("--dtype", choices=NAMES, action="append", help="output type; may be repeated (float16)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    formats = named_formats(options.formats, [fmt for fmt in nd.FORMATS.values() if fmt.decode])
+    if options.cpu and cpu.is_jit_disabled():
+        return fail("NUMBA_DISABLE_JIT is set, so nothing is compiled for the CPU; unset it")
+    if problem := disk_cache.problem():
+        return fail(f"compiled code cannot be cached: {problem}")
+    dtypes = options.dtype or ["float16"]
+    capabilities = [_capability(arch) for arch in options.arch]
+    if not capabilities and not options.cpu:
+        problem = "the CUDA simulator does not compile" if devices.is_simulated() else devices.why_no_cuda()
+        if problem:
+            return fail(f"{problem}; pass --arch or --cpu")
+        from numba_dequant.backends.gpu import gpu_at
+
+        capabilities = [gpu_at(0).capability]
+    all_tasks = tasks(formats, dtypes, capabilities, on_cpu=options.cpu)
+    with tqdm(total=len(all_tasks), unit="kernel", disable=None, leave=False) as bar:
+        n_kept = 0
+        for is_kept in compile_all(all_tasks):
+            n_kept += is_kept
+            bar.update()
+    if n_kept < len(all_tasks):
+        return fail(
+            f"{len(all_tasks) - n_kept} of {len(all_tasks)} functions were compiled, but could not be written to "
+            f"{disk_cache.directory()}; check whether the disk is full"
+        )
+    targets = ["the CPU"] * options.cpu + [f"sm_{major}{minor}" for major, minor in capabilities]
+    folder = disk_cache.directory()
+    print(f"{len(formats)} formats to {', '.join(dtypes)} compiled for {', '.join(targets)}, in {folder}")
+    return 0
+
+
+def _capability(arch: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(?:sm_)?([0-9]{1,3})([0-9])", arch)
+    if match is None:
+        raise nd.DeviceError(f"unknown architecture {arch!r}; expected something like sm_90")
+    return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from blocks import DATA, DECODED, DTYPES, GOLDEN, QUANTIZED, assert_same_bits, g
 
 import numba_dequant as nd
 from numba_dequant.backends.devices import is_simulated, why_no_cuda
-from numba_dequant.cli.main import SAMPLE
+from numba_dequant.cli.verify import SAMPLE
 from numba_dequant.kernels.launch_shape import MAPPINGS, launch_shape
 
 pytestmark = pytest.mark.gpu

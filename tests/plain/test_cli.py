@@ -10,9 +10,11 @@ from measured import assert_measured
 
 import numba_dequant as nd
 from numba_dequant import verify
+from numba_dequant.backends import devices
 from numba_dequant.cli import main
+from numba_dequant.cli.verify import SAMPLE as SAMPLE_PATH
 
-SAMPLE = str(main.SAMPLE)
+SAMPLE = str(SAMPLE_PATH)
 
 
 def run(*arguments, **options):
@@ -41,7 +43,7 @@ def test_verify_other_types(dtype, capsys):
 
 
 def test_verify_says_which_device_and_why(capsys, monkeypatch):
-    monkeypatch.setattr(main.devices, "why_no_cuda", lambda: "no GPU, says the test")
+    monkeypatch.setattr(devices, "why_no_cuda", lambda: "no GPU, says the test")
     assert main.main(["verify"]) == 0
     assert "on cpu (no GPU, says the test)" in capsys.readouterr().out
 
@@ -245,6 +247,6 @@ def test_bar(share, text):
     ids=["arch", "format", "nothing"],
 )
 def test_warm_for_nothing(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(main.devices, "why_no_cuda", lambda: "no GPU, says the test")
+    monkeypatch.setattr(devices, "why_no_cuda", lambda: "no GPU, says the test")
     assert main.main(["warm", *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -14,10 +14,10 @@ from blocks import DECODED, random_blocks, write_model
 
 import numba_dequant as nd
 from numba_dequant import display
-from numba_dequant.cli import console, main, warm
+from numba_dequant.cli import console, info, main, verify, warm
 
 COMMAND = [sys.executable, "-W", "error", "-m", "numba_dequant"]
-SAMPLE = str(main.SAMPLE)
+SAMPLE = str(verify.SAMPLE)
 NARROW = [
     {"PYTHONIOENCODING": "ascii"},
     {"PYTHONIOENCODING": "latin-1"},
@@ -208,7 +208,7 @@ def test_warnings_are_shown_as_messages(model, monkeypatch, capsys):
         warnings.warn("careful\x1b[2J", RuntimeWarning, stacklevel=2)
         return 0
 
-    monkeypatch.setattr(main, "_info", warn)
+    monkeypatch.setattr(info, "run", warn)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.filters", [])
         assert main.main(["info", model]) == 0
@@ -219,7 +219,7 @@ def test_a_crash_has_a_status_of_its_own(model, monkeypatch, capsys):
     def crash(options):
         raise ZeroDivisionError("a fault\x1b[2J")
 
-    monkeypatch.setattr(main, "_info", crash)
+    monkeypatch.setattr(info, "run", crash)
     assert main.main(["info", model]) == main.CRASHED == 70
     shown = capsys.readouterr().err
     assert "Traceback (most recent call last):" in shown
@@ -231,7 +231,7 @@ def test_too_little_memory_is_no_crash(model, monkeypatch, capsys):
     def exhaust(options):
         raise MemoryError
 
-    monkeypatch.setattr(main, "_info", exhaust)
+    monkeypatch.setattr(info, "run", exhaust)
     assert main.main(["info", model]) == 2
     assert capsys.readouterr().err == "numba-dequant: out of memory\n"
 
@@ -277,7 +277,7 @@ def be_interrupted(options):
     "work", [fail_without_the_compiled_object, go_on_as_if_nothing_had_been, be_done, be_interrupted]
 )
 def test_an_interrupt(work, model, monkeypatch, capsys):
-    monkeypatch.setattr(main, "_info", work)
+    monkeypatch.setattr(info, "run", work)
     handler, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
     assert main.main(["info", model]) == main.INTERRUPTED
     assert capsys.readouterr().err == ""
@@ -289,7 +289,7 @@ def test_a_program_that_handles_interrupts_keeps_doing_so(model, monkeypatch):
     seen = []
     before = signal.signal(signal.SIGINT, lambda *_: seen.append(1))
     try:
-        monkeypatch.setattr(main, "_info", lambda options: signal.raise_signal(signal.SIGINT) or 0)
+        monkeypatch.setattr(info, "run", lambda options: signal.raise_signal(signal.SIGINT) or 0)
         assert main.main(["info", model]) == 0
     finally:
         signal.signal(signal.SIGINT, before)
