@@ -1,4 +1,4 @@
-"""The charts of README: what each format reaches to FP16, and what loading a model does, beside what others reach."""
+"""The charts of README: the speed of each format to FP16 and of loading models, compared with other systems."""
 
 from contextlib import contextmanager
 
@@ -6,7 +6,7 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 
 INK = {"light": "#1f2328", "dark": "#e6edf3"}
-# Okabe and Ito's colours, which colour-blind people can tell apart; the greys are told apart by length and legend.
+# Okabe and Ito's palette for colour-blind readers.
 OURS, LIGHT_OURS, LLAMA_CPP, PYTORCH = "#0072b2", "#56b4e9", "#e69f00", "#999999"
 
 
@@ -41,8 +41,8 @@ def speed(results, peers, theme, path):
             ("PyTorch, eager", PYTORCH, [each and each["GB/s"] for each in eager], 0.22),
         ):
             axes.barh(places, [speed or 0 for speed in speeds], height, color=color, label=label)
-        roofs = [tile["roof GB/s"] for tile in tiles]
-        axes.plot(roofs, places, "|", color=ink, markersize=10, markeredgewidth=1.5, label="only moving bytes")
+        rooflines = [tile["roof GB/s"] for tile in tiles]
+        axes.plot(rooflines, places, "|", color=ink, markersize=10, markeredgewidth=1.5, label="only moving bytes")
         axes.set_yticks(places, names)
         axes.set_xlabel(f"GB/s read and written, to FP16, on one {results.machine['gpu']}")
 

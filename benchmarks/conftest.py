@@ -1,4 +1,4 @@
-"""What the benchmarks share: the GPU and its clock, and what goes into the results."""
+"""Fixtures of the benchmarks: the GPU, its clock, and the contents of the results."""
 
 import sys
 from dataclasses import dataclass, field
@@ -28,14 +28,14 @@ class Gpu:
     itself: "numba_dequant.backends.gpu.Gpu"
     device: "Device"
     clock: "measure.GpuClock"
-    roofs: dict = field(default_factory=dict)
+    rooflines: dict = field(default_factory=dict)
 
-    def roof(self, work):
-        """Bytes per second of a kernel that only moves as many bytes; measured once for such work."""
+    def roofline(self, work):
+        """Bytes per second of a kernel that only copies the same number of bytes; measured once per workload."""
         key = work.fmt.name, work.dtype, work.n_elements
-        if key not in self.roofs:
-            self.roofs[key] = work.roof(self.clock)
-        return self.roofs[key]
+        if key not in self.rooflines:
+            self.rooflines[key] = work.roofline(self.clock)
+        return self.rooflines[key]
 
     def synchronize(self):
         self.itself.synchronize(0)
@@ -45,7 +45,7 @@ _gpu = None
 
 
 def gpu_time():
-    """A timer for pytest-benchmark: what the GPU takes, see `measure.GpuClock`."""
+    """A timer of GPU time for pytest-benchmark, see `measure.GpuClock`."""
     return _gpu.clock()
 
 
@@ -61,20 +61,20 @@ def _first_gpu():
 def gpu(request):
     if NO_GPU:
         pytest.skip(f"needs a GPU: {NO_GPU}")
-    found = request.getfixturevalue("_first_gpu")
-    found.clock.head_start = 1
-    return found
+    first = request.getfixturevalue("_first_gpu")
+    first.clock.head_start = 1
+    return first
 
 
-def note(benchmark, bytes_moved, roof=None, **more):
-    """Add to a result what it means: GB/s of bytes read and written, the roof of this run, and the share of it."""
+def note(benchmark, bytes_moved, roofline=None, **more):
+    """Add to a result: GB/s of bytes read and written, the roofline of this run, and the share of it."""
     benchmark.extra_info |= more | {"bytes": bytes_moved}
     if not benchmark.enabled:
         return
     speed = bytes_moved / benchmark.stats.stats.median
     benchmark.extra_info["GB/s"] = speed / 1e9
-    if roof:
-        benchmark.extra_info |= {"roof GB/s": roof / 1e9, "share": speed / roof}
+    if roofline:
+        benchmark.extra_info |= {"roof GB/s": roofline / 1e9, "share": speed / roofline}
 
 
 def pytest_benchmark_generate_machine_info(config):
@@ -90,7 +90,7 @@ def pytest_benchmark_generate_commit_info(config):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Keep what a reader of the results needs."""
+    """Remove what readers of the results do not need."""
     kept = ("median", "q1", "q3", "iqr", "min", "max", "rounds", "iterations")
     for each in output_json["benchmarks"]:
         each["stats"] = {name: each["stats"][name] for name in kept}

@@ -1,9 +1,9 @@
-"""Write every figure that is published, from the results of the benchmarks.
+"""Write all published figures from the results of the benchmarks.
 
 python benchmarks/report.py [benchmarks/results]
 
-It fills the marked parts of README.md and of benchmarks/README.md, and draws the charts. Formats come from the
-registry, figures of other systems from results/peers.json.
+It fills the marked parts of README.md and benchmarks/README.md, and draws the charts. Formats come from the registry,
+figures of other systems from results/peers.json.
 """
 
 import json
@@ -18,16 +18,16 @@ from numba_dequant.dtypes import NAMES as DTYPES
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 RUNS = {"loading": "h100-loading.json", "steps": "h100-steps.json"}
-"""Where the results of a part are that has a run of its own; the others share one."""
+"""Result files of parts that are measured in a separate run."""
 PEERS = json.loads((HERE / "results" / "peers.json").read_text())
 
 
 WIDE = 0.1
-"""The spread of readings beyond which a page says so."""
+"""The spread above which a page adds a warning."""
 
 
 def _times(stats):
-    """The median of the readings, and how far apart they are: None where there are too few to tell."""
+    """The median of the readings, their quartiles and their spread; None if there are too few readings."""
     is_known = stats["rounds"] > 2
     return {
         "seconds": stats["median"],
@@ -48,13 +48,13 @@ class Results:
             self.entries.append((test, entry["params"] or {}, entry["extra_info"] | _times(entry["stats"])))
 
     def of(self, test, **parameters):
-        """The results of a test, with these parameters, in the order in which they were measured."""
+        """The results of a test with these parameters, in order of measurement."""
         wanted = parameters.items()
         return [(params, info) for name, params, info in self.entries if name == test and params.items() >= wanted]
 
     @property
     def formats(self):
-        """The formats whose kernels were measured; a new one appears with the next run."""
+        """The formats whose kernels were measured."""
         return [parameters["name"] for parameters, _ in self.of("test_kernel", dtype="float16", mapping="tile")]
 
     def one(self, test, **parameters):
@@ -72,10 +72,10 @@ def _spread(info):
 
 
 def _spread_note(infos):
-    """How far apart the readings of a table are, in words."""
+    """A sentence on the spread of the readings of a table."""
     spreads = [info["spread"] for info in infos if info["spread"] is not None]
     if not spreads:
-        return "There are too few readings to say how far apart they are."
+        return "There are too few readings to show their spread."
     n_wide = sum(spread > WIDE for spread in spreads)
     where = f"at most {max(spreads):.1%}" if len(spreads) > 1 else _spread({"spread": spreads[0]})
     note = (
@@ -145,7 +145,7 @@ def loading(results):
 
 
 def speed(results):
-    head = ["format", "GB/s to FP16", "share of the roof: FP16", "BF16", "FP32"]
+    head = ["format", "GB/s to FP16", "share of the roofline: FP16", "BF16", "FP32"]
     head += ["times llama.cpp: FP16", "BF16", "FP32", "PyTorch, GB/s", "one block, GB/s"]
     rows = []
     for name in results.formats:
@@ -170,7 +170,7 @@ def speed(results):
 
 
 def kernels(results):
-    head = ["format"] + [f"{dtype}, {what}" for dtype in DTYPES for what in ("GB/s", "roof", "one block")]
+    head = ["format"] + [f"{dtype}, {what}" for dtype in DTYPES for what in ("GB/s", "roofline", "one block")]
     rows = []
     for name in results.formats:
         row = [name]
@@ -186,14 +186,16 @@ def kernels(results):
 def steps(results):
     found = results.of("test_step")
     rows = [[parameters["step"], f"{info['GB/s']:.0f}", f"{info['share']:.1%}"] for parameters, info in found]
-    roof = f"roof {found[0][1]['roof GB/s']:.0f} GB/s"
+    roofline = f"roofline {found[0][1]['roof GB/s']:.0f} GB/s"
     note = _spread_note(info for _, info in found)
-    return "\n\n".join([table(["Q8_0 to FP16", "GB/s", "share of the roof"], rows), note, _machine(results, roof)])
+    return "\n\n".join(
+        [table(["Q8_0 to FP16", "GB/s", "share of the roofline"], rows), note, _machine(results, roofline)]
+    )
 
 
 def models(results):
     head = ["model, compressed on the GPU, to FP16", "way", "GPU or host", "us", "spread"]
-    head += ["us per tensor", "times the roof"]
+    head += ["us per tensor", "times the roofline"]
     rows, infos = [], []
     for test in ("test_gpu", "test_host"):
         for parameters, info in results.of(test):
@@ -212,15 +214,15 @@ def sizes(results):
     head = ["elements"]
     columns = {}
     for name in ("Q4_K", "Q8_0"):
-        head += [f"{name}, us", "ps per element", "GB/s", "roof of that size"]
+        head += [f"{name}, us", "ps per element", "GB/s", "roofline of that size"]
         columns[name] = {parameters["n_elements"]: info for parameters, info in results.of("test_size", name=name)}
     rows = []
     for n_elements in columns["Q4_K"]:
         row = [f"{n_elements:,}" if n_elements > 1 else "one block"]
         for found in columns.values():
             info = found[n_elements]
-            roof = f"{info['roof GB/s']:.0f}" if "roof GB/s" in info else None
-            numbers = [f"{1e6 * info['seconds']:.1f}", f"{info['ps per element']:.3g}", f"{info['GB/s']:.0f}", roof]
+            roofline = f"{info['roof GB/s']:.0f}" if "roof GB/s" in info else None
+            numbers = [f"{1e6 * info['seconds']:.1f}", f"{info['ps per element']:.3g}", f"{info['GB/s']:.0f}", roofline]
             row += numbers
         rows.append(row)
     return "\n\n".join([table(head, rows), _spread_note(info for _, info in results.of("test_size"))])
@@ -293,12 +295,12 @@ PARTS = {
 
 
 def of_part(folder, name):
-    """The results of the run that a part is about."""
+    """The results for a part of a page."""
     return Results(folder / RUNS.get(name, "h100.json"))
 
 
 def filled(path, folder):
-    """The text of a page, its marked parts written anew."""
+    """The text of a page with its marked parts updated."""
     text = path.read_text()
     for part in PARTS[path]:
         name = part.__name__

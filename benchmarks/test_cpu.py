@@ -1,4 +1,4 @@
-"""The CPU path beside gguf-py's NumPy code, on the same bytes: to FP16, long rows of blocks that GGML quantized."""
+"""The CPU path and gguf-py's NumPy code on the same data: long rows of blocks that GGML quantized, to FP16."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a call costs the host: one tile of Q4_K that lies on the GPU, again and again, nothing awaited."""
+"""Host time of an asynchronous call: one tile of Q4_K on the GPU."""
 
 import numpy as np
 import pytest

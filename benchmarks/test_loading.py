@@ -1,4 +1,4 @@
-"""Opening and loading models, to FP16 on the CPU and on a GPU, beside what else one could do."""
+"""Opening and loading models to FP16, on the CPU and on a GPU, compared with alternatives."""
 
 import os
 import statistics
@@ -19,7 +19,7 @@ from numba_dequant.backends.devices import available_cores
 from numba_dequant.verify import assert_bit_identical
 
 SMALL = {"n_layers": 1, "n_vocab": 1024}
-"""What a model is reduced to where nothing is timed."""
+"""The reduced model for runs without timing."""
 
 LLAMA = {"cpu": {"n_layers": 8}, "cuda": {"n_layers": 56}}
 """A quarter of Llama-3.1-8B, whose values still fit in the memory of a small machine; and 8 GB of it."""
@@ -103,7 +103,7 @@ def test_load_cpu(benchmark, written, name, mix):
 
 
 def load_pageable(path):
-    """What one does without a loader: the memory map of each tensor to the GPU, and a kernel."""
+    """Without a loader: copy each tensor from the memory map to the GPU, and launch a kernel."""
     with nd.open(path) as model:
         found = {}
         for name, tensor in model.tensors.items():
@@ -131,9 +131,9 @@ WAYS = {
 
 @pytest.fixture
 def bus(gpu):
-    """Bytes per second that a copy from pinned memory reaches, in this run."""
+    """Bytes per second of a copy from pinned memory in this run."""
     pinned, room = gpu.itself.pinned(64 << 20), gpu.itself.allocate(64 << 20, 0)
-    # One that has been idle is slow at first.
+    # An idle bus is slow at first.
     times = [gpu.clock.seconds(lambda: gpu.itself.copy_to_device(room.pointer, pinned, 0)) for _ in range(3)]
     return pinned.nbytes / min(times)
 
@@ -147,7 +147,7 @@ def sizes(path):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("name", "mix"), GPU_MODELS)
 def test_load_gpu(benchmark, gpu, bus, written, twin, name, mix, way):
-    """A file in the page cache to FP16 on the GPU, until the last value is there; the roof is the bus."""
+    """A file in the page cache to FP16 on the GPU, until the last value has arrived; the roofline is the bus."""
     if way == "gguf-py" and name != "Gemma-3-270M":
         pytest.skip("it takes minutes")
     path = written(name, mix)
@@ -216,7 +216,7 @@ def test_one_part_of_loading(benchmark, gpu, bus, written, monkeypatch, part):
 
 @pytest.mark.parametrize("n_layers", [5, 112])
 def test_memory(benchmark, gpu, tmp_path, n_layers):
-    """What a load takes at its peak, beyond what it gives back: of host memory, and on the GPU."""
+    """Peak memory of a load beyond its results, on the host and on the GPU."""
     from cuda.bindings import driver
 
     from numba_dequant.loading.gpu_buffers import TUNING
@@ -253,7 +253,7 @@ def host_memory(key):
 
 
 def test_cold(benchmark, gpu, written):
-    """A file that is not in the page cache; its roof is what `dd` reads, which has its turn before each load."""
+    """A file that is not in the page cache; the roofline is `dd`, which runs before each load."""
     path = written("Llama-3.1-8B", "Q4_K_M")
     by_dd = []
 

@@ -68,13 +68,13 @@ def model(request):
     return Model(MODELS[request.param], request.getfixturevalue("_first_gpu"))
 
 
-def seconds_at_the_roof(model, gpu):
-    """What moving the model's bytes takes at the speed at which each format's ratio of reading to writing allows."""
+def seconds_at_the_roofline(model, gpu):
+    """Seconds to move the bytes of the model at the roofline speed of each format."""
     from numba_dequant.cli.measure import Workload
 
     total = 0.0
     for name in {name for _, name, _ in model.tensors.values()}:
-        total += model.moved(name) / gpu.roof(Workload(nd.FORMATS[name], "float16", 1 << 28, gpu.itself))
+        total += model.moved(name) / gpu.roofline(Workload(nd.FORMATS[name], "float16", 1 << 28, gpu.itself))
     return total
 
 
@@ -105,7 +105,7 @@ def test_host(benchmark, gpu, model, way):
 
 
 def note_model(benchmark, gpu, model):
-    roof = model.moved() / seconds_at_the_roof(model, gpu)
-    note(benchmark, model.moved(), roof, tensors=len(model.tensors))
+    roofline = model.moved() / seconds_at_the_roofline(model, gpu)
+    note(benchmark, model.moved(), roofline, tensors=len(model.tensors))
     if benchmark.enabled:
         benchmark.extra_info["us per tensor"] = benchmark.stats.stats.median / len(model.tensors) * 1e6

@@ -1,6 +1,6 @@
-"""What a call costs by size, from one block to more elements than 31 bits count: the GPU's time, buffers in turn.
+"""GPU time of a call by size, from one block to more than 2^31 elements, with changing buffers.
 
-The roof is that of the same size: a kernel that only moves bytes needs a while to get going, too.
+The roofline is that of the same size, and includes the fixed cost of a launch.
 """
 
 import pytest
@@ -21,6 +21,6 @@ def test_size(benchmark, gpu, name, n_elements):
     work = Workload(nd.FORMATS[name], "float16", n_elements, gpu.itself)
     work.check()
     benchmark.pedantic(work, rounds=9, iterations=16 if n_elements < 1 << 26 else 4, warmup_rounds=1)
-    note(benchmark, work.bytes_moved, gpu.roof(work), elements=work.n_elements)
+    note(benchmark, work.bytes_moved, gpu.roofline(work), elements=work.n_elements)
     if benchmark.enabled:
         benchmark.extra_info["ps per element"] = benchmark.stats.stats.median / work.n_elements * 1e12

@@ -1,4 +1,4 @@
-"""Starts. Warm: a new process whose kernels are in the cache. Cold: compiling them, which needs no GPU."""
+"""Start times. Warm: a new process with cached kernels. Cold: compiling them, which needs no GPU."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_warm_start(benchmark, gpu, empty_cache):
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_compile(benchmark, empty_cache, name):
-    """One kernel, from nothing kept, in a process that has compiled before."""
+    """One kernel without a cache, in a process that has compiled before."""
     from numba_dequant.kernels import compiler
 
     compiler.function_ptx(lambda data, number, out: None, (9, 0))

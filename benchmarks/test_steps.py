@@ -1,4 +1,4 @@
-"""The five kernels of notebooks/02_one_kernel.ipynb, from the literal one to the roof, as they stand there."""
+"""The five kernels of notebooks/02_one_kernel.ipynb, from the simple one to the roofline."""
 
 import numpy as np
 import pytest
@@ -22,6 +22,6 @@ def test_step(benchmark, gpu, step):
     launch = jit_launch(*STEPS[step], np.dtype(np.uint16), np.dtype(np.float16))
     work = Workload(nd.FORMATS["Q8_0"], "float16", N_ELEMENTS, gpu.itself, kernel=launch)
     work.check()
-    roof = gpu.roof(work)
+    roofline = gpu.roofline(work)
     benchmark.pedantic(work, rounds=9, iterations=4, warmup_rounds=1)
-    note(benchmark, work.bytes_moved, roof, elements=work.n_elements)
+    note(benchmark, work.bytes_moved, roofline, elements=work.n_elements)

@@ -1,6 +1,6 @@
 """Throughput of every kernel: 2^28 elements of each format, to each output type, by each mapping.
 
-The roof is a kernel of the same run that only moves as many bytes in and out, 16 bytes an access: the fastest of
+The roofline is a kernel of the same run that only copies the same number of bytes, 16 per access: the fastest of
 several shapes. Beside it, for FP16: what PyTorch's own operations reach, and gguf-py.
 """
 
@@ -42,9 +42,9 @@ def test_kernel(benchmark, gpu, name, dtype, mapping):
 
     work = Workload(nd.FORMATS[name], dtype, N_ELEMENTS, gpu.itself, mapping)
     work.check()
-    roof = gpu.roof(work)
+    roofline = gpu.roofline(work)
     benchmark.pedantic(work, **ROUNDS)
-    note(benchmark, work.bytes_moved, roof, elements=work.n_elements)
+    note(benchmark, work.bytes_moved, roofline, elements=work.n_elements)
 
 
 @pytest.mark.skipif(torch is None, reason="PyTorch is not installed")
