@@ -1,6 +1,6 @@
-"""Write the gallery: a page of the pictures and tables that the notebooks show, and the pictures as files.
+"""Write the gallery: a page with the pictures and tables of the notebooks, and the pictures as files.
 
-python notebooks/gallery.py        # after notebooks/run.py, which does this too
+python notebooks/gallery.py        # notebooks/run.py does this too
 """
 
 import base64
@@ -15,12 +15,12 @@ DOCS = HERE.parent / "docs"
 
 
 def shown(notebook):
-    """For each picture or table: the heading above it, what it shows, a file name's ending, and its content."""
+    """For each picture or table: the heading above it, its title, the file extension (None: table), the content."""
     heading = ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            found = re.findall(r"^#+ (.+)$", cell.source, re.MULTILINE)
-            heading = found[-1] if found else heading
+            headings = re.findall(r"^#+ (.+)$", cell.source, re.MULTILINE)
+            heading = headings[-1] if headings else heading
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "image/svg+xml" in data:
@@ -38,7 +38,11 @@ def write(docs=DOCS):
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
-    lines = ["# Gallery", "", "What the notebooks show. Each of them runs without a GPU, and says what is to be seen."]
+    lines = [
+        "# Gallery",
+        "",
+        "Pictures and tables from the notebooks. Each notebook runs without a GPU, and explains its pictures.",
+    ]
     for path in sorted(HERE.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         title, text = notebook.cells[0].source.removeprefix("# ").split("\n\n")[:2]

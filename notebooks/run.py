@@ -1,7 +1,7 @@
-"""Run the notebooks from top to bottom, and keep what they show, in them and in the gallery.
+"""Run the notebooks from top to bottom, and save their outputs in them and in the gallery.
 
 python notebooks/run.py            # all of them
-python notebooks/run.py --check    # keep nothing: fail if a cell fails or warns
+python notebooks/run.py --check    # save nothing; fail if a cell fails or warns
 """
 
 import argparse
@@ -17,7 +17,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def run(path):
-    """The notebook with fresh outputs, and what its cells wrote to stderr."""
+    """The notebook with new outputs, and what its cells wrote to stderr."""
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(HERE)}}).execute()
     complaints = []
@@ -25,7 +25,7 @@ def run(path):
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             complaints += [output.text for output in cell.outputs if output.get("name") == "stderr"]
-            # What can be turned is nothing without a kernel: it is not kept.
+            # Interactive widgets do not work without a kernel, so they are not saved.
             cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
     notebook.metadata.pop("widgets", None)
     notebook.metadata["language_info"] = {"name": "python"}
@@ -34,8 +34,8 @@ def run(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="beginnings of names, such as 01 (all without them)")
-    parser.add_argument("--check", action="store_true", help="keep nothing")
+    parser.add_argument("names", nargs="*", help="prefixes of notebook names, such as 01; default: all")
+    parser.add_argument("--check", action="store_true", help="save nothing")
     options = parser.parse_args()
     failed = False
     for path in sorted(HERE.glob("*.ipynb")):
