@@ -38,11 +38,7 @@ def write(docs=DOCS):
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
-    lines = [
-        "# Gallery",
-        "",
-        "Pictures and tables from the notebooks. Each notebook runs without a GPU, and explains its pictures.",
-    ]
+    lines = ["# Gallery", "", "The pictures and tables of the notebooks. Each notebook runs without a GPU."]
     for path in sorted(HERE.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         title, text = notebook.cells[0].source.removeprefix("# ").split("\n\n")[:2]

@@ -268,11 +268,8 @@ class CuPy:
         """Queue a copy to an array of the same shape on the same GPU, on a stream."""
         stream_type = self._cuda().Stream
         # CuPy 14 deprecates ExternalStream.
-        if hasattr(stream_type, "from_external"):
-            external = stream_type.from_external(_StreamHandle(stream))
-        else:
-            external = self._cuda().ExternalStream(stream, index)
-        with external:
+        make = getattr(stream_type, "from_external", None)
+        with make(_StreamHandle(stream)) if make else self._cuda().ExternalStream(stream, index):
             sys.modules["cupy"].copyto(target, array)
 
     def is_capturing(self) -> bool:

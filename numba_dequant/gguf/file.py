@@ -2,17 +2,15 @@
 
 Source of the format: ggml's docs/gguf.md and src/gguf.cpp. Where they leave a choice, these rules apply:
 
-* Tensor names may have 65535 bytes, like keys. Tensors may have 8 dimensions. GGML, as usually built, allows 63 bytes
-  and 4 dimensions, but files of image and video models exceed this.
+* Tensor names may have 65535 bytes, and tensors 8 dimensions. GGML usually allows 63 bytes and 4 dimensions, but files
+  of image and video models exceed this.
 * NULs at the end of a key, a tensor name or a string value are removed (files of August 2023 have them). Elsewhere in a
   key or a string they are kept; elsewhere in a tensor name they are an error. Array items keep all their NULs, because
   InternLM2 has a token that is a NUL.
 * A bool is False if it is 0, and otherwise True, also in arrays.
 * Invalid UTF-8 in a string value is replaced by U+FFFD.
-* Only three keys with the prefix "split." are used: split.no, split.count and split.tensors.count. They must be
-  integers.
-* Accepted: a tensor without dimensions (a scalar), an empty tensor name, a dimension of 0, no padding after the last
-  tensor.
+* Only three keys with the prefix "split." are used, and must be integers: split.no, split.count, split.tensors.count.
+* Accepted: a scalar (no dimensions), an empty tensor name, a dimension of 0, no padding after the last tensor.
 * Refused: an empty key, keys and tensor names that are not UTF-8, duplicate keys or tensor names (after NULs are
   removed), arrays of arrays, arrays of more than 64 Mi items, strings of more than 64 MiB, an alignment of more than
   1 MiB, a shape of 2**60 elements or more, where a dimension of 0 counts as 1.
@@ -90,15 +88,8 @@ def _join_given(sources: Sequence[Any], offset: int, *, allow_truncated: bool) -
         _expect(shard, "split.count", len(shards), "the number of files in the list")
         number = _split_number(shard, "split.no", -1)
         if not 0 <= number < len(shards) or number in by_number:
-            last = len(shards) - 1
-            if number in by_number:
-                reason = f"split.no is {number}, as in {by_number[number].path}; list each shard once"
-            elif "split.no" in shard.metadata:
-                reason = f"split.no is {number}; it must be 0 to {last}, because the list has {len(shards)} files"
-            else:
-                reason = f"split.no is missing; each shard must have a number from 0 to {last}"
-            value = shard.metadata.get("split.no")
-            raise GgufError(shard.path, "metadata 'split.no'", None, value, f"0 to {last}, each in one file", reason)
+            other = f"; {by_number[number].path} has the same number" if number in by_number else ""
+            raise _split_error(shard, "split.no", f"0 to {len(shards) - 1}, different in each file{other}")
         by_number[number] = shard
     return _joined([by_number[number] for number in range(len(shards))])
 
@@ -132,8 +123,7 @@ def _joined(shards: Sequence[GgufFile], missing: tuple[str, ...] = ()) -> GgufFi
             tensors[name] = tensor
     total = _split_number(first, "split.tensors.count", len(tensors))
     if total != len(tensors) and not missing:
-        reason = f"split.tensors.count is {total}, but the shards have {len(tensors)} tensors; are all of one model?"
-        raise GgufError(first.path, "metadata 'split.tensors.count'", None, total, str(len(tensors)), reason)
+        raise _split_error(first, "split.tensors.count", f"{len(tensors)}, the number of tensors in all shards")
     return replace(
         first,
         tensors=TensorTable(tensors),
@@ -147,16 +137,19 @@ def _joined(shards: Sequence[GgufFile], missing: tuple[str, ...] = ()) -> GgufFi
 def _split_number(file: GgufFile, key: str, missing: int) -> int:
     value = file.metadata.get(key, missing)
     if key == "split.count" and not 0 <= value <= MAX_SHARDS:
-        reason = f"split.count is {value}; it must be 0 to {MAX_SHARDS}"
-        raise GgufError(file.path, f"metadata {key!r}", None, value, f"0 to {MAX_SHARDS}", reason)
+        raise _split_error(file, key, f"0 to {MAX_SHARDS}")
     return int(value)
 
 
 def _expect(shard: GgufFile, key: str, expected: int, why: str) -> None:
+    if shard.metadata.get(key) != expected:
+        raise _split_error(shard, key, f"{expected}, {why}")
+
+
+def _split_error(shard: GgufFile, key: str, allowed: str) -> GgufError:
     value = shard.metadata.get(key)
-    if value != expected:
-        reason = f"{key} is {'missing' if value is None else value}; it must be {expected}, {why}"
-        raise GgufError(shard.path, f"metadata {key!r}", None, value, str(expected), reason)
+    reason = f"{key} is {'missing' if value is None else value}; it must be {allowed}"
+    return GgufError(shard.path, f"metadata {key!r}", None, value, allowed, reason)
 
 
 def _shard_paths(first: GgufFile, count: int, path: str | None) -> list[str]:

@@ -249,7 +249,7 @@ class Cursor:
             self._find_links()
         at = np.int32(
             self.position - self._window_start
-        )  # the dtype of `starts`; searchsorted would convert `starts` otherwise
+        )  # the dtype of `starts`, so that searchsorted converts nothing
         first = int(np.searchsorted(self._starts, at))
         if first == len(self._starts) or self._starts[first] != at:
             return 0

@@ -36,10 +36,7 @@ STARTS = (
     (rb"Rar!", f"a rar archive: {UNPACK}"),
     (rb".{257}ustar", f"a tar archive: {UNPACK}"),
     (rb".{5}\x00{3}\{", f"a safetensors file: {CONVERT}"),
-    (
-        rb"\x7fELF|MZ|\xcf\xfa\xed\xfe",
-        "a program; if it is a llamafile, pass the position of the GGUF file in it as offset=",
-    ),
+    (rb"\x7fELF|MZ|\xcf\xfa\xed\xfe", "a program; for a llamafile, pass the position of its GGUF file as offset="),
 )
 """A pattern of the first bytes, what the file is, and what to do."""
 

@@ -68,8 +68,8 @@ FILES = {
     "JSON": (b'{"error": "Entry not found"}', "JSON text, .*Entry not found"),
     "JSON in lines": (b'[\n  {"a": 1},', "JSON text"),
     "text": (b"Invalid username or password.", "text: 'Invalid username or password.'"),
-    "a program": (b"\x7fELF\2\1\1" + bytes(60), "a program; if it is a llamafile"),
-    "a llamafile": (b"MZqFpD='\n", "a program; if it is a llamafile"),
+    "a program": (b"\x7fELF\2\1\1" + bytes(60), "a program; for a llamafile"),
+    "a llamafile": (b"MZqFpD='\n", "a program; for a llamafile"),
     "swapped": (b"FUGG" + bytes(60), "a GGUF file whose bytes have been swapped"),
 }
 
