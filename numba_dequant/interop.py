@@ -1,7 +1,4 @@
-"""Access to the arrays, the current streams and the memory of PyTorch and CuPy.
-
-This module imports neither: their arrays exist only in programs that have imported them.
-"""
+"""Access to the arrays, the current streams and the memory of PyTorch and CuPy, without importing them."""
 
 from __future__ import annotations
 

@@ -22,8 +22,7 @@ ROUND = 1024
 """Random blocks of each later round."""
 
 SIGHTINGS = 50
-"""How often the rarest effect of a bit must be seen before its search ends. Some effects are rare: another index into
-a grid seldom changes the last value of a point."""
+"""How often the rarest effect of a bit must be seen before its search ends; some effects are rare."""
 
 IDLE_ROUNDS = 4
 """Rounds after which a bit without a visible effect counts as having none."""

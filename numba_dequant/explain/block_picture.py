@@ -1,7 +1,6 @@
 """Pictures of a block: all bytes and bits, coloured by field, with the bits of one element highlighted.
 
-They are drawn from the layout and from `bit_map` alone, for any format: as SVG without scripts for notebooks, readable
-on light and dark pages, and as text for terminals.
+They are drawn from the layout and from `bit_map`: as SVG for light and dark pages, and as text for terminals.
 """
 
 from __future__ import annotations

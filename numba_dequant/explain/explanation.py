@@ -1,7 +1,4 @@
-"""Explains one real block: its bytes, its fields, and how `decode` computes the values of a run.
-
-The steps are recorded while plain Python runs the `decode` of the format: every assignment, every call, and the values.
-"""
+"""Explains one real block: its bytes, its fields, and the steps of `decode`, recorded while plain Python runs it."""
 
 from __future__ import annotations
 

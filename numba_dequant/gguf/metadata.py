@@ -10,16 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from numba_dequant.errors import DeviceError, NumbaDequantError, OptionError
-from numba_dequant.gguf.header import (
-    ARRAY,
-    BOOL,
-    INTEGERS,
-    MAX_STRING,
-    NUMBERS,
-    STRING,
-    ByteOrder,
-    Cursor,
-)
+from numba_dequant.gguf.header import ARRAY, BOOL, INTEGERS, MAX_STRING, NUMBERS, STRING, ByteOrder, Cursor
 from numba_dequant.gguf.source import Source, read_error
 
 LONG_STRING = 1 << 20
@@ -61,10 +52,7 @@ def _reopened(source: Source, key: str, offset: int, byte_order: ByteOrder) -> I
 
 
 def _decoded(raw: bytes) -> str:
-    """Decode a string value, without NULs at its end. Invalid UTF-8 becomes U+FFFD.
-
-    Such a string can be printed and written as JSON; one with Python's surrogate escapes cannot.
-    """
+    """Decode a string value, without NULs at its end. Invalid UTF-8 becomes U+FFFD, which can be printed."""
     return raw.rstrip(b"\0").decode(errors="replace")
 
 

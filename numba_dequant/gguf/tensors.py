@@ -20,8 +20,7 @@ from numba_dequant.gguf.source import Source
 CUT_SHORT = "its download is incomplete, or it was truncated"
 
 MAX_COMPARED, COMPARED_NAMES, COMPARED_CHARACTERS = 50_000, 500, 200
-"""Limits of the search for similar names: names considered, names compared in full, characters of a name. Without
-them, a hostile file could make the search take hours."""
+"""Limits of the search for similar names, against hostile files: names considered, names compared, characters."""
 
 
 class TensorInfo(NamedTuple):

@@ -1,7 +1,6 @@
 """Compiles kernels to cubins, with numba-cuda and the CUDA toolkit; no GPU is needed.
 
-The result is a cubin and not PTX, because a driver older than the toolkit refuses its PTX but loads its cubins. Cubins
-are cached on disk.
+The results are cubins, cached on disk. A driver that is older than the toolkit loads its cubins, but refuses its PTX.
 """
 
 from __future__ import annotations
@@ -157,10 +156,7 @@ def assemble(text: str, capability: tuple[int, int]) -> bytes:
 
 @lru_cache(maxsize=1)
 def why_no_toolkit() -> str | None:
-    """Why kernels cannot be compiled, or None if they can.
-
-    Loading the toolkit is slow, so success is cached on disk.
-    """
+    """Why kernels cannot be compiled, or None. Success is cached on disk, because loading the toolkit is slow."""
     entry = disk_cache.cache_key("toolkit", disk_cache.versions(*TOOLCHAIN))
     if disk_cache.read(entry) is not None:
         return None

@@ -327,11 +327,7 @@ def _model_for(target: NumbaTarget) -> type[Any]:
 
 
 def register_primitive(
-    target: NumbaTarget,
-    function: Callable[..., Any],
-    result: Any,
-    kinds: tuple[Any, ...],
-    codegen: Codegen,
+    target: NumbaTarget, function: Callable[..., Any], result: Any, kinds: tuple[Any, ...], codegen: Codegen
 ) -> None:
     """Replace `function` by `codegen` in compiled code; `kinds` are the parameter types, None for any type."""
 

@@ -14,8 +14,7 @@ from numba_dequant.errors import DeviceError
 from numba_dequant.kernels.gpu_packages import GPU_PACKAGES, install_command, is_there
 
 REMOVED_NAMES = {"row_stack": "vstack", "trapz": "trapezoid", "in1d": "isin"}
-"""Removed NumPy functions that numba-cuda uses on import: 0.30 uses row_stack (removed in NumPy 2.5), 0.24 the others
-(removed in NumPy 2.4)."""
+"""Functions that numba-cuda uses on import, but that NumPy 2.5 (row_stack) and NumPy 2.4 have removed."""
 
 
 @contextmanager
