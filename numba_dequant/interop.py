@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,36 +34,6 @@ class ArrayView(NamedTuple):
     shape: tuple[int, ...]
     array: Any
     is_copy: bool
-
-
-class Library(Protocol):
-    """The interface of this package to PyTorch and CuPy."""
-
-    name: str
-
-    def is_on_gpu(self, array: Any) -> bool:
-        """Whether an array of this library is on a CUDA GPU."""
-
-    def device_of(self, array: Any) -> int:
-        """The ordinal of the GPU of an array."""
-
-    def current_stream(self, index: int) -> int:
-        """The handle of the library's current stream on a GPU, in this thread."""
-
-    def keeper(self, index: int) -> Any:
-        """An object that keeps the current stream alive, or None."""
-
-    def is_contiguous(self, array: Any) -> bool:
-        """Whether an array is C-contiguous."""
-
-    def view(self, array: Any) -> ArrayView:
-        """The memory of an array on a GPU. A non-contiguous array is copied first, on the current stream."""
-
-    def copy(self, target: Any, array: Any, index: int, stream: int) -> None:
-        """Queue a copy to an array of the same shape on the same GPU, on a stream."""
-
-    def is_capturing(self) -> bool:
-        """Whether this thread captures a CUDA graph on the library's current stream."""
 
 
 class Torch:
@@ -284,6 +254,7 @@ class _StreamHandle:
         return 0, self._handle
 
 
+Library = Torch | CuPy
 TORCH, CUPY = Torch(), CuPy()
 
 
