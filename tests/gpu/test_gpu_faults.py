@@ -1,13 +1,11 @@
 """Whatever happens while a model is loaded to a GPU: one clear error, nothing left behind, and the next load works."""
 
-import ctypes
 import gc
 import os
 import random
 import signal
 import subprocess
 import sys
-import threading
 
 import faults
 import pytest
@@ -22,41 +20,6 @@ from numba_dequant.loading import gpu_buffers
 pytestmark = pytest.mark.gpu
 
 TUNING = gpu_buffers.LoadTuning(chunk_bytes=64 * faults.ROW, subread_bytes=16 * faults.ROW)
-
-
-class Disk:
-    """Stands for the disk, below the loop that reads: calls `before(offset, n_bytes)`, which may raise an OSError."""
-
-    def __init__(self, before):
-        self.before, self.real = before, ctypes.CDLL(None).pread
-        self.real.argtypes, self.real.restype = [ctypes.c_ssize_t] * 4, ctypes.c_ssize_t
-        self.number = ctypes.c_int()
-        self.functions = {
-            "read": ctypes.CFUNCTYPE(*[ctypes.c_ssize_t] * 5)(self.read),
-            "error": ctypes.CFUNCTYPE(*[ctypes.c_ssize_t] * 2)(lambda _: ctypes.addressof(self.number)),
-        }
-
-    def install(self, patch):
-        for name, function in self.functions.items():
-            patch.setitem(gpu_at(0).thread_functions, name, function)
-
-    def read(self, file, pointer, n_bytes, offset):
-        try:
-            self.before(offset, n_bytes)
-        except OSError as error:
-            self.number.value = error.errno
-            return -1
-        return self.real(file, pointer, n_bytes, offset)
-
-
-def broken(at, fault):
-    """A disk on which something happens once a byte is read."""
-
-    def before(offset, n_bytes):
-        if offset <= at < offset + n_bytes:
-            fault()
-
-    return Disk(before)
 
 
 @pytest.fixture
@@ -95,80 +58,10 @@ def state(n_threads=None):
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("layer", [0, 2])
-class TestHalfway:
-    def test_a_read_error(self, path, monkeypatch, threads, layer):
-        tensor, at = faults.place(path, layer)
-        disk = broken(at, faults.input_output_error)
-        with monkeypatch.context() as patch:
-            disk.install(patch)
-            message = rf"model\.gguf: tensor '{tensor.name}' at byte \d+: Input/output error; check the disk"
-            with pytest.raises(nd.ReadError, match=message) as raised:
-                nd.load(path, device="cuda", threads=threads)
-        assert raised.value.offset <= at < raised.value.offset + TUNING.chunk_bytes
-        del raised
-        faults.assert_loads(path, "cuda")
-
-    def test_the_file_is_cut_short(self, path, monkeypatch, threads, layer):
-        _, at = faults.place(path, layer)
-        content = path.read_bytes()
-        disk = broken(at, lambda: os.truncate(path, at))
-        with monkeypatch.context() as patch:
-            disk.install(patch)
-            with pytest.raises((nd.GgufError, nd.ReadError), match=r"model\.gguf: tensor 'blk"):
-                nd.load(path, device="cuda", threads=threads)
-        path.write_bytes(content)
-        faults.assert_loads(path, "cuda")
-
-    def test_the_header_is_written_to(self, path, monkeypatch, threads, layer):
-        _, at = faults.place(path, layer)
-        content = path.read_bytes()
-
-        disk = broken(at, lambda: faults.overwrite(path, 30))
-        with monkeypatch.context() as patch:
-            disk.install(patch)
-            with pytest.raises(nd.ReadError, match="it has changed since it was opened; reopen it"):
-                nd.load(path, device="cuda", threads=threads)
-        path.write_bytes(content)
-        faults.assert_loads(path, "cuda")
-
-    def test_out_of_memory(self, path, monkeypatch, threads, layer):
-        real, calls = gpu_at(0).allocate, []
-
-        def allocate(n_bytes, stream, keeper=None):
-            calls.append(n_bytes)
-            is_output = n_bytes == faults.N_ROWS * 640
-            return real(1 << 45 if is_output and calls.count(n_bytes) > layer else n_bytes, stream, keeper)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(gpu_at(0), "allocate", allocate)
-            message = rf"model\.gguf: tensor 'blk\.{layer}\.weight': cuda:0 is out of memory"
-            with pytest.raises(nd.DeviceError, match=message):
-                nd.load(path, device="cuda", threads=threads)
-        faults.assert_loads(path, "cuda")
-
-    def test_what_the_callback_raises(self, path, threads, layer):
-        faults.raise_in_the_callback(path, "cuda", threads, layer)
-
-    def test_dropping_the_iterator(self, path, threads, layer):
-        faults.drop_the_iterator(path, "cuda", threads, layer)
-
-
-def test_two_loads_in_two_threads(path):
-    problems = []
-
-    def work():
-        try:
-            for _ in range(5):
-                faults.assert_loads(path, "cuda")
-        except BaseException as error:
-            problems.append(error)
-
-    workers = [threading.Thread(target=work) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not problems
+@pytest.mark.parametrize("scenario", faults.SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_halfway(scenario, path, monkeypatch, threads, layer):
+    scenario(faults.OnGpu(gpu_at(0)), path, monkeypatch, threads, layer)
+    faults.assert_loads(path, "cuda")
 
 
 def test_ctrl_c(path):
@@ -186,7 +79,7 @@ native.load("read_and_send")
 nd.dequantize(bytes(34), "Q8_0", device="cuda")
 gpu_buffers.TUNING = test_gpu_faults.TUNING
 patch = pytest.MonkeyPatch()
-test_gpu_faults.Disk(lambda offset, n_bytes: time.sleep(0.02)).install(patch)
+test_gpu_faults.faults.OnGpu(gpu_at(0)).before_each_read(patch, lambda offset, n_bytes: time.sleep(0.02))
 before = test_gpu_faults.faults.n_threads_of_this_process()
 # Python does not listen to it where a shell has started this in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -229,7 +122,12 @@ def test_two_hundred_loads_with_faults(path, monkeypatch):
     def load():
         nonlocal failures
         fault = rng.choice([None, faults.input_output_error, "callback", "memory"])
-        disk = broken(rng.randrange(2000, size), fault if callable(fault) else lambda: None)
+        at = rng.randrange(2000, size)
+
+        def before(offset, n_bytes):
+            if callable(fault) and offset <= at < offset + n_bytes:
+                fault()
+
         real, n_allocated = gpu_at(0).allocate, []
 
         def allocate(n_bytes, stream, keeper=None):
@@ -244,7 +142,7 @@ def test_two_hundred_loads_with_faults(path, monkeypatch):
 
         options = {"threads": rng.randint(1, 4), "prefetch": rng.randint(0, 3), "callback": callback}
         with monkeypatch.context() as patch:
-            disk.install(patch)
+            faults.OnGpu(gpu_at(0)).before_each_read(patch, before)
             patch.setattr(gpu_at(0), "allocate", allocate)
             try:
                 for _ in nd.open(path).stream(device="cuda", **options):

@@ -1,6 +1,5 @@
 """Whatever happens while a model is loaded: one clear error, nothing left behind, and the next load works."""
 
-import contextlib
 import gc
 import os
 import signal
@@ -9,13 +8,10 @@ import sys
 import threading
 
 import faults
-import numpy as np
 import pytest
-from blocks import assert_same_bits, write_model
-from faults import ROW, TENSORS, assert_loads, input_output_error, overwrite, place
 
 import numba_dequant as nd
-from numba_dequant.loading import files, host_loader
+from numba_dequant.loading import host_loader
 
 
 @pytest.fixture
@@ -26,7 +22,7 @@ def path(tmp_path):
 @pytest.fixture(autouse=True)
 def nothing_is_left(monkeypatch):
     """Small chunks, so that faults come halfway; and no thread and no open file remains."""
-    monkeypatch.setattr(host_loader, "CHUNK_BYTES", 64 * ROW)
+    monkeypatch.setattr(host_loader, "CHUNK_BYTES", faults.Host.chunk_bytes)
     nd.dequantize(bytes(34), "Q8_0", device="cpu")
     threads, files = threading.active_count(), n_open_files()
     yield
@@ -39,131 +35,12 @@ def n_open_files():
     return len(os.listdir("/proc/self/fd"))
 
 
-class Disk:
-    """Stands for the disk: does something to a file, or to a read, at a certain byte."""
-
-    def __init__(self, monkeypatch, at, fault):
-        self.at, self.fault, self.calls = at, fault, 0
-        self.real = files.read_into
-        monkeypatch.setattr(files, "read_into", self.read_into)
-
-    def read_into(self, file, data, offset):
-        if offset <= self.at < offset + len(data):
-            self.calls += 1
-            self.fault()
-        return self.real(file, data, offset)
-
-
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("layer", [0, 2])
-class TestHalfway:
-    def test_a_read_error(self, path, monkeypatch, threads, layer):
-        tensor, at = place(path, layer)
-        with monkeypatch.context() as patch:
-            Disk(patch, at, input_output_error)
-            message = rf"model\.gguf: tensor '{tensor.name}' at byte \d+: Input/output error; check the disk"
-            with pytest.raises(nd.ReadError, match=message) as raised:
-                nd.load(path, device="cpu", threads=threads)
-        assert raised.value.tensor == tensor.name
-        assert raised.value.offset <= at < raised.value.offset + host_loader.CHUNK_BYTES
-        assert isinstance(raised.value.__cause__, OSError)
-        assert_loads(path, "cpu")
-
-    def test_the_file_is_cut_short(self, path, monkeypatch, threads, layer):
-        tensor, at = place(path, layer)
-        content = path.read_bytes()
-        with monkeypatch.context() as patch:
-            Disk(patch, at, lambda: os.truncate(path, at))
-            with pytest.raises((nd.GgufError, nd.ReadError)) as raised:
-                nd.load(path, device="cpu", threads=threads)
-        if threads == 1:
-            assert str(raised.value).startswith(f"{path}: at byte {tensor.offset}: the file has ")
-        assert str(path) in str(raised.value)
-        path.write_bytes(content)
-        assert_loads(path, "cpu")
-
-    # Another thread may look between the new time and the new bytes.
-    @pytest.mark.filterwarnings("ignore:.*time stamp has changed")
-    def test_the_header_is_written_to(self, path, monkeypatch, threads, layer):
-        _, at = place(path, layer)
-        content = path.read_bytes()
-        with monkeypatch.context() as patch:
-            Disk(patch, at, lambda: overwrite(path, 30))
-            with pytest.raises(nd.ReadError, match="it has changed since it was opened; reopen it"):
-                nd.load(path, device="cpu", threads=threads)
-        path.write_bytes(content)
-        assert_loads(path, "cpu")
-
-    def test_values_are_written_to(self, path, monkeypatch, threads, layer):
-        """Which cannot be told from a time stamp that somebody has set: it is said, once."""
-        _, at = place(path, layer)
-        content = path.read_bytes()
-        with monkeypatch.context() as patch:
-            Disk(patch, at, lambda: overwrite(path, at))
-            with pytest.warns(RuntimeWarning, match="time stamp has changed") as warned:
-                nd.load(path, device="cpu", threads=threads)
-        assert len(warned) == 1
-        path.write_bytes(content)
-        assert_loads(path, "cpu")
-
-    def test_another_file_takes_its_place(self, path, monkeypatch, threads, layer):
-        """Who has it open goes on with the old one; who opens it then is told."""
-        _, at = place(path, layer)
-        other = write_model(path.parent / "other.gguf", {"x": ("F32", (1,), bytes(4))})
-        content = path.read_bytes()
-        with monkeypatch.context() as patch:
-            Disk(patch, at, lambda: os.replace(other, path) if other.exists() else None)
-            with nd.open(path) as model:
-                with contextlib.suppress(nd.ReadError):
-                    found = model.load_all(device="cpu", threads=threads)
-                    for name, (source, shape, data) in TENSORS.items():
-                        expected = nd.dequantize(data, source, shape=shape, device="reference")
-                        assert_same_bits(found[name], expected)
-                with pytest.raises(nd.ReadError, match="changed since it was opened"):
-                    model.load("blk.0.weight", device="cpu")
-        path.write_bytes(content)
-        assert_loads(path, "cpu")
-
-    def test_out_of_memory(self, path, monkeypatch, threads, layer):
-        tensor, _ = place(path, layer)
-        real, calls = np.empty, []
-
-        def empty(shape, dtype=float):
-            if np.dtype(dtype) == np.float16:
-                calls.append(shape)
-                if len(calls) > layer:
-                    raise MemoryError("Unable to allocate 1.22 MiB")
-            return real(shape, dtype)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(np, "empty", empty)
-            with pytest.raises(nd.DeviceError, match=rf"'{tensor.name}': the CPU is out of memory: 1,280,000 bytes"):
-                nd.load(path, device="cpu", threads=threads)
-        assert_loads(path, "cpu")
-
-    def test_what_the_callback_raises(self, path, threads, layer):
-        faults.raise_in_the_callback(path, "cpu", threads, layer)
-
-    def test_dropping_the_iterator(self, path, threads, layer):
-        faults.drop_the_iterator(path, "cpu", threads, layer)
-
-
-def test_a_file_that_gets_another_number(path):
-    """As a network file system may do; what the file holds is the same."""
-    with nd.open(path) as model:
-        content, stat = path.read_bytes(), path.stat()
-        path.rename(path.parent / "keeps the old number")
-        path.write_bytes(content)
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        assert path.stat().st_ino != stat.st_ino
-        assert list(model.load_all(device="cpu", threads=3)) == list(TENSORS)
-
-
-def test_the_file_is_gone(path):
-    with nd.open(path) as model:
-        os.remove(path)
-        with pytest.raises(nd.ReadError, match="No such file"):
-            model.load("blk.0.weight", device="cpu")
+@pytest.mark.parametrize("scenario", faults.SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_halfway(scenario, path, monkeypatch, threads, layer):
+    scenario(faults.Host(), path, monkeypatch, threads, layer)
+    faults.assert_loads(path, "cpu")
 
 
 def test_ctrl_c(path):
@@ -213,23 +90,6 @@ next(unfinished)
     command = [sys.executable, "-c", code, path]
     found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (found.returncode, found.stderr) == (0, "")
-
-
-def test_two_loads_in_two_threads(path):
-    results = {}
-
-    def work(number):
-        for _ in range(5):
-            results[number] = nd.load(path, device="cpu", threads=2)
-
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    for found in results.values():
-        for name, (source, shape, data) in TENSORS.items():
-            assert_same_bits(found[name], nd.dequantize(data, source, shape=shape, device="reference"))
 
 
 def test_two_hundred_loads_with_faults(path):
@@ -286,4 +146,4 @@ print(failures, after[0] - before[0], after[1] - before[1], after[2] - before[2]
     assert 40 < failures < 160
     assert n_bytes < 8 << 20
     assert n_threads == n_files == 0
-    assert_loads(path, "cpu")
+    faults.assert_loads(path, "cpu")

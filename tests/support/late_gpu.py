@@ -11,7 +11,7 @@ import random
 import threading
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from faults import n_threads_of_this_process
@@ -168,8 +168,10 @@ class LateGpu:
 
     def allocate(self, n_bytes, stream, keeper=None):
         with self.lock:
-            pointer, self.end = self.end, self.end + -(-max(n_bytes, 1) // 256) * 256
-            assert self.end <= self.start + self.memory.size
+            end = self.end + -(-max(n_bytes, 1) // 256) * 256
+            if end > self.start + self.memory.size:
+                raise nd.DeviceError(f"cuda:0 is out of memory: {n_bytes:,} bytes were asked for")
+            pointer, self.end = self.end, end
             self.in_use += n_bytes
             self.queue(stream, lambda: at(pointer, n_bytes).fill(POISON), (pointer, n_bytes))
             return DeviceBytes(pointer, n_bytes, self, Owner(self, pointer, n_bytes, stream))
@@ -318,12 +320,12 @@ def compute(fmt, dtype, n_elements, data, out):
     at(out, values.nbytes)[:] = values.view(np.uint8)
 
 
-def installed(seed, monkeypatch, *, has_threads=True):
+def installed(seed, monkeypatch, *, has_threads=True, tuning=TUNING):
     """Yield a late GPU in place of the real one; without what reader threads need, if it is said so."""
     late = LateGpu(seed, has_threads=has_threads)
     monkeypatch.setitem(gpu.OPEN, 0, late)
     monkeypatch.setattr(devices, "why_no_cuda", lambda: None)
-    monkeypatch.setattr(gpu_buffers, "TUNING", replace(TUNING))
+    monkeypatch.setattr(gpu_buffers, "TUNING", tuning)
     threads = n_threads_of_this_process()
     yield late
     gc.collect()

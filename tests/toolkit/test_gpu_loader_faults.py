@@ -7,13 +7,15 @@ import os
 import signal
 from dataclasses import replace
 
+import faults
+import late_gpu
 import pytest
 from blocks import random_blocks, write_model
 from late_gpu import TUNING
 from small_model import TENSORS, assert_loads, assert_right, kept_bytes
 
 import numba_dequant as nd
-from numba_dequant.loading import files, gpu_buffers, native_threads
+from numba_dequant.loading import gpu_buffers, native_threads
 
 
 @pytest.fixture
@@ -22,22 +24,23 @@ def model(tmp_path):
         yield model
 
 
-def test_a_read_error_halfway(model, late, monkeypatch, threads):
-    tensor = model.tensors["output"]
+@pytest.fixture(params=[0, "no threads"])
+def one_order(request, monkeypatch):
+    """One order of things is enough for what lies in the file and in the memory."""
+    has_threads = request.param != "no threads"
+    tuning = replace(TUNING, chunk_bytes=64 * faults.ROW, subread_bytes=16 * faults.ROW)
+    yield from late_gpu.installed(request.param, monkeypatch, has_threads=has_threads, tuning=tuning)
 
-    def read_into(file, data, offset):
-        if offset + len(data) > tensor.offset + tensor.n_bytes // 2:
-            raise OSError(5, "Input/output error")
-        return os.preadv(file if isinstance(file, int) else file.fileno(), [data], offset)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "read_into", read_into)
-        patch.setattr(late, "read_into", read_into)
-        with pytest.raises(nd.ReadError, match=r"tensor 'output' at byte .*Input/output error; check the disk"):
-            model.load_all(device="cuda", threads=threads)
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("scenario", faults.SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_halfway(scenario, tmp_path, one_order, monkeypatch, layer):
+    path = faults.write(tmp_path / "model.gguf")
+    scenario(faults.OnGpu(one_order), path, monkeypatch, 3, layer)
     gc.collect()
-    assert late.in_use == kept_bytes(late)
-    assert_loads(model, threads)
+    n_buffers = sum(map(len, one_order.idle_buffers))
+    assert one_order.in_use == n_buffers * 64 * faults.ROW
+    faults.assert_loads(path, "cuda")
 
 
 def test_a_read_error_names_the_tensor_that_it_lies_in(tmp_path, late_with_threads, threads):
@@ -53,23 +56,6 @@ def test_a_read_error_names_the_tensor_that_it_lies_in(tmp_path, late_with_threa
         late_with_threads.read_into = read_into
         with pytest.raises(nd.ReadError, match=f"tensor 'large' at byte {end}: Input/output error; check the disk"):
             model.load_all(device="cuda", threads=threads)
-
-
-def test_out_of_memory_halfway(model, late, monkeypatch, threads):
-    real = late.allocate
-
-    def allocate(n_bytes, stream, keeper=None):
-        if n_bytes == 90 * 64 * 2:
-            raise nd.DeviceError("cuda:0 is out of memory")
-        return real(n_bytes, stream, keeper)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(late, "allocate", allocate)
-        with pytest.raises(nd.DeviceError, match=r"model\.gguf: tensor 'output': cuda:0 is out of memory"):
-            model.load_all(device="cuda", threads=threads)
-    gc.collect()
-    assert late.in_use == kept_bytes(late)
-    assert_loads(model, threads)
 
 
 @pytest.mark.parametrize("n_given", [0, 1, 2])
