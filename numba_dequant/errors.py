@@ -66,8 +66,8 @@ class ReadError(NumbaDequantError, OSError):
         self.offset = offset
         self.reason = reason
         what = f"tensor {tensor!r}" if tensor is not None else ""
-        place = " ".join(filter(None, (what, f"at byte {offset}" if offset is not None else "")))
-        self._message = f"{path}: {place}: {reason}" if place else f"{path}: {reason}"
+        location = " ".join(filter(None, (what, f"at byte {offset}" if offset is not None else "")))
+        self._message = f"{path}: {location}: {reason}" if location else f"{path}: {reason}"
         super().__init__(self._message)
         self.errno, self.filename, self.strerror = number, path, reason
 

@@ -121,7 +121,7 @@ class Torch:
             problem = _first_line(error)
         raise DataError(f"cannot read bytes from a {type(array).__name__}: {problem}")
 
-    def host_output(self, array: Any, dtype: np.dtype[Any], place: object) -> NDArray[Any]:
+    def host_output(self, array: Any, dtype: np.dtype[Any], device: object) -> NDArray[Any]:
         """A CPU tensor as a writable NumPy array of `dtype`, without a copy.
 
         A leaf that requires gradients, such as a parameter, is accepted, as in `load_state_dict`.
@@ -144,7 +144,7 @@ class Torch:
                     return plain.numpy()  # type: ignore[no-any-return]
         except Exception as error:  # a subclass of tensors may fail in any way
             problem = _first_line(error)
-        raise OutputError(f"cannot write to out, a {type(array).__name__}, where the device is {place}: {problem}")
+        raise OutputError(f"cannot write to out, a {type(array).__name__}, where the device is {device}: {problem}")
 
     def _problem_on_host(self, array: Any) -> str | None:
         """Why a tensor has no memory on the CPU, or None if it has."""

@@ -63,7 +63,7 @@ def _read_header(cursor: Cursor, *, allow_truncated: bool) -> GgufFile:
     metadata, alignment = _read_metadata(cursor, n_entries)
     entries = _read_table(cursor, n_tensors)
     data_start = start + _padded(cursor.position - start, alignment)
-    tensors, end = _place(cursor, entries, data_start, alignment, allow_truncated=allow_truncated)
+    tensors, end = _locate(cursor, entries, data_start, alignment, allow_truncated=allow_truncated)
     name, here = cursor.source.name, min(end, cursor.size)
     return GgufFile(name, version, cursor.byte_order, alignment, metadata, TensorTable(tensors), (name,), end, here)
 
@@ -111,11 +111,11 @@ def _read_count(cursor: Cursor, field: str, smallest: int) -> int:
 def _read_metadata(cursor: Cursor, n_entries: int) -> tuple[Metadata, int]:
     metadata: dict[str, Any] = {}
     alignment = DEFAULT_ALIGNMENT
-    for index in range(n_entries):
-        at, cursor.subject = cursor.position, index
+    for number in range(n_entries):
+        at, cursor.subject = cursor.position, number
         key = cursor.name("metadata key {!r}")
         if not key:
-            cursor.fail("metadata key {!r}", at, "an empty key", "a key", f"metadata key {index} is empty")
+            cursor.fail("metadata key {!r}", at, "an empty key", "a key", f"metadata key {number} is empty")
         if key in metadata:
             reason = f"metadata key {key!r} appears twice; a key must be unique"
             cursor.fail("metadata key {!r}", at, key, "each key once", reason)
@@ -150,8 +150,8 @@ class _Entry(NamedTuple):
 def _read_table(cursor: Cursor, n_tensors: int) -> list[_Entry]:
     entries = []
     names: set[str] = set()
-    for index in range(n_tensors):
-        at, cursor.subject = cursor.position, index
+    for number in range(n_tensors):
+        at, cursor.subject = cursor.position, number
         name = cursor.name("name of tensor {!r}")
         if "\0" in name:
             reason = f"tensor name {name!r} contains a NUL; NULs are allowed only at the end"
@@ -194,7 +194,7 @@ def _read_entry(cursor: Cursor, name: str) -> _Entry:
     return _Entry(name, fmt, shape, n_bytes, n_elements, offset, cursor.position - 8)
 
 
-def _place(
+def _locate(
     cursor: Cursor, entries: list[_Entry], start: int, alignment: int, *, allow_truncated: bool
 ) -> tuple[dict[str, TensorInfo], int]:
     """Check that the tensors follow one another within the file; returns them, and the end of the last one."""

@@ -27,20 +27,20 @@ def make_copy_kernel(stores: int, threads: int, stage: int = 0) -> Callable[[Any
     def move(data: Any, n_loads: int, out: Any) -> None:
         tile, thread = int64(cuda.blockIdx.x), int32(cuda.threadIdx.x)
         for step in range(stores):
-            index = thread + int32(step * threads)
-            load = tile * n_loads + index * n_loads // n_stores
-            copy_16_bytes(out, (tile * n_stores + index) * 16, data, load * 16)
+            unit = thread + int32(step * threads)
+            load = tile * n_loads + unit * n_loads // n_stores
+            copy_16_bytes(out, (tile * n_stores + unit) * 16, data, load * 16)
 
     def move_staged(data: Any, n_loads: int, out: Any) -> None:
         tile, thread = int64(cuda.blockIdx.x), int32(cuda.threadIdx.x)
         tile_bytes = cuda.shared.array(n_units, np.uint64, alignment=16)
-        index = thread
-        while index < n_loads:
-            copy_16_bytes(tile_bytes, index * 16, data, (tile * n_loads + index) * 16)
-            index += threads
+        unit = thread
+        while unit < n_loads:
+            copy_16_bytes(tile_bytes, unit * 16, data, (tile * n_loads + unit) * 16)
+            unit += threads
         cuda.syncthreads()
         for step in range(stores):
-            index = thread + int32(step * threads)
-            copy_16_bytes(out, (tile * n_stores + index) * 16, tile_bytes, index * n_loads // n_stores * 16)
+            unit = thread + int32(step * threads)
+            copy_16_bytes(out, (tile * n_stores + unit) * 16, tile_bytes, unit * n_loads // n_stores * 16)
 
     return move_staged if stage else move

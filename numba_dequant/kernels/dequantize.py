@@ -120,13 +120,13 @@ def _tile_writer(fmt: Format, dtype: str, mapping: LaunchShape) -> Callable[[Any
             n_wide = int32(0)
         # A fixed number of steps, without an early exit, so that the loads are in flight together.
         for step in range(wide_steps):
-            index = thread + int32(step * threads)
-            if index < n_wide:
-                copy_16_bytes(tile, index << 4, data, start + (index << 4))
-        index = (n_wide << 4) + thread
-        while index < n_bytes:
-            copy_byte(tile, index, data, start + index)
-            index += threads
+            load = thread + int32(step * threads)
+            if load < n_wide:
+                copy_16_bytes(tile, load << 4, data, start + (load << 4))
+        byte = (n_wide << 4) + thread
+        while byte < n_bytes:
+            copy_byte(tile, byte, data, start + byte)
+            byte += threads
         cuda.syncthreads()
 
         # Unsigned, so that the compiler can divide by shifts.

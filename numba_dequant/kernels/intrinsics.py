@@ -19,7 +19,9 @@ from numba_dequant.dtypes import OUTPUT_TYPES
 
 BYTE, SHORT, WORD, LONG = (ir.IntType(width) for width in (8, 16, 32, 64))
 FLOAT = ir.FloatType()
-EIGHT_FLOATS, EIGHT_WORDS, EIGHT_SHORTS, EIGHT_BYTES = (ir.VectorType(kind, 8) for kind in (FLOAT, WORD, SHORT, BYTE))
+EIGHT_FLOATS, EIGHT_WORDS, EIGHT_SHORTS, EIGHT_BYTES = (
+    ir.VectorType(item_type, 8) for item_type in (FLOAT, WORD, SHORT, BYTE)
+)
 
 Codegen = Callable[[Any, Any, Any, Any], Any]
 Emit = Callable[[ir.IRBuilder, Any], Any]
@@ -78,26 +80,26 @@ class NumbaTarget:
     """Decodes and helpers that are registered with the target."""
 
 
-def vector(values: list[int], kind: ir.Type = WORD) -> ir.Constant:
+def vector(values: list[int], item_type: ir.Type = WORD) -> ir.Constant:
     """A constant vector."""
-    return ir.Constant(ir.VectorType(kind, len(values)), values)
+    return ir.Constant(ir.VectorType(item_type, len(values)), values)
 
 
-def splat(value: int, kind: ir.Type = WORD) -> ir.Constant:
+def splat(value: int, item_type: ir.Type = WORD) -> ir.Constant:
     """A constant vector of eight equal values."""
-    return vector([value] * 8, kind)
+    return vector([value] * 8, item_type)
 
 
-def data_pointer(context: Any, builder: ir.IRBuilder, kind: Any, value: Any) -> Any:
+def data_pointer(context: Any, builder: ir.IRBuilder, numba_type: Any, value: Any) -> Any:
     """The address of the bytes of an array; kernel arguments may also be plain addresses."""
-    is_array = isinstance(kind, types.Array)
-    pointer = context.make_helper(builder, kind, value).data if is_array else value
+    is_array = isinstance(numba_type, types.Array)
+    pointer = context.make_helper(builder, numba_type, value).data if is_array else value
     return builder.bitcast(pointer, ir.PointerType(BYTE))
 
 
-def pointer_at(builder: ir.IRBuilder, pointer: Any, at: Any, kind: ir.Type) -> Any:
-    """`pointer` plus `at` bytes, as a pointer to `kind`."""
-    return builder.bitcast(builder.gep(pointer, [at]), ir.PointerType(kind))
+def pointer_at(builder: ir.IRBuilder, pointer: Any, at: Any, item_type: ir.Type) -> Any:
+    """`pointer` plus `at` bytes, as a pointer to `item_type`."""
+    return builder.bitcast(builder.gep(pointer, [at]), ir.PointerType(item_type))
 
 
 def load_codegen(target: NumbaTarget, width: int, signed: bool) -> Codegen:
@@ -105,12 +107,12 @@ def load_codegen(target: NumbaTarget, width: int, signed: bool) -> Codegen:
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         block, at = arguments
-        kind = ir.IntType(8 * width)
+        integer = ir.IntType(8 * width)
         base = data_pointer(context, builder, signature.args[0], block)
         alignment = min(width, signature.args[0].dtype.bitwidth // 8)
         if width == 8 and alignment == 1 and target.load_8_unaligned is not None:
             return target.load_8_unaligned(builder, base, at)
-        item = builder.load(pointer_at(builder, base, at, kind), align=alignment)
+        item = builder.load(pointer_at(builder, base, at, integer), align=alignment)
         if target.loads_are_invariant:
             item.set_metadata("invariant.load", builder.module.add_metadata([]))
         if width == 8:
@@ -123,11 +125,11 @@ def load_codegen(target: NumbaTarget, width: int, signed: bool) -> Codegen:
 def table_item(builder: ir.IRBuilder, table: bits.LookupTable, index: Any, address_space: int) -> Any:
     """One item of a table, which becomes a constant of the compiled module."""
     item = ir.IntType(8 * table.items.itemsize)
-    kind = ir.ArrayType(item, len(table.items))
+    array_type = ir.ArrayType(item, len(table.items))
     constant = builder.module.globals.get(table.name)
     if constant is None:
-        constant = ir.GlobalVariable(builder.module, kind, table.name, address_space)
-        constant.initializer = ir.Constant(kind, [item(value) for value in table.items.tolist()])
+        constant = ir.GlobalVariable(builder.module, array_type, table.name, address_space)
+        constant.initializer = ir.Constant(array_type, [item(value) for value in table.items.tolist()])
         constant.global_constant = True
         constant.linkage = "internal"
         constant.align = 16
@@ -154,21 +156,21 @@ def lookup_nibbles_by_loads(builder: ir.IRBuilder, table: bits.LookupTable, eigh
     return builder.bitcast(result, LONG)
 
 
-def eight_loads_codegen(target: NumbaTarget, kind: ir.Type, widen: Emit) -> Codegen:
-    """A load of eight floats of type `kind`, widened to float32."""
+def eight_loads_codegen(target: NumbaTarget, item_type: ir.Type, widen: Emit) -> Codegen:
+    """A load of eight floats of type `item_type`, widened to float32."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         block, at = arguments
         base = data_pointer(context, builder, signature.args[0], block)
-        alignment = min(kind.width // 8, signature.args[0].dtype.bitwidth // 8)
+        alignment = min(item_type.width // 8, signature.args[0].dtype.bitwidth // 8)
         if target.widens_eight_at_once:
-            vector = pointer_at(builder, base, at, ir.VectorType(kind, 8))
+            vector = pointer_at(builder, base, at, ir.VectorType(item_type, 8))
             return widen(builder, builder.load(vector, align=alignment))
         result = ir.Constant(EIGHT_FLOATS, ir.Undefined)
-        for index in range(8):
-            offset = builder.add(at, LONG(index * kind.width // 8))
-            item = builder.load(pointer_at(builder, base, offset, kind), align=alignment)
-            result = builder.insert_element(result, widen(builder, item), WORD(index))
+        for lane in range(8):
+            offset = builder.add(at, LONG(lane * item_type.width // 8))
+            item = builder.load(pointer_at(builder, base, offset, item_type), align=alignment)
+            result = builder.insert_element(result, widen(builder, item), WORD(lane))
         return result
 
     return codegen
@@ -266,13 +268,13 @@ def register_primitives(target: NumbaTarget) -> None:
         (bits.load_8_bytes, 8, True),
     ):
         register_primitive(target, load, types.int64, (None, types.int64), load_codegen(target, width, signed))
-    for convert, kind, codegen in (
+    for convert, parameter, codegen in (
         (bits.half, types.uint16, emit(target.half_to_float)),
         (bits.bf16, types.uint16, emit(bf16)),
         (bits.single, types.uint32, emit(single)),
         (bits.to_float, types.int32, emit(to_float)),
     ):
-        register_primitive(target, convert, types.float32, (kind,), codegen)
+        register_primitive(target, convert, types.float32, (parameter,), codegen)
     register_primitive(target, bits.unsigned_bytes, EIGHT, (types.int64,), emit(target.unsigned_bytes))
     register_primitive(target, bits.signed_bytes, EIGHT, (types.int64,), emit(target.signed_bytes))
     register_primitive(target, bits.centred_bytes, EIGHT, (types.int64, types.int32), centred_codegen)
@@ -320,8 +322,8 @@ def register(target: NumbaTarget, function: Callable[..., Any]) -> None:
 
 def _model_for(target: NumbaTarget) -> type[Any]:
     class EightFloatsModel(target.primitive_model):  # type: ignore[name-defined, misc]
-        def __init__(self, manager: Any, kind: Any) -> None:
-            super().__init__(manager, kind, EIGHT_FLOATS)
+        def __init__(self, manager: Any, numba_type: Any) -> None:
+            super().__init__(manager, numba_type, EIGHT_FLOATS)
 
     return EightFloatsModel
 
@@ -332,7 +334,7 @@ def register_primitive(
     """Replace `function` by `codegen` in compiled code; `kinds` are the parameter types, None for any type."""
 
     def typed(*given: Any) -> Any:
-        return result(*(kind or actual for kind, actual in zip(kinds, given, strict=True))), codegen
+        return result(*(parameter or actual for parameter, actual in zip(kinds, given, strict=True))), codegen
 
     # Numba requires explicit parameters.
     stand_in: Callable[..., Any]
@@ -350,12 +352,12 @@ def register_primitive(
 
 def _register_operator(target: NumbaTarget, sign: Callable[..., Any], codegen: Codegen) -> None:
     def of_eight(a: Any, b: Any) -> Any:
-        if EIGHT not in (a, b) or not all(kind is EIGHT or isinstance(kind, types.Number) for kind in (a, b)):
+        if EIGHT not in (a, b) or not all(side is EIGHT or isinstance(side, types.Number) for side in (a, b)):
             return None
         return stand_in
 
     two = target.intrinsic(
-        lambda _, a, b: (EIGHT(*(EIGHT if kind is EIGHT else types.float32 for kind in (a, b))), codegen)
+        lambda _, a, b: (EIGHT(*(EIGHT if side is EIGHT else types.float32 for side in (a, b))), codegen)
     )
     stand_in = lambda a, b: two(a, b)  # noqa: E731
     target.overload(sign, strict=False)(of_eight)

@@ -19,8 +19,8 @@ GLOBAL_MEMORY = 1
 
 
 def _instruction(builder: ir.IRBuilder, text: str, result: ir.Type, constraints: str, arguments: list[Any]) -> Any:
-    kind = ir.FunctionType(result, [argument.type for argument in arguments])
-    return builder.asm(kind, text, constraints, arguments, side_effect=False)
+    function_type = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.asm(function_type, text, constraints, arguments, side_effect=False)
 
 
 def unsigned_bytes(builder: ir.IRBuilder, eight: Any) -> Any:
@@ -66,10 +66,10 @@ def round_to_bf16(builder: ir.IRBuilder, values: Any) -> Any:
 
 def _round_pairs(builder: ir.IRBuilder, instruction: str, values: Any) -> Any:
     words = ir.Constant(FOUR_WORDS, ir.Undefined)
-    for index in range(4):
-        pair = [builder.extract_element(values, WORD(2 * index + side)) for side in (0, 1)]
+    for k in range(4):
+        pair = [builder.extract_element(values, WORD(2 * k + side)) for side in (0, 1)]
         word = _instruction(builder, instruction, WORD, "=r,f,f", pair)
-        words = builder.insert_element(words, word, WORD(index))
+        words = builder.insert_element(words, word, WORD(k))
     return words
 
 
@@ -79,12 +79,12 @@ def load_8_unaligned(builder: ir.IRBuilder, base: Any, at: Any) -> Any:
     The array must be aligned to four bytes, with four readable bytes after its end.
     """
     words = [
-        builder.load(pointer_at(builder, base, builder.add(builder.and_(at, LONG(-4)), LONG(4 * index)), WORD))
-        for index in range(3)
+        builder.load(pointer_at(builder, base, builder.add(builder.and_(at, LONG(-4)), LONG(4 * k)), WORD))
+        for k in range(3)
     ]
     within = builder.and_(builder.trunc(at, WORD), WORD(3))
     selectors = builder.add(builder.mul(within, WORD(0x1111)), WORD(0x3210))
-    low, high = (builder.zext(_permute(builder, words[index], words[index + 1], selectors), LONG) for index in range(2))
+    low, high = (builder.zext(_permute(builder, words[k], words[k + 1], selectors), LONG) for k in range(2))
     return builder.or_(low, builder.shl(high, LONG(32)))
 
 
@@ -133,13 +133,13 @@ target = intrinsics.NumbaTarget(
 intrinsics.register_primitives(target)
 
 
-def _copy_codegen(kind: ir.Type, alignment: int) -> intrinsics.Codegen:
+def _copy_codegen(item_type: ir.Type, alignment: int) -> intrinsics.Codegen:
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         tile, at, data, start = arguments
         tile = intrinsics.data_pointer(context, builder, signature.args[0], tile)
         data = intrinsics.data_pointer(context, builder, signature.args[2], data)
-        item = builder.load(pointer_at(builder, data, start, kind), align=alignment)
-        builder.store(item, pointer_at(builder, tile, at, kind), align=alignment)
+        item = builder.load(pointer_at(builder, data, start, item_type), align=alignment)
+        builder.store(item, pointer_at(builder, tile, at, item_type), align=alignment)
         return context.get_dummy_value()
 
     return codegen

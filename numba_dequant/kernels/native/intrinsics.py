@@ -56,9 +56,9 @@ def call_c(typingctx: Any, address: Any, arguments: Any) -> Any:
     """Call a C function whose arguments and result are 64-bit."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        values = [builder.extract_value(args[1], index) for index in range(len(arguments))]
-        kind = ir.FunctionType(LONG, [LONG] * len(values))
-        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), values)
+        values = [builder.extract_value(args[1], k) for k in range(len(arguments))]
+        function_type = ir.FunctionType(LONG, [LONG] * len(values))
+        return builder.call(builder.inttoptr(args[0], function_type.as_pointer()), values)
 
     return types.int64(types.int64, arguments), codegen
 
@@ -68,9 +68,9 @@ def call_cuda(typingctx: Any, address: Any, arguments: Any) -> Any:
     """Call a CUDA driver function; returns its 32-bit result code."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        values = [builder.extract_value(args[1], index) for index in range(len(arguments))]
-        kind = ir.FunctionType(INT, [LONG] * len(values))
-        return builder.zext(builder.call(builder.inttoptr(args[0], kind.as_pointer()), values), LONG)
+        values = [builder.extract_value(args[1], k) for k in range(len(arguments))]
+        function_type = ir.FunctionType(INT, [LONG] * len(values))
+        return builder.zext(builder.call(builder.inttoptr(args[0], function_type.as_pointer()), values), LONG)
 
     return types.int64(types.int64, arguments), codegen
 

@@ -144,7 +144,7 @@ def read_and_send(thread_at: int) -> int:
     chunks = carray(pointer(job.chunks), job.n_chunks, chunk_dtype)
     parts = carray(pointer(job.parts), job.n_parts, slice_dtype)
     buffers = carray(pointer(job.buffers), job.most_buffers, buffer_dtype)
-    count = index = 0
+    count = chunk_number = 0
     call_cuda(calls.set_context, (job.context,))
     while True:
         if call_c(calls.wait_for_share, (job.shares_planned, thread_at + TOKEN, 8)) != 8:
@@ -154,22 +154,22 @@ def read_and_send(thread_at: int) -> int:
         share = atomic_rmw("add", job_at + CLAIMED, 1)
         if share >= atomic_load(job_at + PLANNED):
             return count
-        while (share - chunks[index].first_share) * job.share_size >= chunks[index].n_bytes:
-            index += 1
-        chunk, chunk_at = chunks[index], job.chunks + index * CHUNK_SIZE
+        while (share - chunks[chunk_number].first_share) * job.share_size >= chunks[chunk_number].n_bytes:
+            chunk_number += 1
+        chunk, chunk_at = chunks[chunk_number], job.chunks + chunk_number * CHUNK_SIZE
         start = (share - chunk.first_share) * job.share_size
         number = buffer_of(job, job_at, chunk, chunk_at, start == 0, buffers, calls)
         if number < 0:
             return count
-        buffer, place = buffers[number], FAULT_READ
+        buffer, fault = buffers[number], FAULT_READ
         n_bytes = min(job.share_size, chunk.n_bytes - start)
         code, done = read_bytes(calls, chunk.file, buffer.host + start, n_bytes, chunk.offset + start)
         is_whole = code == 0 and atomic_rmw("sub", chunk_at + SHARES_LEFT, 1) == 1
         if is_whole:
-            place, code = FAULT_GPU, send_chunk(calls, chunk, parts, buffer, arguments_at)
+            fault, code = FAULT_GPU, send_chunk(calls, chunk, parts, buffer, arguments_at)
             atomic_rmw("xchg", job.buffers + number * BUFFER_SIZE + IS_TAKEN, 0)
         if code:
-            thread.fault_chunk, thread.fault_place, thread.fault_code = index, place, code
+            thread.fault_chunk, thread.fault_place, thread.fault_code = chunk_number, fault, code
             thread.fault_offset = chunk.offset + start + done
             thread.has_failed = 1
             atomic_rmw("xchg", job_at + IS_OVER, 1)
