@@ -205,7 +205,7 @@ def test_ids_that_ggml_removed_are_refused():
 
 def test_a_layout_with_padding_is_refused():
     padded = np.dtype({"names": ["d", "qs"], "formats": ["<f2", ("u1", 16)], "offsets": [0, 4]})
-    with pytest.raises(ValueError, match="leave no byte out"):
+    with pytest.raises(ValueError, match="must have named fields and no padding"):
         Format("PADDED", 999, 32, padded, "")
 
 
