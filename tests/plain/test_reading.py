@@ -258,6 +258,22 @@ def test_files_stay_open_no_longer_than_needed(model):
     assert n_open() == before
 
 
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(OSError(12, "Cannot allocate memory"), nd.ReadError), (ValueError("mmap length"), nd.GgufError)],
+)
+def test_a_file_that_cannot_be_mapped(model, monkeypatch, error, kind):
+    """A ValueError comes where the file has just been cut short."""
+    name = next(iter(model.tensors))
+
+    def memmap(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(np, "memmap", memmap)
+    with pytest.raises(kind, match=f"tensor '{name}'|'{name}'"):
+        files.map_tensor(model.tensors[name])
+
+
 class Drip(io.BytesIO):
     """A file that never gives more than seven bytes."""
 

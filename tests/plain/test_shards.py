@@ -67,6 +67,26 @@ def test_a_list_of_the_wrong_shards_is_refused(shards, message):
         nd.open(shards)
 
 
+def shard(number, names, total):
+    entries = [
+        value(f"split.{key}", INT32, found) for key, found in (("count", 2), ("no", number), ("tensors.count", total))
+    ]
+    return gguf([(name, *floats(4)) for name in names], entries)
+
+
+def test_a_tensor_in_two_shards_is_refused_by_name():
+    with pytest.raises(nd.GgufError, match="tensor 'b'") as caught:
+        nd.open([shard(0, "ab", 4), shard(1, "bc", 4)])
+    assert "<memory 1>" in str(caught.value)
+
+
+@pytest.mark.parametrize("total", [2, 4, 0])
+def test_shards_hold_as_many_tensors_as_the_first_says(total):
+    assert list(nd.open([shard(0, "ab", 3), shard(1, "c", 3)]).tensors) == ["a", "b", "c"]
+    with pytest.raises(nd.GgufError, match=r"split\.tensors\.count"):
+        nd.open([shard(0, "ab", total), shard(1, "c", total)])
+
+
 @pytest.mark.parametrize("numbers", [(0, 7), (0, -1), (1, 2), (0, None)])
 def test_the_shards_of_a_list_have_each_number_once(numbers):
     shards = []
