@@ -20,7 +20,7 @@ from numba_dequant.kernels.launch_shape import launch_shape
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from numba_dequant.backends.cuda import CudaBackend  # it imports what only a GPU needs
+    from numba_dequant.backends.cuda import CudaBackend  # requires the GPU packages
 
 Key = TypeVar("Key")
 
@@ -68,7 +68,7 @@ def dequantize(
     stream: Any = None,
     mapping: str = "tile",
 ) -> Any:
-    """The values of compressed blocks.
+    """Dequantize compressed blocks.
 
     >>> import numpy as np, numba_dequant as nd
     >>> block = np.float16(0.5).tobytes() + bytes(range(32))
@@ -76,36 +76,37 @@ def dequantize(
     array([0. , 0.5, 1. , 1.5], dtype=float16)
 
     Args:
-        data: whole blocks: bytes, a memoryview, a NumPy array, a PyTorch tensor, or an array on a GPU that has
-            `__cuda_array_interface__` or `__dlpack__` (CuPy, Numba). An array counts by its bytes, whatever its dtype.
-            It is read where it lies; one that is not contiguous, such as rows of a padded array, is copied first.
-        format: a name in `FORMATS`, in any case; a ggml id, also as a member of gguf-py's `GGMLQuantizationType`; or a
-            `Format`.
-        dtype: "float16", "bfloat16" or "float32", one of their other names ("fp16", "half", "bf16", "fp32", ...), or a
-            NumPy, ml_dtypes or PyTorch dtype. None is the dtype of `out`; without `out`, PyTorch's default dtype if
-            `data` is a PyTorch tensor, and otherwise float16. Values are those of GGML in float32, rounded once to
-            nearest even. Integers and F64 are returned as they are stored.
-        shape: of the result, rows first; flat without one. One number may be -1: it follows from the others.
-        device: "reference" (NumPy), "cpu", "cuda", "cuda:1"..., the ordinal of a GPU, or a device of PyTorch, JAX,
-            CuPy or Numba. None is the GPU that `data` lies on, else the first GPU, else the CPU, which is then said
-            once in a warning.
-        out: array to write to, contiguous and of the right shape and type: on the CPU NumPy's or PyTorch's, on a GPU
-            anything. It is returned. A PyTorch tensor may require gradients if it is a leaf, such as a parameter;
-            autograd then sees changed values and no computation.
-        stream: on which to compute (CUDA): an int, a stream of PyTorch, CuPy or Numba, or an object with
-            `__cuda_stream__`. None is the current stream of PyTorch or CuPy where data or `out` is theirs, and
-            otherwise the legacy default stream. The host does not wait for it.
-        mapping: how the kernel is cut (CUDA): "tile", or "block" for one thread block per quant block.
+        data: whole blocks, as bytes, a memoryview, a NumPy array, a PyTorch tensor, or a GPU array that has
+            `__cuda_array_interface__` or `__dlpack__` (CuPy, Numba). Only the bytes of an array are used, not its
+            dtype or shape. On the device, contiguous data is read in place; strided data is copied first.
+        format: a name in `FORMATS`, in upper or lower case; a ggml id (also as a member of gguf-py's
+            `GGMLQuantizationType`); or a `Format`.
+        dtype: type of the result: "float16", "bfloat16", "float32", an alias ("fp16", "half", "bf16", "fp32", ...), or
+            a NumPy, ml_dtypes or PyTorch dtype. None means the dtype of `out`; without `out`, PyTorch's default dtype
+            if `data` is a PyTorch tensor, otherwise float16. The values are those of GGML in float32, rounded once to
+            nearest even. Integers and F64 keep their stored type.
+        shape: shape of the result, rows first. One extent may be -1. The default is the shape of `out`, or one
+            dimension.
+        device: "reference" (NumPy), "cpu", "cuda", "cuda:1", ..., the ordinal of a GPU, or a device of PyTorch, JAX,
+            CuPy or Numba. If you omit `device`, the GPU of `data` is used, otherwise the first GPU. If no GPU can be
+            used, the CPU is used and one warning says why.
+        out: contiguous array to write to, with the shape and dtype of the result: a NumPy array or PyTorch tensor on
+            the CPU, any GPU array on a GPU. A PyTorch tensor that requires gradients must be a leaf, such as a
+            parameter; autograd notices the new values, but records no computation.
+        stream: CUDA stream to compute on: a handle (int), a stream of PyTorch, CuPy or Numba, or an object with
+            `__cuda_stream__`. The default is the current stream of PyTorch or CuPy if `data` or `out` belongs to that
+            library, otherwise the legacy default stream. The host does not wait for the stream.
+        mapping: how a CUDA kernel divides the work: "tile", or "block" for one thread block per quant block.
 
     Returns:
-        A NumPy array from the CPU, a `DeviceTensor` from CUDA, or `out`. ``torch.from_dlpack`` takes either, without a
-        copy: arrays in bfloat16 are `Bfloat16Array`.
+        `out`, or a new array: a NumPy array on the CPU, a `DeviceTensor` on a GPU. ``torch.from_dlpack`` accepts both
+        without a copy; a bfloat16 array is a `Bfloat16Array`.
 
     Raises:
-        UnknownFormatError, DtypeError, DataError, ShapeError, OutputError, DeviceError: what is wrong with the
-            argument of that name. Nothing has been launched or written then.
+        UnknownFormatError, DtypeError, DataError, ShapeError, OutputError: the argument of that name is wrong.
+            Nothing has been launched or written.
         OptionError: there is no such `mapping`.
-        DeviceError: also if there is not enough memory.
+        DeviceError: `device` or `stream` cannot be used, or there is not enough memory.
     """
     fmt = format_named(format)
     job = Job(data, fmt, output_type(dtype, data, out), shape, out)
@@ -121,29 +122,29 @@ def dequantize_many(
     out: Mapping[Key, Any] | None = None,
     stream: Any = None,
 ) -> dict[Key, Array]:
-    """The values of many tensors; on a GPU by one launch per format, where a launch each would take longer.
+    """Dequantize many tensors. A GPU needs one launch per format, which is faster than one launch per tensor.
 
     >>> import numpy as np, numba_dequant as nd
     >>> block = np.float16(0.5).tobytes() + bytes(range(32))
-    >>> found = nd.dequantize_many({"a": (block, "Q8_0"), "b": (block * 2, "Q8_0", (2, 32))}, device="cpu")
-    >>> found["b"].shape
+    >>> results = nd.dequantize_many({"a": (block, "Q8_0"), "b": (block * 2, "Q8_0", (2, 32))}, device="cpu")
+    >>> results["b"].shape
     (2, 32)
 
     Args:
         tensors: name -> (data, format) or (data, format, shape), each as for `dequantize`.
-        dtype: as for `dequantize`; None follows the first tensor.
-        device: as for `dequantize`; data may lie on the host and on that GPU.
-        out: name -> array to write to, for all of them or for none. None may share memory with another, nor with any
-            data.
+        dtype: as for `dequantize`; None means the default for the first tensor.
+        device: as for `dequantize`. If it is a GPU, data may be on the host or on that GPU.
+        out: name -> array to write to, for all tensors or for none. An output must not share memory with another
+            output or with any data.
         stream: as for `dequantize`.
 
     Returns:
-        name -> result, in the order of `tensors`. On a GPU, small results share allocations of up to 64 MiB, which go
-        back once none of theirs is used.
+        name -> result, in the order of `tensors`. On a GPU, small results share allocations of up to 64 MiB; an
+        allocation is freed when none of its results is in use.
 
     Raises:
-        UnknownFormatError, DtypeError, DataError, ShapeError, OutputError, DeviceError: what is wrong with the
-            argument of that name, and with which tensor. Nothing has been launched or written then.
+        UnknownFormatError, DtypeError, DataError, ShapeError, OutputError, DeviceError: as for `dequantize`. The
+            message names the tensor.
     """
     return prepare_many(tensors, dtype, device=device, out=out, stream=stream).run()
 
@@ -156,11 +157,11 @@ def prepare_many(
     out: Mapping[Key, Any] | None = None,
     stream: Any = None,
 ) -> Batch[Key]:
-    """All of `dequantize_many` but the computation, which `Batch.run` then does, time and again.
+    """Prepare `dequantize_many`, so that `Batch.run` only has to compute, as often as you like.
 
-    For weights that stay compressed and are dequantized whenever they are needed: a run checks nothing and allocates
-    nothing, so that on a GPU the launches are all that it costs, and that it can be captured in a CUDA graph. (An `out`
-    whose address is no multiple of 16 is the exception: its values go by way of memory that each run allocates.)
+    Use it for weights that stay compressed and are dequantized whenever they are needed. A run checks nothing and
+    allocates nothing. On a GPU it costs only the launches, and a CUDA graph can capture it. (Exception: if the address
+    of an output is not a multiple of 16, each run allocates temporary memory for its values.)
 
     >>> import numpy as np, numba_dequant as nd
     >>> data = np.zeros(34, np.uint8)
@@ -170,15 +171,18 @@ def prepare_many(
     array([1., 2., 0.], dtype=float16)
 
     Args:
-        tensors: as for `dequantize_many`. Each run reads the data anew, where it lies: keep its order with the stream.
-            Data that lies on the host is copied to a GPU here, once.
-        dtype: as for `dequantize`; None follows the first tensor.
+        tensors: as for `dequantize_many`. Each run reads data on the device again; you order your changes of the data
+            with the stream. For a GPU, data on the host is copied once, by this call.
+        dtype: as for `dequantize_many`.
         device: as for `dequantize_many`.
         out: as for `dequantize_many`.
-        stream: on which each run computes, as for `dequantize`; None is the stream that is current at each run.
+        stream: stream of each run, as for `dequantize`; the default is the stream that is current at each run.
+
+    Returns:
+        A `Batch`.
 
     Raises:
-        UnknownFormatError, DtypeError, DataError, ShapeError, OutputError, DeviceError: as `dequantize_many` does.
+        UnknownFormatError, DtypeError, DataError, ShapeError, OutputError, DeviceError: as for `dequantize_many`.
     """
     jobs = parse_tensors(tensors, dtype, out)
     on_gpu = next((job.data for job in jobs if is_on_gpu(job.data)), None)
@@ -187,17 +191,17 @@ def prepare_many(
 
 @cache
 def _cuda() -> Any:
-    # A call takes as long to import it again as to launch a kernel.
+    # Cached: an import statement takes as long as launching a kernel.
     from numba_dequant.backends import cuda
 
     return cuda
 
 
 def backend_for(device: Any, stream: Any, data: Any = None) -> HostBackend | CudaBackend:
-    """What computes on a device; if `device` is None, on the GPU that the data lies on, or on the first GPU.
+    """The backend for a device. If `device` is None, it is the GPU of `data`, otherwise as in `parse_device`.
 
     Raises:
-        DeviceError: there is no such device, or it has no streams, or cannot read the data.
+        DeviceError: there is no such device, it has no streams, or it cannot read the data.
     """
     backend: CudaBackend
     on_gpu = data is not None and is_on_gpu(data)
@@ -209,9 +213,9 @@ def backend_for(device: Any, stream: Any, data: Any = None) -> HostBackend | Cud
         backend = _cuda().CudaBackend(_cuda().gpu_at(spec.index))
         return backend
     if on_gpu:
-        raise DeviceError(f"the data lies on a GPU, but the device is {spec}; copy it to the host first")
+        raise DeviceError(f"the data is on a GPU, but the device is {spec}; copy it to the host first")
     if spec.kind == "simulator":
         return SimulatorBackend(spec)
     if stream is not None:
-        raise DeviceError(f"stream is for CUDA, but the device is {spec}")
+        raise DeviceError(f"the device {spec} has no streams; omit stream, or pass a CUDA device")
     return ReferenceBackend(spec) if spec.kind == "reference" else HostBackend(spec)

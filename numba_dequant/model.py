@@ -1,4 +1,4 @@
-"""From a GGUF file to arrays: `open`, `load`, and the `Model` between them."""
+"""`open`, `load` and `Model`: from a GGUF file to arrays."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
         allow_truncated: bool
         orig_shapes: bool
 
-    # Each with the option that says: values, not blocks.
+    # The options of a load that returns values, not blocks.
     class _LoadValues(_Options, total=False):
         keep_quantized: Literal[False]
         rows: slice | None
@@ -67,15 +67,15 @@ if TYPE_CHECKING:
 
 
 class Model:
-    """An open GGUF model, one file or all shards of a split; nothing but the header has been read.
+    """An open GGUF model: one file, or all shards of a split. Only the header has been read.
 
-    A file that is replaced or changes its size afterwards is refused when a tensor is loaded. Where only its time
-    stamp changes, its header is compared: if that is the same, the file is taken, with one warning.
+    Loading fails if the file was replaced or its size has changed since. If only its time stamp has changed, the header
+    is compared: if it is the same, the file is used, with one warning.
 
     Attributes:
-        metadata: the file's key-value pairs; arrays and long strings are read when they are looked at.
+        metadata: the key-value pairs of the file. Arrays and long strings are read on first access;
             ``json.dumps(dict(model.metadata))`` reads all of them.
-        tensors: name -> `TensorInfo` (format, shape, place in the file), in file order.
+        tensors: name -> `TensorInfo` (format, shape, offset in the file), in file order.
     """
 
     def __init__(self, file: GgufFile) -> None:
@@ -85,20 +85,20 @@ class Model:
 
     @property
     def path(self) -> str:
-        """The file, or the first shard, as it was given; ``<memory>`` for bytes in memory.
+        """The path of the file or of the first shard, as passed to `open`; ``<memory>`` for bytes in memory.
 
-        A relative path is kept for display only: files are found again after a change of the working directory.
+        A relative path is for display only: the working directory may change.
         """
         return self._file.path
 
     @property
     def n_bytes(self) -> tuple[int, int]:
-        """Bytes that the files had when they were opened, and that they have when they are complete."""
+        """The size of all files in bytes when they were opened, and their size when they are complete."""
         return self._file.n_bytes_here, self._file.n_bytes
 
     @property
     def missing_shards(self) -> tuple[str, ...]:
-        """Shards that were not there, where `allow_truncated` let them be missing."""
+        """The paths of missing shards; only `allow_truncated` accepts a model with missing shards."""
         return self._file.missing_shards
 
     @overload
@@ -132,25 +132,28 @@ class Model:
         keep_quantized: bool = False,
         threads: int | None = None,
     ) -> Any:
-        """One tensor, dequantized; what is not said here is as for `numba_dequant.dequantize`.
+        """Load one tensor.
 
         Args:
-            name: of the tensor; a `TensorInfo` stands for its name.
-            dtype: as for `dequantize`.
-            device: where to compute, and where the result lies.
-            out: array to write to.
-            stream: on which to compute (CUDA).
-            rows: only these, a slice of the first dimension; only their bytes are read.
-            keep_quantized: give the compressed bytes, on the device, as a `QuantizedTensor`.
-            threads: that read, 1 or more. Without it: on the CPU, two more than there are cores; for a GPU, as many as
-                there are cores, up to 12.
+            name: name of the tensor, or a `TensorInfo` with that name.
+            dtype: as for `numba_dequant.dequantize`.
+            device: device that computes and has the result, as for `dequantize`.
+            out: array to write to, as for `dequantize`.
+            stream: CUDA stream, as for `dequantize`.
+            rows: slice of the first dimension. Only the bytes of these rows are read.
+            keep_quantized: return the compressed bytes, on the device, as a `QuantizedTensor`.
+            threads: number of threads that read, 1 or more. The default is the number of cores plus two on the CPU,
+                and the number of cores, at most 12, for a GPU.
+
+        Returns:
+            A result as from `dequantize`, of the tensor's shape, or a `QuantizedTensor`.
 
         Raises:
-            TensorNotFoundError: the file holds no tensor of that name.
-            ShapeError: `rows` is not a slice, or they are not whole blocks.
-            DtypeError, OutputError, OptionError: what is wrong with the other arguments. Nothing has been read then.
-            GgufError: the file ends before the tensor does.
-            ReadError: the file cannot be read, or has changed since.
+            TensorNotFoundError: the file has no such tensor.
+            ShapeError: `rows` is not a slice of consecutive rows, or the rows are not whole blocks.
+            DtypeError, OutputError, OptionError: another argument is wrong. Nothing has been read.
+            GgufError: the file ends before the end of the tensor.
+            ReadError: the file cannot be read, or has changed since it was opened.
             DeviceError: there is no such device, or not enough memory.
         """
         output = output_type(dtype, None, out)
@@ -189,29 +192,32 @@ class Model:
         progress: bool | None = None,
         callback: Callback = None,
     ) -> dict[str, Any]:
-        """Every tensor, or those that `select` picks, by name and in file order.
+        """Load all tensors, or those that `select` matches.
 
         Args:
-            select: a name or a pattern of names ("blk.*.weight", as of files), a compiled regular expression, a
-                `TensorInfo`, several of these, a function of a `TensorInfo`, or None for all.
-            dtype: one for all, or patterns (or compiled expressions) and their types, of which the first that matches
-                counts: ``{"*norm*": "float32", "*": "bfloat16"}``.
+            select: a name, a glob ("blk.*.weight"), a compiled regular expression, a `TensorInfo`, several of these, a
+                function that takes a `TensorInfo` and returns a bool, or None for all tensors.
+            dtype: one output type, or globs or compiled expressions with their output types, of which the first match
+                is used: ``{"*norm*": "float32", "*": "bfloat16"}``.
             device: as for `load`.
             stream: as for `load`.
-            progress: a bar for what takes over a second: None for where somebody would see it (on a terminal, in a
-                notebook), True for everywhere, False for nowhere.
-            out: name -> array to write to, for some tensors or for all, for example the `state_dict` of a PyTorch
-                module. No two may share memory.
+            progress: show a progress bar after one second: True, False, or None for only on a terminal and in a
+                notebook.
+            out: name -> array to write to, for some or all tensors, such as the `state_dict` of a PyTorch module. The
+                arrays must not share memory.
             keep_quantized: as for `load`.
             threads: as for `load`.
-            callback: is called with a `Progress`, in this thread, up to ten times a second. What it raises ends the
-                loading.
+            callback: function that is called with a `Progress`, in this thread, at most ten times a second. An
+                exception from it stops the load.
+
+        Returns:
+            name -> result as from `load`, in file order.
 
         Raises:
-            TensorNotFoundError: a name or a pattern picks no tensor.
-            DtypeError: no pattern of `dtype` matches a tensor.
-            OutputError, OptionError: what is wrong with `out` and the other arguments. Nothing has been read then.
-            GgufError, ReadError, DeviceError: as for `load`. Nothing that was loaded is kept then.
+            TensorNotFoundError: a name or a pattern matches no tensor.
+            DtypeError: no pattern in `dtype` matches a tensor.
+            OutputError, OptionError: `out` or another argument is wrong. Nothing has been read.
+            GgufError, ReadError, DeviceError: as for `load`. Nothing is returned, but outputs may have changed.
         """
         chosen = plan_requests(self.tensors, select, dtype, out, keep_quantized=keep_quantized)
         loaded = self._named(chosen, device, stream, threads, None, progress, callback)
@@ -246,43 +252,41 @@ class Model:
         progress: bool | None = None,
         callback: Callback = None,
     ) -> Iterator[tuple[str, Any]]:
-        """The tensors that `load_all` loads, one after the other, while the next ones are read.
+        """Iterate over the tensors that `load_all` loads, and read ahead meanwhile.
 
-        A tensor is let go as soon as you let go of it: a model larger than the memory can be walked. Dropping the
-        iterator stops the reading.
+        The iterator does not keep tensors after returning them, so a model may be larger than the memory. Dropping
+        the iterator stops reading.
 
         >>> for name, tensor in model.stream("blk.*", device="cpu"):                       # doctest: +SKIP
         ...     print(name, tensor.shape)
 
-        Args:
-            select: as for `load_all`.
-            dtype: as for `load_all`.
-            device: as for `load_all`.
-            stream: as for `load_all`.
-            progress: as for `load_all`.
-            prefetch: tensors that may be read ahead of the one that you have, 0 or more.
-            keep_quantized: as for `load_all`.
-            threads: as for `load_all`.
-            callback: as for `load_all`.
+        `prefetch` is the maximum number of tensors to read ahead, 0 or more. All other arguments are as for `load_all`.
+
+        Returns:
+            An iterator over (name, result as from `load`), in file order.
+
+        Raises:
+            NumbaDequantError: as for `load_all`. Errors of arguments are raised before the iterator is returned.
         """
         chosen = plan_requests(self.tensors, select, dtype, None, keep_quantized=keep_quantized)
         ahead = whole_option("prefetch", prefetch, 0)
         return self._named(chosen, device, stream, threads, ahead, progress, callback)
 
     def read(self, name: str | TensorInfo, *, mmap: bool = False) -> NDArray[np.uint8]:
-        """The compressed bytes of one tensor, in this machine's byte order: read, and yours to keep.
-
-        Of a model in memory it is a read-only view.
+        """Read the compressed bytes of one tensor, in the byte order of this machine.
 
         Args:
-            name: of the tensor, or its `TensorInfo`.
-            mmap: give a read-only map of the file instead, which reads nothing until it is looked at. What the file
-                holds at that time is what it shows; if the file has become shorter, **the process ends by SIGBUS**.
-                Only for files that nobody changes. Bytes of the other byte order are read all the same.
+            name: name of the tensor, or a `TensorInfo` with that name.
+            mmap: return a read-only memory map of the file. Its pages are read on first access, so use it only for
+                files that do not change. If the file becomes shorter, **access ends the process with SIGBUS**. A tensor
+                in the other byte order is read into memory anyway.
+
+        Returns:
+            A new uint8 array of one dimension; for a model in memory, a read-only view.
 
         Raises:
-            TensorNotFoundError: the file holds no tensor of that name.
-            GgufError: the file ends before the tensor does.
+            TensorNotFoundError: the file has no such tensor.
+            GgufError: the file ends before the end of the tensor.
             ReadError: the file cannot be read, or has changed since it was opened.
             DeviceError: there is not enough memory.
         """
@@ -290,7 +294,7 @@ class Model:
         return map_tensor(tensor) if flag_option("mmap", mmap) else read_tensor(tensor)
 
     def close(self) -> None:
-        """Do nothing: a model keeps no file open, and can still be used. It makes `with` work, as for files."""
+        """Do nothing, because a model keeps no file open. It exists so that `with` works."""
 
     def _named(
         self,
@@ -302,7 +306,7 @@ class Model:
         progress: bool | None,
         callback: Callback,
     ) -> Iterator[tuple[str, Any]]:
-        """Names and results, in order; the arguments are checked before the first is asked for."""
+        """Names and results, in order. This call checks the arguments; the iterator reads."""
         report = Reporter(sum(request.tensor.n_bytes for request in chosen), progress, callback)
         results = self._results(chosen, device, stream, threads, prefetch, report)
 
@@ -331,7 +335,7 @@ class Model:
         for request in chosen:
             check_complete(request.tensor)
         if isinstance(backend, HostBackend):
-            with compile_lock:  # a fork waits for the import
+            with compile_lock:  # no fork during the import
                 from numba_dequant.loading import host_loader
 
             return host_loader.load(chosen, backend, threads, prefetch, on_bytes_read)
@@ -343,7 +347,7 @@ class Model:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 
@@ -357,23 +361,26 @@ class Model:
 
 
 def open(source: Any, *, offset: int = 0, allow_truncated: bool = False, orig_shapes: bool = False) -> Model:
-    """Open a GGUF model: one file, or the first shard of a split. Reads the header and nothing else.
+    """Open a GGUF model, which is one file or a split, and read its header.
 
     Args:
-        source: a path (``~`` is not expanded); the contents of a file, as `bytes` or anything else that holds bytes in
-            memory, which is not copied; or all shards of a split as a list of either, in any order and of any name.
-            Of `bytes`, those with a NUL byte are contents, as those of a GGUF file are, and others are a path.
-        offset: byte at which the GGUF file begins, within the file or the memory.
-        allow_truncated: take a file whose download is not complete, if its header is, and a split that lacks later
-            shards. Tensors that are not all there are listed, and refused when they are loaded.
-        orig_shapes: give tensors the shapes that ``comfy.gguf.orig_shape.NAME`` in the metadata says they had before
-            ComfyUI-GGUF reshaped them.
+        source: a path (``~`` is not expanded; for a split, its first shard); the contents of a file, as `bytes` or
+            another object with bytes in memory, which is not copied; or all shards of a split, as a list of paths or
+            contents in any order. `bytes` without a NUL byte are a path.
+        offset: byte position where the GGUF file begins, in the file or in memory.
+        allow_truncated: accept a file without all of its tensor data, and a split without its later shards. `tensors`
+            lists missing tensors too; loading them fails.
+        orig_shapes: restore the original shapes of tensors that ComfyUI-GGUF reshaped, which are in the metadata as
+            ``comfy.gguf.orig_shape.NAME``.
+
+    Returns:
+        A `Model`.
 
     Raises:
-        GgufError: the file is not a sound GGUF file.
-        MissingFileError: there is no such file.
+        GgufError: the file is not a valid GGUF file.
+        MissingFileError: the file does not exist.
         ReadError: the file cannot be read.
-        OptionError: an argument is of a wrong kind.
+        OptionError: an argument has a wrong type or value.
         DataError: the contents are not contiguous bytes.
     """
     return Model(open_gguf(source, offset=offset, allow_truncated=allow_truncated, orig_shapes=orig_shapes))
@@ -413,7 +420,16 @@ def load(
     allow_truncated: bool = False,
     orig_shapes: bool = False,
 ) -> dict[str, Any]:
-    """The tensors of a file: `open` and `Model.load_all` in one call, with the arguments of both."""
+    """Load the tensors of a file: `open` and `Model.load_all` in one call.
+
+    `source`, `offset`, `allow_truncated` and `orig_shapes` are as for `open`, all others as for `Model.load_all`.
+
+    Returns:
+        name -> result, in file order.
+
+    Raises:
+        NumbaDequantError: as for `open` and `Model.load_all`.
+    """
     model = open(source, offset=offset, allow_truncated=allow_truncated, orig_shapes=orig_shapes)
     options: Any = {"device": device, "out": out, "stream": stream, "keep_quantized": keep_quantized}
     loaded: dict[str, Any] = model.load_all(
@@ -423,12 +439,12 @@ def load(
 
 
 def release_buffers(device: Any = None) -> None:
-    """Free the memory that loading to a GPU keeps for the next load: 64 MiB of pinned host memory, as much on the GPU.
+    """Free the buffers that loading keeps for each GPU: 64 MiB of pinned host memory, and 64 MiB on the GPU.
 
-    Loaded tensors stay. The next load allocates the buffers again, which takes about 50 ms.
+    Loaded tensors are not affected. The next load allocates new buffers, which takes about 50 ms.
 
     Args:
-        device: one GPU, "cuda:1" for example; None for all.
+        device: a GPU, such as "cuda:1"; None for all GPUs.
 
     Raises:
         DeviceError: there is no such GPU.

@@ -1,1 +1,1 @@
-"""The devices that compute: the reference, the CPU, the simulator of Numba, and NVIDIA GPUs."""
+"""The devices that compute: the reference, the CPU, Numba's CUDA simulator, and NVIDIA GPUs."""

@@ -1,4 +1,4 @@
-"""What every backend does, and the batch that it returns."""
+"""The interface of all backends, and `Batch`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from numpy.typing import NDArray
 
 from numba_dequant.arguments import Job
 
-if TYPE_CHECKING:  # it imports what only a GPU needs
+if TYPE_CHECKING:  # requires the GPU packages
     from numba_dequant.backends.device_tensor import DeviceTensor
 
 Array = Union[NDArray[Any], "DeviceTensor"]
-"""What comes back: a NumPy array from the CPU, a `DeviceTensor` from a GPU."""
+"""A result: a NumPy array on the CPU, a `DeviceTensor` on a GPU."""
 
 Key = TypeVar("Key")
 
 
 class Batch(Generic[Key]):
-    """Many tensors that have been checked and given their memory: what is left of `dequantize_many` is to compute.
+    """Many tensors, ready to be dequantized repeatedly: arguments are checked and memory is allocated.
 
     Attributes:
-        results: name -> result, which every `run` fills again.
+        results: name -> result. Each `run` overwrites the values.
     """
 
     def __init__(self, results: dict[Key, Array], work: Callable[[], object]) -> None:
@@ -30,7 +30,14 @@ class Batch(Generic[Key]):
         self._work = work
 
     def run(self) -> dict[Key, Array]:
-        """Compute all results, on a GPU by one launch per format, in the order of the stream."""
+        """Compute all results. On a GPU this queues one launch per format on the stream, and does not wait.
+
+        Returns:
+            `results`.
+
+        Raises:
+            DeviceError: the driver refuses a launch, or there is not enough memory.
+        """
         self._work()
         return self.results
 
@@ -42,10 +49,10 @@ class Batch(Generic[Key]):
 
 
 class Backend(Protocol):
-    """A way to compute: one for each kind of device."""
+    """The interface of all backends; there is one backend for each kind of device."""
 
     def dequantize(self, job: Job, stream: Any, mapping: str) -> Any:
         """The result of one job, as `numba_dequant.dequantize` returns it."""
 
     def prepare(self, jobs: Sequence[Job], stream: Any) -> Batch[Any]:
-        """All of `numba_dequant.dequantize_many` but the computation."""
+        """The batch, as `numba_dequant.prepare_many` returns it."""

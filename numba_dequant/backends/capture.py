@@ -1,4 +1,4 @@
-"""CUDA graphs that are being captured: which streams are part of one, and what a thread may do meanwhile."""
+"""Capture of CUDA graphs: whether a stream is capturing, and what a thread may do during a capture."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import sys
 from functools import cache
 
 NOT_CAPTURING, RELAXED_CAPTURE, IMPLICIT_CAPTURE = 0, 2, 906
-"""A status, a mode and an error code of the driver."""
+"""A capture status, a capture mode and an error code of the driver."""
 
 
 class _Functions:
-    """Functions of the driver that every call needs.
+    """Driver functions that every call needs.
 
-    `cuda.bindings` takes a microsecond for each, which is longer than the driver takes. They keep the interpreter lock.
+    Through `cuda.bindings` each takes 1 us, longer than in the driver itself. These keep the interpreter lock.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ def current_context() -> int | None:
 
 
 def capture_state(stream: int) -> int:
-    """`NOT_CAPTURING`, or the driver's status of a stream that is capturing a CUDA graph.
+    """The capture status of a stream in the driver; `NOT_CAPTURING` if it captures no CUDA graph.
 
     `IMPLICIT_CAPTURE` means that the legacy stream must not be used, because a stream that waits for it is capturing.
     """
@@ -49,12 +49,12 @@ def capture_state(stream: int) -> int:
 
 
 def is_capturing(stream: int) -> bool:
-    """Whether a stream is capturing a CUDA graph, or, for the legacy stream, must not be used during a capture."""
+    """Whether a stream is capturing a CUDA graph, or is the legacy stream and must not be used during a capture."""
     return capture_state(stream) != NOT_CAPTURING
 
 
 class allowed_in_capture:
-    """Let this thread allocate, free, load code and wait although a CUDA graph is being captured on another stream."""
+    """Let this thread allocate, free, load code and wait while another stream is capturing a CUDA graph."""
 
     __slots__ = ("_exchange", "_mode")
 
@@ -63,4 +63,4 @@ class allowed_in_capture:
         self._exchange(self._mode)
 
     def __exit__(self, *error: object) -> None:
-        self._exchange(self._mode)  # the driver has put the earlier mode there
+        self._exchange(self._mode)  # the first exchange stored the earlier mode here

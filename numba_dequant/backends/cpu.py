@@ -1,7 +1,7 @@
-"""The CPU path: `Format.decode`, compiled by Numba for this processor, on every core that the process may use.
+"""The CPU path: `Format.decode`, compiled by Numba for this processor, on all cores that the process may use.
 
-The compiled code does not hold the interpreter lock, so plain threads share the work. It is kept on disk: Numba is not
-even imported where it has been compiled before.
+The compiled code runs without the interpreter lock, so Python threads share the work. It is cached on disk; Numba is
+imported only to compile.
 """
 
 from __future__ import annotations
@@ -31,14 +31,13 @@ from numba_dequant.locks import compile_lock as _lock
 from numba_dequant.locks import compiled_once
 
 Span = Callable[[int, int, int, int], None]
-"""A compiled function that takes the address of blocks, the first and last of the steps to compute, and an address to
-write to."""
+"""A compiled function: address of the blocks, first step, last step (exclusive), address of the output."""
 
 MINIMUM_SHARE = 1 << 17
-"""Fewest elements worth handing to another thread, which takes 20 us."""
+"""Minimum number of elements per thread. Giving work to a thread takes 20 us."""
 
 LARGE_SHARE = 1 << 21
-"""Elements beyond which a thread gets several shares, up to four, so that one that is held up does not delay all."""
+"""Larger work is divided into up to four shares of this many elements per core, so that one slow core delays less."""
 
 
 def dequantize_into(
@@ -46,10 +45,10 @@ def dequantize_into(
 ) -> None:
     """Write the values of `data` (whole blocks) to the flat array `out`, rounded once to `dtype`.
 
-    The work is cut in `n_shares`, as many as is quickest without it; one share is computed in this thread.
+    The work is divided into `n_shares`; None means the fastest number. A single share is computed in this thread.
     """
     if n_shares is None and out.size < 2 * MINIMUM_SHARE:
-        n_shares = 1  # to ask for the number of cores takes as long as a few blocks
+        n_shares = 1  # asking for the number of cores takes as long as a few blocks
     elif n_shares is None:
         n_shares = max(
             1, min(available_cores(), out.size // MINIMUM_SHARE), min(4 * available_cores(), out.size // LARGE_SHARE)
@@ -69,7 +68,7 @@ def dequantize_into(
     data_at, out_at = data.ctypes.data, out.ctypes.data
     _share(lambda first, last: span(data_at, first, last, out_at), n_steps, n_shares)
     if rest:
-        # A plain array need not end on a whole run: its last elements get one of their own.
+        # A plain array may end within a run: its last elements are computed as a padded run.
         padded = np.zeros(RUN * fmt.type_size, np.uint8)
         padded[: rest * fmt.type_size] = data[-rest * fmt.type_size :]
         last = np.empty(RUN, out.dtype)
@@ -78,16 +77,16 @@ def dequantize_into(
 
 
 def pass_on(data: NDArray[np.uint8], out: NDArray[Any], first: int, last: int) -> None:
-    """Copy elements, bit for bit: a NaN keeps its payload."""
+    """Copy elements bit for bit, so that a NaN keeps its payload."""
     size = out.itemsize
     out.view(f"u{size}")[first:last] = data[first * size : last * size].view(f"<u{size}")
 
 
 def _share(work: Callable[[int, int], object], n_steps: int, n_shares: int) -> None:
-    """Do `work` from each share's first step to its last, on as many threads as there are cores."""
+    """Call `work` with the first and last step of each share, on one thread per core."""
     pool = None
     if n_shares > 1:
-        with suppress(RuntimeError):  # the system starts no more threads
+        with suppress(RuntimeError):  # no thread can be started
             pool = _threads(os.getpid())
     if pool is None:
         work(0, n_steps)
@@ -99,14 +98,14 @@ def _share(work: Callable[[int, int], object], n_steps: int, n_shares: int) -> N
 
 @lru_cache(maxsize=1)
 def _threads(process: int) -> ThreadPoolExecutor:
-    """The threads of this process: they do not survive a fork.
+    """The threads of a process; a fork does not copy them.
 
     Raises:
-        RuntimeError: they cannot be started.
+        RuntimeError: a thread cannot be started.
     """
     n_workers = available_cores()
     pool = ThreadPoolExecutor(n_workers, "numba_dequant")
-    # All are started now: a pool that cannot start one later keeps the work, and does it when nobody expects it.
+    # All threads are started now: if the pool failed to start one later, the work would stay queued.
     started = threading.Barrier(n_workers + 1)
     try:
         for _ in range(n_workers):
@@ -120,10 +119,10 @@ def _threads(process: int) -> ThreadPoolExecutor:
 
 
 def compiled(fmt: Format, dtype: str) -> Span | None:
-    """The compiled function for a format, or None if nothing can be compiled; the reference has the same values.
+    """The compiled function for a format, or None if it cannot be compiled; the reference computes the same values.
 
-    That is so where the user has told Numba not to compile, where Numba refuses to be imported (beside a NumPy that it
-    does not know, for example), and in a process that was forked out of a compilation.
+    It cannot be compiled if the user disabled Numba's JIT, if Numba cannot be imported (because NumPy is too new, for
+    example), or if this process was forked during a compilation.
     """
     if not _compile.has(fmt, dtype) and (_lock.is_lost or is_jit_disabled()):
         return None
@@ -131,7 +130,7 @@ def compiled(fmt: Format, dtype: str) -> Span | None:
 
 
 def is_jit_disabled() -> bool:
-    """Whether Numba is told not to compile: by `numba.config` once it is imported, before by NUMBA_DISABLE_JIT."""
+    """Whether the user disabled Numba's JIT: in `numba.config` if it is imported, otherwise by NUMBA_DISABLE_JIT."""
     config = getattr(sys.modules.get("numba"), "config", None)
     if config is not None:
         return bool(getattr(config, "DISABLE_JIT", False))
@@ -144,12 +143,12 @@ def _compile(fmt: Format, dtype: str) -> Span | None:
     name = f"dequantize_{fmt.name}_by_{store.__name__}"
     label, is_kept = f"cpu-{fmt.name}-{dtype}", is_built_in(fmt)
     try:
-        found = native.load_functions(label, [name], lambda: [_span_function(fmt, store, name)], is_kept=is_kept)
+        functions = native.load_functions(label, [name], lambda: [_span_function(fmt, store, name)], is_kept=is_kept)
     except ImportError as error:
-        warn_once(f"numba_dequant computes by the slow reference: Numba cannot be imported ({error})")
+        warn_once(f"numba_dequant uses the slow reference, because Numba cannot be imported ({error})")
         return None
-    kinds = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
-    return ctypes.CFUNCTYPE(None, *kinds)(found[name])
+    types = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+    return ctypes.CFUNCTYPE(None, *types)(functions[name])
 
 
 def _span_function(fmt: Format, store_run: Callable[..., None], name: str) -> Callable[[int, int, int, int], int]:
@@ -162,17 +161,17 @@ def _span_function(fmt: Format, store_run: Callable[..., None], name: str) -> Ca
     register_decode(intrinsics_cpu.target, decode)
     step = max(fmt.block_size, RUN)
     step_bytes = fmt.type_size * step // fmt.block_size
-    # Four runs at a time, so that the compiler works out only once what neighbouring runs share, above all scales.
+    # Four runs at a time: the compiler then computes only once what neighbouring runs share, above all scales.
     together = min(4, step // RUN)
     groups = step // RUN // together
 
     def dequantize_span(data_at: int, first: int, last: int, out_at: int) -> int:
         data, out = bytes_at(data_at), bytes_at(out_at)
-        for index in range(first, last):
+        for number in range(first, last):
             for group in range(groups):
                 for member in range(together):
                     run = group * together + member
-                    store_run(out, index * step + run * RUN, decode(data, index * step_bytes, run), RUN)
+                    store_run(out, number * step + run * RUN, decode(data, number * step_bytes, run), RUN)
         return 0
 
     dequantize_span.__name__ = dequantize_span.__qualname__ = name

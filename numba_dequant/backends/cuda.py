@@ -1,4 +1,4 @@
-"""The backend for a GPU: checks, memory and the launch, in the order of one stream."""
+"""The backend for a GPU: checks, memory and the launch, all ordered on one stream."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from numba_dequant.kernels.launch_shape import LaunchShape, launch_shape
 
 MAX_GRID = 2**31 - 1
 
-NO_HOST_DATA = "data on the host cannot be part of it; copy the data to the GPU before the capture"
+NO_HOST_DATA = "data on the host cannot be part of the graph; copy the data to the GPU before the capture"
 
 
 def backend_of(data: Any) -> CudaBackend:
-    """What computes on the GPU that an array lies on.
+    """The backend for the GPU of an array.
 
     Raises:
         DeviceError: no GPU can be used.
@@ -68,14 +68,14 @@ class CudaBackend(Backend):
             return result
 
     def prepare(self, jobs: Sequence[Job], stream: Any) -> Batch[Any]:
-        """A batch whose every run is a launch per format, on the stream that is meant at that time."""
+        """A batch, each run of which is one launch per format on the current stream of the caller."""
         from numba_dequant.backends import cuda_batch
 
         return cuda_batch.prepare(jobs, self.gpu, stream)
 
 
 def load(host: NDArray[np.uint8], job: Job, call: CallStream, mapping: str = "tile") -> Any:
-    """Dequantize bytes that lie on the host; their copy on the GPU is freed behind the kernel."""
+    """Dequantize bytes in host memory. Their copy on the GPU is freed in stream order after the kernel."""
     job.measure(host.nbytes)
     with call.gpu.active():
         call.gpu.refuse_capture(call.handle, NO_HOST_DATA)
@@ -86,7 +86,7 @@ def load(host: NDArray[np.uint8], job: Job, call: CallStream, mapping: str = "ti
 
 
 def upload(host: NDArray[np.uint8], call: CallStream) -> DeviceTensor:
-    """Bytes that lie on the host, as they are, on the GPU."""
+    """Copy bytes in host memory to the GPU."""
     with call.gpu.active():
         return DeviceTensor(_sent(host, call), (host.nbytes,), gpu_memory.BYTES, call.handle, call.framework)
 
@@ -99,12 +99,12 @@ def _sent(host: NDArray[np.uint8], call: CallStream) -> DeviceBytes:
 
 
 def is_pinned_tensor(data: Any) -> bool:
-    """Whether data is a PyTorch tensor in pinned memory: PyTorch copies it, and does not wait (`Torch.to_gpu`)."""
+    """Whether data is a PyTorch tensor in pinned memory. PyTorch copies it without waiting (`Torch.to_gpu`)."""
     return library_of(data) is TORCH and TORCH.is_pinned(data)
 
 
 def output(job: Job, call: CallStream, data: DeviceBytes | None = None) -> tuple[Any, DeviceBytes]:
-    """What to return, and the memory to write: that of `out`, or new memory once all is checked."""
+    """The result to return, and the memory to write to: that of `out`, or new memory, after all checks."""
     check_capability(job, call.gpu)
     if job.out is not None:
         return job.out, checked_output(job, call, data)
@@ -114,57 +114,63 @@ def output(job: Job, call: CallStream, data: DeviceBytes | None = None) -> tuple
 
 
 def new_memory(n_bytes: int, call: CallStream) -> DeviceBytes:
-    """Memory for a result: from PyTorch's allocator on PyTorch's current stream, else from the GPU's pool.
+    """Memory for a result: from PyTorch's allocator on PyTorch's current stream, otherwise from the GPU's pool.
 
     Raises:
-        DeviceError: there is not enough, or a CUDA graph is being captured by somebody other than PyTorch.
+        DeviceError: there is not enough, or a CUDA graph is being captured without PyTorch.
     """
     if call.framework is TORCH:
         return call.gpu.allocate_by_torch(n_bytes, call.handle)
     if call.handle:
-        call.gpu.refuse_capture(call.handle, "only PyTorch can allocate memory for it; pass out=")
+        call.gpu.refuse_capture(call.handle, "only PyTorch can allocate memory for the graph; pass out=")
     return call.gpu.allocate(n_bytes, call.handle, call.keeper)
 
 
 def elsewhere(memory: DeviceBytes, gpu: Gpu) -> DeviceError:
-    """The error where data lies on another GPU than the one that is to read it."""
-    return DeviceError(f"the data lies on cuda:{memory.gpu.index}, the device is cuda:{gpu.index}; copy it there first")
+    """The error for data on a different GPU from the one that computes."""
+    return DeviceError(
+        f"the data is on cuda:{memory.gpu.index}, but the device is cuda:{gpu.index}; copy it there first"
+    )
 
 
 def check_capability(job: Job, gpu: Gpu) -> None:
     """Check that a GPU can convert to an output type.
 
     Raises:
-        DtypeError: it cannot.
+        DtypeError: it cannot convert to it.
     """
     if job.dtype is None:
         return
     needed = OUTPUT_TYPES[job.dtype].capability
     if needed[0] and job.fmt.decode is not None and gpu.capability < needed:
-        least, ours = (".".join(map(str, each)) for each in (needed, gpu.capability))
+        least, actual = (".".join(map(str, version)) for version in (needed, gpu.capability))
         raise DtypeError(
-            f"{job.dtype} needs a GPU of compute capability {least} or later, this one has {ours}; use float16"
+            f"{job.dtype} needs a GPU of compute capability {least} or later, but this GPU has {actual}; use float16"
         )
 
 
 def checked_output(job: Job, call: CallStream, data: DeviceBytes | None = None) -> DeviceBytes:
-    """The memory of the caller's `out`, which is right in every way for the result of reading `data`.
+    """The memory of the caller's `out`, after all checks.
 
     Raises:
-        OutputError: it is not.
+        OutputError: the result cannot be written to `out`, or `out` overlaps `data`.
     """
     out, index = job.out, call.gpu.index
     if not isinstance(out, DeviceTensor):
         library = library_of(out)
         if not (is_on_gpu(out) if library is None else library.is_on_gpu(out)):
-            raise OutputError(f"out is a {type(out).__name__} on the host, the device is cuda:{index}")
+            raise OutputError(
+                f"out is a {type(out).__name__} on the host, but the device is cuda:{index}; pass an array on that GPU"
+            )
         if library is not None and not library.is_contiguous(out):
-            raise OutputError("out is not contiguous; pass a contiguous array")
+            raise OutputError("out is not C-contiguous; pass a C-contiguous array")
     target = streams.memory_of(out, call)
     if target.gpu is not call.gpu:
-        raise OutputError(f"out lies on cuda:{target.gpu.index}, the device is cuda:{index}")
+        raise OutputError(
+            f"out is on cuda:{target.gpu.index}, but the device is cuda:{index}; pass an array on that GPU"
+        )
     if target.is_readonly:
-        raise OutputError("out is read-only")
+        raise OutputError("out is read-only; pass a writable array")
     job.check_output(target.dtype, target.shape)
     if data is not None and not (
         target.pointer + target.n_bytes <= data.pointer or data.pointer + data.n_bytes <= target.pointer
@@ -174,7 +180,7 @@ def checked_output(job: Job, call: CallStream, data: DeviceBytes | None = None) 
 
 
 def dequantize_into(data: DeviceBytes, job: Job, out: DeviceBytes, stream: int, mapping: str = "tile") -> None:
-    """Queue the work that writes the values of `data` to `out`, both on the current GPU."""
+    """Queue the kernel that writes the values of `data` to `out`; both are on the current GPU."""
     if not job.n_elements:
         return
     fmt, gpu = job.fmt, data.gpu
@@ -183,8 +189,8 @@ def dequantize_into(data: DeviceBytes, job: Job, out: DeviceBytes, stream: int, 
         return
     target = out
     if out.pointer % 16:
-        # The kernel stores 16 bytes at a time: an odd address gets its values by way of other memory.
-        gpu.refuse_capture(stream, "out lies at an address that is not a multiple of 16; pass one that does")
+        # The kernel stores 16 bytes at a time, so a misaligned output is written through temporary memory.
+        gpu.refuse_capture(stream, "the address of out is not a multiple of 16; pass an aligned array")
         target = gpu.allocate(out.n_bytes, stream)
     assert job.dtype is not None
     kernel, shape = gpu.kernels.get((fmt, job.dtype, mapping)) or kernel_for(fmt, job.dtype, gpu, mapping)
@@ -199,16 +205,16 @@ def dequantize_into(data: DeviceBytes, job: Job, out: DeviceBytes, stream: int, 
 
 
 def kernel_for(fmt: Format, dtype: str, gpu: Gpu, mapping: str = "tile") -> tuple[Any, LaunchShape]:
-    """The kernel of a format, ready to launch, and how its work is cut."""
-    known: tuple[Any, LaunchShape] | None = gpu.kernels.get((fmt, dtype, mapping))
-    if known is None:
-        known = gpu.load_kernel(dequantize_kernel(fmt, dtype, mapping)), launch_shape(mapping, fmt)
-        gpu.kernels[fmt, dtype, mapping] = known
-    return known
+    """The kernel of a format, ready to launch, and its launch shape."""
+    kernel: tuple[Any, LaunchShape] | None = gpu.kernels.get((fmt, dtype, mapping))
+    if kernel is None:
+        kernel = gpu.load_kernel(dequantize_kernel(fmt, dtype, mapping)), launch_shape(mapping, fmt)
+        gpu.kernels[fmt, dtype, mapping] = kernel
+    return kernel
 
 
 def time_kernel(data: NDArray[np.uint8], job: Job, gpu: Gpu) -> tuple[NDArray[Any], float]:
-    """The values, on the host, and the seconds that the kernel took by the GPU's clock: the median of five."""
+    """The values, copied to the host, and the time of the kernel on the GPU in seconds, the median of five runs."""
     job.measure(data.nbytes)
     with gpu.active():
         call = CallStream(gpu)

@@ -1,4 +1,4 @@
-"""Many tensors on a GPU: one launch per format, over a table of tensors."""
+"""Batches on a GPU: one launch per format, with a table of tensors."""
 
 from __future__ import annotations
 
@@ -26,27 +26,26 @@ from numba_dequant.kernels.compiler import batch_kernel
 from numba_dequant.kernels.launch_shape import launch_shape, tile_directory
 
 SHARED_MEMORY = 64 << 20
-"""Tensors share pieces of device memory of up to so many bytes: getting one costs as much as launching a kernel."""
+"""Tensors share allocations of up to this many bytes, because an allocation takes as long as a launch."""
 
 ALIGNMENT = 256
-"""Of each tensor in shared memory: as if it had been allocated alone."""
-
+"""Alignment in bytes of each tensor in a shared allocation, the same as that of an allocation."""
 
 Step = Callable[[int], None]
-"""Something that is queued on a stream, given its handle."""
+"""A function that queues work on the stream with the given handle."""
 
 
 @dataclass(slots=True)
 class _Task:
-    """A job that has been checked, and where it reads and writes.
+    """A checked job with its memory.
 
     Attributes:
-        job: what was asked for.
-        data: its blocks on the GPU; without an address until blocks on the host get memory there.
-        target: where its values go; without an address until a new result gets memory.
-        host: its blocks, where they lie on the host.
-        gather: copies strided data to `data`, which each run reads.
-        result: what the caller gets.
+        job: the job.
+        data: the blocks on the GPU; the address is 0 until blocks from the host have memory there.
+        target: memory for the values; the address is 0 until a new result has memory.
+        host: the blocks, if they are on the host.
+        gather: step of each run that copies strided data to `data`.
+        result: the result for the caller.
     """
 
     job: Job
@@ -57,12 +56,11 @@ class _Task:
     result: Any
 
     def memory(self) -> list[Memory]:
-        """What is read, and what is written to."""
-        pieces = [(self.data, False), (self.target, True)]
+        """The memory ranges that are read and written."""
         return [
-            Memory(each.pointer, each.pointer + each.n_bytes, self.job.name, is_out)
-            for each, is_out in pieces
-            if each.pointer
+            Memory(memory.pointer, memory.pointer + memory.n_bytes, self.job.name, is_out)
+            for memory, is_out in ((self.data, False), (self.target, True))
+            if memory.pointer
         ]
 
 
@@ -71,7 +69,7 @@ def prepare(jobs: Sequence[Job], gpu: Gpu, stream: Any) -> Batch[Any]:
     arrays = [array for job in jobs for array in (job.data, job.out) if array is not None]
     call = streams.stream_for(stream, gpu, arrays)
     with gpu.active():
-        gpu.refuse_capture(call.handle, "a batch cannot be prepared during the capture; prepare it before")
+        gpu.refuse_capture(call.handle, "a batch cannot be prepared during the capture; call prepare_many before it")
         tasks = []
         for job in jobs:
             try:
@@ -93,10 +91,7 @@ def prepare(jobs: Sequence[Job], gpu: Gpu, stream: Any) -> Batch[Any]:
 
 
 class _Run:
-    """Queues all steps of a batch on the stream that is meant at that time.
-
-    It keeps the memory whose addresses the steps hold.
-    """
+    """Queues all steps of a batch on the caller's stream, and owns the memory that the steps use."""
 
     def __init__(
         self, call: CallStream, steps: list[Step], tasks: list[_Task], tables: DeviceBytes | None, arrays: list[Any]
@@ -119,7 +114,7 @@ class _Run:
         handle = call.framework.current_stream(gpu.index) if call.framework is not None else call.handle
         with gpu.active():
             if handle != call.handle and self._uploaded is not None:
-                # The data was copied to the GPU on the stream on which the batch was prepared.
+                # The data was copied to the GPU on the stream of `prepare`.
                 gpu.wait_for_event(self._uploaded)
                 self._uploaded = None
             others = [library.current_stream(gpu.index) for library in self._others]
@@ -139,8 +134,8 @@ class _Run:
                     result.stream = handle
 
     def __del__(self) -> None:
-        # The streams may still be at work on what is dropped with this, and on results that live on.
-        with suppress(Exception), self._call.gpu.active():  # the interpreter may be ending
+        # The streams may still use this memory, and results that the caller keeps.
+        with suppress(Exception), self._call.gpu.active():  # the interpreter may be shutting down
             for handle in self._used:
                 for owner in self._owners:
                     owner.used_on(handle)
@@ -173,32 +168,29 @@ def _task(job: Job, call: CallStream) -> _Task:
     return _Task(job, data, target, host, gather, job.out)
 
 
-def _allocate(pieces: list[DeviceBytes], call: CallStream) -> None:
-    """Get device memory for each piece; small ones share."""
+def _allocate(memories: list[DeviceBytes], call: CallStream) -> None:
+    """Allocate device memory for each; small ones share an allocation."""
     start = 0
     sharing: list[tuple[DeviceBytes, int]] = []
-    for piece in pieces:
-        size = -(-piece.n_bytes // ALIGNMENT) * ALIGNMENT
+    for memory in memories:
+        size = -(-memory.n_bytes // ALIGNMENT) * ALIGNMENT
         if start + size > SHARED_MEMORY:
             _share(sharing, start, call)
             sharing, start = [], 0
-        sharing.append((piece, start))
+        sharing.append((memory, start))
         start += size
     _share(sharing, start, call)
 
 
-def _share(pieces: list[tuple[DeviceBytes, int]], n_bytes: int, call: CallStream) -> None:
-    if pieces:
+def _share(sharing: list[tuple[DeviceBytes, int]], n_bytes: int, call: CallStream) -> None:
+    if sharing:
         whole = cuda.new_memory(n_bytes, call)
-        for piece, start in pieces:
-            piece.pointer, piece.owner = whole.pointer + start, whole.owner
+        for memory, start in sharing:
+            memory.pointer, memory.owner = whole.pointer + start, whole.owner
 
 
 def _steps(tasks: list[_Task], call: CallStream) -> tuple[list[Step], DeviceBytes | None]:
-    """What is to be queued, and the memory of the tables for it.
-
-    That is one launch per format, and a step for each tensor that cannot be part of one.
-    """
+    """The steps of a run, and the memory of their tables: one launch per format, and a step for each other tensor."""
     gpu, steps = call.gpu, [task.gather for task in tasks if task.gather is not None]
     by_format: dict[int, list[_Task]] = {}
     for task in tasks:
@@ -211,23 +203,23 @@ def _steps(tasks: list[_Task], call: CallStream) -> tuple[list[Step], DeviceByte
     if not by_format:
         return steps, None
     groups = list(by_format.values())
-    # The GPU is asked for all kernels before anything is queued: compiling may fail.
+    # All kernels are loaded before anything is queued, because compiling may fail.
     kernels = [gpu.load_kernel(batch_kernel(group[0].job.fmt, group[0].job.dtype or "")) for group in groups]
-    tables = [_table(group) for group in groups]
-    packed = np.concatenate([table.reshape(-1) for table, _ in tables])
+    directories = [_directory(group) for group in groups]
+    packed = np.concatenate([directory.reshape(-1) for directory, _ in directories])
     memory = cuda.new_memory(packed.nbytes, call)
     gpu.send(memory.pointer, packed.view(np.uint8), call.handle)
     start = memory.pointer
-    for group, kernel, (table, n_tiles) in zip(groups, kernels, tables, strict=True):
+    for group, kernel, (directory, n_tiles) in zip(groups, kernels, directories, strict=True):
         threads = launch_shape("tile", group[0].job.fmt).threads
-        # The table holds addresses, which count from 0.
+        # The directory has absolute addresses, so both base addresses are 0.
         steps.append(partial(gpu.launch, kernel, n_tiles, threads, (0, start, len(group), 0)))
-        start += table.nbytes
+        start += directory.nbytes
     return steps, memory
 
 
-def _table(tasks: list[_Task]) -> tuple[NDArray[np.int64], int]:
-    numbers = [(task.data.pointer, task.target.pointer, task.job.n_elements) for task in tasks]
-    data, targets, n_elements = np.array(numbers, np.int64).T
+def _directory(tasks: list[_Task]) -> tuple[NDArray[np.int64], int]:
+    rows = [(task.data.pointer, task.target.pointer, task.job.n_elements) for task in tasks]
+    data, targets, n_elements = np.array(rows, np.int64).T
     job = tasks[0].job
     return tile_directory(launch_shape("tile", job.fmt), data, targets // job.result_dtype.itemsize, n_elements)

@@ -506,7 +506,7 @@ class TestStridedData:
     def test_an_output_must_be_contiguous(self, blocks):
         cupy = pytest.importorskip("cupy")
         for out in (torch.zeros(2 * N, dtype=torch.float16, device="cuda")[::2], cupy.zeros(2 * N, np.float16)[::2]):
-            with pytest.raises(nd.OutputError, match="not contiguous"):
+            with pytest.raises(nd.OutputError, match="not C-contiguous"):
                 nd.dequantize(blocks, "Q8_0", out=out)
 
     def test_other_libraries_must_make_it_contiguous(self):

@@ -38,7 +38,7 @@ def test_dequantize(name):
 
 def test_data_on_the_other_one(path):
     kept = nd.open(path).load("blk.0.weight", device="cuda:0", keep_quantized=True)
-    with pytest.raises(nd.DeviceError, match=r"the data lies on cuda:0, the device is cuda:1; copy it there first"):
+    with pytest.raises(nd.DeviceError, match="the data is on cuda:0, but the device is cuda:1; copy it there first"):
         nd.dequantize(kept.data, "Q8_0", device="cuda:1")
 
 

@@ -263,7 +263,7 @@ def test_an_array_that_cannot_be_allocated_is_an_error_of_ours(path, monkeypatch
         return real(shape, *arguments, **options)
 
     monkeypatch.setattr(np, "empty", empty)
-    with pytest.raises(nd.DeviceError, match=r"tensor 't': the CPU is out of memory: \d+ bytes were asked for"):
+    with pytest.raises(nd.DeviceError, match=r"tensor 't': the CPU is out of memory: \d+ bytes are needed"):
         USES[use](model)
 
 

@@ -87,9 +87,9 @@ class TestData:
             def __dlpack_device__(self):
                 return (2, 0)
 
-        with pytest.raises(nd.DeviceError, match="the data lies on a GPU"):
+        with pytest.raises(nd.DeviceError, match="the data is on a GPU"):
             dequantize(OnGpu())
-        with pytest.raises(nd.DataError, match="data lies on a GPU"):
+        with pytest.raises(nd.DataError, match="data is on a GPU"):
             nd.explain(OnGpu(), "Q8_0")
 
     def test_a_device_that_cannot_be_asked_for(self):
@@ -106,7 +106,7 @@ class TestData:
     def test_no_memory_for_a_copy_or_a_result(self):
         endless = np.broadcast_to(BLOCKS, (2**42, BLOCKS.size))
         for call in (lambda: dequantize(endless[:, ::-1]), lambda: dequantize(endless)):
-            with pytest.raises(nd.DeviceError, match=r"out of memory: [\d,]+ bytes were asked for, for the result"):
+            with pytest.raises(nd.DeviceError, match=r"out of memory: [\d,]+ bytes are needed for the result"):
                 call()
         with pytest.raises(nd.DeviceError, match=r"tensor 'a': .*out of memory"):
             nd.dequantize_many({"a": (endless, "Q8_0")}, device="cpu")
@@ -125,12 +125,12 @@ class TestOut:
             (np.empty(191, np.float16), r"shape \(191,\), the result has 192 elements"),
             (np.empty(192, np.float32), "float32, the result is float16"),
             (np.empty(192, ">f2"), "float16 of the other byte order"),
-            (np.empty(384, np.float16)[::2], r"not contiguous, rows first \(its strides are \(4,\)\)"),
-            (np.empty((32, 6), np.float16).T, "not contiguous"),
+            (np.empty(384, np.float16)[::2], r"not C-contiguous \(its strides are \(4,\)\)"),
+            (np.empty((32, 6), np.float16).T, "not C-contiguous"),
             (np.frombuffer(bytes(384), np.float16), "read-only; pass a writable"),
             (np.empty(385, np.uint8)[1:].view(np.float16), "not a multiple of 2"),
             (np.ma.masked_array(np.empty(192, np.float16), True, hard_mask=True), "masked array"),
-            ([0] * 192, r"must be a NumPy array or a PyTorch tensor where the device is cpu, got \[0, 0"),
+            ([0] * 192, r"must be a NumPy array or a PyTorch tensor if the device is cpu, got \[0, 0"),
             (bytearray(384), "must be a NumPy array"),
             (nd.FORMATS, "must be a NumPy array"),
         ],
@@ -205,7 +205,7 @@ class TestOut:
         check_apart([])
 
     def test_an_unmatched_name_of_any_kind(self):
-        with pytest.raises(nd.OutputError, match="is in one of tensors and out"):
+        with pytest.raises(nd.OutputError, match="is in tensors or in out, but not in both"):
             nd.dequantize_many({"a": (bytes(34), "Q8_0")}, device="cpu", out={10**5000: 1})
 
 

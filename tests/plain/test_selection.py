@@ -161,7 +161,7 @@ def test_out_for_some(model):
             "tensor 'flat': out holds float32, the result is",
         ),
         ({"flat": np.empty(127, np.float16)}, nd.OutputError, "tensor 'flat': out has shape"),
-        ({"flat": np.empty(256, np.float16)[::2]}, nd.OutputError, "tensor 'flat': out is not contiguous"),
+        ({"flat": np.empty(256, np.float16)[::2]}, nd.OutputError, "tensor 'flat': out is not C-contiguous"),
     ],
 )
 def test_a_wrong_out_is_found_before_anything_is_written(model, out, error, message):

@@ -170,7 +170,7 @@ class LateGpu:
         with self.lock:
             end = self.end + -(-max(n_bytes, 1) // 256) * 256
             if end > self.start + self.memory.size:
-                raise nd.DeviceError(f"cuda:0 is out of memory: {n_bytes:,} bytes were asked for")
+                raise nd.DeviceError(f"cuda:0 is out of memory: {n_bytes:,} bytes are needed")
             pointer, self.end = self.end, end
             self.in_use += n_bytes
             self.queue(stream, lambda: at(pointer, n_bytes).fill(POISON), (pointer, n_bytes))

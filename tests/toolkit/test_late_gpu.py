@@ -122,11 +122,11 @@ def test_an_out_at_an_odd_address():
     [
         ({"out": "float32"}, nd.OutputError, "out holds float32, the result is float16"),
         ({"out": "shape"}, nd.OutputError, r"out has shape \(32,\), the result has 64 elements"),
-        ({"out": "host"}, nd.OutputError, "out is a ndarray on the host, the device is cuda:0"),
+        ({"out": "host"}, nd.OutputError, "out is a ndarray on the host, but the device is cuda:0"),
         ({"out": "data"}, nd.OutputError, "out shares memory with data"),
         ({"shape": (3, 3)}, nd.ShapeError, "does not have as many elements"),
         ({"stream": "x"}, nd.DeviceError, "expected a stream, got 'x'"),
-        ({"device": "cpu"}, nd.DeviceError, "the data lies on a GPU, but the device is cpu"),
+        ({"device": "cpu"}, nd.DeviceError, "the data is on a GPU, but the device is cpu"),
     ],
 )
 def test_what_is_refused_before_anything_is_launched(late, arguments, kind, message):
@@ -146,7 +146,9 @@ def test_what_is_refused_before_anything_is_launched(late, arguments, kind, mess
 
 def test_bfloat16_needs_a_later_gpu(late):
     late.capability = (7, 5)
-    with pytest.raises(nd.DtypeError, match=r"bfloat16 needs a GPU of compute capability 8\.0 or later, this one has"):
+    with pytest.raises(
+        nd.DtypeError, match=r"bfloat16 needs a GPU of compute capability 8\.0 or later, but this GPU"
+    ):
         nd.dequantize(bytes(34), "Q8_0", "bfloat16", device="cuda")
 
 
