@@ -175,7 +175,7 @@ def checked_output(job: Job, call: CallStream, data: DeviceBytes | None = None) 
     if data is not None and not (
         target.pointer + target.n_bytes <= data.pointer or data.pointer + data.n_bytes <= target.pointer
     ):
-        raise OutputError("out shares memory with data")
+        raise OutputError("out shares memory with data; pass another array")
     return target
 
 

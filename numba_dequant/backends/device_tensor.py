@@ -1,4 +1,4 @@
-"""What a call returns that computed on a GPU."""
+"""`DeviceTensor`, the result of a call on a GPU."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class DeviceTensor:
     """A contiguous array in GPU memory, which PyTorch, CuPy and Numba can use without a copy.
 
     ``torch.from_dlpack(tensor)``, ``cupy.from_dlpack(tensor)``, ``cupy.asarray(tensor)`` and
-    ``numba.cuda.as_cuda_array(tensor)`` share its memory, which lives as long as any of them. NumPy and Numba have no
-    bfloat16 in ``__cuda_array_interface__``: DLPack carries it.
+    ``numba.cuda.as_cuda_array(tensor)`` share its memory and keep it alive. bfloat16 requires DLPack, because
+    ``__cuda_array_interface__`` does not support it.
 
-    The values are ready once `stream` has got there, and whoever takes the tensor over by DLPack waits for that on the
-    GPU. Dropped memory is reused only after that stream and the stream of whoever took it over.
+    The values are ready when `stream` has done its work. A library that imports the tensor through DLPack waits for
+    this on the GPU. Dropped memory is reused only after the work on this stream and on the stream of that library.
 
     Attributes:
-        shape: rows first.
-        dtype: the NumPy dtype; bfloat16 is that of ml_dtypes.
-        stream: handle of the stream on which the values are computed.
-        framework: PyTorch or CuPy, if the values were computed on its current stream for an array of its own; a call
-            that takes this tensor then runs on that library's current stream too.
-        memory: where they lie; tensors that were made together may share an allocation.
+        shape: shape, rows first.
+        dtype: NumPy dtype; bfloat16 is the dtype of ml_dtypes.
+        stream: handle of the stream that computes the values.
+        framework: PyTorch or CuPy, if the values were computed for one of its arrays on its current stream. A call
+            with this tensor then also runs on the current stream of that library.
+        memory: the memory; tensors of one call may share an allocation.
     """
 
     __slots__ = ("__weakref__", "dtype", "framework", "memory", "shape", "stream")
@@ -70,18 +70,18 @@ class DeviceTensor:
 
     @property
     def ptr(self) -> int:
-        """Address in GPU memory; 0 if there are no elements."""
+        """Address in GPU memory; 0 if the tensor is empty."""
         return self.memory.pointer if self.size else 0
 
     def copy_to_host(self) -> NDArray[Any]:
-        """A NumPy array of the values; waits until they are there.
+        """Wait for the values and copy them to a new NumPy array of the same shape and dtype.
 
         Raises:
-            DeviceError: a CUDA graph is being captured on the tensor's stream.
+            DeviceError: the tensor's stream is capturing a CUDA graph, or the GPU has failed.
         """
         host, gpu = np.empty(self.shape, self.dtype), self.memory.gpu
         with gpu.active():
-            gpu.refuse_capture(self.stream, "values cannot be copied to the host before it runs")
+            gpu.refuse_capture(self.stream, "values cannot be copied to the host before the graph runs")
             gpu.copy_to_host(host, self.memory.pointer, self.stream)
         return shareable(host)
 
@@ -89,7 +89,7 @@ class DeviceTensor:
     def __cuda_array_interface__(self) -> dict[str, Any]:
         if self.dtype == numpy_dtype("bfloat16"):
             raise AttributeError("__cuda_array_interface__ has no bfloat16; use DLPack, e.g. torch.from_dlpack(tensor)")
-        # The interface does not say on which stream the memory will be used.
+        # The interface does not tell which stream will use the memory.
         for library in libraries_with_streams():
             self.memory.owner.lend(library.current_stream(self.device), library.keeper(self.device))
         return {
@@ -113,15 +113,17 @@ class DeviceTensor:
         copy: bool | None = None,
     ) -> Any:
         if copy or dl_device not in (None, self.__dlpack_device__()):
-            raise BufferError(f"this tensor is shared, not copied, and stays on cuda:{self.device}")
+            raise BufferError(
+                f"this tensor can be shared on cuda:{self.device} only, without a copy; call copy_to_host() to copy it"
+            )
         if stream is not None and stream < -1:
-            raise BufferError(f"expected a stream, got {stream}")
+            raise BufferError(f"stream must be -1, a stream handle or None, got {stream}")
         if stream != -1:
             self._lend(stream_handle(stream))
         return export(self.memory, self.shape, self.dtype, max_version)
 
     def _lend(self, stream: int) -> None:
-        """Let a stream use the values: it waits for them now, and their memory waits for it when it is dropped."""
+        """Let another stream use the values. It waits for them; the memory is freed after the work on that stream."""
         if stream == self.stream:
             return
         gpu = self.memory.gpu
@@ -132,7 +134,7 @@ class DeviceTensor:
                 self.memory.owner.lend(stream, keeper)
 
     def __reduce__(self) -> NoReturn:
-        raise DeviceError("a tensor on a GPU cannot be pickled; pickle what its copy_to_host() returns")
+        raise DeviceError("a tensor on a GPU cannot be pickled; pickle the result of its copy_to_host()")
 
     def __copy__(self) -> DeviceTensor:
         return DeviceTensor(replace(self.memory), self.shape, self.dtype, self.stream, self.framework)
@@ -147,7 +149,7 @@ class DeviceTensor:
 
     def __len__(self) -> int:
         if not self.shape:
-            raise TypeError("a tensor without dimensions has no length")
+            raise TypeError("a tensor with shape () has no length")
         return self.shape[0]
 
     def __repr__(self) -> str:

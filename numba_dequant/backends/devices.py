@@ -1,4 +1,4 @@
-"""Where to compute: the ``device`` argument."""
+"""The ``device`` argument."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from numba_dequant.locks import compile_lock
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """A device: its kind, and for CUDA the ordinal of the GPU; "simulator" is Numba's, in place of a GPU."""
+    """A device: its kind, and the ordinal of a GPU; "simulator" is Numba's CUDA simulator in place of a GPU."""
 
     kind: Literal["reference", "cpu", "cuda", "simulator"]
     index: int = 0
@@ -29,9 +29,9 @@ class DeviceSpec:
 
 
 def parse_device(device: Any) -> DeviceSpec:
-    """The device of that name; None is the first GPU where one can be used, and otherwise the CPU.
+    """The device for a name, the ordinal of a GPU, or a device of PyTorch, JAX, CuPy, Numba or cuda.core.
 
-    It may be a name in any case, the ordinal of a GPU, or a device of PyTorch, JAX, CuPy, Numba or cuda.core.
+    None means the first GPU if it can be used, otherwise the CPU, with one warning.
 
     Raises:
         DeviceError: there is no such device, or no GPU can be used.
@@ -68,13 +68,13 @@ def _usable(spec: DeviceSpec, device: Any) -> DeviceSpec:
 
 @lru_cache(maxsize=64)
 def _spec_of(name: str) -> DeviceSpec | None:
-    # Ten digits and more are the ordinal of nothing, and Python refuses to read more than 4300 of them.
-    found = re.fullmatch("reference|cpu(?::0)?|cuda(?::([0-9]{1,9}))?", name.strip().lower())
-    if found is None:
+    # No GPU has an ordinal of ten digits; Python cannot convert more than 4300 digits.
+    match = re.fullmatch("reference|cpu(?::0)?|cuda(?::([0-9]{1,9}))?", name.strip().lower())
+    if match is None:
         return None
-    if found[0] == "reference":
+    if match[0] == "reference":
         return DeviceSpec("reference")
-    return DeviceSpec("cpu") if found[0].startswith("cpu") else _gpu(int(found[1] or 0))
+    return DeviceSpec("cpu") if match[0].startswith("cpu") else _gpu(int(match[1] or 0))
 
 
 @lru_cache(maxsize=64)
@@ -83,7 +83,7 @@ def _gpu(index: int) -> DeviceSpec:
 
 
 def _name_of(device: Any) -> str:
-    """The name of a device that is not given by name; an empty one if it is no device."""
+    """The name of a device object; an empty string if it is not a device."""
     try:
         if isinstance(device, (bool, np.bool_, type)):
             return ""
@@ -91,13 +91,13 @@ def _name_of(device: Any) -> str:
             return f"cuda:{device.__index__()}"
         library = type(device).__module__.partition(".")[0]
         return _NAMES.get(library, str)(device)
-    except Exception:  # a foreign object may fail in any way when it is asked what it is
+    except Exception:  # a foreign object may raise any exception
         return ""
 
 
 def _name_of_jax(device: Any) -> str:
-    kind = "cuda" if device.platform == "gpu" else device.platform
-    return kind if kind == "cpu" else f"{kind}:{device.local_hardware_id}"
+    platform = "cuda" if device.platform == "gpu" else device.platform
+    return platform if platform == "cpu" else f"{platform}:{device.local_hardware_id}"
 
 
 _NAMES: dict[str, Callable[[Any], str]] = {
@@ -107,29 +107,29 @@ _NAMES: dict[str, Callable[[Any], str]] = {
     "jax": _name_of_jax,
     "jaxlib": _name_of_jax,
 }
-"""By library, what its devices are called here; others, such as PyTorch's, are called what they say."""
+"""By library, the name of a device object. Other objects, such as PyTorch's, are named by `str`."""
 
 
 def _hint(device: Any) -> str:
-    kind = _name_of(device).strip().lower().partition(":")[0]
-    if kind == "gpu":
+    name = _name_of(device).strip().lower().partition(":")[0]
+    if name == "gpu":
         return ". An NVIDIA GPU is called 'cuda'"
-    if kind == "meta":
+    if name == "meta":
         return ". The meta device has no memory to write values to"
-    if kind in ("mps", "xpu", "hip", "rocm", "xla", "tpu", "npu", "hpu", "vulkan", "mtia", "maia", "opencl"):
-        return ". Values are computed on NVIDIA GPUs and on the CPU only"
+    if name in ("mps", "xpu", "hip", "rocm", "xla", "tpu", "npu", "hpu", "vulkan", "mtia", "maia", "opencl"):
+        return ". Only NVIDIA GPUs and the CPU can compute values"
     return ""
 
 
 @lru_cache(maxsize=1)
 def is_simulated() -> bool:
-    """Whether Numba's CUDA simulator stands in for a GPU; Numba asks once, too."""
+    """Whether Numba's CUDA simulator replaces the GPUs. Numba reads the variable only once, too."""
     return os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
 
 
 @lru_cache(maxsize=1)
 def why_no_cuda() -> str | None:
-    """Why no GPU can be used here, or None if one can."""
+    """Why no GPU can be used, or None if one can."""
     if is_simulated():
         return None
     if sys.platform == "darwin":
@@ -138,7 +138,7 @@ def why_no_cuda() -> str | None:
     if missing is not None:
         return missing
     try:
-        with compile_lock:  # a fork waits for the import
+        with compile_lock:  # no fork during the import
             from numba_dequant.backends.gpu import n_devices
 
         n_devices()
@@ -152,7 +152,7 @@ def why_no_cuda() -> str | None:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

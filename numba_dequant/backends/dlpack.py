@@ -1,4 +1,4 @@
-"""bfloat16 in DLPack, by which other libraries take arrays without a copy: NumPy and cuda.core do not export it."""
+"""DLPack export of bfloat16, which NumPy and cuda.core do not support."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ POINTER = ctypes.sizeof(ctypes.c_void_p)
 
 
 class Bfloat16Array(np.ndarray[Any, Any]):
-    """A NumPy array of bfloat16 that `torch.from_dlpack` and `jax.numpy.from_dlpack` take, without a copy.
+    """A NumPy array of bfloat16 that `torch.from_dlpack` and `jax.numpy.from_dlpack` accept without a copy.
 
-    In all else it is a NumPy array. Slices, copies and results of arithmetic in bfloat16 are such arrays too; an array
-    of ml_dtypes' bfloat16 becomes one by ``array.view(Bfloat16Array)``. NumPy's own ``from_dlpack`` knows no bfloat16:
-    use ``numpy.asarray``.
+    Slices, copies and bfloat16 results of arithmetic have this class too. ``array.view(Bfloat16Array)`` converts an
+    array with ml_dtypes' bfloat16. NumPy's own ``from_dlpack`` does not support bfloat16; use ``numpy.asarray``.
     """
 
-    __module__ = "numba_dequant"  # where it is public, so that pickles hold wherever it is defined
+    __module__ = "numba_dequant"  # the public name, so that pickles do not depend on this file
 
     def __dlpack__(self, **options: Any) -> Any:
         if self.dtype != numpy_dtype("bfloat16"):
@@ -32,11 +31,11 @@ class Bfloat16Array(np.ndarray[Any, Any]):
         bits = self.view(np.ndarray).view(np.uint16)
         try:
             capsule = bits.__dlpack__(**options)
-        except TypeError:  # NumPy 1 knows only `stream`
+        except TypeError:  # NumPy 1 accepts only `stream`
             if options.get("copy"):
                 bits = bits.copy()
             if options.get("dl_device") not in (None, self.__dlpack_device__()):
-                raise BufferError("the array lies on the CPU, and is not copied elsewhere") from None
+                raise BufferError("the array is on the CPU and cannot be exported to another device") from None
             capsule = bits.__dlpack__(stream=options.get("stream"))
         patch_dlpack_dtype(capsule)
         return capsule
@@ -53,14 +52,14 @@ class Bfloat16Array(np.ndarray[Any, Any]):
 
 
 def shareable(array: NDArray[Any]) -> NDArray[Any]:
-    """The same array, of a class that other libraries can take by DLPack whatever its dtype."""
+    """The same array, as a `Bfloat16Array` if its dtype is bfloat16, so that DLPack can export it."""
     return array.view(Bfloat16Array) if array.dtype == numpy_dtype("bfloat16") else array
 
 
 def patch_dlpack_dtype(capsule: object) -> None:
-    """Correct the type in a capsule of uint16, which nobody has seen yet."""
-    # The DLTensor starts the old kind of capsule; the new kind puts a version (8 bytes), a context, a deleter and flags
-    # (8) before it. Within it, the type's code follows a pointer, a device (8) and the number of dimensions (4).
+    """Change the dtype in an unused capsule from uint16 to bfloat16."""
+    # An unversioned capsule begins with the DLTensor. In a versioned one, a version (8 bytes), a context, a deleter and
+    # flags (8) precede it. In a DLTensor, a pointer, a device (8) and the number of dimensions (4) precede the code.
     name = _function("PyCapsule_GetName", ctypes.c_char_p, ctypes.py_object)(capsule)
     start = 16 + 2 * POINTER if name == b"dltensor_versioned" else 0
     address = _function("PyCapsule_GetPointer", ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(capsule, name)
@@ -70,5 +69,5 @@ def patch_dlpack_dtype(capsule: object) -> None:
 
 
 def _function(name: str, *types: Any) -> Any:
-    # Not an attribute of ctypes.pythonapi: its types would be everybody's.
+    # An attribute of ctypes.pythonapi would change the argument types for the whole process.
     return ctypes.PYFUNCTYPE(*types)((name, ctypes.pythonapi))

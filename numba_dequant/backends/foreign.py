@@ -1,4 +1,4 @@
-"""Arrays and streams of other libraries: what they are to a GPU, and an array as they take it."""
+"""Arrays and streams of other libraries, and export through DLPack."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from numba_dequant.errors import DataError, DeviceError, shown
 from numba_dequant.interop import library_of
 
 LEGACY_STREAM = 1
-"""The name of the legacy default stream in `__cuda_array_interface__` and DLPack."""
+"""The number of the legacy default stream in `__cuda_array_interface__` and DLPack."""
 
 
 def stream_handle(stream: Any) -> int:
     """The handle of a stream; None, 0 and 1 are the legacy default stream.
 
     Raises:
-        DeviceError: it is not a stream.
+        DeviceError: `stream` is not a stream.
     """
     if stream is None:
         return 0
@@ -32,7 +32,7 @@ def stream_handle(stream: Any) -> int:
     else:
         try:
             handle = _handle_of(stream)
-        except Exception:  # a foreign object may fail in any way
+        except Exception:  # a foreign object may raise any exception
             handle = None
     if handle is None or not 0 <= handle < 2**64:
         raise DeviceError(
@@ -53,41 +53,41 @@ def _handle_of(stream: Any) -> int | None:
     return None
 
 
-def device_view(thing: Any, stream: int) -> DeviceBytes:
-    """The device memory of an array, which is not copied; work on `stream` will wait for what fills it.
+def device_view(array: Any, stream: int) -> DeviceBytes:
+    """The device memory of an array, without a copy; `stream` waits for pending writes to it.
 
     Raises:
-        DataError: it is not one contiguous piece.
+        DataError: the array is not contiguous, or its dtype is unknown.
     """
-    view = StridedMemoryView.from_any_interface(thing, stream_ptr=stream or LEGACY_STREAM)
+    view = StridedMemoryView.from_any_interface(array, stream_ptr=stream or LEGACY_STREAM)
     shape, dtype = tuple(view.shape), view.dtype
     if dtype is None:
-        raise DataError(f"cannot tell the element type of a {type(thing).__name__}")
+        raise DataError(f"cannot read the dtype of a {type(array).__name__}; pass an array of uint8")
     if view.strides is not None and view.size:
         expected = 1
         for extent, stride in zip(reversed(shape), reversed(view.strides), strict=True):
             if extent != 1 and stride != expected:
-                raise DataError(f"the array of shape {shape} is not one contiguous piece of memory; make it so")
+                raise DataError(f"the array of shape {shape} is not contiguous; pass a contiguous array")
             expected *= extent
     pointer, n_bytes = int(view.ptr), int(view.size) * dtype.itemsize
     return DeviceBytes(
-        pointer, n_bytes, gpu_at(_device_at(pointer, view.device_id)), thing, dtype, shape, view.readonly
+        pointer, n_bytes, gpu_at(_device_at(pointer, view.device_id)), array, dtype, shape, view.readonly
     )
 
 
-def device_of(thing: Any) -> int:
-    """Ordinal of the GPU on which an array lies."""
-    library = library_of(thing)
+def device_of(array: Any) -> int:
+    """The ordinal of the GPU of an array."""
+    library = library_of(array)
     if library is not None:
-        return library.device_of(thing)
-    if hasattr(thing, "__dlpack_device__"):
-        return int(thing.__dlpack_device__()[1])
-    n_devices()  # says why, where there is no driver
-    return _device_at(int(thing.__cuda_array_interface__["data"][0]), 0)
+        return library.device_of(array)
+    if hasattr(array, "__dlpack_device__"):
+        return int(array.__dlpack_device__()[1])
+    n_devices()  # raises an error if there is no driver
+    return _device_at(int(array.__cuda_array_interface__["data"][0]), 0)
 
 
 def _device_at(pointer: int, claimed: int) -> int:
-    # __cuda_array_interface__ does not say which GPU it speaks of; the driver knows.
+    # __cuda_array_interface__ does not name the GPU; the driver knows it.
     if pointer:
         ordinal = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
         code, device = driver.cuPointerGetAttribute(ordinal, pointer)
@@ -99,12 +99,12 @@ def _device_at(pointer: int, claimed: int) -> int:
 def export(
     memory: DeviceBytes, shape: tuple[int, ...], dtype: np.dtype[Any], max_version: tuple[int, int] | None
 ) -> object:
-    """A DLPack capsule that shares memory and keeps it alive."""
+    """A DLPack capsule that shares the memory and keeps it alive."""
     is_bf16 = dtype.name == "bfloat16"
     code = np.dtype(np.uint16) if is_bf16 else dtype
-    piece = Buffer.from_handle(memory.pointer, memory.n_bytes, owner=memory.owner)
-    whole = StridedMemoryView.from_buffer(piece, shape, itemsize=code.itemsize, dtype=code)
-    capsule = whole.__dlpack__(stream=-1, max_version=max_version)
+    buffer = Buffer.from_handle(memory.pointer, memory.n_bytes, owner=memory.owner)
+    view = StridedMemoryView.from_buffer(buffer, shape, itemsize=code.itemsize, dtype=code)
+    capsule = view.__dlpack__(stream=-1, max_version=max_version)
     if is_bf16:
         patch_dlpack_dtype(capsule)
     return capsule

@@ -1,4 +1,4 @@
-"""One GPU through `cuda.core`: its memory, streams, events and launches. It knows no format."""
+"""One GPU through `cuda.core`: memory, streams, events and launches."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from numba_dequant.locks import compiled_once
 
 @cache
 def n_devices() -> int:
-    """GPUs that this process can use, at least one.
+    """The number of GPUs that this process can use, at least one.
 
     Raises:
         DeviceError: there is no driver, or no GPU.
@@ -62,14 +62,14 @@ def n_devices() -> int:
 
 
 class Gpu:
-    """One GPU. Tests put an object with the same methods in its place, by `OPEN`.
+    """One GPU. Tests replace it in `OPEN` with an object that has the same methods.
 
-    A stream is given by its handle. Methods that take one expect this GPU to be current: ``with gpu.active()``.
+    Streams are handles. Methods that take a stream require that this GPU is current: ``with gpu.active()``.
 
     Attributes:
         index: ordinal of the GPU.
-        kernels: those that have been used, kept here by the backend.
-        idle_buffers: those of earlier loads, kept here by the loader.
+        kernels: loaded kernels, stored here by the backend.
+        idle_buffers: buffers of earlier loads, stored here by the loader.
     """
 
     def __init__(self, index: int) -> None:
@@ -81,7 +81,7 @@ class Gpu:
         self.idle_buffers: list[Any] = []
 
     def active(self) -> _Active:
-        """Make this GPU the current one of this thread within a ``with`` block, and restore the previous one."""
+        """Make this GPU current in this thread within a ``with`` block."""
         return _Active(self.index)
 
     @cached_property
@@ -92,15 +92,12 @@ class Gpu:
 
     @property
     def context(self) -> int:
-        """The handle of what a thread must make current before it can use this GPU."""
+        """The handle of the CUDA context of this GPU."""
         return int(Device(self.index).context.handle)
 
     @cached_property
     def thread_functions(self) -> Mapping[str, Any] | None:
-        """Functions of the driver for threads without Python; None where the system or the driver lacks what they need.
-
-        That is Linux, and a driver by which a stream can write to pinned memory.
-        """
+        """Driver functions for native threads; None unless this is Linux and streams can write to pinned memory."""
         if sys.platform != "linux":
             return None
         with self.active():
@@ -126,15 +123,15 @@ class Gpu:
         return Device(self.index).memory_resource
 
     def allocate(self, n_bytes: int, stream: int, keeper: Any = None) -> DeviceBytes:
-        """Device memory from the GPU's pool, in the order of a stream, which `keeper` keeps from being destroyed.
+        """Device memory from the GPU's pool, in stream order. `keeper` is an object that keeps the stream alive.
 
         Raises:
-            DeviceError: there is not enough.
+            DeviceError: there is not enough memory.
         """
         gpu_memory.free_deferred()
         pool, queue = self._pool, stream_on(self.index, stream)
         try:
-            # For the legacy stream `streams.stream_for` has checked it.
+            # `streams.stream_for` has checked this for the legacy stream.
             if not stream or library_that_captures() is None:
                 buffer = pool.allocate(n_bytes or 1, stream=queue)
             else:
@@ -150,7 +147,7 @@ class Gpu:
         """Device memory from PyTorch's caching allocator, in the order of PyTorch's current stream.
 
         Raises:
-            DeviceError: there is not enough.
+            DeviceError: there is not enough memory.
         """
         try:
             tensor = TORCH.empty(max(n_bytes, 1), self.index)
@@ -163,12 +160,12 @@ class Gpu:
     def _out_of_memory(self, n_bytes: int) -> DeviceError:
         _, free, total = driver.cuMemGetInfo()
         return DeviceError(
-            f"cuda:{self.index} is out of memory: {n_bytes:,} bytes were asked for, "
+            f"cuda:{self.index} is out of memory: {n_bytes:,} bytes are needed, "
             f"{int(free):,} of {int(total):,} are free"
         )
 
     def pinned(self, n_bytes: int) -> NDArray[np.uint8]:
-        """Host memory that a GPU reads at full speed; expensive to get, cheap to reuse."""
+        """Pinned host memory, which a GPU reads at full speed. Allocation is slow."""
         return np.from_dlpack(LegacyPinnedMemoryResource().allocate(n_bytes)).view(np.uint8)
 
     def copy_to_device(self, pointer: int, host: NDArray[np.uint8], stream: int) -> None:
@@ -178,41 +175,40 @@ class Gpu:
     def send(self, pointer: int, host: NDArray[np.uint8], stream: int) -> None:
         """Queue a copy of host memory to a device address; the caller may change the host memory afterwards.
 
-        So this waits for the copy where the memory is pinned, which a GPU reads in its own time: nothing tells the
-        owner of a NumPy array that it is still being read.
+        If the memory is pinned, the driver copies it later, so this method waits for the copy.
         """
         self.copy_to_device(pointer, host, stream)
-        # The plural asks without an error where the driver does not know the address.
-        kinds = [driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE]
-        code, values = driver.cuPointerGetAttributes(len(kinds), kinds, host.ctypes.data)
+        # Unlike cuPointerGetAttribute, this call accepts an address that is unknown to the driver.
+        attributes = [driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE]
+        code, values = driver.cuPointerGetAttributes(len(attributes), attributes, host.ctypes.data)
         if code == driver.CUresult.CUDA_SUCCESS and int(values[0]):
             self.synchronize(stream)
 
     def copy_to_host(self, host: NDArray[Any], pointer: int, stream: int) -> None:
-        """Copy device memory to a contiguous host array, and wait until it has arrived."""
+        """Copy device memory to a contiguous host array, and wait for the copy."""
         if host.size:
             _check(driver.cuMemcpyDtoHAsync(host.ctypes.data, pointer, host.nbytes, stream))
             self.synchronize(stream)
 
-    def copy_on_device(self, target: int, source: int, n_bytes: int, stream: int) -> None:
-        """Queue a copy within device memory."""
-        _check(driver.cuMemcpyDtoDAsync(target, source, n_bytes, stream))
+    def copy_on_device(self, target: int, pointer: int, n_bytes: int, stream: int) -> None:
+        """Queue a copy from `pointer` to `target` within device memory."""
+        _check(driver.cuMemcpyDtoDAsync(target, pointer, n_bytes, stream))
 
     def memset(self, memory: DeviceBytes, value: int, stream: int) -> None:
-        """Queue setting every byte to the same value."""
+        """Queue a fill of all bytes with one value."""
         _check(driver.cuMemsetD8Async(memory.pointer, value, memory.n_bytes, stream))
 
     # Kernels
 
     def load_kernel(self, spec: KernelSpec) -> Kernel:
-        """A kernel that is ready to launch, compiled if it must be."""
+        """The kernel, ready to launch; it is compiled if necessary."""
         return _load_kernel(spec, self.capability)
 
     def launch(self, kernel: Kernel, thread_blocks: int, threads: int, arguments: tuple[int, ...], stream: int) -> None:
         """Queue a kernel.
 
         Raises:
-            DeviceError: the driver refuses it.
+            DeviceError: the driver refuses the launch.
         """
         try:
             launch(stream_on(self.index, stream), _launch_config(thread_blocks, threads), kernel, *arguments)
@@ -222,81 +218,81 @@ class Gpu:
     # Streams
 
     def create_stream(self) -> Stream:
-        """A new stream, which waits for no other unless it is told to."""
+        """A new non-blocking stream."""
         return Device(self.index).create_stream()
 
     def synchronize(self, stream: int) -> None:
-        """Wait until a stream has done all its work."""
+        """Wait until a stream has done all queued work."""
         _check(driver.cuStreamSynchronize(stream))
 
     def raise_if_failed(self, stream: int) -> None:
-        """Check that a stream has not failed; it may be busy.
+        """Check a stream for an error, without waiting.
 
         Raises:
-            DeviceError: it has.
+            DeviceError: the stream has failed.
         """
         code, *_ = driver.cuStreamQuery(stream)
         if code != driver.CUresult.CUDA_ERROR_NOT_READY:
             _check((code,))
 
     def record_event(self, stream: int) -> Event:
-        """The point that the work queued so far on a stream ends at."""
+        """An event after the work now queued on a stream."""
         return stream_on(self.index, stream).record()
 
     def stream_wait_event(self, stream: int, event: Event) -> None:
-        """Let a stream wait for an event, without stopping the host."""
+        """Let a stream wait for an event. The host does not wait."""
         _check(driver.cuStreamWaitEvent(stream, int(event.handle), 0))
 
     def wait_for_event(self, event: Event) -> None:
-        """Stop the host until an event has happened, even while a CUDA graph is being captured."""
+        """Let the host wait for an event, also while a CUDA graph is being captured."""
         with allowed_in_capture():
             event.sync()
 
     def stream_wait_stream(self, waiting: int, awaited: int) -> None:
-        """Let one stream wait for the work queued so far on another, without stopping the host.
+        """Let one stream wait for the work now queued on another. The host does not wait.
 
         Raises:
-            DeviceError: the other is capturing a CUDA graph that this one is not part of.
+            DeviceError: `awaited` is capturing a CUDA graph, and `waiting` is not part of it.
         """
         if waiting == awaited:
             return
         states = capture_state(waiting), capture_state(awaited)
         if IMPLICIT_CAPTURE in states:
             raise DeviceError(
-                "the legacy default stream cannot be used while a CUDA graph is captured on a stream that waits for "
-                "it; capture on a non-blocking stream, or compute the data on the capturing stream before"
+                "the legacy default stream cannot be used while a blocking stream captures a CUDA graph; capture on a "
+                "non-blocking stream, or compute the data on the capturing stream"
             )
         if states[0] == NOT_CAPTURING and states[1] != NOT_CAPTURING:
             raise DeviceError("the values are part of a CUDA graph that is being captured; use the capturing stream")
         if states[0] != NOT_CAPTURING and states[1] == NOT_CAPTURING:
-            # A graph cannot wait for what is outside of it, so that must be done before.
+            # A graph cannot wait for work outside of it, so the host waits before.
             with allowed_in_capture():
                 self.synchronize(awaited)
             return
         Stream.from_handle(waiting).wait(Stream.from_handle(awaited))
 
-    def refuse_capture(self, stream: int, what: str) -> None:
-        """Check that a stream is not capturing a CUDA graph, before something that no graph can hold.
+    def refuse_capture(self, stream: int, reason: str) -> None:
+        """Check that a stream is not capturing, before an operation that a CUDA graph cannot contain.
 
         Raises:
-            DeviceError: it is. The capture goes on.
+            DeviceError: the stream is capturing. The capture continues.
         """
         if is_capturing(stream):
-            raise DeviceError(f"a CUDA graph is being captured on this stream, and {what}")
+            raise DeviceError(f"a CUDA graph is being captured on this stream, and {reason}")
 
-    def keep_until_done(self, stream: int, thing: Any) -> None:
-        """Keep an object alive until a stream has done the work queued so far; a later call lets go of it."""
+    def keep_until_done(self, stream: int, array: Any) -> None:
+        """Keep an array alive until a stream has done the work now queued. A later call drops it."""
         if is_capturing(stream):
             return
         done = []
         with _kept_lock, allowed_in_capture():
             while _kept and _kept[0][0].is_done:
                 done.append(_kept.popleft())
-            _kept.append((self.record_event(stream), thing))
-        done.clear()  # without the lock: what is dropped may call us
+            _kept.append((self.record_event(stream), array))
+        done.clear()  # after the lock is released, because dropping an array may call this method
 
     def keeper_of(self, stream: int) -> tuple[bool, Any]:
-        """Whether a stream is known to live on, and what keeps it alive: a legacy one, or a library's current one."""
+        """Whether it is known that a stream will not be destroyed, and the object that keeps it alive, if any."""
         if stream <= 2:  # the legacy and the per-thread default stream
             return True, None
         for library in libraries_with_streams():
@@ -310,17 +306,17 @@ OPEN: dict[int, Gpu] = {}
 
 
 def gpu_at(index: int) -> Gpu:
-    """The GPU of that ordinal.
+    """The GPU with an ordinal.
 
     Raises:
-        DeviceError: there is none.
+        DeviceError: there is no such GPU.
     """
     gpu = OPEN.get(index)
     return OPEN.setdefault(index, Gpu(index)) if gpu is None else gpu
 
 
 class _ContextsOfThread(threading.local):
-    """By ordinal, a GPU that this thread has used, and the context that is current while it does."""
+    """The context and the device object of each GPU that this thread has used, by ordinal."""
 
     def __init__(self) -> None:
         self.known: dict[int, tuple[int | None, Device]] = {}
@@ -330,7 +326,7 @@ _contexts = _ContextsOfThread()
 
 
 class _Active:
-    """What `Gpu.active` returns: a class, because `contextlib` takes as long as allocating memory."""
+    """The context manager of `Gpu.active`. `contextlib` would take as long as allocating memory."""
 
     __slots__ = ("_before", "_index")
 
@@ -356,13 +352,13 @@ class _Active:
 
 @lru_cache(maxsize=64)
 def stream_on(index: int, handle: int) -> Stream:
-    """The stream of that handle as `cuda.core` has it; it does not own the handle."""
+    """The `cuda.core` stream for a handle, which it does not own."""
     return Stream.from_handle(handle)
 
 
 @lru_cache(maxsize=256)
 def _launch_config(thread_blocks: int, threads: int) -> LaunchConfig:
-    # Making one takes a fifth of the time that launching does.
+    # Cached: creating one takes a fifth of the time of a launch.
     return LaunchConfig(grid=thread_blocks, block=threads)
 
 
@@ -374,7 +370,7 @@ def _load_kernel(spec: KernelSpec, capability: tuple[int, int]) -> Kernel:
 
 
 def timed_event() -> EventOptions:
-    """How to record an event that keeps time, which has another name before cuda-core 1."""
+    """Options for an event with timing; cuda-core before version 1 uses another name."""
     try:
         return EventOptions(timing_enabled=True)
     except TypeError:
@@ -382,13 +378,13 @@ def timed_event() -> EventOptions:
 
 
 _kept: deque[tuple[Event, Any]] = deque()
-"""Objects whose memory streams still use, and the point after which they do not, oldest first."""
+"""Arrays that streams still use, each with the event after which they do not, oldest first."""
 
 _kept_lock = threading.Lock()
 
 
 def _renew_lock() -> None:
-    global _kept_lock  # noqa: PLW0603 whoever held it at a fork does not exist in the child
+    global _kept_lock  # noqa: PLW0603 a thread that held it does not exist in the forked child
     _kept_lock = threading.Lock()
 
 
@@ -397,7 +393,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def error_name(code: int) -> str:
-    """What the driver calls an error."""
+    """The name of a driver error, for a message."""
     return f"the CUDA driver says {driver.CUresult(code).name}"
 
 

@@ -1,4 +1,4 @@
-"""Device memory and who owns it: the GPU's pool, or PyTorch's caching allocator."""
+"""Device memory and its owners: the GPU's pool, and PyTorch's caching allocator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cuda.core import Buffer, Event
 from numba_dequant.backends.capture import NOT_CAPTURING, allowed_in_capture, capture_state, is_capturing
 from numba_dequant.interop import TORCH, library_that_captures
 
-if TYPE_CHECKING:  # it imports this module
+if TYPE_CHECKING:  # gpu.py imports this module
     from numba_dequant.backends.gpu import Gpu
 
 BYTES = np.dtype(np.uint8)
@@ -19,16 +19,16 @@ BYTES = np.dtype(np.uint8)
 
 @dataclass(slots=True)
 class DeviceBytes:
-    """A contiguous piece of device memory, alive as long as its owner is.
+    """A contiguous range of device memory.
 
     Attributes:
-        pointer: its address.
-        n_bytes: its length.
-        gpu: where it is.
-        owner: what keeps it alive; a `PoolMemory` or `TorchMemory` if this package allocated it.
-        dtype: its element type, where it was given as an array.
-        shape: shape of that array.
-        is_readonly: whether it may only be read.
+        pointer: the address.
+        n_bytes: the size in bytes.
+        gpu: the GPU.
+        owner: the object that keeps the memory alive; a `PoolMemory` or `TorchMemory` if this package allocated it.
+        dtype: the dtype, if it is the memory of an array.
+        shape: the shape of that array.
+        is_readonly: whether the memory must not be written.
     """
 
     pointer: int
@@ -41,13 +41,13 @@ class DeviceBytes:
 
 
 class PoolMemory:
-    """Memory of the GPU's pool. It goes back in the order of its stream, once every stream that has used it is done.
+    """Memory of the GPU's pool. It is freed in the order of its stream, after all other streams that have used it.
 
     Args:
         buffer: the memory.
-        gpu: where it is.
-        stream: handle of the stream in whose order it was allocated.
-        keeper: what keeps that stream from being destroyed.
+        gpu: the GPU.
+        stream: handle of the stream on which it was allocated.
+        keeper: an object that keeps this stream alive.
     """
 
     __slots__ = ("__weakref__", "_keeper", "_others", "buffer", "gpu", "stream")
@@ -58,8 +58,8 @@ class PoolMemory:
         self._others: dict[int, tuple[Event | None, Any]] | None = None
 
     def used_on(self, stream: int) -> None:
-        """Note that the work queued so far on another stream uses this memory."""
-        # A CUDA graph that is being captured will use it whenever it is launched: its owner keeps the memory.
+        """Note that the work now queued on another stream uses this memory."""
+        # During a capture there is no work to wait for: the owner of the graph keeps the memory alive.
         if stream != self.stream and not is_capturing(stream):
             with allowed_in_capture():
                 self._note(stream, self.gpu.record_event(stream), None)
@@ -72,7 +72,7 @@ class PoolMemory:
     def _note(self, stream: int, event: Event | None, keeper: Any) -> None:
         if self._others is None:
             self._others = {}
-        # A stream that may use it until it is dropped does so beyond any event.
+        # A stream without an event may use the memory until it is dropped, so an event must not replace it.
         before = self._others.get(stream)
         if before is None or before[0] is not None:
             self._others[stream] = event, keeper
@@ -80,7 +80,7 @@ class PoolMemory:
     def __del__(self) -> None:
         try:
             if self._others is None and _may_free(self.stream):
-                return  # the buffer frees itself
+                return  # the buffer is freed when it is dropped
             # Another stream may be capturing a CUDA graph.
             with allowed_in_capture():
                 if capture_state(self.stream) == NOT_CAPTURING:
@@ -88,11 +88,11 @@ class PoolMemory:
                         self._wait_for_others()
                     self.buffer.close()
                     return
-            # Freeing it now would become part of the graph.
+            # If it were freed now, the graph would contain this.
             later = PoolMemory(self.buffer, self.gpu, self.stream, self._keeper)
             later._others = self._others
             _freed_in_capture.append(later)
-        except Exception:  # noqa: S110 the interpreter is ending, and the memory goes with it
+        except Exception:  # noqa: S110 the interpreter is shutting down
             pass
 
     def _wait_for_others(self) -> None:
@@ -106,7 +106,7 @@ class PoolMemory:
 
 
 def _may_free(stream: int) -> bool:
-    """Whether memory may go back in the order of a stream, as far as CUDA graphs are concerned."""
+    """Whether no CUDA graph is being captured that forbids freeing on a stream."""
     return library_that_captures() is None and (not stream or capture_state(stream) == NOT_CAPTURING)
 
 
@@ -114,13 +114,13 @@ _freed_in_capture: list[PoolMemory] = []
 
 
 def free_deferred() -> None:
-    """Free what was dropped during a capture; what cannot be freed yet defers itself again."""
+    """Free the memory that was dropped during a capture. Memory that cannot be freed yet is deferred again."""
     if _freed_in_capture:
         _freed_in_capture[:] = []
 
 
 class TorchMemory:
-    """Memory of PyTorch's caching allocator, which orders its reuse."""
+    """Memory of PyTorch's caching allocator, which orders the reuse of memory."""
 
     __slots__ = ("__weakref__", "gpu", "stream", "tensor")
 
@@ -128,7 +128,7 @@ class TorchMemory:
         self.tensor, self.gpu, self.stream = tensor, gpu, stream
 
     def used_on(self, stream: int) -> None:
-        """Note that the work queued so far on another stream uses this memory."""
+        """Note that the work now queued on another stream uses this memory."""
         if stream != self.stream:
             TORCH.record_stream(self.tensor, self.gpu.index, stream)
 

@@ -1,4 +1,4 @@
-"""The backends that compute on the host: NumPy, all cores, and Numba's CUDA simulator."""
+"""The backends on the host: the CPU, the reference, and Numba's CUDA simulator."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from numba_dequant.formats import is_passed_on
 
 
 class HostBackend(Backend):
-    """Computes on all cores. `device` is where results are said to lie."""
+    """Computes on all cores. `device` is used in error messages."""
 
     def __init__(self, device: DeviceSpec) -> None:
         self.device = device
@@ -33,7 +33,7 @@ class HostBackend(Backend):
         return self.result(job, values)
 
     def prepare(self, jobs: Sequence[Job], stream: Any) -> Batch[Any]:
-        """A batch whose every run reads the data again, where it lies."""
+        """A batch, each run of which reads the data again."""
         prepared = []
         for job in jobs:
             try:
@@ -44,14 +44,14 @@ class HostBackend(Backend):
         if written:
             check_apart([*written, *(memory_of_array(data, job.name, is_out=False) for job, data, _ in prepared)])
         results = {job.name: self.result(job, values) for job, _, values in prepared}
-        steps = [partial(self._compute, *each, "tile") for each in prepared]
+        steps = [partial(self._compute, *arguments, "tile") for arguments in prepared]
         return Batch(results, lambda: [step() for step in steps])
 
     def output(self, job: Job) -> NDArray[Any]:
-        """The memory to write to: that of `out`, or new.
+        """The memory to write to: that of `out`, or new memory.
 
         Raises:
-            OutputError: `out` is not right for the result.
+            OutputError: the result cannot be written to `out`.
             DeviceError: there is not enough memory.
         """
         if job.out is not None:
@@ -60,15 +60,15 @@ class HostBackend(Backend):
         return allocated(lambda: np.empty(job.shape, dtype), job.n_elements * dtype.itemsize, "the result")
 
     def result(self, job: Job, values: NDArray[Any]) -> Any:
-        """What the caller gets whose values have been or will be written to this memory."""
+        """The result for the caller, whose values are in this memory, or will be."""
         return shareable(values) if job.out is None else job.out
 
     def write(
         self, data: NDArray[np.uint8], job: Job, out: NDArray[Any], mapping: str = "tile", n_shares: int | None = None
     ) -> None:
-        """Write the values of `data`, whole blocks of the job's, to the flat array `out`.
+        """Write the values of `data` (whole blocks) to the flat array `out`.
 
-        The work is cut in `n_shares`; in as many as is quickest if that is None.
+        The work is divided into `n_shares`; None means the fastest number.
         """
         if job.fmt.stored_dtype is not None:
             out[:] = data.view(job.fmt.stored_dtype)
@@ -82,25 +82,25 @@ class HostBackend(Backend):
         cpu.dequantize_into(data, fmt, dtype, out, n_shares)
 
     def _memory(self, job: Job) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Where the data lies, perhaps strided, and where the values are to be written."""
+        """The data, which may be strided, and the memory for the values."""
         data = host_array(job.data)
         job.measure(data.nbytes)
         values = self.output(job)
         if job.out is not None and np.may_share_memory(values, data):
-            raise OutputError("out shares memory with data")
+            raise OutputError("out shares memory with data; pass another array")
         return data, values
 
     def _compute(self, job: Job, data: NDArray[Any], values: NDArray[Any], mapping: str) -> None:
         try:
             self.write(flat_bytes(data), job, values.reshape(-1), mapping)
         except MemoryError as error:
-            raise DeviceError(f"the CPU is out of memory while it computes {values.size:,} values: {error}") from error
+            raise DeviceError(f"the CPU is out of memory while computing {values.size:,} values: {error}") from error
         if job.out is not None:
             after_writing(job.out)
 
 
 class ReferenceBackend(HostBackend):
-    """Computes by NumPy, in the way that is easiest to read."""
+    """Computes with `Format.dequantize`, in NumPy."""
 
     def _decode(
         self, data: NDArray[np.uint8], fmt: Format, dtype: str, out: NDArray[Any], mapping: str, n_shares: int | None
@@ -122,7 +122,7 @@ class SimulatorBackend(HostBackend):
         simulator.dequantize_into(data, fmt, dtype, out, mapping)
 
     def result(self, job: Job, values: NDArray[Any]) -> Any:
-        """What stands for a tensor on a GPU."""
+        """A `SimulatedTensor`, or `out`."""
         from numba_dequant.backends.simulator import SimulatedTensor
 
         return SimulatedTensor(values) if job.out is None else job.out

@@ -1,4 +1,4 @@
-"""Whether memory that is written overlaps memory that is read or written."""
+"""Checks that outputs do not overlap other memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from numba_dequant.errors import OutputError, shown
 
 
 class Memory(NamedTuple):
-    """A piece of memory that belongs to a tensor.
+    """A range of addresses that belongs to a tensor.
 
     Attributes:
-        start: its first address.
-        end: the address behind it.
-        name: of the tensor.
-        is_out: whether it is written to.
+        start: the first address.
+        end: the address after the last byte.
+        name: the name of the tensor.
+        is_out: whether it is an output; otherwise it is data.
     """
 
     start: int
@@ -27,7 +27,7 @@ class Memory(NamedTuple):
 
 
 def memory_of_array(array: NDArray[Any], name: Any, *, is_out: bool) -> Memory:
-    """From the first byte of an array to its last."""
+    """The range from the first byte of an array to its last byte."""
     start = int(array.__array_interface__["data"][0])
     if not array.size:
         return Memory(start, start, name, is_out)
@@ -36,26 +36,28 @@ def memory_of_array(array: NDArray[Any], name: Any, *, is_out: bool) -> Memory:
     return Memory(start + sum(min(step, 0) for step in reach), end, name, is_out)
 
 
-def check_apart(pieces: Iterable[Memory]) -> None:
-    """Check that nothing is written where something else is read or written; data may share memory with data.
+def check_apart(memories: Iterable[Memory]) -> None:
+    """Check that no output overlaps another output or data. Data may overlap data.
 
     Raises:
-        OutputError: it is.
+        OutputError: an output overlaps another output or data.
     """
-    read = written = Memory(0, 0, None, is_out=False)  # of what has been seen, that which reaches furthest
-    for piece in sorted((piece for piece in pieces if piece.start < piece.end), key=lambda piece: piece.start):
-        for earlier in (written, read) if piece.is_out else (written,):
-            if piece.start < earlier.end:
-                _refuse_overlap(earlier, piece)
-        if piece.is_out:
-            written = max(written, piece, key=lambda piece: piece.end)
+    read = written = Memory(0, 0, None, is_out=False)  # the earlier data and output with the highest end
+    for memory in sorted((memory for memory in memories if memory.start < memory.end), key=lambda memory: memory.start):
+        for earlier in (written, read) if memory.is_out else (written,):
+            if memory.start < earlier.end:
+                _refuse_overlap(earlier, memory)
+        if memory.is_out:
+            written = max(written, memory, key=lambda memory: memory.end)
         else:
-            read = max(read, piece, key=lambda piece: piece.end)
+            read = max(read, memory, key=lambda memory: memory.end)
 
 
 def _refuse_overlap(first: Memory, second: Memory) -> None:
     out, other = (first, second) if first.is_out else (second, first)
-    what = "out" if other.is_out else "the data"
     if out.name == other.name:
-        raise OutputError(f"tensor {shown(out.name)}: out shares memory with the data")
-    raise OutputError(f"out of tensor {shown(out.name)} shares memory with {what} of tensor {shown(other.name)}")
+        raise OutputError(f"tensor {shown(out.name)}: out shares memory with the data; pass another array")
+    role = "out" if other.is_out else "the data"
+    raise OutputError(
+        f"out of tensor {shown(out.name)} shares memory with {role} of tensor {shown(other.name)}; pass another array"
+    )

@@ -1,4 +1,4 @@
-"""Bytes to a NumPy array through `Format.dequantize`: the specification, written to be right rather than fast."""
+"""Bytes to a NumPy array with `Format.dequantize`, the specification of a format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from numba_dequant.format import Format
 
 CHUNK = 1 << 20
-"""Elements per step, so that a large tensor needs no large float32 copy of itself."""
+"""Elements per step. Steps avoid a float32 copy of a whole tensor."""
 
 
 def dequantize_into(data: NDArray[np.uint8], fmt: Format, out: NDArray[Any]) -> None:
@@ -18,7 +18,7 @@ def dequantize_into(data: NDArray[np.uint8], fmt: Format, out: NDArray[Any]) -> 
     assert fmt.dequantize is not None
     blocks = data.view(fmt.layout)
     step = max(CHUNK // fmt.block_size, 1)
-    # Scales may be infinite or NaN: the results are well defined, NumPy's warnings about them are not wanted.
+    # Scales may be infinite or NaN. The results are well defined, so NumPy must not warn.
     with np.errstate(all="ignore"):
         for first in range(0, len(blocks), step):
             values = fmt.dequantize(blocks[first : first + step])

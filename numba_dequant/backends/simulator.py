@@ -1,4 +1,4 @@
-"""``device="cuda"`` where Numba's CUDA simulator stands in for a GPU (``NUMBA_ENABLE_CUDASIM=1``)."""
+"""``device="cuda"`` if Numba's CUDA simulator replaces the GPUs (``NUMBA_ENABLE_CUDASIM=1``)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from numba_dequant.kernels.numba_cuda import cuda
 
 @dataclass(frozen=True)
 class SimulatedTensor:
-    """What a `DeviceTensor` is to a GPU."""
+    """A result of the simulator, in place of a `DeviceTensor`."""
 
     values: NDArray[Any]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Rows first."""
+        """The shape, rows first."""
         return self.values.shape
 
     @property
@@ -36,7 +36,7 @@ class SimulatedTensor:
 
 
 def dequantize_into(data: NDArray[np.uint8], fmt: Format, dtype: str, out: NDArray[Any], mapping: str) -> None:
-    """Run the kernel, thread by thread, over host arrays."""
+    """Run the kernel on host arrays, thread by thread."""
     if not out.size:
         return
     shape = launch_shape(mapping, fmt)

@@ -1,7 +1,7 @@
-"""The stream that a call runs on, and its order with what ran before and what comes after.
+"""The stream of a call, and its order with work before and after the call.
 
-Where an array of the call is PyTorch's or CuPy's and the caller names no stream, it is that library's current stream,
-as for the library's own functions. Otherwise it is the legacy default stream.
+If the caller passes no stream and an array of the call belongs to PyTorch or CuPy, the stream is the current stream of
+that library. Otherwise it is the legacy default stream.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class CallStream:
 
     Attributes:
         gpu: the GPU that computes.
-        handle: of the stream.
-        framework: whose current stream it is; None for a stream that the caller named, and for the legacy stream.
-        keeper: what keeps the stream from being destroyed.
-        is_named: whether the caller named it.
+        handle: the handle of the stream.
+        framework: the library of which it is the current stream; None for a stream of the caller or the legacy stream.
+        keeper: an object that keeps the stream alive.
+        is_named: whether the caller passed the stream.
     """
 
     gpu: Gpu
@@ -38,16 +38,16 @@ class CallStream:
     is_named: bool = False
 
 
-def stream_for(stream: Any, gpu: Gpu, things: Iterable[Any]) -> CallStream:
-    """The stream of a call that reads and writes `things`: data, outputs, None.
+def stream_for(stream: Any, gpu: Gpu, arrays: Iterable[Any]) -> CallStream:
+    """The stream of a call that reads and writes `arrays`: data, outputs or None.
 
     Raises:
         DeviceError: `stream` is not a stream, or a library is capturing a CUDA graph that would miss this call.
     """
     if stream is not None:
         return CallStream(gpu, stream_handle(stream), None, stream, is_named=True)
-    for thing in things:
-        library = owner_of(thing)
+    for array in arrays:
+        library = owner_of(array)
         if library is not None:
             return CallStream(gpu, library.current_stream(gpu.index), library, library.keeper(gpu.index))
     capturing = library_that_captures()
@@ -59,57 +59,57 @@ def stream_for(stream: Any, gpu: Gpu, things: Iterable[Any]) -> CallStream:
     return CallStream(gpu)
 
 
-def owner_of(thing: Any) -> Library | None:
-    """The library whose array this is, or for whose arrays a `DeviceTensor` was computed."""
-    if isinstance(thing, DeviceTensor):
-        return thing.framework
-    library = library_of(thing)
-    # A tensor on the host says nothing about streams until the program uses a GPU through PyTorch.
-    return None if library is TORCH and not (TORCH.is_on_gpu(thing) or TORCH.has_gpu) else library
+def owner_of(array: Any) -> Library | None:
+    """The library of an array, or the library for whose arrays a `DeviceTensor` was computed."""
+    if isinstance(array, DeviceTensor):
+        return array.framework
+    library = library_of(array)
+    # PyTorch has no current stream before the program uses a GPU through it.
+    return None if library is TORCH and not (TORCH.is_on_gpu(array) or TORCH.has_gpu) else library
 
 
-def memory_of(thing: Any, call: CallStream) -> DeviceBytes:
-    """The device memory of an array; work on the call's stream waits for what fills it.
+def memory_of(array: Any, call: CallStream) -> DeviceBytes:
+    """The device memory of an array; the stream of the call waits for pending writes to it.
 
     A strided array of PyTorch or CuPy is copied first.
 
     Raises:
-        DataError: it is not one contiguous piece, and its library is neither PyTorch nor CuPy.
+        DataError: the array of another library is not contiguous.
     """
-    if isinstance(thing, DeviceTensor):
-        if thing.stream != call.handle:
-            gpu = thing.memory.gpu
+    if isinstance(array, DeviceTensor):
+        if array.stream != call.handle:
+            gpu = array.memory.gpu
             with gpu.active():
-                gpu.stream_wait_stream(call.handle, thing.stream)
-        return thing.memory
-    library = library_of(thing)
+                gpu.stream_wait_stream(call.handle, array.stream)
+        return array.memory
+    library = library_of(array)
     if library is None:
-        return device_view(thing, call.handle)
-    view = library.view(thing)
+        return device_view(array, call.handle)
+    view = library.view(array)
     gpu = gpu_at(view.device)
     if library is not call.framework:
         with gpu.active():
             gpu.stream_wait_stream(call.handle, library.current_stream(view.device))
     if view.is_copy:
-        # The copy is this call's alone, and its memory is the library's.
+        # Only this call uses the copy, but the library owns its memory.
         let_go(view.array, library, replace(call, gpu=gpu))
     return DeviceBytes(view.pointer, view.n_bytes, gpu, view.array, view.dtype, view.shape)
 
 
 def release(call: CallStream, *, data: Any = None, out: Any = None) -> None:
-    """Order what comes after a call with it: whoever uses its arrays next, or their memory once they are dropped."""
-    for thing in (data, out):
-        if thing is None:
+    """Let later uses of the arrays of a call, or of their memory once they are dropped, wait for the call."""
+    for array in (data, out):
+        if array is None:
             continue
-        if isinstance(thing, DeviceTensor):
-            thing.memory.owner.used_on(call.handle)
+        if isinstance(array, DeviceTensor):
+            array.memory.owner.used_on(call.handle)
             continue
-        library = library_of(thing)
+        library = library_of(array)
         if library is None:
             if call.is_named:
-                call.gpu.keep_until_done(call.handle, thing)
-        elif library is not call.framework and library.is_on_gpu(thing):
-            let_go(thing, library, call)
+                call.gpu.keep_until_done(call.handle, array)
+        elif library is not call.framework and library.is_on_gpu(array):
+            let_go(array, library, call)
     if isinstance(out, DeviceTensor):
         if out.stream != call.handle:
             out.stream, out.framework = call.handle, call.framework
@@ -118,12 +118,12 @@ def release(call: CallStream, *, data: Any = None, out: Any = None) -> None:
 
 
 def let_go(array: Any, library: Library, call: CallStream) -> None:
-    """Let a library know that its array is in use on a stream other than its current one."""
+    """Tell a library that the call uses its array on a stream other than the current stream of the library."""
     current = library.current_stream(call.gpu.index)
     if current == call.handle:
         return
     if not call.is_named:
-        # Two libraries share this call. The one whose stream it is not goes on only when the call is done.
+        # Two libraries share this call: the current stream of the second one waits for the call.
         call.gpu.stream_wait_stream(current, call.handle)
     elif library is TORCH:
         TORCH.record_stream(array, call.gpu.index, call.handle)

@@ -195,11 +195,11 @@ class LateGpu:
         self.run(stream)
         host.reshape(-1).view(np.uint8)[:] = at(pointer, host.nbytes)
 
-    def copy_on_device(self, target, source, n_bytes, stream):
+    def copy_on_device(self, target, pointer, n_bytes, stream):
         def copy():
-            at(target, n_bytes)[:] = at(source, n_bytes)
+            at(target, n_bytes)[:] = at(pointer, n_bytes)
 
-        self.queue(stream, copy, (target, n_bytes), (source, n_bytes))
+        self.queue(stream, copy, (target, n_bytes), (pointer, n_bytes))
 
     def memset(self, memory, value, stream):
         self.queue(stream, lambda: at(memory.pointer, memory.n_bytes).fill(value), (memory.pointer, memory.n_bytes))
@@ -264,11 +264,11 @@ class LateGpu:
         if waiting != awaited:
             self.stream_wait_event(waiting, self.record_event(awaited))
 
-    def refuse_capture(self, stream, what):
+    def refuse_capture(self, stream, reason):
         pass
 
-    def keep_until_done(self, stream, thing):
-        self.kept.append(thing)
+    def keep_until_done(self, stream, array):
+        self.kept.append(array)
 
     def keeper_of(self, stream):
         return True, None

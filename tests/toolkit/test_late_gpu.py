@@ -146,9 +146,7 @@ def test_what_is_refused_before_anything_is_launched(late, arguments, kind, mess
 
 def test_bfloat16_needs_a_later_gpu(late):
     late.capability = (7, 5)
-    with pytest.raises(
-        nd.DtypeError, match=r"bfloat16 needs a GPU of compute capability 8\.0 or later, but this GPU"
-    ):
+    with pytest.raises(nd.DtypeError, match=r"bfloat16 needs a GPU of compute capability 8\.0 or later, but this GPU"):
         nd.dequantize(bytes(34), "Q8_0", "bfloat16", device="cuda")
 
 
