@@ -1,1 +1,1 @@
-"""The way of a file's bytes to a device."""
+"""Loads tensors of files to a device."""

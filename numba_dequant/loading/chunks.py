@@ -1,4 +1,4 @@
-"""Tensors cut into chunks, each of which is read by one call."""
+"""Chunks: ranges of a file, each of which is read by one call."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from numba_dequant.format import Format
 from numba_dequant.gguf.file import TensorInfo
 
 MAX_GAP = 1 << 16
-"""Bytes between two tensors that are rather read along than left out."""
+"""Maximum gap in bytes between two tensors of a chunk. The gap is read too."""
 
 ALIGNMENT = 32
-"""Bytes, counted from where its tensor begins, to which every chunk is aligned."""
+"""Alignment in bytes of every chunk, relative to the start of its tensor."""
 
 PAGE = 4096
-"""Bytes of a file that the system reads at once: a cold file is read a tenth faster if no two threads ask for one."""
+"""Page size of the file cache. Reading a cold file is 10 % faster if two threads never need the same page."""
 
 
 @dataclass(slots=True)
 class TensorSlice:
-    """Whole runs of one tensor within a chunk.
+    """Part of a tensor within a chunk.
 
     Attributes:
-        index: which tensor.
-        start: byte of the tensor where the part begins.
-        at: byte of the chunk where it begins.
-        n_bytes: its length.
+        index: the index of the tensor.
+        start: byte position of the part in the tensor.
+        at: byte position of the part in the chunk.
+        n_bytes: the size of the part.
     """
 
     index: int
@@ -40,7 +40,7 @@ class TensorSlice:
 
 @dataclass(slots=True)
 class Chunk:
-    """Bytes of one file that are read together: part of a large tensor, or of several that are neighbours."""
+    """A range of a file that is read at once: part of a large tensor, or several neighbouring tensors."""
 
     path: str
     offset: int
@@ -48,16 +48,16 @@ class Chunk:
     parts: list[TensorSlice] = field(default_factory=list)
 
     def index_at(self, offset: int) -> int:
-        """Which tensor a byte of the file belongs to."""
+        """The index of the tensor that contains a byte of the file."""
         return next(part.index for part in reversed(self.parts) if self.offset + part.at <= offset)
 
 
 def plan_chunks(
     tensors: Sequence[TensorInfo], order: Sequence[int], largest: int, *, in_turn: bool = False
 ) -> Iterator[Chunk]:
-    """Chunks of at most `largest` bytes that cover tensors in that order; neighbours share one.
+    """Chunks of at most `largest` bytes for tensors in `order`; neighbouring tensors share a chunk.
 
-    With `in_turn` no large tensor begins in a chunk of the one before it: its memory is not needed before its turn.
+    With `in_turn`, a large tensor never shares a chunk with the previous tensor, so that its memory is needed later.
     """
     chunk: Chunk | None = None
     for index in order:
@@ -91,34 +91,34 @@ def _follows(chunk: Chunk, path: str, offset: int) -> bool:
 
 
 def _ends(tensor: TensorInfo, longest: int) -> tuple[int, int, int]:
-    """Where a part of a tensor may end: the first place, the bytes from one to the next; and the shortest part."""
+    """Where a part of a tensor may end (first position, distance to the next), and the size of the shortest part."""
     grain, common, inverse = _grain(tensor.format)
     step = grain * (PAGE // common)
     if step > longest or tensor.offset % common:
         return 0, grain, grain
-    # The first multiple of the grain that lies where a page begins.
+    # The first multiple of the grain at the start of a page.
     return -(tensor.offset // common) * inverse % (PAGE // common) * grain, step, grain
 
 
 @cache
-def _grain(source: Format) -> tuple[int, int, int]:
-    """Bytes of whose multiples parts are made, their common divisor with a page, and what solves for the first page.
+def _grain(fmt: Format) -> tuple[int, int, int]:
+    """The size in bytes of which parts are multiples, its common divisor with a page, and its inverse modulo a page.
 
-    A plain array is cut between runs, everything else between blocks, and either where a wide load may begin.
+    A plain array is divided between runs, other formats between blocks; both at a multiple of `ALIGNMENT`.
     """
-    grain = math.lcm(source.type_size * (RUN if source.block_size == 1 else 1), ALIGNMENT)
+    grain = math.lcm(fmt.type_size * (RUN if fmt.block_size == 1 else 1), ALIGNMENT)
     common = math.gcd(grain, PAGE)
     return grain, common, pow(grain // common, -1, PAGE // common)
 
 
 def round_robin_by_disk(tensors: Sequence[TensorInfo]) -> list[int]:
-    """An order in which the tensors of several disks are read in turn: each is kept busy."""
+    """An order of tensors that keeps all disks busy, if the files are on several disks."""
     queues: dict[int, list[int]] = {}
     for index, tensor in enumerate(tensors):
         queues.setdefault(tensor.source.stamp.device, []).append(index)
     if len(queues) == 1:
         return list(range(len(tensors)))
-    # Where a queue has got to, as a share of its bytes, is when each of its tensors is due.
+    # Each tensor is due at its position within the bytes of its queue, as a fraction.
     due = []
     for queue in queues.values():
         total = sum(tensors[index].n_bytes for index in queue) or 1

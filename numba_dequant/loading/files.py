@@ -1,6 +1,6 @@
-"""Reading the bytes of chunks, and noticing when a file is not what it was.
+"""Reads chunks of files, and detects files that have changed since they were opened.
 
-Files are read, not mapped: a file cut short under a map would end the process.
+Files are read, not memory-mapped: access to the map of a truncated file would end the process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numba_dequant.loading.chunks import Chunk, TensorSlice
 
 
 class OpenFiles:
-    """The files that one thread has open, each as it was when its header was read."""
+    """The open files of one thread, checked for changes since their headers were read."""
 
     def __init__(self) -> None:
         self._open: dict[str, RawIOBase] = {}
@@ -38,7 +38,7 @@ class OpenFiles:
 
         Raises:
             ReadError: the file cannot be read, or has changed since it was opened.
-            GgufError: the file ends before the tensor does.
+            GgufError: the file ends before the end of the tensor.
         """
         first = tensors[chunk.parts[0].index]
         data = buffer[: chunk.n_bytes]
@@ -51,9 +51,9 @@ class OpenFiles:
             offset = max(file.tell(), chunk.offset)
             raise read_error(tensors[chunk.index_at(offset)], offset, error) from error
         if count < chunk.n_bytes:
-            cut_short = next(tensors[part.index] for part in chunk.parts if part.at + part.n_bytes > count)
-            check_unchanged(cut_short, file)
-            raise truncated(cut_short, chunk.offset + count)
+            incomplete = next(tensors[part.index] for part in chunk.parts if part.at + part.n_bytes > count)
+            check_unchanged(incomplete, file)
+            raise truncated(incomplete, chunk.offset + count)
         check_unchanged(first, file)
         for part in chunk.parts:
             if tensors[part.index].byte_order == "big":
@@ -62,10 +62,10 @@ class OpenFiles:
 
 
 def open_unchanged(tensor: TensorInfo) -> RawIOBase:
-    """The file of a tensor, to be read.
+    """The file of a tensor, opened for reading.
 
     Raises:
-        GgufError: it is shorter than it was, and ends before the tensor does.
+        GgufError: the file was truncated before the end of the tensor.
         ReadError: it cannot be opened, or has changed since its header was read.
     """
     with ExitStack() as stack:
@@ -79,25 +79,25 @@ def open_unchanged(tensor: TensorInfo) -> RawIOBase:
 
 
 def check_unchanged(tensor: TensorInfo, file: RawIOBase) -> None:
-    """Check that a file is the one whose header was read; see `Source.is_unchanged`.
+    """Check that a file has not changed since its header was read; see `Source.is_unchanged`.
 
     Raises:
-        GgufError: it ends before the tensor does.
-        ReadError: it is another, or has changed.
+        GgufError: the file was truncated before the end of the tensor.
+        ReadError: it was replaced, or has changed.
     """
     source = tensor.source
     try:
         if source.is_unchanged(file):
             return
         size = source.size(file)
-        is_without_it = source.is_cut_short(file) and size < tensor.offset + tensor.n_bytes
+        is_truncated = source.is_cut_short(file) and size < tensor.offset + tensor.n_bytes
     except OSError as error:
         raise read_error(tensor, tensor.offset, error) from error
-    raise truncated(tensor, size) if is_without_it else changed(tensor)
+    raise truncated(tensor, size) if is_truncated else changed(tensor)
 
 
 def changed(tensor: TensorInfo) -> ReadError:
-    """The error for a file that is not the one whose header was read."""
+    """The error for a file that has changed since its header was read."""
     return ReadError(tensor.path, tensor.name, tensor.offset, CHANGED)
 
 
@@ -107,10 +107,10 @@ def read_error(tensor: TensorInfo, offset: int, error: OSError) -> ReadError:
 
 
 def check_complete(tensor: TensorInfo) -> None:
-    """Check that a file that was taken although it was incomplete has the whole tensor by now.
+    """Check that the file has the whole tensor by now, if it was incomplete when it was opened.
 
     Raises:
-        GgufError: it has not.
+        GgufError: the file ends before the end of the tensor.
         ReadError: it cannot be opened.
     """
     end = tensor.offset + tensor.n_bytes
@@ -122,10 +122,10 @@ def check_complete(tensor: TensorInfo) -> None:
 
 
 def read_tensor(tensor: TensorInfo) -> NDArray[np.uint8]:
-    """The compressed bytes of a tensor, in this machine's byte order: a copy, or a read-only view of bytes in memory.
+    """The compressed bytes of a tensor in the byte order of this machine: a copy, or a read-only view of memory.
 
     Raises:
-        GgufError: the file ends before the tensor does.
+        GgufError: the file ends before the end of the tensor.
         ReadError: the file cannot be read, or has changed since it was opened.
         DeviceError: there is not enough memory.
     """
@@ -144,10 +144,10 @@ def read_tensor(tensor: TensorInfo) -> NDArray[np.uint8]:
 
 
 def map_tensor(tensor: TensorInfo) -> NDArray[np.uint8]:
-    """The compressed bytes of a tensor as a read-only map of its file; a copy where the byte order is another.
+    """The compressed bytes of a tensor as a read-only memory map; a copy if the file has the other byte order.
 
     Raises:
-        GgufError: the file ends before the tensor does.
+        GgufError: the file ends before the end of the tensor.
         ReadError: the file cannot be mapped, or has changed since it was opened.
     """
     if tensor.source.data is not None or tensor.byte_order == "big" or not tensor.n_bytes:
@@ -155,12 +155,12 @@ def map_tensor(tensor: TensorInfo) -> NDArray[np.uint8]:
     check_complete(tensor)
     with open_unchanged(tensor) as file:
         try:
-            found = np.memmap(file, np.uint8, "r", tensor.offset, (tensor.n_bytes,))
+            array = np.memmap(file, np.uint8, "r", tensor.offset, (tensor.n_bytes,))
         except OSError as error:
             raise read_error(tensor, tensor.offset, error) from error
-        except ValueError:  # it has just been cut short
+        except ValueError:  # the file was truncated just now
             raise truncated(tensor, tensor.source.size(file)) from None
-    return found.view(np.ndarray)
+    return array.view(np.ndarray)
 
 
 def _read_only(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -170,6 +170,6 @@ def _read_only(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def swap_bytes(data: NDArray[np.uint8], tensor: TensorInfo) -> None:
-    """Turn blocks of the other byte order into blocks of this machine's, where they are."""
+    """Convert blocks to the byte order of this machine, in place."""
     layout = tensor.format.layout
     data.view(layout)[:] = data.view(layout.newbyteorder(">")).astype(layout)

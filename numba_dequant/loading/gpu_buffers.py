@@ -1,4 +1,4 @@
-"""What loading to a GPU keeps from one load to the next: pinned memory, memory on the GPU, and streams."""
+"""Buffers that are kept between loads to a GPU: pinned memory, GPU memory, and streams."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from numba_dequant.kernels.native.records import buffer_dtype
 
 @dataclass(frozen=True)
 class LoadTuning:
-    """The sizes and numbers that loading to a GPU works with, measured on an H100.
+    """Sizes and numbers for loading to a GPU, measured on an H100.
 
     Attributes:
-        chunk_bytes: bytes that are sent at a time: each copy costs the bus 2 us.
-        subread_bytes: bytes of a chunk that one thread reads: where several threads fill a buffer, few buffers are
-            needed, which the CPU's cache holds.
-        buffers: buffers of a load: two or three are being filled, the others are on their way or wait for the bus.
-        streams: streams that buffers share: while one dequantizes, the other copies. With more, a GPU loses time
-            between them.
-        threads: threads at most, unless more are asked for: these read faster than the bus carries.
-        max_batch: chunks that are planned before the threads are told.
+        chunk_bytes: bytes per copy to the GPU. Each copy has an overhead of 2 us.
+        subread_bytes: bytes of a chunk per read. Several threads fill one buffer, so that a few buffers are enough and
+            fit in the CPU cache.
+        buffers: buffers of a load. Two or three are being filled; the others are being copied or wait for a copy.
+        streams: streams that the buffers share: one dequantizes while the other copies. More streams are slower.
+        threads: default maximum number of threads. They read faster than the bus can copy.
+        max_batch: maximum number of chunks to plan before they are passed to the threads.
     """
 
     chunk_bytes: int = 8 << 20
@@ -42,10 +41,10 @@ TUNING = LoadTuning()
 
 
 class Buffers:
-    """What the threads of one load share on a GPU. It is expensive to make: pinned memory takes 0.7 ms per MiB."""
+    """The buffers and streams of one load. Allocating them is slow: 0.7 ms per MiB of pinned memory."""
 
     def __init__(self, gpu: Gpu, tuning: LoadTuning) -> None:
-        # Declared first, so that it is destroyed first: memory is freed in stream order, so the streams must exist.
+        # The first attribute is destroyed first: memory is freed in stream order, so the streams must exist.
         self._memory: list[tuple[NDArray[np.uint8], DeviceBytes]] = []
         self.gpu, self.tuning = gpu, tuning
         self.streams: list[Any] = [gpu.create_stream() for _ in range(tuning.streams)]
@@ -57,11 +56,11 @@ class Buffers:
         return len(self._memory)
 
     def grow(self, count: int) -> None:
-        """Make buffers until there are so many."""
+        """Allocate buffers until there are `count`."""
         while len(self) < count:
             record, bit = self.records[len(self)], len(self) % len(self.streams)
             stream = int(self.streams[bit].handle)
-            # One after the other: cuda-core cannot free pinned memory while an error of the same line is on its way.
+            # Separate lines: cuda-core cannot free pinned memory while an exception from the same line propagates.
             on_gpu = self.gpu.allocate(self.tuning.chunk_bytes, stream)
             host = self.gpu.pinned(self.tuning.chunk_bytes)
             record["host"], record["gpu"] = host.ctypes.data, on_gpu.pointer
@@ -70,7 +69,7 @@ class Buffers:
             self._memory.append((host, on_gpu))
 
     def sync(self) -> None:
-        """Wait until nothing is under way."""
+        """Wait until all streams have done their work."""
         for stream in self.streams:
             stream.sync()
 
@@ -79,7 +78,7 @@ _lock = threading.Lock()
 
 
 def take(gpu: Gpu) -> Buffers:
-    """Buffers for one load, new ones if none are idle. Loads take turns with them, in whatever thread."""
+    """Idle buffers, or new ones. They belong to one load at a time."""
     with _lock:
         if gpu.idle_buffers:
             idle: Buffers = gpu.idle_buffers.pop()
@@ -88,14 +87,14 @@ def take(gpu: Gpu) -> Buffers:
 
 
 def give_back(buffers: Buffers) -> None:
-    """Keep buffers for the next load; those that are kept already are not kept twice."""
+    """Keep buffers for the next load. Calling this twice is harmless."""
     with _lock:
-        if all(each is not buffers for each in buffers.gpu.idle_buffers):
+        if all(idle is not buffers for idle in buffers.gpu.idle_buffers):
             buffers.gpu.idle_buffers.append(buffers)
 
 
 def release(index: int | None = None) -> None:
-    """Free the idle buffers of one GPU, or of all."""
+    """Free the idle buffers of one GPU, or of all GPUs."""
     for gpu in list(OPEN.values()) if index is None else [gpu_at(index)]:
         with _lock:
             dropped, gpu.idle_buffers = gpu.idle_buffers, []
@@ -104,7 +103,7 @@ def release(index: int | None = None) -> None:
 
 
 def _renew_lock() -> None:
-    global _lock  # noqa: PLW0603 whoever held it at a fork does not exist in the child
+    global _lock  # noqa: PLW0603 a thread that held it does not exist in the forked child
     _lock = threading.Lock()
 
 

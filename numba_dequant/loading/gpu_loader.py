@@ -1,8 +1,8 @@
-"""Loading to a GPU: threads read chunks to pinned memory; the GPU copies and dequantizes them behind the reading.
+"""Loads tensors to a GPU: threads read chunks to pinned memory, while the GPU copies and dequantizes earlier chunks.
 
-The threads of a load share buffers, each of pinned memory with as much memory on the GPU, and a stream, which it shares
-with others. The stream keeps the order within a buffer, events keep it between streams, the caller's among them, and a
-count that the GPU writes tells when a buffer may be filled again. What the threads do is in `native_threads`.
+The threads share buffers. A buffer is pinned memory, GPU memory of the same size, and a stream, which several buffers
+share. The stream orders the work of a buffer; events order the streams, including the stream of the caller. The GPU
+writes a count when a buffer may be filled again. The threads are in `native_threads`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from numba_dequant.loading.requests import Request
 
 @dataclass(slots=True)
 class _Result:
-    """A tensor that is being loaded: what the caller gets, where the threads write, and where the values belong.
+    """A tensor during the load: the result for the caller, the memory that the GPU writes, and the final memory.
 
-    The two differ for an `out` at an address to which a kernel cannot store 16 bytes at a time.
+    Both memories are the same, except for an `out` whose address is not a multiple of 16.
     """
 
     returned: Any
@@ -51,17 +51,17 @@ def load(
     prefetch: int | None,
     on_bytes_read: Callable[[int], None],
 ) -> Generator[Any, None, None]:
-    """The results of the requests, in order, each ready once `stream` gets there.
+    """The results of the requests, in order, ready in the order of `stream`.
 
     Raises:
-        OutputError, DtypeError: an `out` or an output type is not right. Nothing has been read then.
-        ReadError, GgufError, DeviceError: reading or allocating failed halfway.
+        OutputError, DtypeError: an `out` or an output type is wrong. Nothing has been read.
+        ReadError, GgufError, DeviceError: reading or allocating failed during the load.
     """
     call = streams.stream_for(stream, gpu, [request.job.out for request in requests])
     _check(requests, call)
-    # Native threads read from files, and know no other byte order.
-    is_odd = any(tensor.byte_order == "big" or tensor.source.data is not None for tensor, _ in requests)
-    if is_odd or gpu.thread_functions is None:
+    # Native threads only read files in the byte order of this machine.
+    needs_python = any(tensor.byte_order == "big" or tensor.source.data is not None for tensor, _ in requests)
+    if needs_python or gpu.thread_functions is None:
         return _load_alone(requests, call, on_bytes_read)
     n_threads = threads or min(available_cores(), gpu_buffers.TUNING.threads)
     return _Load(requests, call, n_threads, prefetch, on_bytes_read).run()
@@ -70,7 +70,7 @@ def load(
 def _load_alone(
     requests: Sequence[Request], call: CallStream, on_bytes_read: Callable[[int], None]
 ) -> Generator[Any, None, None]:
-    """What `load` does, in this thread, on any system: each tensor is read to the host when it is asked for."""
+    """Load in this thread, on any system. Each tensor is read to the host when the caller needs it."""
     done = 0
     for request in requests:
         result = _by_the_host(request, call)
@@ -91,10 +91,10 @@ def _by_the_host(request: Request, call: CallStream) -> Any:
 
 
 def _check(requests: Sequence[Request], call: CallStream) -> None:
-    """Check everything about the results that can be checked before they are made."""
+    """Check outputs and output types, before anything is read."""
     outputs = []
     with call.gpu.active():
-        call.gpu.refuse_capture(call.handle, "a file cannot be loaded as part of it; load before the capture")
+        call.gpu.refuse_capture(call.handle, "a file cannot be loaded as part of the graph; load before the capture")
         for _, job in requests:
             try:
                 cuda.check_capability(job, call.gpu)
@@ -107,7 +107,7 @@ def _check(requests: Sequence[Request], call: CallStream) -> None:
 
 
 class _Load:
-    """One load: its plan, its threads, and what has not been handed out yet."""
+    """One load: its plan, its threads, and the tensors that have not been returned yet."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class _Load:
         self.call, self.gpu, self.stream = call, call.gpu, call.handle
         self._prefetch, self._on_bytes_read = prefetch, on_bytes_read
         self._tuning = gpu_buffers.TUNING
-        # An order other than that of handing out would have the first tensor wait for one that is not due.
+        # With `prefetch`, tensors are read in the order in which they are returned.
         order = range(len(requests)) if prefetch is not None else round_robin_by_disk(self.tensors)
         self._cut = plan_chunks(self.tensors, order, self._tuning.chunk_bytes, in_turn=prefetch is not None)
         self._next = next(self._cut, None)
@@ -140,7 +140,7 @@ class _Load:
         self._start(most)
         try:
             if self._prefetch is None:
-                # They are handed out together, and the caller's stream waits for each of ours once.
+                # All tensors are returned together, so the caller's stream waits only once for each of our streams.
                 self._plan(len(self.requests))
                 for index in range(len(self.requests)):
                     self._wait_for(index)
@@ -153,8 +153,10 @@ class _Load:
                 self._plan(index + self._prefetch)
                 self._wait_for(index)
                 with self.gpu.active():
-                    streams = enumerate(self._buffers.streams)
-                    self._let_caller_wait(each for bit, each in streams if self._threads.has_written(1 << bit, index))
+                    numbered = enumerate(self._buffers.streams)
+                    self._let_caller_wait(
+                        stream for bit, stream in numbered if self._threads.has_written(1 << bit, index)
+                    )
                     finished = [self._finish_tensor(index)]
                 yield finished.pop()
         finally:
@@ -164,7 +166,7 @@ class _Load:
         native_threads.stop_interrupted()
         with self.gpu.active():
             self._buffers = gpu_buffers.take(self.gpu)
-        # What a load before may have left.
+        # A previous load may have failed.
         self._buffers.records["waited"] = self._buffers.records["is_taken"] = 0
         sizes = [tensor.n_bytes for tensor in self.tensors]
         try:
@@ -176,15 +178,17 @@ class _Load:
             raise
 
     def _plan(self, last: int) -> None:
-        """Give the threads the chunks of all tensors up to this one."""
+        """Pass the chunks of all tensors up to `last` to the threads."""
         if self._next is None:
             return
         with self.gpu.active():
             while self._next is not None and self._next.parts[0].index <= last:
                 chunk = self._next
                 size = self._tuning.chunk_bytes
-                if chunk.n_bytes > size:  # the threads' code believes what it is told
-                    raise DeviceError(f"{chunk.path}: a chunk of {chunk.n_bytes} bytes, and buffers of {size}")
+                if chunk.n_bytes > size:  # the native code does not check this
+                    raise DeviceError(
+                        f"{chunk.path}: a chunk has {chunk.n_bytes} bytes, a buffer only {size}; please report this"
+                    )
                 for part in chunk.parts:
                     self._prepare(part.index)
                 parts = [self._part(part) for part in chunk.parts]
@@ -193,7 +197,7 @@ class _Load:
                 self._threads.plan((*where, is_computed), parts)
                 self._chunks.append(chunk)
                 self._next = next(self._cut, None)
-                # Waking a thread takes longer than planning a chunk; the first ones should not wait, though.
+                # Waking a thread takes longer than planning a chunk, so chunks are passed on in growing batches.
                 if len(self._chunks) - self._released >= min(self._released + 1, self._tuning.max_batch):
                     self._release()
             self._release()
@@ -201,7 +205,7 @@ class _Load:
             self._threads.end()
 
     def _release(self) -> None:
-        """Let the threads have what has been planned, with one more of them where there is work for it."""
+        """Pass the planned chunks to the threads, and start more threads if there is work for them."""
         if self._has_prepared:
             self._ready.append(self.gpu.record_event(self.stream))
             self._has_prepared = False
@@ -224,14 +228,14 @@ class _Load:
         self._on_bytes_read(self._threads.bytes_read)
 
     def _prepare(self, index: int) -> None:
-        """Get the memory of a tensor, in the order of the caller's stream, if there is none yet."""
+        """Allocate the memory of a tensor in the order of the caller's stream, unless it exists."""
         if index in self._results:
             return
         self._has_prepared = True
         request = self.requests[index]
         try:
             returned, out = cuda.output(request.job, self.call)
-            # The kernel stores 16 bytes at a time: an odd address gets its values by way of other memory.
+            # The kernel stores 16 bytes at a time, so a misaligned output is written through temporary memory.
             write_to = self.gpu.allocate(out.n_bytes, self.stream) if out.pointer % 16 else out
         except NumbaDequantError as error:
             raise request.blame(error) from error
@@ -268,7 +272,7 @@ class _Load:
         self._on_bytes_read(self._threads.bytes_read)
 
     def _check_gpu(self) -> None:
-        """Look whether the GPU still works: a thread would wait for its buffer in vain."""
+        """Check that the GPU has not failed; otherwise the threads would wait for buffers forever."""
         try:
             for stream in self._buffers.streams:
                 self.gpu.raise_if_failed(int(stream.handle))
@@ -285,20 +289,20 @@ class _Load:
             return request.blame(DeviceError(f"cuda:{self.gpu.index}: {error_name(fault.code)}"))
         if fault.code == END_OF_FILE:
             size = self._files[chunk.path].seek(0, 2)
-            cut_short = (self.tensors[part.index] for part in chunk.parts)
-            gone = next((each for each in cut_short if each.offset + each.n_bytes > size), None)
-            return truncated(gone, size) if gone is not None else changed(first)
+            tensors = (self.tensors[part.index] for part in chunk.parts)
+            incomplete = next((tensor for tensor in tensors if tensor.offset + tensor.n_bytes > size), None)
+            return truncated(incomplete, size) if incomplete is not None else changed(first)
         error = OSError(fault.code, os.strerror(fault.code))
         return read_error(self.tensors[chunk.index_at(fault.offset)], fault.offset, error)
 
     def _let_caller_wait(self, streams: Iterable[Any]) -> None:
-        """Let the caller's stream wait for what these have been given so far."""
+        """Let the caller's stream wait for the work now queued on `streams`."""
         for stream in streams:
             self.gpu.stream_wait_event(self.stream, self.gpu.record_event(int(stream.handle)))
 
     def _finish_tensor(self, index: int) -> Any:
         """Remove a finished tensor from the load and return it; the caller's stream waits for its last write."""
-        self._prepare(index)  # a tensor without bytes is in no chunk
+        self._prepare(index)  # an empty tensor has no chunk
         result = self._results.pop(index)
         if result.write_to is not result.caller_out:
             out = result.caller_out
@@ -307,15 +311,15 @@ class _Load:
         return result.returned
 
     def _finish(self) -> None:
-        """Free what has not been handed out, once nothing writes to it any more; no thread works now."""
+        """Free the tensors that have not been returned, after the GPU has finished. All threads have ended."""
         self._stack.close()
         try:
             if self._results or not self._is_sound:
                 self._buffers.sync()
         except Exception:
-            # The GPU has failed, and whoever asked it first has said so: this error must not take the place of that.
+            # The GPU has failed. This error must not replace the first one, which has been raised already.
             self._is_sound = False
         self._results.clear()
-        # A buffer that the GPU has not given back would be waited for in vain.
+        # After a failure, the GPU may never release a buffer.
         if self._is_sound:
             gpu_buffers.give_back(self._buffers)

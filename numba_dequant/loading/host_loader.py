@@ -1,4 +1,4 @@
-"""Loading to the host: chunks of a file, decoded where they were read, while they are in the cache of their core."""
+"""Loads tensors to the host. The thread that reads a chunk decodes it, while it is in the cache of the core."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from numba_dequant.loading.python_threads import Pipeline, Work
 from numba_dequant.loading.requests import Request
 
 CHUNK_BYTES = 1 << 20
-"""Bytes that a thread reads at a time: what a core's own cache holds."""
+"""Bytes that a thread reads at once, so that they fit in the cache of a core."""
 
 WAITING_THREADS = 2
-"""Threads beyond the number of cores: some wait for the disk, or for the kernel to hand out memory."""
+"""Threads in addition to one per core, because some wait for the disk or for the operating system."""
 
 
 def load(
@@ -34,8 +34,8 @@ def load(
     """The results of the requests, in order.
 
     Raises:
-        OutputError: an `out` is not right. Nothing has been read then.
-        ReadError, GgufError, DeviceError: reading or allocating failed halfway.
+        OutputError: an `out` is wrong. Nothing has been read.
+        ReadError, GgufError, DeviceError: reading or allocating failed during the load.
     """
     outputs = {}
     for index, request in enumerate(requests):
@@ -46,7 +46,7 @@ def load(
                 raise with_tensor_name(error, request.job.name) from error
     check_apart(memory_of_array(array, requests[index].job.name, is_out=True) for index, array in outputs.items())
     results = _Results(requests, backend, outputs)
-    # The simulator's threads are its own.
+    # The simulator starts threads of its own.
     n_threads = 1 if isinstance(backend, SimulatorBackend) else threads or available_cores() + WAITING_THREADS
     work = Work(results.prepare, results.consume, CHUNK_BYTES)
     pipeline = Pipeline([request.tensor for request in requests], work, n_threads, prefetch, on_bytes_read)
@@ -54,13 +54,13 @@ def load(
 
 
 class _Results:
-    """The arrays to write to: they are made when reading gets to them, and dropped when they are handed out."""
+    """The arrays to write to. An array is created before its tensor is read, and removed when it is returned."""
 
     def __init__(self, requests: Sequence[Request], backend: HostBackend, outputs: dict[int, NDArray[Any]]) -> None:
         self._requests, self._backend, self._arrays = requests, backend, outputs
 
     def prepare(self, index: int) -> None:
-        """Get the memory of a tensor."""
+        """Allocate the memory of a tensor."""
         request = self._requests[index]
         if request.job.out is None:
             try:
@@ -87,7 +87,7 @@ class _Results:
         self._backend.write(data, job, flat[first : first + n_elements], n_shares=1)
 
     def pop(self, index: int) -> Any:
-        """The result of a tensor whose values have all been written."""
+        """Remove a finished tensor and return its result."""
         job, array = self._requests[index].job, self._arrays.pop(index)
         if job.dtype is None:
             return self._requests[index].finished(array)

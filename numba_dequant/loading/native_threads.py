@@ -1,8 +1,8 @@
-"""Threads that move chunks of files to a GPU, and know nothing of Python.
+"""Native threads that copy chunks of files to a GPU without the interpreter lock.
 
-Sixteen threads that hand Python's lock around for every chunk move a quarter of what the bus carries. So their loop,
-`kernels.native.reader_loop`, is compiled. They are the system's own, because one of Python's takes ten times as long to
-start. Python plans chunks while they work, and is told when a tensor is complete.
+Their loop, `kernels.native.reader_loop`, is compiled, because Python threads that take the interpreter lock for every
+chunk reach only a quarter of the bandwidth of the bus. They are POSIX threads, which start ten times as fast as Python
+threads. Python plans chunks meanwhile, and is notified when a tensor is complete.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from numba_dequant.kernels.native.records import (
 )
 
 MAX_THREADS = 64
-"""Threads at most."""
+"""Maximum number of threads."""
 
 
 @cache
@@ -41,7 +41,7 @@ def _library() -> ctypes.CDLL:
 
 
 def calls(gpu: Gpu) -> NDArray[np.void]:
-    """The functions that the loop calls, as the record `calls_dtype` of their addresses."""
+    """The addresses of the functions that the loop calls, as a `calls_dtype` record."""
     library = _library()
     functions = {
         "wait_for_share": library.read,
@@ -56,7 +56,7 @@ def calls(gpu: Gpu) -> NDArray[np.void]:
 
 
 class ReaderFaultError(Exception):
-    """What a thread has failed at: the number of its chunk, where it was, the code, the byte of the file."""
+    """A fault of a thread: index of the chunk, FAULT_READ or FAULT_GPU, error code, byte position in the file."""
 
     def __init__(self, chunk: int, place: int, code: int, offset: int) -> None:
         self.chunk, self.place, self.code, self.offset = chunk, place, code, offset
@@ -64,11 +64,11 @@ class ReaderFaultError(Exception):
 
 
 class ReaderThreads:
-    """The tables of one load, and the threads that work on them.
+    """The shared records of one load, and its threads.
 
     Attributes:
-        n_shares: shares of the chunks that have been planned.
-        is_stopping: whether `stop` has been called, by whomever.
+        n_shares: number of shares of all planned chunks.
+        is_stopping: whether `stop` has been called.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class ReaderThreads:
         gpu: Gpu,
         finish: Callable[[], None],
     ) -> None:
-        """Prepare to move tensors of so many bytes, in at most so many chunks, and parts; no buffer is lent yet.
+        """Prepare a load of tensors with sizes `n_bytes`, in at most `most` chunks and parts.
 
-        A chunk is read by as many threads as it has shares of that many bytes. `finish` is called once they have all
-        ended, and again if it was interrupted; what it belongs to lives until then.
+        Threads read a chunk in shares of `share_size` bytes. `finish` is called when all threads have ended, and again
+        if it was interrupted.
 
         Raises:
-            DeviceError: the system has no file left to tell threads by.
+            DeviceError: the system has no file descriptor left.
         """
         self.chunks, self.parts = np.zeros(most, chunk_dtype), np.zeros(most, slice_dtype)
         self.left, self.written = np.array(n_bytes, np.int64), np.zeros(len(n_bytes), np.int64)
@@ -104,7 +104,7 @@ class ReaderThreads:
             raise DeviceError(
                 f"cannot create an eventfd: {error.strerror}; close some files, or raise the limit (ulimit -n)"
             ) from error
-        self._poll = select.poll()  # select itself fails where many files are open
+        self._poll = select.poll()  # select.select fails if many files are open
         self._poll.register(self._progress, select.POLLIN)
         self._job = np.zeros(1, job_dtype)
         self._n_chunks = self._n_parts = self._n_released = self.n_shares = 0
@@ -113,8 +113,8 @@ class ReaderThreads:
         self._records = np.zeros(MAX_THREADS, thread_dtype)
         self._records["job"] = self._job.ctypes.data
         for name in ("data", "n_elements", "out"):
-            places = self._records[name].ctypes.data + thread_dtype.itemsize * np.arange(MAX_THREADS)
-            self._records[f"{name}_at"] = places
+            addresses = self._records[name].ctypes.data + thread_dtype.itemsize * np.arange(MAX_THREADS)
+            self._records[f"{name}_at"] = addresses
         self._buffers = buffers
         job = self._job[0]
         job["calls"], job["one"] = self._calls.ctypes.data, self._one.ctypes.data
@@ -127,27 +127,27 @@ class ReaderThreads:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that have been read so far."""
+        """Number of bytes that have been read."""
         return int(self._job["bytes_read"][0])
 
     @property
     def n_threads(self) -> int:
-        """Threads that have been started."""
+        """Number of threads that have been started."""
         return sum(map(bool, self._threads))
 
     def set_buffer_count(self, count: int) -> None:
-        """Let the threads use the first so many buffers; they were made before the last `release`, which is a fence."""
+        """Let the threads use the first `count` buffers. Call `publish`, a memory fence, after allocating them."""
         self._job["n_buffers"] = count
 
     def start(self) -> None:
         """Start one more thread.
 
         Raises:
-            OSError: the system has no thread left.
+            OSError: the system cannot start a thread.
         """
         number = self.n_threads
         record = self._records.ctypes.data + number * thread_dtype.itemsize
-        # The handle is written before Python could be interrupted: no thread goes without being awaited.
+        # Native code writes the handle, so that even after an interrupt every thread is joined.
         handle = ctypes.byref(self._threads, number * ctypes.sizeof(ctypes.c_void_p))
         code = _library().pthread_create(handle, None, native.load("read_and_send"), ctypes.c_void_p(record))
         if code:
@@ -155,19 +155,19 @@ class ReaderThreads:
             raise OSError(code, os.strerror(code))
 
     def plan(self, chunk: tuple[int, ...], parts: list[tuple[int, ...]]) -> None:
-        """Plan a chunk: `file`, `offset`, `n_bytes` and `is_computed`; and its parts."""
+        """Plan a chunk (`file`, `offset`, `n_bytes`, `is_computed`) and its parts."""
         first = self._n_parts
         self._n_parts += len(parts)
         self.parts[first : self._n_parts] = parts
         file, offset, n_bytes, is_computed = chunk
         n_shares = -(-n_bytes // self._share_size)
-        what = file, offset, n_bytes, first, len(parts), is_computed, 0
-        self.chunks[self._n_chunks] = *what, self.n_shares, n_shares, 0
+        location = file, offset, n_bytes
+        self.chunks[self._n_chunks] = *location, first, len(parts), is_computed, 0, self.n_shares, n_shares, 0
         self._n_chunks += 1
         self.n_shares += n_shares
 
     def publish(self, ready: int) -> None:
-        """Let the threads take what has been planned since the last time; `ready` is an event."""
+        """Let the threads take the newly planned chunks. They may write after the event `ready`."""
         first, self._n_released = self._n_released, self._n_chunks
         self.chunks["ready"][first : self._n_released] = ready
         shares_before = int(self._job["planned"][0])
@@ -175,15 +175,15 @@ class ReaderThreads:
         os.eventfd_write(self._planned, self.n_shares - shares_before)
 
     def end(self) -> None:
-        """Let the threads end once they have read what has been planned, all there is."""
+        """Let the threads end after the last planned chunk."""
         os.eventfd_write(self._planned, MAX_THREADS)
 
     def wait_for(self, tensor: int, seconds: float) -> bool:
-        """Wait until all of a tensor has been read, but not for long; whether it has.
+        """Wait until a tensor is complete, for at most `seconds`; return whether it is complete.
 
         Raises:
             ReaderFaultError: a thread has failed.
-            DeviceError: somebody has stopped the threads.
+            DeviceError: the threads were stopped.
         """
         if not self.left[tensor]:
             return True
@@ -191,23 +191,23 @@ class ReaderThreads:
         with suppress(OSError):
             os.eventfd_read(self._progress)
         if self._job["is_over"][0]:
-            self._join()  # one that is still reading may fail at an earlier byte
+            self._join()  # a thread that is still reading may fail at an earlier byte
             faults = self._records[self._records["has_failed"] == 1]
             if not len(faults):
-                raise DeviceError("loading has been stopped, as the program ends")
+                raise DeviceError("loading was stopped, because the program is ending")
             first = np.sort(faults, order=["fault_chunk", "fault_offset"])[0]
             names = ("fault_chunk", "fault_place", "fault_code", "fault_offset")
             raise ReaderFaultError(*(int(first[name]) for name in names))
         return not self.left[tensor]
 
     def has_written(self, stream_bit: int, tensor: int) -> bool:
-        """Whether some of a tensor is on its way by that stream."""
+        """Whether work for a tensor has been queued on the stream with this bit."""
         return bool(int(self.written[tensor]) & stream_bit)
 
     def stop(self) -> None:
-        """Let the threads finish what they have begun, and nothing else; they have ended then."""
+        """Let the threads finish their current shares, and wait until they have ended."""
         with self._lock:
-            # Whatever interrupts this: it can be called again, and until it is through all of it lives on.
+            # After an interrupt this can be called again; `_running` keeps the records alive until the end.
             self.is_stopping = True
             self._job["is_over"] = 1
             self._join()
@@ -228,7 +228,7 @@ class ReaderThreads:
             function(crew.ctypes.data)
 
     def after_fork(self) -> None:
-        """In a process that has been forked: the threads, and what they wait for, are those of the parent."""
+        """In a forked child: forget the threads, which run only in the parent."""
         self._threads = (ctypes.c_void_p * MAX_THREADS)()
         self._lock = threading.RLock()
         self._close()
@@ -242,7 +242,7 @@ class ReaderThreads:
 
 
 _running: set[ReaderThreads] = set()
-"""Those that nobody has stopped: their threads may work, and their tables must live on, whoever forgets them."""
+"""Loads that have not been stopped. Their threads may be running, so their records must stay alive."""
 
 
 def _forget_all() -> None:
@@ -258,7 +258,7 @@ def _stop_all() -> None:
 
 
 def stop_interrupted() -> None:
-    """Stop those whose stopping has been interrupted."""
+    """Stop the loads whose `stop` was interrupted."""
     for threads in list(_running):
         if threads.is_stopping:
             threads.stop()

@@ -1,4 +1,4 @@
-"""How far loading has got: a bar for people, a callback for programs."""
+"""Progress of a load: a progress bar and a callback."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any
 from numba_dequant.errors import OptionError, shown
 
 DELAY = 1.0
-"""Seconds before a bar is shown: what is done by then needs none."""
+"""Seconds before the bar is shown."""
 
 INTERVAL = 0.1
-"""Seconds between two reports at least, except for the last one."""
+"""Minimum seconds between two reports; the last report is always made."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far loading has got.
+    """Progress of a load.
 
     Attributes:
-        bytes_done: of the files, read and handed over.
-        bytes_total: how many there are to read.
-        seconds: since it started.
+        bytes_done: number of bytes of the files that have been loaded.
+        bytes_total: number of bytes to load.
+        seconds: seconds since the start.
     """
 
     bytes_done: int
@@ -34,28 +34,28 @@ class Progress:
 
     @property
     def speed(self) -> float:
-        """Bytes per second so far."""
+        """Average bytes per second since the start."""
         return self.bytes_done / self.seconds if self.seconds else 0.0
 
     @property
     def seconds_left(self) -> float | None:
-        """At that speed; None before anything is done."""
+        """Estimated seconds left at this speed; None before the first bytes."""
         return (self.bytes_total - self.bytes_done) / self.speed if self.speed else None
 
 
 class Reporter:
-    """Tells people and programs how far loading has got, in the thread that loads."""
+    """Shows the bar and calls the callback, in the thread of the caller."""
 
     def __init__(self, bytes_total: int, show: bool | None, callback: Callable[[Progress], object] | None) -> None:
         """Start the clock.
 
         Args:
-            bytes_total: how many there are to read.
-            show: whether to show a bar, once a second has passed; None for where there is somebody to see it.
-            callback: is called with every report.
+            bytes_total: number of bytes to load.
+            show: whether to show a bar; None means only on a terminal and in a notebook.
+            callback: function to call with each `Progress`, or None.
 
         Raises:
-            OptionError: `show` or `callback` is something else.
+            OptionError: `show` or `callback` has a wrong type.
         """
         if show is not None and not isinstance(show, bool):
             raise OptionError(f"progress must be True, False or None, got {shown(show)}")
@@ -69,7 +69,7 @@ class Reporter:
         self._bar: Any = None
 
     def __call__(self, bytes_done: int) -> None:
-        """Report, unless the last report was a moment ago."""
+        """Report, unless the last report was less than `INTERVAL` ago."""
         now = time.perf_counter()
         is_last = bytes_done == self._total
         if self._is_over or (now - self._reported < INTERVAL and not is_last):
@@ -84,13 +84,13 @@ class Reporter:
             self._callback(Progress(bytes_done, self._total, now - self._start))
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar and leave it on the screen."""
         if self._bar is not None:
             self._bar.close()
 
 
 def _bar_class() -> Any:
-    # It takes a while to import, and most loads are over before there is a bar.
+    # The import is slow, and most loads end before a bar is shown.
     if _is_notebook() and importlib.util.find_spec("ipywidgets"):
         from tqdm.notebook import tqdm
     else:
@@ -99,13 +99,13 @@ def _bar_class() -> Any:
 
 
 def _is_notebook() -> bool:
-    # Not whether ipykernel is there: programs that run notebooks import it, too.
+    # An imported ipykernel is no proof: programs that run notebooks import it, too.
     get_shell = getattr(sys.modules.get("IPython"), "get_ipython", None)
     return get_shell is not None and hasattr(get_shell(), "kernel")
 
 
 def is_watched() -> bool:
-    """Whether a bar would be seen: on a terminal, or in a notebook."""
+    """Whether stderr is a terminal, or the program is a notebook."""
     if _is_notebook():
         return True
     return sys.stderr is not None and sys.stderr.isatty()

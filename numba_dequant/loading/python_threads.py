@@ -1,4 +1,4 @@
-"""Reading tensors on several threads of Python, in memory that does not grow with the model."""
+"""Reads tensors with several Python threads. Memory for reading does not grow with the model."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from numba_dequant.loading.chunks import Chunk, plan_chunks, round_robin_by_disk
 from numba_dequant.loading.files import OpenFiles
 
 POLL_SECONDS = 0.1
-"""Seconds after which a thread that waits for a tensor reports the progress."""
+"""Seconds between progress reports while the caller waits for a tensor."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What becomes of the bytes of tensors.
+    """The work on the bytes of tensors.
 
     Attributes:
-        prepare: gets ready for a tensor, given its index: called before any of its bytes are taken, once, by one thread
-            at a time.
-        consume: takes a chunk and its bytes, in this machine's byte order, in the thread that has read them.
-        max_bytes: bytes of a chunk at most.
+        prepare: called once per tensor with its index, before the first `consume` for it, by one thread at a time.
+        consume: called with a chunk and its bytes in the byte order of this machine, by the thread that read them.
+        max_bytes: maximum size of a chunk in bytes.
     """
 
     prepare: Callable[[int], None]
@@ -34,10 +33,10 @@ class Work:
 
 
 class Pipeline:
-    """Tensors read by several workers at once, and handed out in order.
+    """Tensors that several threads read and that are returned in order.
 
-    Iterating yields the index of each tensor once all its bytes have been taken. It starts the threads, and whichever
-    way it ends (also when the iterator is dropped), they have stopped by then.
+    Iterating starts the threads and yields the index of each tensor when all its bytes are consumed. The threads have
+    stopped when the iteration ends, also after an error or when the iterator is dropped.
     """
 
     def __init__(
@@ -51,14 +50,14 @@ class Pipeline:
         """Plan to read `tensors`.
 
         Args:
-            tensors: in the order in which they are handed out.
-            work: what becomes of their bytes.
-            n_threads: how many at most; with one, all is done in the thread that iterates.
-            prefetch: tensors that may be read ahead of the one that was handed out last; None for all.
-            on_bytes_read: is called now and then, in the thread that iterates, with the number of bytes taken so far.
+            tensors: the tensors in the order in which they are returned.
+            work: the work on their bytes.
+            n_threads: maximum number of threads; with 1, the thread that iterates does all the work.
+            prefetch: maximum number of tensors to read ahead; None for all tensors.
+            on_bytes_read: called regularly, in the thread that iterates, with the number of consumed bytes.
         """
         self._tensors, self._work = tensors, work
-        # An order other than that of handing out would have the first tensor wait for one that is not due.
+        # With `prefetch`, tensors are read in the order in which they are returned.
         order = range(len(tensors)) if prefetch is not None else round_robin_by_disk(tensors)
         self._chunks = plan_chunks(tensors, order, work.max_bytes, in_turn=prefetch is not None)
         self._next: Chunk | None = next(self._chunks, None)
@@ -77,7 +76,7 @@ class Pipeline:
             yield from self._here()
             return
         names = [f"numba_dequant reader {number}" for number in range(self._n_threads)]
-        # Daemons, so that a program may end with an iterator that it has not finished.
+        # Daemon threads, so that a program may end before the iteration does.
         threads = [threading.Thread(target=self._read, name=name, daemon=True) for name in names]
         try:
             if not self._start(threads):
@@ -97,7 +96,7 @@ class Pipeline:
 
     @staticmethod
     def _start(threads: list[threading.Thread]) -> bool:
-        """Start as many of the threads as the system allows; whether there is any."""
+        """Start as many threads as the system allows; return whether there is any."""
         for number, thread in enumerate(threads):
             try:
                 thread.start()

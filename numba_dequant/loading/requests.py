@@ -1,4 +1,4 @@
-"""Which tensors of a model, which rows of them, to which types: the arguments of loading, checked before it starts."""
+"""Checks of the arguments of a load: tensors, rows, output types and outputs."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from numba_dequant.format import Format, whole_number
 from numba_dequant.gguf.file import TensorInfo
 
 Pick = str | TensorInfo | re.Pattern[str]
-"""A name or a glob, a tensor, or a compiled regular expression that is searched for."""
+"""A name or a glob, a tensor, or a compiled regular expression (used with `search`)."""
 
 Select = Pick | Callable[[TensorInfo], bool] | Iterable[Pick] | None
-"""One of these or several, a function, or None for all."""
+"""One pick, several picks, a function, or None for all tensors."""
 
 
 class QuantizedTensor(NamedTuple):
-    """A tensor as the file stores it, ready for `dequantize`; in `dequantize_many` it can stand as it is.
+    """A compressed tensor as in the file. It is also a valid entry for `dequantize_many`.
 
     Attributes:
-        data: its blocks as bytes: a NumPy array, or a `DeviceTensor`.
-        format: its storage format.
-        shape: rows first.
+        data: the blocks, as a NumPy array or a `DeviceTensor` of uint8 with one dimension.
+        format: the storage format.
+        shape: the shape of the values, rows first.
     """
 
     data: Any
@@ -42,31 +42,31 @@ class QuantizedTensor(NamedTuple):
     shape: tuple[int, ...]
 
     def dequantize(self, dtype: Any = "float16", **options: Any) -> Any:
-        """The values, with the options of `numba_dequant.dequantize`."""
+        """Dequantize the tensor, with the options of `numba_dequant.dequantize`."""
         from numba_dequant.api import dequantize
 
         return dequantize(self.data, self.format, dtype, shape=self.shape, **options)
 
 
 class Request(NamedTuple):
-    """One tensor to load: where its bytes are, of some rows only perhaps, and what is to become of them."""
+    """One tensor, or a slice of its rows, to load, and the job for its bytes."""
 
     tensor: TensorInfo
     job: Job
 
     def finished(self, result: Any) -> Any:
-        """What the caller gets: `result`, or what stands for blocks that were kept as they are."""
+        """The result for the caller: `result`, or a `QuantizedTensor` with it."""
         if self.job.dtype is not None:
             return result
         return QuantizedTensor(result, self.tensor.format, self.tensor.shape)
 
     def blame(self, error: NumbaDequantError) -> NumbaDequantError:
-        """The same error, saying with which tensor of which file it is."""
+        """The same error, with the path and the name of the tensor in its message."""
         return type(error)(f"{self.tensor.path}: tensor {self.tensor.name!r}: {error}")
 
 
 def request_for(tensor: TensorInfo, dtype: str | None, out: Any = None) -> Request:
-    """The request for a tensor; `dtype` None keeps the bytes as they are stored."""
+    """The request for a tensor; `dtype` None keeps it compressed."""
     shape, n_elements = ((tensor.n_bytes,), tensor.n_bytes) if dtype is None else (tensor.shape, tensor.n_elements)
     return Request(tensor, Job(None, tensor.format, dtype, shape, out, tensor.name, n_elements))
 
@@ -79,13 +79,13 @@ def plan_requests(
     *,
     keep_quantized: bool,
 ) -> list[Request]:
-    """What is to be loaded, in file order.
+    """The requests of a load, in file order.
 
     Raises:
-        TensorNotFoundError: nothing has a name that was asked for, or `out` has a name that was not.
-        DtypeError: an output type is none, or there is none for a tensor.
-        OutputError: `out` is given for bytes that are kept as they are, or is not a mapping.
-        OptionError: `select` or `keep_quantized` is of a wrong kind.
+        TensorNotFoundError: a name or a pattern in `select` matches no tensor, or `out` has the name of no such tensor.
+        DtypeError: an output type does not exist, or a tensor has none.
+        OutputError: `out` is not a mapping, or is combined with `keep_quantized`.
+        OptionError: `select` or `keep_quantized` has a wrong type.
     """
     kept = flag_option("keep_quantized", keep_quantized)
     chosen = select_tensors(tensors, select)
@@ -95,7 +95,9 @@ def plan_requests(
     names = {tensor.name for tensor in chosen}
     for name in outputs:
         if name not in names:
-            raise TensorNotFoundError(f"out has an array for {shown(name)}, which is not among the tensors to load")
+            raise TensorNotFoundError(
+                f"out has an array for {shown(name)}, which is not among the tensors to load; remove it"
+            )
     type_of = dtype_resolver(dtype)
     requests = []
     for tensor in chosen:
@@ -106,24 +108,24 @@ def plan_requests(
 
 
 def tensor_named(tensors: Mapping[str, TensorInfo], name: Any) -> TensorInfo:
-    """The tensor of that name; a `TensorInfo`, of this or another model, stands for its name.
+    """The tensor with a name, or with the name of a `TensorInfo`, which may be from another model.
 
     Raises:
-        TensorNotFoundError: there is none.
+        TensorNotFoundError: there is no such tensor.
     """
     if isinstance(name, TensorInfo):
         name = name.name
     if not isinstance(name, str):
-        raise TensorNotFoundError(f"a tensor is named by a str or a TensorInfo, got {shown(name)}")
+        raise TensorNotFoundError(f"the name of a tensor must be a str or a TensorInfo, got {shown(name)}")
     return tensors[name]
 
 
 def select_tensors(tensors: Mapping[str, TensorInfo], select: Select) -> list[TensorInfo]:
-    """The tensors that `select` picks, in file order.
+    """The tensors that `select` matches, in file order.
 
     Raises:
-        TensorNotFoundError: a glob, a name or an expression picks none.
-        OptionError: it is of a wrong kind.
+        TensorNotFoundError: a name, a glob or an expression matches no tensor.
+        OptionError: `select` has a wrong type.
     """
     if select is None:
         return list(tensors.values())
@@ -148,65 +150,69 @@ def _picked(tensors: Mapping[str, TensorInfo], pick: Any) -> list[str]:
     if isinstance(pick, TensorInfo):
         return [tensors[pick.name].name]
     if _is_expression(pick):
-        found = [name for name in tensors if pick.search(name)]
-        if not found:
-            raise TensorNotFoundError(f"no name of a tensor matches the expression {shown(pick.pattern)}")
-        return found
+        names = [name for name in tensors if pick.search(name)]
+        if not names:
+            raise TensorNotFoundError(
+                f"no tensor name matches the expression {shown(pick.pattern)}; model.tensors has the names"
+            )
+        return names
     if not isinstance(pick, str):
         raise _wrong_selection(pick)
-    found = [pick] if pick in tensors else fnmatch.filter(tensors, pick)
-    if not found:
+    names = [pick] if pick in tensors else fnmatch.filter(tensors, pick)
+    if not names:
         if not set(pick) & set("*?["):
-            tensors[pick]  # says what comes near
-        raise TensorNotFoundError(f"no name of a tensor matches {shown(pick)}, in which * stands for anything")
-    return found
+            tensors[pick]  # raises an error that suggests a similar name
+        raise TensorNotFoundError(f"no tensor name matches the glob {shown(pick)}; model.tensors has the names")
+    return names
 
 
-def _is_expression(thing: object) -> bool:
-    return isinstance(thing, re.Pattern) and isinstance(thing.pattern, str)
+def _is_expression(pattern: object) -> bool:
+    return isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str)
 
 
-def _wrong_selection(found: Any) -> OptionError:
+def _wrong_selection(select: Any) -> OptionError:
     return OptionError(
         "select must be a name or a glob, a TensorInfo, a compiled expression for str, several of these or a function; "
-        f"got {shown(found)}"
+        f"got {shown(select)}"
     )
 
 
 def dtype_resolver(dtype: Any) -> Callable[[str], str | None]:
-    """Which output type a tensor of some name gets: one for all, or that of the first pattern that matches.
+    """A function from a tensor name to its output type, which is `dtype` or that of the first matching pattern.
 
-    A pattern is a glob or a compiled expression, which is searched for. None leaves the type to `output_type`.
+    A pattern is a glob or a compiled expression. The type may be None; see `output_type`.
 
     Raises:
-        DtypeError: an output type is none, or a pattern is of a wrong kind.
+        DtypeError: an output type does not exist, or a pattern has a wrong type.
     """
     if not isinstance(dtype, Mapping):
-        one = None if dtype is None else dtype_name(dtype)
-        return lambda name: one
+        common = None if dtype is None else dtype_name(dtype)
+        return lambda name: common
     for pattern in dtype:
         if not isinstance(pattern, str) and not _is_expression(pattern):
             raise DtypeError(f"a pattern in dtype must be a glob or a compiled expression, got {shown(pattern)}")
-    rules = [(pattern, None if kind is None else dtype_name(kind)) for pattern, kind in dtype.items()]
+    rules = [(pattern, None if output is None else dtype_name(output)) for pattern, output in dtype.items()]
 
     def first_match(name: str) -> str | None:
-        for pattern, kind in rules:
+        for pattern, output in rules:
             if (
                 pattern.search(name)
                 if _is_expression(pattern)
                 else fnmatch.fnmatchcase(name, pattern) or name == pattern
             ):
-                return kind
-        raise DtypeError(f"dtype has no pattern that matches tensor {name!r}; add one for all others: '*'")
+                return output
+        raise DtypeError(
+            f"dtype has no pattern that matches tensor {name!r}; add the pattern '*' for all other tensors"
+        )
 
     return first_match
 
 
 def slice_rows(tensor: TensorInfo, rows: slice | None) -> TensorInfo:
-    """The part of a tensor that is `rows` of its first dimension.
+    """The part of a tensor with the slice `rows` of its first dimension.
 
     Raises:
-        ShapeError: `rows` is not a slice of consecutive rows, or they are not whole blocks.
+        ShapeError: `rows` is not a slice of consecutive rows, or the rows are not whole blocks.
     """
     if rows is None:
         return tensor
@@ -214,16 +220,16 @@ def slice_rows(tensor: TensorInfo, rows: slice | None) -> TensorInfo:
     numbers = [whole_number(end) for end in ends]
     is_wrong = any(end is not None and number is None for end, number in zip(ends, numbers, strict=True))
     if not isinstance(rows, slice) or is_wrong or numbers[2] not in (None, 1):
-        raise ShapeError(f"rows is a slice of consecutive rows, such as slice(0, 100), not {shown(rows)}")
+        raise ShapeError(f"rows must be a slice of consecutive rows, such as slice(0, 100), got {shown(rows)}")
     if not tensor.shape:
-        raise ShapeError(f"tensor {tensor.name!r} is a scalar, and has no rows")
+        raise ShapeError(f"tensor {tensor.name!r} is a scalar and has no rows; omit rows")
     start, stop, _ = slice(*numbers).indices(tensor.shape[0])
     stop = max(start, stop)
     row = tensor.n_elements // tensor.shape[0] if tensor.shape[0] else 0
     block = tensor.format.block_size
     if row * start % block or row * stop % block:
         raise ShapeError(
-            f"rows {start} to {stop} of tensor {tensor.name!r}, {tensor.shape}, are not whole blocks of {block}"
+            f"rows {start} to {stop} of tensor {tensor.name!r}, {tensor.shape}, are not whole blocks of {block} values"
         )
     n_elements = row * (stop - start)
     return tensor._replace(

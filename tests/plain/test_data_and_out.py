@@ -238,7 +238,7 @@ class TestChoices:
     def test_a_tensor_info_stands_for_its_name(self, model):
         assert_same_bits(model.load(model.tensors["ids"], device="cpu"), model.load("ids", device="cpu"))
         for name in (["ids"], b"ids", 5, None, {}):
-            with pytest.raises(nd.TensorNotFoundError, match="a tensor is named by a str or a TensorInfo"):
+            with pytest.raises(nd.TensorNotFoundError, match="the name of a tensor must be a str or a TensorInfo"):
                 model.load(name, device="cpu")
 
     @pytest.mark.parametrize("threads", [0, -1, True, "2", 2.5, math.nan, [], np.array([1, 2]), 2**63])

@@ -45,9 +45,9 @@ def test_select(model, select, names):
     ("select", "message"),
     [
         ("token_embed.weight", "there is no tensor 'token_embed.weight' among 7; did you mean 'token_embd.weight'"),
-        ("layers.*", r"no name of a tensor matches 'layers\.\*'"),
-        (["ids", "blk.9.*"], r"no name of a tensor matches 'blk\.9\.\*'"),
-        (re.compile("x+y"), r"no name of a tensor matches the expression 'x\+y'"),
+        ("layers.*", r"no tensor name matches the glob 'layers\.\*'"),
+        (["ids", "blk.9.*"], r"no tensor name matches the glob 'blk\.9\.\*'"),
+        (re.compile("x+y"), r"no tensor name matches the expression 'x\+y'"),
     ],
 )
 def test_select_what_is_not_there(model, select, message):
@@ -124,7 +124,7 @@ def test_rows_read_only_their_own_bytes(model, tmp_path):
 @pytest.mark.parametrize(
     ("name", "rows", "message"),
     [
-        ("token_embd.weight", 3, r"a slice of consecutive rows, such as slice\(0, 100\), not 3"),
+        ("token_embd.weight", 3, r"a slice of consecutive rows, such as slice\(0, 100\), got 3"),
         ("token_embd.weight", slice(0, 8, 2), "consecutive rows"),
         ("flat", slice(0, 40), "rows 0 to 40 of tensor 'flat', .* are not whole blocks of 32"),
     ],
