@@ -68,11 +68,7 @@ class Job:
         return BYTES if self.dtype is None else self.fmt.result_dtype(self.dtype)
 
     def check_output(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-        """Check the dtype and shape of `out`.
-
-        Raises:
-            OutputError: they are not those of the result.
-        """
+        """Raise OutputError if the dtype and shape of `out` are not those of the result."""
         expected = self.result_dtype
         if dtype != expected:
             actual = dtype.name if dtype.isnative else f"{dtype.name} of the other byte order"
@@ -117,11 +113,7 @@ def parse_tensors(tensors: Any, dtype: Any, out: Any) -> list[Job]:
 
 
 def output_mapping(out: Any) -> dict[Any, Any]:
-    """The arrays to write to, by tensor name.
-
-    Raises:
-        OutputError: `out` is not a mapping.
-    """
+    """The arrays to write to, by tensor name. Raises OutputError if `out` is not a mapping."""
     try:
         if not isinstance(out, type) and hasattr(out, "keys"):
             return dict(out)
@@ -334,11 +326,7 @@ def after_writing(out: Any) -> None:
 
 
 def whole_option(name: str, value: Any, least: int) -> int:
-    """The value of an integer option.
-
-    Raises:
-        OptionError: `value` is not an integer from `least` to 2**63 - 1.
-    """
+    """The value of an integer option. Raises OptionError unless it is from `least` to 2**63 - 1."""
     number = whole_number(value, least)
     if number is None or number >= 2**63:
         raise OptionError(f"{name} must be a whole number, {least} or more, got {shown(value)}")
@@ -346,11 +334,7 @@ def whole_option(name: str, value: Any, least: int) -> int:
 
 
 def flag_option(name: str, value: Any) -> bool:
-    """The value of a boolean option.
-
-    Raises:
-        OptionError: `value` is not a boolean.
-    """
+    """The value of a boolean option. Raises OptionError if it is not a boolean."""
     if not isinstance(value, (bool, np.bool_)):
         raise OptionError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)

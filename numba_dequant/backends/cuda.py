@@ -134,11 +134,7 @@ def elsewhere(memory: DeviceBytes, gpu: Gpu) -> DeviceError:
 
 
 def check_capability(job: Job, gpu: Gpu) -> None:
-    """Check that a GPU can convert to an output type.
-
-    Raises:
-        DtypeError: it cannot convert to it.
-    """
+    """Raise DtypeError if the GPU does not support the output type of a job."""
     if job.dtype is None:
         return
     needed = OUTPUT_TYPES[job.dtype].capability

@@ -51,11 +51,7 @@ def parse_device(device: Any) -> DeviceSpec:
 
 
 def gpu_device(index: int) -> DeviceSpec:
-    """The GPU of that ordinal.
-
-    Raises:
-        DeviceError: no GPU can be used.
-    """
+    """The device for the ordinal of a GPU. Raises DeviceError if no GPU can be used."""
     return _usable(_gpu(index), index)
 
 

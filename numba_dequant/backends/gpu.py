@@ -205,11 +205,7 @@ class Gpu:
         return _load_kernel(spec, self.capability)
 
     def launch(self, kernel: Kernel, thread_blocks: int, threads: int, arguments: tuple[int, ...], stream: int) -> None:
-        """Queue a kernel.
-
-        Raises:
-            DeviceError: the driver refuses the launch.
-        """
+        """Queue a kernel. Raises DeviceError if the driver refuses the launch."""
         try:
             launch(stream_on(self.index, stream), _launch_config(thread_blocks, threads), kernel, *arguments)
         except Exception as error:
@@ -226,11 +222,7 @@ class Gpu:
         _check(driver.cuStreamSynchronize(stream))
 
     def raise_if_failed(self, stream: int) -> None:
-        """Check a stream for an error, without waiting.
-
-        Raises:
-            DeviceError: the stream has failed.
-        """
+        """Raise DeviceError if a stream has failed. This does not wait."""
         code, *_ = driver.cuStreamQuery(stream)
         if code != driver.CUresult.CUDA_ERROR_NOT_READY:
             _check((code,))
@@ -272,11 +264,7 @@ class Gpu:
         Stream.from_handle(waiting).wait(Stream.from_handle(awaited))
 
     def refuse_capture(self, stream: int, reason: str) -> None:
-        """Check that a stream is not capturing, before an operation that a CUDA graph cannot contain.
-
-        Raises:
-            DeviceError: the stream is capturing. The capture continues.
-        """
+        """Raise DeviceError before an operation that a CUDA graph cannot contain. The capture continues."""
         if is_capturing(stream):
             raise DeviceError(f"a CUDA graph is being captured on this stream, and {reason}")
 
@@ -306,11 +294,7 @@ OPEN: dict[int, Gpu] = {}
 
 
 def gpu_at(index: int) -> Gpu:
-    """The GPU with an ordinal.
-
-    Raises:
-        DeviceError: there is no such GPU.
-    """
+    """The GPU with an ordinal. Raises DeviceError if there is no such GPU."""
     gpu = OPEN.get(index)
     return OPEN.setdefault(index, Gpu(index)) if gpu is None else gpu
 

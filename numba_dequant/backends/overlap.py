@@ -37,11 +37,7 @@ def memory_of_array(array: NDArray[Any], name: Any, *, is_out: bool) -> Memory:
 
 
 def check_apart(memories: Iterable[Memory]) -> None:
-    """Check that no output overlaps another output or data. Data may overlap data.
-
-    Raises:
-        OutputError: an output overlaps another output or data.
-    """
+    """Raise OutputError if an output overlaps another output or data. Data may overlap data."""
     read = written = Memory(0, 0, None, is_out=False)  # the earlier data and output with the highest end
     for memory in sorted((memory for memory in memories if memory.start < memory.end), key=lambda memory: memory.start):
         for earlier in (written, read) if memory.is_out else (written,):

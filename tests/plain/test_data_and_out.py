@@ -299,7 +299,7 @@ class TestChoices:
 
     @pytest.mark.parametrize("entry", [(), (BLOCKS,), (BLOCKS, "Q8_0", (6, 32), 1), [BLOCKS, "Q8_0"], BLOCKS, None])
     def test_entries_that_are_no_tensor(self, entry):
-        with pytest.raises(nd.DataError, match="tensor 'a' is a "):
+        with pytest.raises(nd.DataError, match="tensor 'a' must be "):
             nd.prepare_many({"a": entry}, device="cpu")
 
     @pytest.mark.parametrize("block", [1.5, "x", None, -1, 6, True, [0], pytest.param(10**5000, id="huge")])
