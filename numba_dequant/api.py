@@ -171,8 +171,8 @@ def prepare_many(
     array([1., 2., 0.], dtype=float16)
 
     Args:
-        tensors: as for `dequantize_many`. Each run reads data on the device again; you order your changes of the data
-            with the stream. For a GPU, data on the host is copied once, by this call.
+        tensors: as for `dequantize_many`. Each run reads data on the device again; order your changes to the
+            data with the stream. For a GPU, data on the host is copied once, by this call.
         dtype: as for `dequantize_many`.
         device: as for `dequantize_many`.
         out: as for `dequantize_many`.

@@ -87,7 +87,7 @@ class Model:
     def path(self) -> str:
         """The path of the file or of the first shard, as passed to `open`; ``<memory>`` for bytes in memory.
 
-        A relative path is for display only: the working directory may change.
+        A relative path is for display only. The files are still found after a change of the working directory.
         """
         return self._file.path
 
@@ -439,7 +439,7 @@ def load(
 
 
 def release_buffers(device: Any = None) -> None:
-    """Free the buffers that loading keeps for each GPU: 64 MiB of pinned host memory, and 64 MiB on the GPU.
+    """Free the buffers that loads to a GPU keep for the next load: 64 MiB of pinned memory, and 64 MiB on the GPU.
 
     Loaded tensors are not affected. The next load allocates new buffers, which takes about 50 ms.
 

@@ -75,7 +75,7 @@ class Gpu:
     def __init__(self, index: int) -> None:
         count = n_devices()
         if not 0 <= index < count:
-            raise DeviceError(f"there is no device cuda:{index}; this process sees {count}, from cuda:0 on")
+            raise DeviceError(f"there is no device cuda:{index}; the number of GPUs is {count}, counted from cuda:0")
         self.index = index
         self.kernels: dict[Any, Any] = {}
         self.idle_buffers: list[Any] = []
@@ -241,7 +241,7 @@ class Gpu:
             event.sync()
 
     def stream_wait_stream(self, waiting: int, awaited: int) -> None:
-        """Let one stream wait for the work now queued on another. The host does not wait.
+        """Let one stream wait for the work now queued on another. The host waits only if a CUDA graph is being captured.
 
         Raises:
             DeviceError: `awaited` is capturing a CUDA graph, and `waiting` is not part of it.
@@ -378,13 +378,13 @@ if hasattr(os, "register_at_fork"):
 
 def error_name(code: int) -> str:
     """The name of a driver error, for a message."""
-    return f"the CUDA driver says {driver.CUresult(code).name}"
+    return f"the CUDA driver returned {driver.CUresult(code).name}"
 
 
 def _driver_error(error: Exception) -> DeviceError:
-    return DeviceError(f"the CUDA driver says {str(error).partition(':')[0] or type(error).__name__}")
+    return DeviceError(f"the CUDA driver returned {str(error).partition(':')[0] or type(error).__name__}")
 
 
 def _check(result: tuple[Any, ...]) -> None:
     if result[0] != driver.CUresult.CUDA_SUCCESS:
-        raise DeviceError(f"the CUDA driver says {result[0].name}")
+        raise DeviceError(f"the CUDA driver returned {result[0].name}")

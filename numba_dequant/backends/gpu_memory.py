@@ -59,7 +59,7 @@ class PoolMemory:
 
     def used_on(self, stream: int) -> None:
         """Note that the work now queued on another stream uses this memory."""
-        # During a capture there is no work to wait for: the owner of the graph keeps the memory alive.
+        # During a capture there is no work to wait for. The owner of the graph must keep the memory alive.
         if stream != self.stream and not is_capturing(stream):
             with allowed_in_capture():
                 self._note(stream, self.gpu.record_event(stream), None)

@@ -60,7 +60,7 @@ class Reporter:
         if show is not None and not isinstance(show, bool):
             raise OptionError(f"progress must be True, False or None, got {shown(show)}")
         if callback is not None and not callable(callback):
-            raise OptionError(f"callback must be a function of a Progress, got {shown(callback)}")
+            raise OptionError(f"callback must be a function that takes a Progress, got {shown(callback)}")
         self._total = bytes_total
         self._callback = callback
         self._is_shown = is_watched() if show is None else show

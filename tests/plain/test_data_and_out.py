@@ -275,7 +275,7 @@ class TestChoices:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"callback": 5}, "callback must be a function of a Progress, got 5"),
+            ({"callback": 5}, "callback must be a function that takes a Progress, got 5"),
             ({"progress": "yes"}, "progress must be True, False or None, got 'yes'"),
             ({"keep_quantized": "no"}, "keep_quantized must be True or False, got 'no'"),
         ],
