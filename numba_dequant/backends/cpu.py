@@ -37,7 +37,7 @@ MINIMUM_SHARE = 1 << 17
 """Minimum number of elements per thread. Giving work to a thread takes 20 us."""
 
 LARGE_SHARE = 1 << 21
-"""Minimum number of elements per share for more than one share per core; up to four, so that a slow core delays less."""
+"""Elements per share of large work. Up to four shares per core, so that one slow core delays less."""
 
 
 def dequantize_into(

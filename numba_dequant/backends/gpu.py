@@ -241,7 +241,7 @@ class Gpu:
             event.sync()
 
     def stream_wait_stream(self, waiting: int, awaited: int) -> None:
-        """Let one stream wait for the work now queued on another. The host waits only if a CUDA graph is being captured.
+        """Let one stream wait for the work now queued on another. The host waits only during a capture.
 
         Raises:
             DeviceError: `awaited` is capturing a CUDA graph, and `waiting` is not part of it.

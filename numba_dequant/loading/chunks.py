@@ -102,7 +102,7 @@ def _ends(tensor: TensorInfo, longest: int) -> tuple[int, int, int]:
 
 @cache
 def _grain(fmt: Format) -> tuple[int, int, int]:
-    """The size in bytes of which parts are multiples, its common divisor with a page, and the inverse of size / divisor.
+    """The size of which parts are multiples, its common divisor with a page, and the inverse of their ratio.
 
     A plain array is divided between runs, other formats between blocks; both at a multiple of `ALIGNMENT`.
     """
