@@ -1,5 +1,6 @@
 """Whatever happens while a model is loaded: one clear error, nothing left behind, and the next load works."""
 
+import contextlib
 import gc
 import os
 import signal
