@@ -221,12 +221,12 @@ class TestDevice:
         ("device", "message"),
         [
             ("gpu", "An NVIDIA GPU is called 'cuda'"),
-            (Named("mps"), "on NVIDIA GPUs and on the CPU only"),
-            ("xpu:0", "on NVIDIA GPUs and on the CPU only"),
+            (Named("mps"), "Only NVIDIA GPUs and the CPU"),
+            ("xpu:0", "Only NVIDIA GPUs and the CPU"),
             (Named("meta"), "The meta device has no memory"),
             (
                 device_of_library("jaxlib.xla", platform="tpu", local_hardware_id=0),
-                "on NVIDIA GPUs and on the CPU only",
+                "Only NVIDIA GPUs and the CPU",
             ),
             ("cuda:" + "1" * 5000, "unknown device 'cuda:111"),
             ("cuda:1\u0661", "unknown device"),
