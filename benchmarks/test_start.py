@@ -73,6 +73,8 @@ def test_compile(benchmark, empty_cache, name):
     """One kernel without a cache, in a process that has compiled before."""
     from numba_dequant.kernels import compiler
 
+    if not benchmark.enabled and name != "Q4_K":
+        pytest.skip("one is enough where nothing is measured")
     compiler.function_ptx(lambda data, number, out: None, (9, 0))
     code = benchmark.pedantic(compiler.cubin, (compiler.dequantize_kernel(nd.FORMATS[name], "float16"), (9, 0)))[1]
     assert code.startswith(b"\x7fELF")
