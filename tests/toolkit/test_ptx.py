@@ -12,8 +12,13 @@ from numba_dequant.kernels import compiler
 Q4_K = compiler.dequantize_kernel(nd.FORMATS["Q4_K"], "float16")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", DECODED)
+SHAPES = {(fmt.block_size, fmt.alignment): name for name, fmt in nd.FORMATS.items() if fmt.decode}
+"""A format for each size and alignment of blocks: nothing else decides how a kernel is cut, and how it stores."""
+
+KERNELS = [(name, dtype) for dtype in DTYPES for name in (DECODED if dtype == "float16" else SHAPES.values())]
+
+
+@pytest.mark.parametrize(("name", "dtype"), KERNELS)
 def test_wide_accesses_and_nothing_slow(name, dtype):
     text = compiler.ptx(compiler.dequantize_kernel(nd.FORMATS[name], dtype), (9, 0))
     assert faults(text) == []
@@ -24,10 +29,6 @@ def test_the_roofline_kernel_moves_16_bytes_at_a_time(stage):
     text = compiler.ptx(compiler.copy_kernel(2, 256, stage), (9, 0))
     assert faults(text) == []
     assert bool(stage) == (".shared" in text)
-
-
-SHAPES = {(fmt.block_size, fmt.alignment): name for name, fmt in nd.FORMATS.items() if fmt.decode}
-"""A format for each size and alignment of blocks: nothing else of a kernel depends on how it is cut."""
 
 
 @pytest.mark.parametrize("name", SHAPES.values())
