@@ -1,7 +1,7 @@
 """Kernels that a GPU has run are kept on disk."""
 
 import pytest
-from twenty_processes import assert_twenty_processes_keep
+from processes import assert_processes_keep
 
 import numba_dequant as nd
 
@@ -14,4 +14,4 @@ def compute_on_gpu():
 
 def test_twenty_processes_at_once(empty_store):
     """The first use of a GPU also keeps that a toolkit is there."""
-    assert_twenty_processes_keep(compute_on_gpu, empty_store, 2, ["numba_dequant.kernels.dequantize"])
+    assert_processes_keep(20, compute_on_gpu, empty_store, 2, ["numba_dequant.kernels.dequantize"])

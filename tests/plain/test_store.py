@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from twenty_processes import assert_twenty_processes_keep
+from processes import assert_processes_keep
 
 import numba_dequant as nd
 from numba_dequant import disk_cache
@@ -74,7 +74,7 @@ def test_a_directory_that_cannot_be_made(monkeypatch, tmp_path):
 
 @pytest.mark.long
 def test_twenty_processes_at_once(empty_store):
-    assert_twenty_processes_keep(compute, empty_store, 1, ["numba_dequant.kernels.intrinsics_cpu"])
+    assert_processes_keep(20, compute, empty_store, 1, ["numba_dequant.kernels.intrinsics_cpu"])
 
 
 def test_code_from_disk_and_code_compiled_here_do_not_mix(empty_store):

@@ -19,7 +19,7 @@ from blocks import assert_same_bits, random_blocks, write_model
 import numba_dequant as nd
 from numba_dequant.loading import files
 
-N_ROWS = 2000
+N_ROWS = 1000
 ROW = 10 * 34
 TENSORS = {f"blk.{layer}.weight": ("Q8_0", (N_ROWS, 320), random_blocks("Q8_0", 10 * N_ROWS)) for layer in range(4)}
 
@@ -48,7 +48,7 @@ def assert_loads(path, device, threads=3):
 def place(path, layer):
     """The tensor in which something happens, and a byte in its middle."""
     tensor = nd.open(path).tensors[f"blk.{layer}.weight"]
-    return tensor, tensor.offset + 1000 * ROW
+    return tensor, tensor.offset + N_ROWS // 2 * ROW
 
 
 def overwrite(path, at):
@@ -77,7 +77,7 @@ class Host:
     """Loading to the CPU; a fault lies below `files.read_into` or in NumPy."""
 
     name = "cpu"
-    out_of_memory = "the CPU is out of memory: 1,280,000 bytes"
+    out_of_memory = f"the CPU is out of memory: {N_ROWS * 640:,} bytes"
     chunk_bytes = 64 * ROW
 
     def before_each_read(self, patch, before):

@@ -1,7 +1,7 @@
 """Kernels that are kept on disk."""
 
 import pytest
-from twenty_processes import assert_twenty_processes_keep
+from processes import assert_processes_keep
 
 import numba_dequant as nd
 from numba_dequant import disk_cache
@@ -17,8 +17,8 @@ def compile_kernel():
 
 
 @pytest.mark.long
-def test_twenty_processes_at_once(empty_store):
-    assert_twenty_processes_keep(compile_kernel, empty_store, 1, ["numba_dequant.kernels.dequantize", "cuda.core"])
+def test_eight_processes_at_once(empty_store):
+    assert_processes_keep(8, compile_kernel, empty_store, 1, ["numba_dequant.kernels.dequantize", "cuda.core"])
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""Twenty processes that meet at an empty cache."""
+"""Processes that meet at an empty cache."""
 
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -7,8 +7,6 @@ from multiprocessing import get_all_start_methods, get_context
 import numpy as np
 
 from numba_dequant import disk_cache
-
-N_PROCESSES = 20
 
 
 def meet(barrier, folder):
@@ -20,18 +18,18 @@ def call(function):
     return function()
 
 
-def assert_twenty_processes_keep(function, store, n_entries, preload):
+def assert_processes_keep(n_processes, function, store, n_entries, preload):
     """All of them return the same from `function`; `store` then has so many entries, and nothing else.
 
-    Where the system can, they are forked from a new process that has imported `preload` and has done nothing: twenty
-    imports take longer than what is tested.
+    Where the system can, they are forked from a new process that has imported `preload` and has done nothing: their
+    imports would take longer than what is tested.
     """
     context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
     context.set_forkserver_preload(preload)
-    arguments = context.Barrier(N_PROCESSES), str(store)
-    with ProcessPoolExecutor(N_PROCESSES, context, meet, arguments) as pool:
-        first, *others = pool.map(call, [function] * N_PROCESSES)
-    assert len(others) == N_PROCESSES - 1
+    arguments = context.Barrier(n_processes), str(store)
+    with ProcessPoolExecutor(n_processes, context, meet, arguments) as pool:
+        first, *others = pool.map(call, [function] * n_processes)
+    assert len(others) == n_processes - 1
     for found in others:
         np.testing.assert_array_equal(found, first)
     assert len(list(store.iterdir())) == len(disk_cache.entries()) == n_entries
