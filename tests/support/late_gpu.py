@@ -329,6 +329,6 @@ def installed(seed, monkeypatch, *, has_threads=True, tuning=TUNING):
     threads = n_threads_of_this_process()
     yield late
     gc.collect()
-    assert n_threads_of_this_process(threads) == threads
+    assert n_threads_of_this_process(threads) <= threads  # one of faulthandler may have ended
     assert not late.problems
     assert has_threads or not late.idle_buffers
