@@ -17,7 +17,6 @@ from numba_dequant.arguments import flag_option, output_type, whole_option
 from numba_dequant.backends.batch import Array
 from numba_dequant.backends.devices import parse_device
 from numba_dequant.backends.host import HostBackend
-from numba_dequant.errors import OutputError
 from numba_dequant.gguf.file import GgufFile, TensorInfo, TensorTable, open_gguf
 from numba_dequant.gguf.metadata import Metadata
 from numba_dequant.loading.files import check_complete, map_tensor, read_tensor
@@ -108,6 +107,7 @@ class Model:
         dtype: Any = ...,
         *,
         keep_quantized: Literal[True],
+        out: Any = ...,
         rows: slice | None = ...,
         **options: Unpack[_Options],
     ) -> QuantizedTensor: ...
@@ -141,7 +141,8 @@ class Model:
             out: array to write to, as for `dequantize`.
             stream: CUDA stream, as for `dequantize`.
             rows: slice of the first dimension. Only the bytes of these rows are read.
-            keep_quantized: return the compressed bytes, on the device, as a `QuantizedTensor`.
+            keep_quantized: return the compressed bytes, on the device, as a `QuantizedTensor`. Its data is `out` if
+                given, then an array of uint8 with one dimension.
             threads: number of threads that read, 1 or more. The default is the number of cores plus two on the CPU,
                 and the number of cores, at most 12, for a GPU.
 
@@ -158,15 +159,19 @@ class Model:
         """
         output = output_type(dtype, None, out)
         kept = flag_option("keep_quantized", keep_quantized)
-        if kept and out is not None:
-            raise OutputError("out cannot be combined with keep_quantized=True; drop one of them")
         tensor = slice_rows(tensor_named(self.tensors, name), rows)
         request = request_for(tensor, None if kept else output, out)
         return next(self._results([request], device, stream, threads, None, lambda bytes_done: None))
 
     @overload
     def load_all(
-        self, select: Select = ..., dtype: Any = ..., *, keep_quantized: Literal[True], **options: Unpack[_Walk]
+        self,
+        select: Select = ...,
+        dtype: Any = ...,
+        *,
+        keep_quantized: Literal[True],
+        out: Mapping[str, Any] | None = ...,
+        **options: Unpack[_Walk],
     ) -> dict[str, QuantizedTensor]: ...
 
     @overload

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.arguments import Job, host_bytes, is_on_gpu
-from numba_dequant.backends import gpu_memory, streams
+from numba_dequant.backends import streams
 from numba_dequant.backends.batch import Backend, Batch
 from numba_dequant.backends.device_tensor import DeviceTensor
 from numba_dequant.backends.devices import gpu_device
@@ -85,10 +85,14 @@ def load(host: NDArray[np.uint8], job: Job, call: CallStream, mapping: str = "ti
         return result
 
 
-def upload(host: NDArray[np.uint8], call: CallStream) -> DeviceTensor:
-    """Copy bytes in host memory to the GPU."""
+def upload(host: NDArray[np.uint8], job: Job, call: CallStream) -> Any:
+    """Copy bytes in host memory to the GPU: to `out`, or to new memory."""
     with call.gpu.active():
-        return DeviceTensor(_sent(host, call), (host.nbytes,), gpu_memory.BYTES, call.handle, call.framework)
+        result, target = output(job, call)
+        if host.nbytes:
+            call.gpu.send(target.pointer, host, call.handle)
+        streams.release(call, out=job.out)
+        return result
 
 
 def _sent(host: NDArray[np.uint8], call: CallStream) -> DeviceBytes:
@@ -105,7 +109,7 @@ def is_pinned_tensor(data: Any) -> bool:
 
 def output(job: Job, call: CallStream, data: DeviceBytes | None = None) -> tuple[Any, DeviceBytes]:
     """The result to return, and the memory to write to: that of `out`, or new memory, after all checks."""
-    check_capability(job, call.gpu)
+    check_capability(job.dtype, job.fmt, call.gpu)
     if job.out is not None:
         return job.out, checked_output(job, call, data)
     dtype = job.result_dtype
@@ -133,15 +137,15 @@ def elsewhere(memory: DeviceBytes, gpu: Gpu) -> DeviceError:
     )
 
 
-def check_capability(job: Job, gpu: Gpu) -> None:
-    """Raise DtypeError if the GPU does not support the output type of a job."""
-    if job.dtype is None:
+def check_capability(dtype: str | None, fmt: Format, gpu: Gpu) -> None:
+    """Raise DtypeError if the GPU does not support the output type of a format."""
+    if dtype is None:
         return
-    needed = OUTPUT_TYPES[job.dtype].capability
-    if needed[0] and job.fmt.decode is not None and gpu.capability < needed:
+    needed = OUTPUT_TYPES[dtype].capability
+    if needed[0] and fmt.decode is not None and gpu.capability < needed:
         least, actual = (".".join(map(str, version)) for version in (needed, gpu.capability))
         raise DtypeError(
-            f"{job.dtype} needs a GPU of compute capability {least} or later, but this GPU has {actual}; use float16"
+            f"{dtype} needs a GPU of compute capability {least} or later, but this GPU has {actual}; use float16"
         )
 
 
@@ -189,21 +193,46 @@ def dequantize_into(data: DeviceBytes, job: Job, out: DeviceBytes, stream: int, 
         gpu.refuse_capture(stream, "the address of out is not a multiple of 16; pass an aligned array")
         target = gpu.allocate(out.n_bytes, stream)
     assert job.dtype is not None
-    kernel, shape = gpu.kernels.get((fmt, job.dtype, mapping)) or kernel_for(fmt, job.dtype, gpu, mapping)
-    step = MAX_GRID * shape.tile_elements
-    for first in range(0, job.n_elements, step):
-        count = min(step, job.n_elements - first)
-        start = data.pointer + first // fmt.block_size * fmt.type_size
-        end = target.pointer + first * (out.n_bytes // job.n_elements)
-        gpu.launch(kernel, shape.thread_blocks(count), shape.threads, (start, count, end), stream)
+    launch_kernel(gpu, fmt, job.dtype, (data.pointer, job.n_elements, target.pointer), stream, mapping)
     if target is not out:
         gpu.copy_on_device(out.pointer, target.pointer, out.n_bytes, stream)
 
 
+def launch_kernel(
+    gpu: Gpu, fmt: Format, dtype: str, arguments: tuple[int, int, int], stream: int, mapping: str = "tile"
+) -> None:
+    """Queue the kernel of a format on the current GPU.
+
+    Args:
+        gpu: the current GPU.
+        fmt: a format with a kernel.
+        dtype: the output type.
+        arguments: address of the blocks, number of elements, and address of the output, a multiple of 16.
+        stream: the handle of the stream.
+        mapping: as for `numba_dequant.dequantize`.
+    """
+    kernel, shape = gpu.kernels.get((fmt, dtype, mapping)) or kernel_for(fmt, dtype, gpu, mapping)
+    data, n_elements, out = arguments
+    step = MAX_GRID * shape.tile_elements
+    if n_elements <= step:
+        gpu.launch(kernel, shape.thread_blocks(n_elements), shape.threads, arguments, stream)
+        return
+    for first in range(0, n_elements, step):
+        count = min(step, n_elements - first)
+        start = data + first // fmt.block_size * fmt.type_size
+        end = out + first * fmt.result_dtype(dtype).itemsize
+        gpu.launch(kernel, shape.thread_blocks(count), shape.threads, (start, count, end), stream)
+
+
 def kernel_for(fmt: Format, dtype: str, gpu: Gpu, mapping: str = "tile") -> tuple[Any, LaunchShape]:
-    """The kernel of a format, ready to launch, and its launch shape."""
+    """The kernel of a format, ready to launch, and its launch shape.
+
+    Raises:
+        DtypeError: the GPU does not support the output type.
+    """
     kernel: tuple[Any, LaunchShape] | None = gpu.kernels.get((fmt, dtype, mapping))
     if kernel is None:
+        check_capability(dtype, fmt, gpu)
         kernel = gpu.load_kernel(dequantize_kernel(fmt, dtype, mapping)), launch_shape(mapping, fmt)
         gpu.kernels[fmt, dtype, mapping] = kernel
     return kernel

@@ -160,7 +160,7 @@ def _task(job: Job, call: CallStream) -> _Task:
         host = host_bytes(array)
         data = DeviceBytes(0, host.size, gpu, None)
     job.measure(data.n_bytes)
-    cuda.check_capability(job, gpu)
+    cuda.check_capability(job.dtype, job.fmt, gpu)
     if job.out is None:
         target = DeviceBytes(0, job.n_elements * job.result_dtype.itemsize, gpu, None)
     else:

@@ -84,7 +84,7 @@ def _by_the_host(request: Request, call: CallStream) -> Any:
     host = read_tensor(request.tensor)
     try:
         if request.job.dtype is None:
-            return request.finished(cuda.upload(host, call))
+            return request.finished(cuda.upload(host, request.job, call))
         return cuda.load(host, request.job, call)
     except DeviceError as error:
         raise request.blame(error) from error
@@ -97,7 +97,7 @@ def _check(requests: Sequence[Request], call: CallStream) -> None:
         call.gpu.refuse_capture(call.handle, "a file cannot be loaded as part of the graph; load before the capture")
         for _, job in requests:
             try:
-                cuda.check_capability(job, call.gpu)
+                cuda.check_capability(job.dtype, job.fmt, call.gpu)
                 if job.out is not None:
                     out = cuda.checked_output(job, call)
                     outputs.append(Memory(out.pointer, out.pointer + out.n_bytes, job.name, is_out=True))

@@ -89,8 +89,8 @@ class _Results:
     def pop(self, index: int) -> Any:
         """Remove a finished tensor and return its result."""
         job, array = self._requests[index].job, self._arrays.pop(index)
-        if job.dtype is None:
-            return self._requests[index].finished(array)
         if job.out is not None:
             after_writing(job.out)
+        if job.dtype is None:
+            return self._requests[index].finished(array if job.out is None else job.out)
         return self._backend.result(job, array)

@@ -13,7 +13,6 @@ from numba_dequant.errors import (
     DtypeError,
     NumbaDequantError,
     OptionError,
-    OutputError,
     ShapeError,
     TensorNotFoundError,
     shown,
@@ -84,14 +83,12 @@ def plan_requests(
     Raises:
         TensorNotFoundError: a name or a pattern in `select` matches no tensor, or `out` has the name of no such tensor.
         DtypeError: an output type does not exist, or a tensor has none.
-        OutputError: `out` is not a mapping, or is combined with `keep_quantized`.
+        OutputError: `out` is not a mapping.
         OptionError: `select` or `keep_quantized` has a wrong type.
     """
     kept = flag_option("keep_quantized", keep_quantized)
     chosen = select_tensors(tensors, select)
     outputs = {} if out is None else output_mapping(out)
-    if kept and outputs:
-        raise OutputError("out cannot be combined with keep_quantized=True; drop one of them")
     names = {tensor.name for tensor in chosen}
     for name in outputs:
         if name not in names:

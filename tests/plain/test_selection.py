@@ -185,13 +185,21 @@ def test_kept_as_it_is(model, device):
     np.testing.assert_array_equal(part.data, model.read("token_embd.weight")[68:204])
 
 
-def test_kept_and_out(model):
-    for call in (
-        lambda: model.load("flat", device="cpu", out=np.empty(128, np.uint8), keep_quantized=True),
-        lambda: model.load_all(device="cpu", out={"flat": np.empty(128, np.uint8)}, keep_quantized=True),
-    ):
-        with pytest.raises(nd.OutputError, match="keep_quantized"):
-            call()
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+def test_kept_in_memory_of_the_caller(model, device):
+    name = "token_embd.weight"
+    blocks = model.read(name)
+    out = np.zeros_like(blocks)
+    kept = model.load(name, device=device, out=out, keep_quantized=True)
+    assert kept.data is out
+    assert kept.shape == model.tensors[name].shape
+    np.testing.assert_array_equal(out, blocks)
+    out[:] = 0
+    assert model.load_all(name, device=device, out={name: out}, keep_quantized=True)[name].data is out
+    np.testing.assert_array_equal(out, blocks)
+    for wrong in (np.zeros(len(blocks) - 1, np.uint8), np.zeros(len(blocks), np.int8)):
+        with pytest.raises(nd.OutputError, match="out h"):
+            model.load(name, device=device, out=wrong, keep_quantized=True)
 
 
 def test_the_other_byte_order(tmp_path):

@@ -119,6 +119,16 @@ def test_out(model, late, threads):
     assert all(found[name] is tensor for name, tensor in out.items())
 
 
+def test_blocks_in_memory_of_the_caller(model, late, threads):
+    out = {name: model.load(name, device="cuda", keep_quantized=True).data for name in ("a.q", "b.k")}
+    for tensor in out.values():
+        at(tensor.ptr, tensor.nbytes).fill(POISON)
+    found = model.load_all(list(out), device="cuda", threads=threads, out=out, keep_quantized=True)
+    for name, tensor in out.items():
+        assert found[name].data is tensor
+        np.testing.assert_array_equal(tensor.copy_to_host(), model.read(name))
+
+
 def test_a_wrong_out_is_found_before_anything_is_read(model, late, threads):
     out = {"b.k": model.load("a.q", device="cuda", threads=1)}
     before = late.end
