@@ -150,8 +150,8 @@ class Torch:
         """Why a tensor has no memory on the CPU, or None if it has."""
         if not self.has_memory(array):
             return (
-                "it is a tensor without memory (meta or fake). Pass a real tensor, and call this outside of "
-                "torch.compile and torch.export; a traceable operator is planned as numba_dequant.torch"
+                "it is a tensor without memory (meta or fake). Pass a real tensor, or call "
+                "numba_dequant.torch.dequantize, which torch.compile and torch.export can trace"
             )
         return None if array.device.type == "cpu" else f"it is on {array.device}; copy it to the CPU first"
 

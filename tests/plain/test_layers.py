@@ -149,7 +149,7 @@ def test_modules_import_what_they_may(contract):
         ),
         ("backends/cpu.py", "import numba.cuda.dispatcher", "gives `numba.cuda`"),
         ("gguf/file.py", "import numba", "gives `numba` to"),
-        ("interop.py", "import torch", "gives `torch` to nobody: add `interop` to its row"),
+        ("interop.py", "import torch", "gives `torch` to torch/, integrations/: add `interop` to its row"),
         ("interop.py", "importlib.import_module('cupy')", "gives `cupy` to nobody"),
         ("api.py", "from cuda.core import Device", "gives `cuda` to"),
         ("brand_new.py", "from numba_dequant import bits", "add `brand_new` to a row"),

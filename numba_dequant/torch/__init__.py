@@ -1,0 +1,32 @@
+"""GGUF weights in PyTorch: operators, layers and files.
+
+`dequantize`, `get_rows` and `linear` are registered operators (``torch.ops.numba_dequant``). They run on PyTorch's
+current stream, take memory from its caching allocator, and do not wait for the GPU. `torch.compile`, `torch.export` and
+CUDA graphs accept them. `QuantizedLinear` and `QuantizedEmbedding` are layers whose weights stay compressed.
+`load_file` and `load_model` read files. `ggml` has the functions that other programs expect of a GGML kernel library.
+"""
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise ImportError("numba_dequant.torch needs PyTorch; install it with: pip install numba_dequant[torch]") from error
+
+from numba_dequant.torch import ggml
+from numba_dequant.torch.files import load_file, load_model
+from numba_dequant.torch.functional import dequantize, get_rows, linear
+from numba_dequant.torch.layers import QuantizedEmbedding, QuantizedLinear
+
+__all__ = [
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "dequantize",
+    "get_rows",
+    "ggml",
+    "linear",
+    "load_file",
+    "load_model",
+]
+
+# Tracebacks and pickles use the public names, so that modules may move.
+for _each in (QuantizedLinear, QuantizedEmbedding):
+    _each.__module__ = __name__

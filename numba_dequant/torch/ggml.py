@@ -1,0 +1,80 @@
+"""The functions of a GGML kernel library, with the names and arguments that other programs use.
+
+`dequantize`, `get_rows`, `mul_mat_vec`, `mul_mat_id`, `GEMV_TYPES` and `MAX_GEMV_ROWS` are those of the kernel
+"ggml-org/ggml-quantization", which transformers calls. `ggml_dequantize` is the operator of vLLM, sglang and diffusers.
+Blocks are uint8 of shape (..., rows, bytes per row), and `ggml_type` is the number of a format.
+
+Source: transformers 5.24, integrations/gguf/kernels.py and utils.py; vllm-gguf-plugin 0.0.5, ops.py; diffusers 0.42,
+quantizers/gguf/utils.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from numba_dequant.errors import ShapeError
+from numba_dequant.formats import FORMATS
+from numba_dequant.torch import functional
+
+GEMV_TYPES = frozenset(fmt.ggml_id for fmt in FORMATS.values() if fmt.block_size > 1)
+"""The types that `mul_mat_vec` and `mul_mat_id` accept: all formats of blocks."""
+
+MAX_GEMV_ROWS = 8
+"""The number of rows up to which callers use `mul_mat_vec`. It accepts more."""
+
+
+def dequantize(blocks: Tensor, ggml_type: int, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """The values of `blocks`: shape (rows, cols)."""
+    return functional.dequantize(blocks, ggml_type, dtype, (rows, cols))
+
+
+def get_rows(blocks: Tensor, indices: Tensor, ggml_type: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """The values of the rows `indices`: shape (*indices.shape, cols)."""
+    return functional.get_rows(blocks, indices, ggml_type, dtype)
+
+
+def mul_mat_vec(blocks: Tensor, x: Tensor, ggml_type: int, out_features: int) -> Tensor:
+    """``x @ weight.T``: shape (..., out_features) and the dtype of `x`, which has the shape (..., in_features)."""
+    return functional.linear(x, blocks, ggml_type)
+
+
+def mul_mat_id(blocks: Tensor, x: Tensor, ids: Tensor, ggml_type: int, out_features: int) -> Tensor:
+    """Each row of `x` times the weights of its experts.
+
+    The host does not wait for `ids`. If there are at most as many (row, expert) pairs as experts, the blocks of each
+    pair are gathered; otherwise each expert computes all rows.
+
+    Args:
+        blocks: shape (experts, out_features, bytes per row).
+        x: shape (n, in_features).
+        ids: numbers of experts, of shape (n, k).
+        ggml_type: the number of the format.
+        out_features: rows of each expert.
+
+    Returns:
+        Tensor of shape (n, k, out_features) and the dtype of `x`.
+
+    Raises:
+        ShapeError: `blocks` does not have 3 dimensions, or `ids` does not have a row for each row of `x`.
+    """
+    if blocks.dim() != 3 or ids.dim() != 2 or ids.shape[0] != x.shape[0]:
+        raise ShapeError(
+            "blocks must have the shape (experts, rows, bytes per row), x (n, in_features) and ids (n, k), got "
+            f"{tuple(blocks.shape)}, {tuple(x.shape)} and {tuple(ids.shape)}"
+        )
+    n, k = ids.shape
+    if n * k <= blocks.shape[0]:
+        values = functional.dequantize(blocks.index_select(0, ids.reshape(-1)), ggml_type, x.dtype)
+        inputs = x.unsqueeze(1).expand(n, k, x.shape[1]).reshape(n * k, 1, x.shape[1])
+        return torch.bmm(inputs, values.transpose(1, 2)).view(n, k, out_features)
+    out = x.new_zeros(n, k, out_features)
+    for expert in range(blocks.shape[0]):
+        values = functional.linear(x, blocks[expert], ggml_type)
+        out = torch.where((ids == expert).unsqueeze(-1), values.unsqueeze(1), out)
+    return out
+
+
+def ggml_dequantize(W: Tensor, type: int, m: int, n: int, dtype: torch.dtype | None = None) -> Tensor:  # noqa: N803
+    """The values of `W`: shape (m, n); the default dtype is float16."""
+    return functional.dequantize(W, type, dtype or torch.float16, (m, n))

@@ -1,0 +1,244 @@
+"""The operators ``torch.ops.numba_dequant``: schemas, and implementations for the CPU, CUDA and fake tensors.
+
+Data has the dtype uint8. A row of a tensor is the last dimension of its data, in bytes. `format` is the name of a
+registered format. The functions of `functional` check their arguments and call these operators.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from numba_dequant import api
+from numba_dequant.errors import DataError, DeviceError, DtypeError, OutputError
+from numba_dequant.format import Format
+from numba_dequant.formats import FORMATS, format_named
+from numba_dequant.interop import TORCH
+
+PIECE = 1 << 26
+"""Number of weights that `linear` dequantizes at a time; it bounds the temporary memory."""
+
+DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+"""The output types."""
+
+LIBRARY = torch.library.Library("numba_dequant", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+
+def _define(schema: str) -> None:
+    LIBRARY.define(schema, tags=_TAGS)
+
+
+_define("dequantize(Tensor data, str format, ScalarType dtype) -> Tensor")
+_define("dequantize.out(Tensor data, str format, *, Tensor(a!) out) -> ()")
+_define("get_rows(Tensor data, Tensor indices, str format, ScalarType dtype) -> Tensor")
+_define("linear(Tensor input, Tensor weight, str format, Tensor? bias) -> Tensor")
+
+
+def result_shape(data: Tensor, fmt: Format) -> list[Any]:
+    """The shape of the values of `data`: the last dimension in elements instead of bytes.
+
+    Raises:
+        DataError: a row is not a whole number of blocks.
+    """
+    *rows, n_bytes = data.shape or [None]
+    if n_bytes is None:
+        raise DataError(f"data has no dimension; pass a tensor of rows, each a whole number of {fmt.name} blocks")
+    type_size = fmt.type_size
+    if n_bytes % type_size:
+        raise DataError(
+            f"a row of {fmt.name} is a whole number of blocks of {type_size} bytes, but the last dimension of data is "
+            f"{n_bytes}; pass whole rows, or pass shape"
+        )
+    rows.append(n_bytes // type_size * fmt.block_size)
+    return rows
+
+
+def _format(name: str) -> Format:
+    return FORMATS.get(name) or format_named(name)
+
+
+def _check_dtype(fmt: Format, dtype: torch.dtype) -> None:
+    """Raise DtypeError if the values of a format cannot have that dtype."""
+    if dtype not in DTYPES if fmt.stored_dtype is None else dtype is not _stored(fmt):
+        possible = ", ".join(map(str, DTYPES)) if fmt.stored_dtype is None else str(_stored(fmt))
+        raise DtypeError(f"values of {fmt.name} cannot be {dtype}; choose {possible}")
+
+
+def _stored(fmt: Format) -> torch.dtype:
+    stored: torch.dtype = getattr(torch, fmt.result_dtype("float16").name)
+    return stored
+
+
+@cache
+def _cuda() -> Any:
+    # Cached: an import statement takes as long as launching a kernel.
+    from numba_dequant.backends import cuda
+
+    return cuda
+
+
+def _write(data: Tensor, fmt: Format, out: Tensor) -> None:
+    """Write the values of `data` to a contiguous tensor on the same device."""
+    if fmt.stored_dtype is not None:
+        out.view(-1).view(torch.uint8).copy_(data.reshape(-1))
+    elif not data.is_cuda:
+        api.dequantize(data, fmt, device="cpu", dtype=DTYPES[out.dtype], out=out)
+    else:
+        pointer = out.data_ptr()
+        if pointer % 16:
+            # The kernel stores 16 bytes at a time.
+            aligned = torch.empty_like(out)
+            _launch(data, fmt, DTYPES[out.dtype], aligned.numel(), aligned.data_ptr())
+            out.copy_(aligned)
+        else:
+            _launch(data, fmt, DTYPES[out.dtype], out.numel(), pointer)
+
+
+class _ThisThread(threading.local):
+    """The GPUs whose contexts this thread has made current."""
+
+    def __init__(self) -> None:
+        self.gpus: set[int] = set()
+
+
+_this_thread = _ThisThread()
+
+
+def _launch(data: Tensor, fmt: Format, dtype: str, n_elements: int, out: int) -> None:
+    """Queue the kernel on PyTorch's current stream."""
+    if not n_elements:
+        return
+    cuda, index = _cuda(), data.get_device()
+    gpu = cuda.OPEN.get(index) or cuda.backend_of(data).gpu
+    blocks = data if data.is_contiguous() else data.contiguous()
+    arguments = blocks.data_ptr(), n_elements, out
+    # Asking the driver for the current context takes a fifth of the time of a launch; PyTorch knows its device.
+    if index in _this_thread.gpus and torch._C._cuda_getDevice() == index:
+        with suppress(DeviceError):  # the program may have changed the context without PyTorch
+            cuda.launch_kernel(gpu, fmt, dtype, arguments, TORCH.current_stream(index))
+            return
+    with gpu.active():
+        cuda.launch_kernel(gpu, fmt, dtype, arguments, TORCH.current_stream(index))
+    _this_thread.gpus.add(index)
+
+
+def _dequantize(data: Tensor, format: str, dtype: torch.dtype) -> Tensor:
+    fmt, name = _format(format), DTYPES.get(dtype)
+    if name is None or fmt.decode is None:
+        _check_dtype(fmt, dtype)
+    out = data.new_empty(result_shape(data, fmt), dtype=dtype)
+    if name is not None and fmt.decode is not None and data.is_cuda:
+        _launch(data, fmt, name, out.numel(), out.data_ptr())
+    else:
+        _write(data, fmt, out)
+    return out
+
+
+def check_same_device(data: Tensor, out: Tensor) -> None:
+    """Raise OutputError if `out` is on a device other than `data`."""
+    if out.device != data.device:
+        raise OutputError(f"out is on {out.device}, but data is on {data.device}; pass tensors on the same device")
+
+
+def _dequantize_out(data: Tensor, format: str, *, out: Tensor) -> None:
+    fmt = _format(format)
+    _check_dtype(fmt, out.dtype)
+    if out.numel() != data.numel() // fmt.type_size * fmt.block_size:
+        raise OutputError(f"out has {out.numel()} elements, the result has {fmt.n_elements(data.numel())}")
+    if not out.is_contiguous():
+        raise OutputError("out is not contiguous; pass a contiguous tensor")
+    check_same_device(data, out)
+    _write(data, fmt, out)
+    if out.is_cuda:
+        TORCH.written(out)
+
+
+def _get_rows(data: Tensor, indices: Tensor, format: str, dtype: torch.dtype) -> Tensor:
+    rows = data.index_select(0, indices.reshape(-1))
+    return _dequantize(rows, format, dtype).view(*indices.shape, result_shape(data, _format(format))[-1])
+
+
+def _linear(input: Tensor, weight: Tensor, format: str, bias: Tensor | None) -> Tensor:
+    if torch.is_autocast_enabled(input.device.type):
+        with torch.autocast(input.device.type, enabled=False):
+            return _linear(input, weight, format, bias)
+    fmt = _format(format)
+    if weight.numel() // fmt.type_size * fmt.block_size <= PIECE:
+        return torch.nn.functional.linear(input, _values(weight, format, input.dtype, _dequantize), bias)
+    out = input.new_empty(*input.shape[:-1], weight.shape[0])
+    for rows in _pieces(weight, format):
+        values = _values(weight[rows], format, input.dtype, _dequantize)
+        out[..., rows] = torch.nn.functional.linear(input, values, None if bias is None else bias[rows])
+    return out
+
+
+def _pieces(weight: Tensor, format: str) -> list[slice]:
+    """The rows of a weight, in pieces of at most `PIECE` elements."""
+    n_rows, n_columns = result_shape(weight, _format(format))
+    step = max(PIECE // max(n_columns, 1), 1)
+    return [slice(first, min(first + step, n_rows)) for first in range(0, n_rows, step)] or [slice(0, 0)]
+
+
+def _values(weight: Tensor, format: str, dtype: torch.dtype, dequantize: Callable[..., Tensor]) -> Tensor:
+    """The values of a weight as any floating-point dtype."""
+    return dequantize(weight, format, dtype) if dtype in DTYPES else dequantize(weight, format, torch.float32).to(dtype)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, ctx.format, _ = inputs
+    ctx.save_for_backward(weight)
+    ctx.dtype = input.dtype
+
+
+def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
+    (weight,) = ctx.saved_tensors
+    of_input = of_bias = None
+    if ctx.needs_input_grad[0]:
+        # As an operator, because this may be traced.
+        dequantize = OPERATORS.dequantize.default
+        for rows in _pieces(weight, ctx.format):
+            part = gradient[..., rows] @ _values(weight[rows], ctx.format, ctx.dtype, dequantize)
+            of_input = part if of_input is None else of_input + part
+    if ctx.needs_input_grad[3]:
+        of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+    return of_input, None, None, of_bias
+
+
+def _dequantize_fake(data: Tensor, format: str, dtype: torch.dtype) -> Tensor:
+    return data.new_empty(result_shape(data, _format(format)), dtype=dtype)
+
+
+def _dequantize_out_fake(data: Tensor, format: str, *, out: Tensor) -> None:
+    pass
+
+
+def _get_rows_fake(data: Tensor, indices: Tensor, format: str, dtype: torch.dtype) -> Tensor:
+    return data.new_empty([*indices.shape, result_shape(data, _format(format))[-1]], dtype=dtype)
+
+
+def _linear_fake(input: Tensor, weight: Tensor, format: str, bias: Tensor | None) -> Tensor:
+    return input.new_empty([*input.shape[:-1], weight.shape[0]])
+
+
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("dequantize", _dequantize, _key)
+    LIBRARY.impl("dequantize.out", _dequantize_out, _key)
+    LIBRARY.impl("get_rows", _get_rows, _key)
+    LIBRARY.impl("linear", _linear, _key)
+
+torch.library.register_fake("numba_dequant::dequantize", _dequantize_fake, lib=LIBRARY)
+torch.library.register_fake("numba_dequant::dequantize.out", _dequantize_out_fake, lib=LIBRARY)
+torch.library.register_fake("numba_dequant::get_rows", _get_rows_fake, lib=LIBRARY)
+torch.library.register_fake("numba_dequant::linear", _linear_fake, lib=LIBRARY)
+torch.library.register_autograd(
+    "numba_dequant::linear", _linear_backward, setup_context=_save_for_backward, lib=LIBRARY
+)
+
+OPERATORS = torch.ops.numba_dequant
