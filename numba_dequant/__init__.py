@@ -1,6 +1,6 @@
 """Dequantize the blocks of GGUF files on an NVIDIA GPU or on the CPU."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numba_dequant.api import dequantize, dequantize_many, prepare_many
 from numba_dequant.backends.batch import Batch
@@ -27,6 +27,9 @@ from numba_dequant.loading.requests import QuantizedTensor
 from numba_dequant.model import Model, load, open, release_buffers
 from numba_dequant.version import VERSION
 
+if TYPE_CHECKING:
+    from numba_dequant.integrations import accelerate
+
 __version__ = VERSION
 
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "ShapeError",
     "TensorNotFoundError",
     "UnknownFormatError",
+    "accelerate",
     "dequantize",
     "dequantize_many",
     "explain",
@@ -71,9 +75,13 @@ del _each
 
 
 def __getattr__(name: str) -> Any:
-    # The CUDA packages are slow to import, and are needed only with a GPU.
+    # The CUDA packages are slow to import, and are needed only with a GPU; few programs call `accelerate`.
     if name == "DeviceTensor":
         from numba_dequant.backends.device_tensor import DeviceTensor
 
         return DeviceTensor
+    if name == "accelerate":
+        from numba_dequant.integrations import accelerate
+
+        return accelerate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
