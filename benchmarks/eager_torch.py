@@ -89,8 +89,11 @@ def iq4_xs(d, scales_h, scales_l, qs):
     return (d * centred(scales, 32))[:, :, None] * lookup(IQ4, unpack(qs.unflatten(1, (8, 16)), 4).flatten(2))
 
 
-def dequantizer(name, values):
-    """Make a dequantizer of a function from the fields of blocks, of which float16 ones come as float32, to values."""
+def dequantizer(name, values, compute=None):
+    """Make a dequantizer of a function from the fields of blocks to values.
+
+    The float16 fields come as `compute`; None means the output type.
+    """
     # Fields of words come as bytes: PyTorch has few operations on uint16.
     types = {"float16": torch.float16, "int8": torch.int8}
     cuts = {
@@ -100,7 +103,7 @@ def dequantizer(name, values):
 
     def dequantize(blocks, dtype):
         fields = {field: blocks[:, place].view(kind) for field, (place, kind) in cuts.items()}
-        fields |= {field: stored.float() for field, stored in fields.items() if stored.is_floating_point()}
+        fields |= {field: stored.to(compute or dtype) for field, stored in fields.items() if stored.is_floating_point()}
         return values(**fields).flatten(1).to(dtype)
 
     return dequantize
@@ -126,5 +129,11 @@ VALUES = {
 }
 
 DEQUANTIZERS: dict[str, Callable[[torch.Tensor, torch.dtype], torch.Tensor]] = {
-    name: dequantizer(name, values) for name, values in VALUES.items()
+    name: dequantizer(name, values, torch.float32) for name, values in VALUES.items()
 }
+
+PEERS: dict[str, Callable[[torch.Tensor, torch.dtype], torch.Tensor]] = {
+    name: dequantizer(name, VALUES[name], torch.float16)
+    for name in ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
+}
+"""The formats of ComfyUI-GGUF and diffusers, which compute in float16."""

@@ -2,8 +2,8 @@
 
 python benchmarks/report.py [benchmarks/results]
 
-It fills the marked parts of README.md and benchmarks/README.md, and draws the charts. Formats come from the registry,
-figures of other systems from results/peers.json.
+It fills the marked parts of README.md, benchmarks/README.md and docs/programs.md, and draws the charts. Formats come
+from the registry, figures of other systems from results/peers.json, errors from results/accuracy.json.
 """
 
 import json
@@ -12,83 +12,25 @@ import statistics
 import sys
 from pathlib import Path
 
+from report_torch import operators, stacks, transformers
+from tables import Results, factor, machine_line, spread, spread_note, table
+
 import numba_dequant as nd
 from numba_dequant.dtypes import NAMES as DTYPES
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-RUNS = {"loading": "h100-loading.json", "steps": "h100-steps.json"}
+RUNS = {
+    "loading": "h100-loading.json",
+    "steps": "h100-steps.json",
+    "operators": "h100-torch.json",
+    "stacks": "h100-torch.json",
+}
 """Result files of parts that are measured in a separate run."""
 PEERS = json.loads((HERE / "results" / "peers.json").read_text())
-
-
-WIDE = 0.1
-"""The spread above which a page adds a warning."""
-
-
-def _times(stats):
-    """The median of the readings, their quartiles and their spread; None if there are too few readings."""
-    is_known = stats["rounds"] > 2
-    return {
-        "seconds": stats["median"],
-        "quartiles": (stats["q1"], stats["q3"]) if is_known and "q1" in stats else None,
-        "spread": stats["iqr"] / stats["median"] if is_known else None,
-    }
-
-
-class Results:
-    """The results of one run, by test and parameters."""
-
-    def __init__(self, path):
-        content = json.loads(path.read_text())
-        self.machine = content["machine_info"]
-        self.entries = []
-        for entry in content["benchmarks"]:
-            test = entry["name"].partition("[")[0]
-            self.entries.append((test, entry["params"] or {}, entry["extra_info"] | _times(entry["stats"])))
-
-    def of(self, test, **parameters):
-        """The results of a test with these parameters, in order of measurement."""
-        wanted = parameters.items()
-        return [(params, info) for name, params, info in self.entries if name == test and params.items() >= wanted]
-
-    @property
-    def formats(self):
-        """The formats whose kernels were measured."""
-        return [parameters["name"] for parameters, _ in self.of("test_kernel", dtype="float16", mapping="tile")]
-
-    def one(self, test, **parameters):
-        """The result of a test with these parameters, or None."""
-        return next((info for _, info in self.of(test, **parameters)), None)
-
-
-def table(head, rows):
-    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
-
-
-def _spread(info):
-    return None if info["spread"] is None else f"{info['spread']:.1%}"
-
-
-def _spread_note(infos):
-    """A sentence on the spread of the readings of a table."""
-    spreads = [info["spread"] for info in infos if info["spread"] is not None]
-    if not spreads:
-        return "There are too few readings to show their spread."
-    n_wide = sum(spread > WIDE for spread in spreads)
-    where = f"at most {max(spreads):.1%}" if len(spreads) > 1 else _spread({"spread": spreads[0]})
-    note = (
-        f"Spread: the distance between the quartiles of the readings, as a share of their median. It is {where} here."
-    )
-    if n_wide:
-        over = f", and over {WIDE:.0%} for {n_wide} of {len(spreads)}" if len(spreads) > 1 else ""
-        note = f"{note[:-1]}{over}: a difference smaller than the spread says nothing."
-    return note
-
-
-def _factor(number):
-    return f"{number:.2f}" if number < 10 else f"{number:,.0f}"
+ACCURACY = RESULTS / "accuracy.json"
+"""What accuracy.py has measured."""
+PROGRAMS = HERE.parent / "docs" / "programs.md"
 
 
 def formats(results):
@@ -102,16 +44,7 @@ def formats(results):
 
 
 def machine(results):
-    return _machine(results, f"device copy {results.one('test_device_copy')['GB/s']:.0f} GB/s")
-
-
-def _machine(results, copy):
-    found = results.machine
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return (
-        f"{found['gpu']}, driver for {found['driver']}, {copy}; {found['cpu']}; "
-        f"Python {found['python']}, {versions}. `{found['command']}`"
-    )
+    return machine_line(results, f"device copy {results.one('test_device_copy')['GB/s']:.0f} GB/s")
 
 
 def loading(results):
@@ -124,9 +57,9 @@ def loading(results):
         theirs = results.one("test_load_gpu", name=name, way="safetensors")
         file = f"FP16, {info['values'] / 1e9:.3g} GB" if way == "safetensors" else f"{info['file_bytes'] / 1e9:.3g} GB"
         quartiles = info["quartiles"] and " to ".join(f"{1e3 * seconds:,.1f}" for seconds in info["quartiles"])
-        numbers = [f"{1e3 * info['seconds']:,.1f}", quartiles, _spread(info)]
+        numbers = [f"{1e3 * info['seconds']:,.1f}", quartiles, spread(info)]
         numbers += [f"{info['GB/s']:.3g}", f"{info['share']:.1%}"]
-        numbers += [f"{info['values'] / info['seconds'] / 1e9:.3g}", _factor(theirs["seconds"] / info["seconds"])]
+        numbers += [f"{info['values'] / info['seconds'] / 1e9:.3g}", factor(theirs["seconds"] / info["seconds"])]
         rows.append([f"like {name} {mix}, {file}", way, *numbers])
     opened, theirs = (results.one("test_open", way=way)["seconds"] for way in ("ours", "gguf-py"))
     split = results.one("test_open_split")["seconds"]
@@ -135,13 +68,13 @@ def loading(results):
     peaks = [info for _, info in results.of("test_memory")]
     host = " and ".join(f"{info['host MiB']:.0f} MiB for a file of {info['bytes'] / 1e9:.3g} GB" for info in peaks)
     notes = f"""\
-* {_spread_note([info for _, info in found])}
-* Opening a file with 262 144 tokens takes {1e3 * opened:.1f} ms, and gguf-py {theirs:.1f} s: {_factor(theirs / opened)}
+* {spread_note([info for _, info in found])}
+* Opening a file with 262 144 tokens takes {1e3 * opened:.1f} ms, and gguf-py {theirs:.1f} s: {factor(theirs / opened)}
   times as long. Opening a model in 200 files takes {1e3 * split:.0f} ms.
 * A file that is not in the page cache is loaded at {cold["GB/s"]:.2f} GB/s: {cold["share"]:.1%} of what
-  `dd` reads, in turn with it; the spread is {_spread(cold)}.
+  `dd` reads, in turn with it; the spread is {spread(cold)}.
 * Peak of host memory: {host}; of the GPU's, beyond what is loaded: {max(info["GPU MiB"] for info in peaks):.0f} MiB."""
-    return "\n\n".join([table(head, rows), notes, _machine(results, f"copy from pinned memory {bus:.1f} GB/s")])
+    return "\n\n".join([table(head, rows), notes, machine_line(results, f"copy from pinned memory {bus:.1f} GB/s")])
 
 
 def speed(results):
@@ -166,7 +99,7 @@ def speed(results):
                 f"{block['GB/s']:.0f}",
             ]
         )
-    return "\n\n".join([table(head, rows), _spread_note(info for _, info in results.of("test_kernel"))])
+    return "\n\n".join([table(head, rows), spread_note(info for _, info in results.of("test_kernel"))])
 
 
 def kernels(results):
@@ -180,16 +113,16 @@ def kernels(results):
             )
             row += [f"{tile['GB/s']:.0f}", f"{tile['roof GB/s']:.0f}", f"{block['GB/s']:.0f}"]
         rows.append(row)
-    return "\n\n".join([table(head, rows), _spread_note(info for _, info in results.of("test_kernel"))])
+    return "\n\n".join([table(head, rows), spread_note(info for _, info in results.of("test_kernel"))])
 
 
 def steps(results):
     found = results.of("test_step")
     rows = [[parameters["step"], f"{info['GB/s']:.0f}", f"{info['share']:.1%}"] for parameters, info in found]
     roofline = f"roofline {found[0][1]['roof GB/s']:.0f} GB/s"
-    note = _spread_note(info for _, info in found)
+    note = spread_note(info for _, info in found)
     return "\n\n".join(
-        [table(["Q8_0 to FP16", "GB/s", "share of the roofline"], rows), note, _machine(results, roofline)]
+        [table(["Q8_0 to FP16", "GB/s", "share of the roofline"], rows), note, machine_line(results, roofline)]
     )
 
 
@@ -204,10 +137,10 @@ def models(results):
             )
             clock = "GPU" if test == "test_gpu" else "host"
             seconds = info["seconds"]
-            numbers = [f"{info['us per tensor']:.3g}", _factor(1 / info["share"])]
-            rows.append([parameters["model"], f"`{way}`", clock, f"{1e6 * seconds:.0f}", _spread(info), *numbers])
+            numbers = [f"{info['us per tensor']:.3g}", factor(1 / info["share"])]
+            rows.append([parameters["model"], f"`{way}`", clock, f"{1e6 * seconds:.0f}", spread(info), *numbers])
             infos.append(info)
-    return "\n\n".join([table(head, sorted(rows, key=lambda row: row[0], reverse=True)), _spread_note(infos)])
+    return "\n\n".join([table(head, sorted(rows, key=lambda row: row[0], reverse=True)), spread_note(infos)])
 
 
 def sizes(results):
@@ -225,14 +158,14 @@ def sizes(results):
             numbers = [f"{1e6 * info['seconds']:.1f}", f"{info['ps per element']:.3g}", f"{info['GB/s']:.0f}", roofline]
             row += numbers
         rows.append(row)
-    return "\n\n".join([table(head, rows), _spread_note(info for _, info in results.of("test_size"))])
+    return "\n\n".join([table(head, rows), spread_note(info for _, info in results.of("test_size"))])
 
 
 def start(results):
     warm = results.one("test_warm_start")
     parts = [[part, f"{warm[part]:.1f}"] for part in warm if part not in ("seconds", "quartiles", "spread")]
     whole = ["the whole process, with Python's own start and end", f"{1e3 * warm['seconds']:.0f}"]
-    return "\n\n".join([table(["a new process, kernels in the cache", "ms"], [*parts, whole]), _spread_note([warm])])
+    return "\n\n".join([table(["a new process, kernels in the cache", "ms"], [*parts, whole]), spread_note([warm])])
 
 
 def compiling(results):
@@ -257,8 +190,8 @@ def launches(results):
         "numba": "the plain Numba way: `kernels.jit('Q4_K')[...](...)`",
     }
     found = results.of("test_launch")
-    rows = [[names[each["way"]], f"{1e6 * info['seconds']:.1f}", _spread(info)] for each, info in found]
-    note = _spread_note(info for _, info in found)
+    rows = [[names[each["way"]], f"{1e6 * info['seconds']:.1f}", spread(info)] for each, info in found]
+    note = spread_note(info for _, info in found)
     return "\n\n".join([table(["one call, nothing awaited", "us", "spread"], rows), note])
 
 
@@ -266,14 +199,14 @@ def cpu(results):
     rows = []
     for parameters, ours in results.of("test_cpu"):
         theirs = results.one("test_gguf_py", **parameters)
-        row = [parameters["name"], f"{ours['GB/s']:.1f}", _spread(ours)]
+        row = [parameters["name"], f"{ours['GB/s']:.1f}", spread(ours)]
         row += (
-            [f"{theirs['GB/s']:.2f}", _spread(theirs), f"{ours['GB/s'] / theirs['GB/s']:.0f}"] if theirs else [None] * 3
+            [f"{theirs['GB/s']:.2f}", spread(theirs), f"{ours['GB/s'] / theirs['GB/s']:.0f}"] if theirs else [None] * 3
         )
         rows.append(row)
     found = [info for test in ("test_cpu", "test_gguf_py") for _, info in results.of(test)]
     head = ["format", f"GB/s, {found[0]['threads']} threads", "spread", "gguf-py, GB/s", "spread", "ratio"]
-    return "\n\n".join([table(head, rows), _spread_note(found)])
+    return "\n\n".join([table(head, rows), spread_note(found)])
 
 
 def peers(results):
@@ -288,9 +221,46 @@ def peers(results):
     return f"On one {PEERS['machine']}; {PEERS['unit']}.\n\n" + "\n".join(lines) + f"\n\n{figures}"
 
 
+def accuracy(results):
+    return accuracy_table(json.loads(ACCURACY.read_text()))
+
+
+def accuracy_table(found):
+    head, rows = ["format"], []
+    for way in next(iter(found["errors"].values())):
+        head += [f"{way}: error"] if way.endswith(", exact") else [f"{way}: error", "differ"]
+    for name, errors in found["errors"].items():
+        row = [name]
+        for way, (error, share) in errors.items():
+            row.append(f"{error:.1e}")
+            if not way.endswith(", exact"):
+                row.append(f"{share:.0%}")
+            elif share:
+                raise ValueError(f"{name}, {way}: not rounded correctly")
+        rows.append(row)
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"{table(head, rows)}\n\n{versions}. `{found['command']}`"
+
+
 PARTS = {
     HERE.parent / "README.md": (formats, machine, speed, models),
-    HERE / "README.md": (machine, kernels, steps, sizes, models, loading, start, compiling, launches, cpu, peers),
+    HERE / "README.md": (
+        machine,
+        kernels,
+        steps,
+        sizes,
+        models,
+        loading,
+        start,
+        compiling,
+        launches,
+        cpu,
+        peers,
+        operators,
+        stacks,
+        transformers,
+    ),
+    PROGRAMS: (accuracy,),
 }
 
 

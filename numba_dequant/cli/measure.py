@@ -230,7 +230,8 @@ def _in_one(n_bytes: int, count: int, gpu: Gpu) -> list[DeviceBytes]:
 
 def machine(device: Device | None = None) -> dict[str, Any]:
     """A description of the machine: the GPU, the driver and the versions of packages."""
-    packages = ("numba", "numba-cuda", "cuda-core", "llvmlite", "nvidia-nvvm", "numpy", "gguf", "torch", "safetensors")
+    ours = "numba", "numba-cuda", "cuda-core", "llvmlite", "nvidia-nvvm", "numpy", "gguf"
+    packages = (*ours, "torch", "safetensors", "transformers")
     versions = {"numba-dequant": VERSION}
     for package in packages:
         try:
