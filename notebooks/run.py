@@ -6,8 +6,10 @@ python notebooks/run.py --check    # save nothing; fail if a cell fails or warns
 
 import argparse
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
+from queue import Empty
 
 import gallery
 import nbformat
@@ -17,10 +19,39 @@ HERE = Path(__file__).parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
+class Client(NotebookClient):
+    """A client that looks for replies once a second.
+
+    While it waits, it sends messages to interactive widgets on the same socket. That may swallow the only notice of a
+    reply, and the client would wait until its timeout.
+    """
+
+    async def async_start_new_kernel_client(self):
+        client = await super().async_start_new_kernel_client()
+        client.shell_channel.get_msg = in_slices(client.shell_channel.get_msg)
+        return client
+
+
+def in_slices(get_message):
+    """`get_message` with a timeout, called with timeouts of at most a second until that one is over."""
+
+    async def sliced(timeout):
+        end = time.monotonic() + timeout
+        while True:
+            left = end - time.monotonic()
+            try:
+                return await get_message(timeout=max(0, min(left, 1)))
+            except Empty:
+                if left <= 1:
+                    raise
+
+    return sliced
+
+
 def run(path):
     """The notebook with new outputs, and what its cells wrote to stderr."""
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(HERE)}}).execute()
+    Client(notebook, timeout=300, resources={"metadata": {"path": str(HERE)}}).execute()
     complaints = []
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
