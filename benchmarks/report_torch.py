@@ -15,6 +15,7 @@ def operators(results: Results) -> str:
     """Every format: the operator beside the bare kernel and the arithmetic of programs."""
     head = ["format", "elements", "us", "of the bare kernel", "share of the roofline"]
     head += ["eager, us", "times ours", "bytes per value", "not exactly rounded", "compiled, us", "times ours"]
+    head += ["transformers, us", "times ours", "bytes per value", "not exactly rounded"]
     rows = []
     found = results.of("test_operator")
     for parameters, info in found:
@@ -29,6 +30,12 @@ def operators(results: Results) -> str:
             row += [_us(compiled), f"{compiled['seconds'] / info['seconds']:.1f}"]
         else:
             row += [None] * 6
+        theirs = results.one("test_transformers", **parameters)
+        if theirs:
+            row += [_us(theirs), f"{theirs['seconds'] / info['seconds']:.1f}", f"{theirs['peak bytes per value']:.1f}"]
+            row += [f"{theirs['not exactly rounded']:.0%}"]
+        else:
+            row += [None] * 4
         rows.append(row)
     extra = max(info["extra bytes"] for _, info in found)
     ratios = [info["seconds"] / info["kernel s"] for _, info in found]
@@ -40,7 +47,8 @@ def operators(results: Results) -> str:
         [f"`{each['name']}`", each["core"], _us(info), spread(info)] for each, info in results.of("test_host_time")
     ]
     host = table(["one call, nothing awaited", "core", "host time, us", "spread"], sorted(calls))
-    spreads = spread_note(info for _, info in found)
+    measured = ("test_operator", "test_arithmetic_of_programs", "test_transformers")
+    spreads = spread_note([info for test in measured for _, info in results.of(test)])
     return "\n\n".join([table(head, rows), note, spreads, host, machine_line(results)])
 
 

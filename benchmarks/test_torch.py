@@ -111,6 +111,31 @@ def test_arithmetic_of_programs(benchmark, gpu, name, n_elements, way):
     }
 
 
+@ON_GPU
+@pytest.mark.parametrize("n_elements", SIZES)
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_transformers(benchmark, gpu, name, n_elements):
+    """The function of transformers itself, for the formats that it has."""
+    theirs = pytest.importorskip("transformers.integrations.gguf.dequant", exc_type=ImportError)
+    number = nd.FORMATS[name].ggml_id
+    if number not in theirs.GGML_BLOCK:
+        pytest.skip(f"transformers has no {name}")
+    data = blocks_of(name, n_elements).view(-1)
+    part = data[: 4096 * nd.FORMATS[name].type_size]
+    found = theirs.dequantize(part, number, torch.float16).float()
+    exact = nt.dequantize(part, name, torch.float32)
+    peak = peak_bytes(lambda: theirs.dequantize(data, number, torch.float16))
+    gpu.clock.head_start = 8
+    benchmark.pedantic(theirs.dequantize, (data, number, torch.float16), rounds=11, iterations=1, warmup_rounds=2)
+    gpu.clock.head_start = 1
+    note(benchmark, data.numel() + 2 * n_elements, elements=n_elements)
+    benchmark.extra_info |= {
+        "peak bytes per value": peak / n_elements,
+        "not exactly rounded": float((found != exact.half().float()).float().mean()),
+        "error": float((found - exact).norm() / exact.norm()),
+    }
+
+
 CALLS = {
     "dequantize": lambda data, x, indices, out: nt.dequantize(data, "Q4_K", torch.float16),
     "dequantize out": lambda data, x, indices, out: nt.dequantize(data, "Q4_K", out=out),
