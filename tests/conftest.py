@@ -1,5 +1,6 @@
 import gc
 import os
+import signal
 
 import pytest
 
@@ -25,6 +26,13 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {problem}"))
     # What takes long comes first: other processes then have something to do until it ends.
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def listen_to_ctrl_c():
+    """Python does not, where a shell has started the tests in the background."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

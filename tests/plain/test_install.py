@@ -107,6 +107,8 @@ needed = []
 for module in pkgutil.walk_packages(numba_dequant.__path__, "numba_dequant."):
     if module.name.endswith("__main__"):
         continue
+    if module.name.startswith(("numba_dequant.torch", "numba_dequant.integrations.")):
+        continue  # they need PyTorch and the programs
     try:
         importlib.import_module(module.name)
     except (ImportError, numba_dequant.DeviceError):
