@@ -60,6 +60,12 @@ def empty_store(tmp_path, monkeypatch):
     cpu._compile.cache_clear()
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where tests of PyTorch and of programs compute."""
+    return request.param
+
+
 @pytest.fixture(params=[1, 3])
 def threads(request):
     return request.param

@@ -143,13 +143,13 @@ def test_dequantize_is_exact_in_each_dtype(accelerated, dtype):
 @needs_packed_layers
 @pytest.mark.parametrize("rows", [1, 8, 9])
 @pytest.mark.parametrize("name", [*KNOWN, *NEW])
-def test_linear_layer(accelerated, name, rows):
+def test_linear_layer(accelerated, name, rows, device):
     from transformers.integrations.gguf.utils import GgufLinear
 
     layer = GgufLinear(512, 48, FORMATS[name].ggml_id, bias=True)
     layer.weight.data = torch.from_numpy(finite_blocks(name, 48, 512))
     layer.bias.data = torch.randn(48)
-    x = torch.randn(rows, 512)
+    layer, x = layer.to(device), torch.randn(rows, 512, device=device)
     expected = torch.nn.functional.linear(x, values_of(layer.weight, name), layer.bias)
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
     assert layer(x.half()).dtype is torch.float16
@@ -161,7 +161,7 @@ def values_of(blocks, name):
 
 @needs_packed_layers
 @pytest.mark.parametrize("n", [1, 3, 20])
-def test_experts(accelerated, n):
+def test_experts(accelerated, n, device):
     """Fewer pairs than experts, and more."""
     from transformers.integrations.gguf.utils import GgufExperts
 
@@ -180,20 +180,21 @@ def test_experts(accelerated, n):
             gate, up = (gate_up[ids[row, column]] @ x[row]).chunk(2)
             expected[row] += weights[row, column] * (down[ids[row, column]] @ (torch.nn.SiLU()(gate) * up))
     scale = expected.abs().max().item()
-    torch.testing.assert_close(layer(x, ids, weights), expected, rtol=1e-4, atol=1e-5 * scale)
+    found = layer.to(device)(x.to(device), ids.to(device), weights.to(device)).cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * scale)
 
 
 @needs_packed_layers
-def test_layers_compile_to_one_graph(accelerated):
+def test_layers_compile_to_one_graph(accelerated, device):
     from transformers.integrations.gguf.utils import GgufEmbedding, GgufLinear
 
     embedding, linear = GgufEmbedding(100, 256, FORMATS["Q6_K"].ggml_id), GgufLinear(256, 48, FORMATS["Q5_0"].ggml_id)
     embedding.weight.data = torch.from_numpy(finite_blocks("Q6_K", 100, 256))
     linear.weight.data = torch.from_numpy(finite_blocks("Q5_0", 48, 256))
-    model = torch.nn.Sequential(embedding, linear)
+    model = torch.nn.Sequential(embedding, linear).to(device)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for tokens in (torch.arange(3), torch.arange(20), torch.arange(30)):
-        assert torch.equal(compiled(tokens), model(tokens))
+        assert torch.equal(compiled(tokens.to(device)), model(tokens.to(device)))
 
 
 def test_unknown_version_is_refused(monkeypatch):
