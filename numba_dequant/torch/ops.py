@@ -155,6 +155,9 @@ def _dequantize_out(data: Tensor, format: str, *, out: Tensor) -> None:
     if not out.is_contiguous():
         raise OutputError("out is not contiguous; pass a contiguous tensor")
     check_same_device(data, out)
+    first, start = data.data_ptr(), out.data_ptr()
+    if first < start + out.nbytes and start < first + data.nbytes:
+        raise OutputError("out shares memory with data; pass another tensor")
     _write(data, fmt, out)
     if out.is_cuda:
         TORCH.written(out)

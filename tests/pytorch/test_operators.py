@@ -129,6 +129,15 @@ def test_an_operator_that_is_called_directly_checks_too(device):
         OPERATORS.dequantize(blocks, "Q4_K", out=torch.empty(4, 512, dtype=torch.int32, device=device))
 
 
+def test_out_that_shares_memory_with_data(device):
+    memory = torch.zeros(4096, dtype=torch.uint8, device=device)
+    blocks = memory[:34]
+    with pytest.raises(nd.OutputError, match="out shares memory with data"):
+        nt.dequantize(blocks, "Q8_0", out=memory[32:96].view(torch.float16))
+    assert nt.dequantize(blocks, "Q8_0", out=memory[64:128].view(torch.float16)).shape == (32,)
+    assert not memory.any()
+
+
 class Lying(torch.Tensor):
     """As ComfyUI-GGUF's tensors: `shape` is that of the values."""
 
