@@ -1,3 +1,4 @@
+import importlib
 import pickle
 import subprocess
 import sys
@@ -161,3 +162,11 @@ def test_what_is_pickled_goes_by_its_public_name():
         written = pickle.dumps(thing)
         assert f"cnumba_dequant\n{type(thing).__name__}\n".encode() in pickle.dumps(thing, protocol=0)
         assert type(pickle.loads(written)) is type(thing)
+
+
+def test_without_pytorch_its_module_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("numba_dequant.torch")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match=r"needs PyTorch; install it with: pip install numba_dequant\[torch\]"):
+        importlib.import_module("numba_dequant.torch")
