@@ -164,7 +164,9 @@ def load_model(
 
     Raises:
         ShapeError: a tensor has a shape other than the parameter. Nothing has been read or changed.
-        OptionError, DtypeError: an argument is wrong. Nothing has been read or changed.
+        OptionError: `names` gives two tensors to one parameter, or an argument is wrong. Nothing has been read or
+            changed.
+        DtypeError: `dtype` is not an output type. Nothing has been read or changed.
         GgufError, ReadError: the file is damaged or cannot be read. Nothing has been changed.
     """
     file, kept = open_model(path), flag_option("keep_quantized", keep_quantized)
@@ -174,12 +176,19 @@ def load_model(
     places = _places(model)
     unexpected: list[str] = []
     matched: dict[str, _Place] = {}
+    taken: dict[int, str] = {}
     for tensor in file.tensors.values():
         place = places.get(translate(tensor.name) or "")
         if place is None:
             unexpected.append(tensor.name)
             continue
         _check_shape(tensor, place)
+        other = taken.setdefault(id(place), tensor.name)
+        if other != tensor.name:
+            raise OptionError(
+                f"tensors {other!r} and {tensor.name!r} are for the same parameter; give them different names, "
+                "leave one out, or untie the parameters of the module"
+            )
         matched[tensor.name] = place
     loaded: dict[str, Tensor] = {}
     for device in {place.device for place in matched.values()}:
@@ -191,8 +200,7 @@ def load_model(
         loaded |= _load(file, wanted, device)
     for name, place in matched.items():
         _replace(place, loaded[name], file.tensors[name].format.name, dtype)
-    filled = {id(place) for place in matched.values()}
-    missing = [name for name, place in places.items() if id(place) not in filled]
+    missing = [name for name, place in places.items() if id(place) not in taken]
     return missing, unexpected
 
 

@@ -170,7 +170,7 @@ def _resolve(qtype: Any, dtype: Any) -> tuple[str, torch.dtype]:
     return name, getattr(torch, FORMATS[name].result_dtype(output).name)
 
 
-_resolved_once = lru_cache(maxsize=1024)(_resolve)
+_resolved_once = lru_cache(maxsize=1024, typed=True)(_resolve)  # True is not the type 1
 
 
 @torch.compiler.assume_constant_result

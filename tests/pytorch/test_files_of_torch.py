@@ -189,7 +189,7 @@ def test_the_module_itself_is_a_layer(tmp_path):
     assert type(layer) is nt.QuantizedLinear
 
 
-@pytest.mark.parametrize("fault", ["shape", "cut", "names", "dtype"])
+@pytest.mark.parametrize("fault", ["shape", "cut", "names", "dtype", "two for one", "two for a tied one"])
 def test_a_failure_changes_nothing(path, fault):
     network = Network()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -203,8 +203,16 @@ def test_a_failure_changes_nothing(path, fault):
         error = nd.GgufError
     elif fault == "names":
         names, error = 5, nd.OptionError
-    else:
+    elif fault == "dtype":
         options, error = {"dtype": torch.int8}, nd.DtypeError
+    else:
+        network.twin = network.up if fault == "two for a tied one" else None
+        names["blk.0.down.weight"] = "twin.weight" if network.twin else "up.weight"
+        network.down = torch.nn.Linear(COLUMNS, 64, bias=False)
+        data = finite_blocks("Q8_0", 64, COLUMNS)
+        path = write_model(path, TENSORS | {"blk.0.down.weight": ("Q8_0", (64, COLUMNS), data)})
+        before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        error = nd.OptionError
     with pytest.raises(error):
         nt.load_model(network, path, names=names, **options)
     assert type(network.up) is torch.nn.Linear

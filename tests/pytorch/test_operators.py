@@ -64,6 +64,13 @@ def test_ways_to_name_a_format(qtype, device):
     assert torch.equal(found, nt.dequantize(blocks, "Q4_K", "float32"))
 
 
+def test_true_is_not_the_type_1():
+    blocks = torch.zeros(4, dtype=torch.uint8)
+    assert nt.dequantize(blocks, 1).shape == (2,)
+    with pytest.raises(nd.UnknownFormatError):
+        nt.dequantize(blocks, True)
+
+
 def test_the_default_dtype(device):
     blocks = blocks_of("Q8_0", device)
     before = torch.get_default_dtype()
