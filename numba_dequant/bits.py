@@ -168,6 +168,12 @@ def is_aligned(data: Any, start: int) -> bool:
     return bool((data.ctypes.data + start) % 16 == 0)
 
 
+def stop_unless(condition: bool) -> None:
+    """End a kernel with an error of the driver if an index is out of range."""
+    if not condition:
+        raise IndexError("an index is out of range")
+
+
 class LookupTable:
     """A constant table of signed integers for decodes; it must be a global of the module that uses it."""
 

@@ -74,8 +74,8 @@ class NumbaTarget:
     """Whether eight floats are loaded as one vector (`half_to_float` then takes a vector) or one by one."""
     store_alignment: int
     """Guaranteed alignment in bytes of a run of outputs."""
-    load_8_unaligned: Callable[[ir.IRBuilder, Any, Any], Any] | None = None
-    """(array address, byte offset) -> i64, if the target has no unaligned load of eight bytes."""
+    load_unaligned: Callable[[ir.IRBuilder, Any, Any, int], Any] | None = None
+    """(array address, byte offset, 4 or 8 bytes) -> i64, if the target has no unaligned loads."""
     registered: set[Callable[..., Any]] = field(default_factory=set)
     """Decodes and helpers that are registered with the target."""
 
@@ -110,8 +110,8 @@ def load_codegen(target: NumbaTarget, width: int, signed: bool) -> Codegen:
         integer = ir.IntType(8 * width)
         base = data_pointer(context, builder, signature.args[0], block)
         alignment = min(width, signature.args[0].dtype.bitwidth // 8)
-        if width == 8 and alignment == 1 and target.load_8_unaligned is not None:
-            return target.load_8_unaligned(builder, base, at)
+        if width >= 4 and alignment < 4 and target.load_unaligned is not None:
+            return target.load_unaligned(builder, base, at, width)
         item = builder.load(pointer_at(builder, base, at, integer), align=alignment)
         if target.loads_are_invariant:
             item.set_metadata("invariant.load", builder.module.add_metadata([]))
@@ -337,16 +337,9 @@ def register_primitive(
         return result(*(parameter or actual for parameter, actual in zip(kinds, given, strict=True))), codegen
 
     # Numba requires explicit parameters.
-    stand_in: Callable[..., Any]
-    if len(kinds) == 1:
-        one = target.intrinsic(lambda _, a: typed(a))
-        stand_in = lambda a: one(a)  # noqa: E731
-    elif len(kinds) == 2:
-        two = target.intrinsic(lambda _, a, b: typed(a, b))
-        stand_in = lambda a, b: two(a, b)  # noqa: E731
-    else:
-        four = target.intrinsic(lambda _, a, b, c, d: typed(a, b, c, d))
-        stand_in = lambda a, b, c, d: four(a, b, c, d)  # noqa: E731
+    names = ", ".join("abcdefgh"[: len(kinds)])
+    intrinsic = target.intrinsic(eval(f"lambda _, {names}: typed({names})", {"typed": typed}))  # noqa: S307
+    stand_in = eval(f"lambda {names}: intrinsic({names})", {"intrinsic": intrinsic})  # noqa: S307
     target.overload(function, strict=False)(lambda *given: stand_in)
 
 

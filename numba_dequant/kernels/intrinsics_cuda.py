@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from llvmlite import ir
@@ -18,9 +19,12 @@ GLOBAL_MEMORY = 1
 """Address space of tables. Constant memory is slow here, because the threads of a warp read different addresses."""
 
 
-def _instruction(builder: ir.IRBuilder, text: str, result: ir.Type, constraints: str, arguments: list[Any]) -> Any:
+def instruction(builder: ir.IRBuilder, text: str, result: ir.Type, constraints: str, arguments: list[Any]) -> Any:
+    """An instruction of PTX, whose result depends on its arguments alone."""
     function_type = ir.FunctionType(result, [argument.type for argument in arguments])
-    return builder.asm(function_type, text, constraints, arguments, side_effect=False)
+    call = builder.asm(function_type, text, constraints, arguments, side_effect=False)
+    call.attributes.add("readnone")  # otherwise, loads are not moved across it
+    return call
 
 
 def unsigned_bytes(builder: ir.IRBuilder, eight: Any) -> Any:
@@ -42,7 +46,7 @@ def centred_bytes(builder: ir.IRBuilder, eight: Any, centre: Any) -> Any:
     halves = [builder.trunc(eight, WORD), builder.trunc(builder.lshr(eight, LONG(32)), WORD)]
     result = ir.Constant(EIGHT_FLOATS, ir.Undefined)
     for lane in range(8):
-        raised = _permute(builder, halves[lane // 4], WORD(0x4B000000), WORD(0x7540 | lane % 4))
+        raised = permute(builder, halves[lane // 4], WORD(0x4B000000), WORD(0x7540 | lane % 4))
         value = builder.fsub(builder.bitcast(raised, FLOAT), bias)
         result = builder.insert_element(result, value, WORD(lane))
     return result
@@ -50,7 +54,7 @@ def centred_bytes(builder: ir.IRBuilder, eight: Any, centre: Any) -> Any:
 
 def half_to_float(builder: ir.IRBuilder, number: Any) -> Any:
     """i16 -> float."""
-    return _instruction(builder, "cvt.f32.f16 $0, $1;", FLOAT, "=f,h", [number])
+    return instruction(builder, "cvt.f32.f16 $0, $1;", FLOAT, "=f,h", [number])
 
 
 def round_to_fp16(builder: ir.IRBuilder, values: Any) -> Any:
@@ -64,28 +68,33 @@ def round_to_bf16(builder: ir.IRBuilder, values: Any) -> Any:
     return _round_pairs(builder, "cvt.rn.bf16x2.f32 $0, $2, $1;", values)
 
 
-def _round_pairs(builder: ir.IRBuilder, instruction: str, values: Any) -> Any:
+def _round_pairs(builder: ir.IRBuilder, text: str, values: Any) -> Any:
     words = ir.Constant(FOUR_WORDS, ir.Undefined)
     for k in range(4):
         pair = [builder.extract_element(values, WORD(2 * k + side)) for side in (0, 1)]
-        word = _instruction(builder, instruction, WORD, "=r,f,f", pair)
+        word = instruction(builder, text, WORD, "=r,f,f", pair)
         words = builder.insert_element(words, word, WORD(k))
     return words
 
 
-def load_8_unaligned(builder: ir.IRBuilder, base: Any, at: Any) -> Any:
-    """Load three aligned words and extract the eight bytes; this is faster than eight byte loads.
+def load_unaligned(builder: ir.IRBuilder, base: Any, at: Any, width: int) -> Any:
+    """Load the aligned words around 4 or 8 bytes and extract the bytes; this is faster than narrow loads.
 
     The array must be aligned to four bytes, with four readable bytes after its end.
     """
+    # Not `at & -4`: loads at constant distances then share the subtraction.
+    within = builder.and_(at, LONG(3))
+    first = builder.sub(at, within)
     words = [
-        builder.load(pointer_at(builder, base, builder.add(builder.and_(at, LONG(-4)), LONG(4 * k)), WORD))
-        for k in range(3)
+        builder.load(pointer_at(builder, base, builder.add(first, LONG(4 * k)), WORD), align=4)
+        for k in range(width // 4 + 1)
     ]
-    within = builder.and_(builder.trunc(at, WORD), WORD(3))
-    selectors = builder.add(builder.mul(within, WORD(0x1111)), WORD(0x3210))
-    low, high = (builder.zext(_permute(builder, words[k], words[k + 1], selectors), LONG) for k in range(2))
-    return builder.or_(low, builder.shl(high, LONG(32)))
+    shift = builder.mul(within, LONG(8))
+    parts = []
+    for low, high in pairwise(words):
+        both = builder.or_(builder.zext(low, LONG), builder.shl(builder.zext(high, LONG), LONG(32)))
+        parts.append(builder.and_(builder.lshr(both, shift), LONG(0xFFFFFFFF)))
+    return parts[0] if width == 4 else builder.or_(parts[0], builder.shl(parts[1], LONG(32)))
 
 
 def lookup_nibbles(builder: ir.IRBuilder, table: bits.LookupTable, eight: Any) -> Any:
@@ -101,14 +110,15 @@ def _lookup_four(builder: ir.IRBuilder, words: list[Any], nibbles: Any) -> Any:
     pairs = builder.and_(builder.or_(nibbles, builder.lshr(nibbles, WORD(4))), WORD(0x00FF00FF))
     selectors = builder.or_(pairs, builder.lshr(pairs, WORD(8)))
     within_half = builder.and_(selectors, WORD(0x7777))
-    below_8 = _permute(builder, words[0], words[1], within_half)
-    from_8 = _permute(builder, words[2], words[3], within_half)
+    below_8 = permute(builder, words[0], words[1], within_half)
+    from_8 = permute(builder, words[2], words[3], within_half)
     which_half = builder.and_(builder.lshr(selectors, WORD(1)), WORD(0x4444))
-    return _permute(builder, below_8, from_8, builder.or_(which_half, WORD(0x3210)))
+    return permute(builder, below_8, from_8, builder.or_(which_half, WORD(0x3210)))
 
 
-def _permute(builder: ir.IRBuilder, low: Any, high: Any, selectors: Any) -> Any:
-    return _instruction(builder, "prmt.b32 $0, $1, $2, $3;", WORD, "=r,r,r,r", [low, high, selectors])
+def permute(builder: ir.IRBuilder, low: Any, high: Any, selectors: Any) -> Any:
+    """Four of the eight bytes of two words."""
+    return instruction(builder, "prmt.b32 $0, $1, $2, $3;", WORD, "=r,r,r,r", [low, high, selectors])
 
 
 target = intrinsics.NumbaTarget(
@@ -128,7 +138,7 @@ target = intrinsics.NumbaTarget(
     loads_are_invariant=False,
     widens_eight_at_once=False,
     store_alignment=16,
-    load_8_unaligned=load_8_unaligned,
+    load_unaligned=load_unaligned,
 )
 intrinsics.register_primitives(target)
 
@@ -152,6 +162,12 @@ def _is_aligned(context: Any, builder: ir.IRBuilder, signature: Any, arguments: 
     return builder.icmp_unsigned("==", builder.and_(address, LONG(15)), LONG(0))
 
 
+def _stop_unless(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    with builder.if_then(builder.not_(arguments[0]), likely=False):
+        builder.asm(ir.FunctionType(ir.VoidType(), []), "trap;", "", [], side_effect=True)
+    return context.get_dummy_value()
+
+
 def _store_in_pairs(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
     """Store two neighbouring runs of eight float32 with two neighbouring threads.
 
@@ -160,7 +176,7 @@ def _store_in_pairs(context: Any, builder: ir.IRBuilder, signature: Any, argumen
     """
     out, index, values, _ = arguments
     words = builder.bitcast(values, EIGHT_WORDS)
-    lane = _instruction(builder, "mov.u32 $0, %laneid;", WORD, "=r", [])
+    lane = instruction(builder, "mov.u32 $0, %laneid;", WORD, "=r", [])
     odd = builder.and_(lane, WORD(1))
     is_odd = builder.icmp_unsigned("==", odd, WORD(1))
     pair = builder.shl(WORD(3), builder.and_(lane, WORD(30)))
@@ -187,3 +203,4 @@ intrinsics.register_primitive(
 )
 intrinsics.register_primitive(target, bits.copy_byte, types.none, (None, types.int64) * 2, _copy_codegen(BYTE, 1))
 intrinsics.register_primitive(target, bits.is_aligned, types.boolean, (None, types.int64), _is_aligned)
+intrinsics.register_primitive(target, bits.stop_unless, types.none, (types.boolean,), _stop_unless)

@@ -25,6 +25,6 @@ def test_on_the_cpu(name, itemsize):
 
 def test_every_primitive_has_its_case():
     """But for those of a kernel, which the kernels' tests cover: they copy, and exchange values between threads."""
-    of_kernels = {"copy_16_bytes", "copy_byte", "is_aligned", "store_float32_in_pairs", "helper"}
+    of_kernels = {"copy_16_bytes", "copy_byte", "is_aligned", "store_float32_in_pairs", "stop_unless", "helper"}
     there = {name for name, value in vars(bits).items() if inspect.isfunction(value) and not name.startswith("_")}
     assert there - of_kernels == {name for name in CASES if " " not in name} - {"arithmetic"}

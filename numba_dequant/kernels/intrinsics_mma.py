@@ -1,0 +1,228 @@
+"""The primitives of `halves.py` that many threads execute together, or that copy, on Numba's CUDA target.
+
+They need compute capability 8.0 or higher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+
+from numba_dequant import halves
+from numba_dequant.kernels import intrinsics
+from numba_dequant.kernels.intrinsics import BYTE, EIGHT, FLOAT, LONG, WORD, pointer_at
+from numba_dequant.kernels.intrinsics_cuda import FOUR_WORDS, instruction, target
+from numba_dequant.kernels.intrinsics_halves import HALVES, words_of
+from numba_dequant.kernels.numba_cuda import extending
+
+MMA_OF_SUMS = (
+    "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+)
+MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+
+
+class Sums(types.Type):
+    """The Numba type of the results of a thread, four for every 8 columns."""
+
+    def __init__(self, tiles: int) -> None:
+        self.tiles = tiles
+        super().__init__(f"Sums({tiles})")
+
+
+FOUR_NUMBERS: Any = getattr(types, "UniTuple")(types.float32, 4)  # noqa: B009 its stubs do not have it
+
+
+class _SumsModel(extending.core_models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, numba_type: Any) -> None:
+        super().__init__(manager, numba_type, ir.VectorType(FLOAT, 4 * numba_type.tiles))
+
+
+extending.register_model(Sums)(_SumsModel)
+
+
+def _no_sums(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    n_results = 4 * signature.return_type.tiles
+    return ir.Constant(ir.VectorType(FLOAT, n_results), [FLOAT(0)] * n_results)
+
+
+def _multiply(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    sums, upper, lower, x, at, step, _ = arguments
+    base = intrinsics.data_pointer(context, builder, signature.args[3], x)
+    above, below = words_of(builder, upper), words_of(builder, lower)
+    for tile in range(signature.args[0].tiles):
+        start = builder.add(at, builder.mul(step, LONG(tile)))
+        column = words_of(builder, builder.load(pointer_at(builder, base, start, FOUR_WORDS), align=16))
+        for first in (0, 2):
+            weights = above[first], below[first], above[first + 1], below[first + 1]
+            sums = _mma(builder, sums, tile, weights, column[first:], MMA)
+    return sums
+
+
+def _mma(builder: ir.IRBuilder, sums: Any, tile: int, weights: Sequence[Any], column: Sequence[Any], text: str) -> Any:
+    before = [builder.extract_element(sums, WORD(4 * tile + k)) for k in range(4)]
+    function = ir.FunctionType(ir.LiteralStructType([FLOAT] * 4), [WORD] * 6 + [FLOAT] * 4)
+    constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
+    after = builder.asm(function, text, constraints, [*weights, *column[:2], *before], side_effect=False)
+    after.attributes.add("readnone")
+    after.attributes.add("convergent")
+    for k in range(4):
+        sums = builder.insert_element(sums, builder.extract_value(after, k), WORD(4 * tile + k))
+    return sums
+
+
+def _add_scaled(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    sums, more, upper, lower = arguments
+    for k in range(4 * signature.args[0].tiles):
+        operands = [builder.extract_element(more, WORD(k)), lower if k & 2 else upper]
+        operands.append(builder.extract_element(sums, WORD(k)))
+        value = instruction(builder, "fma.rn.f32 $0, $1, $2, $3;", FLOAT, "=f,f,f,f", operands)
+        sums = builder.insert_element(sums, value, WORD(k))
+    return sums
+
+
+def _item(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    return builder.extract_element(arguments[0], arguments[1])
+
+
+def _repeated(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    return intrinsics.broadcast(builder, arguments[0])
+
+
+def _multiply_sums(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    sums, minima, x, at, step, _ = arguments
+    base = intrinsics.data_pointer(context, builder, signature.args[2], x)
+    weights = [builder.bitcast(builder.extract_value(minima, k), WORD) for k in range(4)]
+    for tile in range(signature.args[0].tiles):
+        start = builder.add(at, builder.mul(step, LONG(tile)))
+        column = words_of(builder, builder.load(pointer_at(builder, base, start, FOUR_WORDS), align=16))
+        for first in (0, 2):
+            sums = _mma(builder, sums, tile, weights, column[first:], MMA_OF_SUMS)
+    return sums
+
+
+def _plus_lane(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    value, distance, _ = arguments
+    function = ir.FunctionType(WORD, [WORD, WORD])
+    exchange = "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;"
+    other = builder.asm(function, exchange, "=r,r,r", [builder.bitcast(value, WORD), distance], side_effect=True)
+    return builder.fadd(value, builder.bitcast(other, FLOAT))
+
+
+def _store_sum(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    out, at, value = arguments
+    base = intrinsics.data_pointer(context, builder, signature.args[0], out)
+    upper = builder.bitcast(builder.and_(builder.bitcast(value, WORD), WORD(0xFFFFE000)), FLOAT)
+    builder.store(upper, pointer_at(builder, base, at, FLOAT), align=4)
+    lower = builder.fsub(value, upper)
+    builder.store(lower, pointer_at(builder, base, builder.add(at, LONG(8)), FLOAT), align=4)
+    return context.get_dummy_value()
+
+
+def _effect(builder: ir.IRBuilder, text: str, constraints: str = "~{memory}", arguments: Sequence[Any] = ()) -> None:
+    function = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+    builder.asm(function, text, constraints, list(arguments), side_effect=True)
+
+
+def _copy_pieces(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    tile, at, _, address, quarter, pieces = arguments
+    shared = _shared(context, builder, signature.args[0], tile, at)
+    for step in range(MOST_PIECES // 4):
+        with builder.if_then(builder.icmp_unsigned("<", builder.add(quarter, WORD(4 * step)), pieces)):
+            target = builder.ptrtoint(builder.gep(shared, [LONG(64 * step)]), WORD)
+            source = builder.add(address, LONG(64 * step))
+            _effect(builder, "cp.async.cg.shared.global [$0], [$1], 16;", "r,l,~{memory}", [target, source])
+    return context.get_dummy_value()
+
+
+def _copy_pieces_or_zeros(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    tile, at, data, address, n_bytes, quarter, pieces = arguments
+    shared = _shared(context, builder, signature.args[0], tile, at)
+    data = builder.ptrtoint(intrinsics.data_pointer(context, builder, signature.args[2], data), LONG)
+    for step in range(MOST_PIECES // 4):
+        with builder.if_then(builder.icmp_unsigned("<", builder.add(quarter, WORD(4 * step)), pieces)):
+            target = builder.ptrtoint(builder.gep(shared, [LONG(64 * step)]), WORD)
+            size = builder.sub(n_bytes, WORD(64 * step))
+            size = builder.select(builder.icmp_signed("<", size, WORD(0)), WORD(0), size)
+            size = builder.select(builder.icmp_signed(">", size, WORD(16)), WORD(16), size)
+            # If nothing is copied, the address must still be valid.
+            source = builder.select(
+                builder.icmp_signed(">", size, WORD(0)), builder.add(address, LONG(64 * step)), data
+            )
+            source = builder.and_(source, LONG(-16))
+            text = "cp.async.cg.shared.global [$0], [$1], 16, $2;"
+            _effect(builder, text, "r,l,r,~{memory}", [target, source, size])
+    return context.get_dummy_value()
+
+
+def _shared(context: Any, builder: ir.IRBuilder, numba_type: Any, tile: Any, at: Any) -> Any:
+    """Byte `at` of an array in shared memory."""
+    pointer = intrinsics.data_pointer(context, builder, numba_type, tile)
+    return builder.addrspacecast(builder.gep(pointer, [at]), ir.PointerType(BYTE, 3))
+
+
+MOST_PIECES = 40
+"""A chunk of 512 weights with 9.125 bits each, and its start within 16 bytes, in pieces for four threads."""
+
+
+def _plain_effect(text: str) -> intrinsics.Codegen:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        _effect(builder, text)
+        return context.get_dummy_value()
+
+    return codegen
+
+
+MOST_GROUPS = 8
+
+
+def _wait_for_groups(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    # The number is part of the instruction. It is constant where this is used, so one of these cases remains.
+    for n in range(MOST_GROUPS):
+        with builder.if_then(builder.icmp_unsigned("==", arguments[0], WORD(n))):
+            _effect(builder, f"cp.async.wait_group {n};")
+    return context.get_dummy_value()
+
+
+def _address_of(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    return builder.ptrtoint(intrinsics.data_pointer(context, builder, signature.args[0], arguments[0]), LONG)
+
+
+def _like_sums(sums: Any, *others: Any) -> Any:
+    """The signature of a function that returns the type of its first argument."""
+    return sums(sums, *others)
+
+
+for _function, _result, _kinds, _codegen in (
+    (halves.no_sums_8, Sums(1), (), _no_sums),
+    (halves.no_sums_16, Sums(2), (), _no_sums),
+    (halves.no_sums_32, Sums(4), (), _no_sums),
+    (halves.multiply, _like_sums, (None, HALVES, HALVES, None, types.int64, types.int64, types.int64), _multiply),
+    (
+        halves.multiply_sums,
+        _like_sums,
+        (None, FOUR_NUMBERS, None, types.int64, types.int64, types.int64),
+        _multiply_sums,
+    ),
+    (halves.plus_lane, types.float32, (types.float32, types.int32, types.int64), _plus_lane),
+    (halves.store_sum, types.none, (None, types.int64, types.float32), _store_sum),
+    (halves.add_scaled, _like_sums, (None, None, types.float32, types.float32), _add_scaled),
+    (halves.item, types.float32, (None, types.int32), _item),
+    (halves.repeated, EIGHT, (types.float32,), _repeated),
+    (halves.copy_pieces, types.none, (None, types.int64, None, types.int64, types.int32, types.int32), _copy_pieces),
+    (
+        halves.copy_pieces_or_zeros,
+        types.none,
+        (None, types.int64, None, types.int64, types.int32, types.int32, types.int32),
+        _copy_pieces_or_zeros,
+    ),
+    (halves.end_group, types.none, (), _plain_effect("cp.async.commit_group;")),
+    (halves.wait_for_groups, types.none, (types.int32,), _wait_for_groups),
+    (halves.address_of, types.int64, (None,), _address_of),
+    (halves.let_next_kernel_start, types.none, (), _plain_effect("griddepcontrol.launch_dependents;")),
+    (halves.wait_for_earlier_kernels, types.none, (), _plain_effect("griddepcontrol.wait;")),
+    (halves.synchronize_warp, types.none, (types.int64,), _plain_effect("bar.warp.sync 0xffffffff;")),
+):
+    intrinsics.register_primitive(target, _function, _result, _kinds, _codegen)
