@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import RUN
+from numba_dequant.bits import RUN, LookupTable
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DataError, OptionError, ShapeError, shown
+from numba_dequant.halves import RUNS, Order
 
 if TYPE_CHECKING:
     from numba_dequant.explain.block_picture import BlockPicture
@@ -74,6 +75,35 @@ def element_of(name: str, element: Any, size: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
+class Factors:
+    """The weights of a format in the form that products use: ``scale * quants + offset * minimum``.
+
+    The functions are written like `decode`. The tensor cores multiply the quants, which are float16, with the columns,
+    and the minima, which are exact in TF32 (11 bits), with sums of the columns. The scales and the offsets multiply the
+    float32 results.
+
+    Attributes:
+        quants: ``quants(block, at, run)``: eight float16, see `halves.py`. ``run = 4 * group + lane``, where group
+            counts groups of 32 elements. The elements are those of `order`.
+        scale: ``scale(block, at)``: one float32 for the block.
+        order: which elements of a group each lane holds.
+        minimum: ``minimum(block, at, number)``: a float32 for `minimum_size` elements of the block. None if there are
+            no minima.
+        minimum_size: 16 or 32.
+        offset: ``offset(block, at)``: one float32 for the block. None means 1.
+        table: the table that `quants` reads with `lookup_in_tile`.
+    """
+
+    quants: Decode
+    scale: Callable[[Any, int], Any]
+    order: Order = RUNS
+    minimum: Decode | None = None
+    minimum_size: int = 32
+    offset: Callable[[Any, int], Any] | None = None
+    table: LookupTable | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Format:
     """One GGUF storage format.
 
@@ -87,6 +117,7 @@ class Format:
             ``(n, block_size)`` out. None for a type that is returned as it is stored.
         decode: the same values, written to be compiled: ``decode(block, at, run)`` returns the eight float32
             elements ``8 * run`` to ``8 * run + 7`` of the block whose bytes start at ``at``.
+        factors: the same values for products; None means that products round the values of `decode` to float16.
     """
 
     name: str
@@ -96,6 +127,7 @@ class Format:
     summary: str = field(repr=False)
     dequantize: Dequantize | None = field(default=None, repr=False)
     decode: Decode | None = field(default=None, repr=False)
+    factors: Factors | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name or not isinstance(self.summary, str):
@@ -123,6 +155,7 @@ class Format:
     @property
     def _fields(self) -> tuple[Any, ...]:
         return self.name, self.ggml_id, self.block_size, self.layout, self.summary, self.dequantize, self.decode
+        # `factors` follow from `decode`
 
     def __copy__(self) -> Format:
         """The format itself, because formats compare by identity and compiled code is cached per format."""

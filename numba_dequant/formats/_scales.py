@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import helper, load_u8
+from numba_dequant.bits import helper, load_u8, load_u32
 
 
 def unpack_scales(packed: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -35,3 +35,19 @@ def minimum_of(block: Any, at: int, sub_block: int) -> int:
     low = load_u8(block, at + 4 + (sub_block & 3))
     late = (load_u8(block, at + 4 + sub_block) >> 4) | (low >> 6 << 4)
     return (low & 63 & (is_late - 1)) | (late & -is_late)
+
+
+@helper
+def packed_scales(block: Any, at: int) -> int:
+    """The eight scales, one per byte of the result, from the 12 bytes that start at `at`."""
+    first, third = load_u32(block, at), load_u32(block, at + 8)
+    late = (third & 0x0F0F0F0F) | ((first >> 2) & 0x30303030)
+    return (first & 0x3F3F3F3F) | (late << 32)
+
+
+@helper
+def packed_minima(block: Any, at: int) -> int:
+    """The eight minima, one per byte of the result, from the 12 bytes that start at `at`."""
+    second, third = load_u32(block, at + 4), load_u32(block, at + 8)
+    late = ((third >> 4) & 0x0F0F0F0F) | ((second >> 2) & 0x30303030)
+    return (second & 0x3F3F3F3F) | (late << 32)

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.bits import half, load_8_bytes, load_u8, lookup, signed_bytes, single, to_float
-from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.format import Factors, Format, block_layout, field_offsets
 from numba_dequant.formats._codebooks import IQ1_GRID, points
+from numba_dequant.halves import equal_halves, halves_of_bytes, lookup_in_tile, scaled
 
 LAYOUT = block_layout(qs=("u1", 32), qh=("u1", 16), scales=("u1", 8))
 QS, QH, SCALES = field_offsets(LAYOUT)
@@ -45,6 +46,24 @@ def decode(block: Any, at: int, run: int) -> Any:
     return half(d_bits) * to_float(2 * scale + 1) * (signed_bytes(point) + delta)
 
 
+def quants(block: Any, at: int, run: int) -> Any:
+    scales = load_8_bytes(block, at + SCALES)
+    scale = (scales >> (16 * (run >> 3) + 3 * ((run >> 1) & 3))) & 7
+    nibble = load_u8(block, at + QH + (run >> 1)) >> (4 * (run & 1))
+    point = lookup_in_tile(block, IQ1_GRID, load_u8(block, at + QS + run) | ((nibble & 7) << 8))
+    # Eight times the values, so that delta is 1 or -1.
+    eightfold = (point << 3) & -0x0707070707070708
+    return scaled(
+        halves_of_bytes(eightfold ^ -0x7F7F7F7F7F7F7F80, 127 + ((nibble >> 2) & 2)), equal_halves(2 * scale + 1)
+    )
+
+
+def scale(block: Any, at: int) -> Any:
+    scales = load_8_bytes(block, at + SCALES)
+    d_bits = ((scales >> 12) & 0xF) | ((scales >> 24) & 0xF0) | ((scales >> 36) & 0xF00) | ((scales >> 48) & 0xF000)
+    return half(d_bits) * single(EIGHTH_BITS)
+
+
 IQ1_M = Format(
     "IQ1_M",
     29,
@@ -53,4 +72,5 @@ IQ1_M = Format(
     "32 ternary points of 8 values, grid of 2048; scale per 2 points, delta per point",
     dequantize,
     decode,
+    Factors(quants, scale, table=IQ1_GRID),
 )

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.bits import half, load_u8, load_u16, lookup, signed_bytes, single, to_float
-from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.format import Factors, Format, block_layout, field_offsets
 from numba_dequant.formats._codebooks import IQ1_GRID, points
+from numba_dequant.halves import equal_halves, halves_of_bytes, lookup_in_tile, scaled
 
 LAYOUT = block_layout(d="f2", qs=("u1", 32), qh=("u2", 8))
 D, QS, QH = field_offsets(LAYOUT)
@@ -39,6 +40,26 @@ def decode(block: Any, at: int, run: int) -> Any:
     return d * (signed_bytes(point) + delta)
 
 
+def quants(block: Any, at: int, run: int) -> Any:
+    qh = load_u16(block, at + QH + 2 * (run >> 2))
+    high = (qh >> (3 * (run & 3))) & 7
+    point = lookup_in_tile(block, IQ1_GRID, load_u8(block, at + QS + run) | (high << 8))
+    return scaled(halves_of_bytes(point ^ -0x7F7F7F7F7F7F7F80, 128), equal_halves(2 * ((qh >> 12) & 7) + 1))
+
+
+def scale(block: Any, at: int) -> Any:
+    return half(load_u16(block, at + D))
+
+
+def minimum(block: Any, at: int, number: int) -> Any:
+    qh = load_u16(block, at + QH + 2 * number)
+    return to_float((2 * ((qh >> 12) & 7) + 1) * (1 - 2 * (qh >> 15)))
+
+
+def offset(block: Any, at: int) -> Any:
+    return half(load_u16(block, at + D)) * single(EIGHTH_BITS)
+
+
 IQ1_S = Format(
     "IQ1_S",
     19,
@@ -47,4 +68,5 @@ IQ1_S = Format(
     "32 ternary points of 8 values, grid of 2048; scale and delta per 4 points",
     dequantize,
     decode,
+    Factors(quants, scale, minimum=minimum, offset=offset, table=IQ1_GRID),
 )

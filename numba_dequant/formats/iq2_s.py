@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import half, load_u8, load_u16, lookup, signed_bytes, to_float
-from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.bits import half, load_8_bytes, load_u8, load_u16, lookup, signed_bytes, to_float
+from numba_dequant.format import Factors, Format, block_layout, field_offsets
 from numba_dequant.formats._codebooks import IQ2_S_GRID, negate_bytes, points, signs_of
+from numba_dequant.halves import byte_as_halves, halves_of_bytes, lookup_in_tile, negated, scaled
 
 LAYOUT = block_layout(d="f2", qs=("u1", 64), qh=("u1", 8), scales=("u1", 8))
 D, QS, QH, SCALES = field_offsets(LAYOUT)
@@ -40,6 +41,25 @@ def decode(block: Any, at: int, run: int) -> Any:
     return d * signed_bytes(negate_bytes(point, load_u8(block, at + SIGNS + run)))
 
 
+def quants(block: Any, at: int, run: int) -> Any:
+    high = (load_u8(block, at + QH + (run >> 2)) >> (2 * (run & 3))) & 3
+    point = lookup_in_tile(block, IQ2_S_GRID, load_u8(block, at + QS + run) | (high << 8))
+    nibbles = load_8_bytes(block, at + SCALES) >> (4 * ((run >> 1) & 1))
+    scale = byte_as_halves(((nibbles & 0x0F0F0F0F0F0F0F0F) << 1) | 0x0101010101010101, run >> 2, 0)
+    return scaled(negated(halves_of_bytes(point, 0), load_u8(block, at + SIGNS + run)), scale)
+
+
+def scale(block: Any, at: int) -> Any:
+    return half(load_u16(block, at + D)) * EIGHTH
+
+
 IQ2_S = Format(
-    "IQ2_S", 22, 256, LAYOUT, "32 points of 8 values, grid of 1024; a 4-bit scale per 2 points", dequantize, decode
+    "IQ2_S",
+    22,
+    256,
+    LAYOUT,
+    "32 points of 8 values, grid of 1024; a 4-bit scale per 2 points",
+    dequantize,
+    decode,
+    Factors(quants, scale, table=IQ2_S_GRID),
 )

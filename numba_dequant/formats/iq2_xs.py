@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import half, load_u8, load_u16, lookup, signed_bytes, to_float
-from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.bits import half, load_8_bytes, load_u8, load_u16, lookup, signed_bytes, to_float
+from numba_dequant.format import Factors, Format, block_layout, field_offsets
 from numba_dequant.formats._codebooks import IQ2_XS_GRID, even_signs, even_signs_of, negate_bytes, points
+from numba_dequant.halves import byte_as_halves, halves_of_bytes, lookup_in_tile, negated, scaled
 
 LAYOUT = block_layout(d="f2", qs=("u2", 32), scales=("u1", 8))
 D, QS, SCALES = field_offsets(LAYOUT)
@@ -35,6 +36,25 @@ def decode(block: Any, at: int, run: int) -> Any:
     return d * signed_bytes(negate_bytes(lookup(IQ2_XS_GRID, quant & 511), even_signs(quant >> 9)))
 
 
+def quants(block: Any, at: int, run: int) -> Any:
+    quant = load_u16(block, at + QS + 2 * run)
+    point = lookup_in_tile(block, IQ2_XS_GRID, quant & 511)
+    nibbles = load_8_bytes(block, at + SCALES) >> (4 * ((run >> 1) & 1))
+    scale = byte_as_halves(((nibbles & 0x0F0F0F0F0F0F0F0F) << 1) | 0x0101010101010101, run >> 2, 0)
+    return scaled(negated(halves_of_bytes(point, 0), even_signs(quant >> 9)), scale)
+
+
+def scale(block: Any, at: int) -> Any:
+    return half(load_u16(block, at + D)) * EIGHTH
+
+
 IQ2_XS = Format(
-    "IQ2_XS", 17, 256, LAYOUT, "32 points of 8 values, grid of 512; a 4-bit scale per 2 points", dequantize, decode
+    "IQ2_XS",
+    17,
+    256,
+    LAYOUT,
+    "32 points of 8 values, grid of 512; a 4-bit scale per 2 points",
+    dequantize,
+    decode,
+    Factors(quants, scale, table=IQ2_XS_GRID),
 )

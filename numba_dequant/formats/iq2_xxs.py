@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.bits import half, load_u8, load_u16, load_u32, lookup, signed_bytes, to_float
-from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.format import Factors, Format, block_layout, field_offsets
 from numba_dequant.formats._codebooks import IQ2_XXS_GRID, even_signs, even_signs_of, negate_bytes, points
+from numba_dequant.halves import equal_halves, halves_of_bytes, lookup_in_tile, negated, scaled
 
 LAYOUT = block_layout(d="f2", qs=("u2", 32))
 D, QS = field_offsets(LAYOUT)
@@ -39,6 +40,27 @@ def decode(block: Any, at: int, run: int) -> Any:
     return d * signed_bytes(negate_bytes(lookup(IQ2_XXS_GRID, index), signs))
 
 
+def quants(block: Any, at: int, run: int) -> Any:
+    start = at + QS + 8 * (run >> 2)
+    point = lookup_in_tile(block, IQ2_XXS_GRID, load_u8(block, start + (run & 3)))
+    word = load_u32(block, start + 4)
+    return scaled(
+        negated(halves_of_bytes(point, 0), even_signs((word >> (7 * (run & 3))) & 127)),
+        equal_halves(2 * (word >> 28) + 1),
+    )
+
+
+def scale(block: Any, at: int) -> Any:
+    return half(load_u16(block, at + D)) * EIGHTH
+
+
 IQ2_XXS = Format(
-    "IQ2_XXS", 16, 256, LAYOUT, "32 points of 8 values, grid of 256; a 4-bit scale per 4 points", dequantize, decode
+    "IQ2_XXS",
+    16,
+    256,
+    LAYOUT,
+    "32 points of 8 values, grid of 256; a 4-bit scale per 4 points",
+    dequantize,
+    decode,
+    Factors(quants, scale, table=IQ2_XXS_GRID),
 )

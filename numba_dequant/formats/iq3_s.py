@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.bits import half, load_u8, load_u16, lookup, signed_bytes, to_float
-from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.format import Factors, Format, block_layout, field_offsets
 from numba_dequant.formats._codebooks import IQ3_S_GRID, negate_bytes, points, signs_of
+from numba_dequant.halves import equal_halves, halves_of_bytes, lookup_in_tile, negated, scaled
 
 LAYOUT = block_layout(d="f2", qs=("u1", 64), qh=("u1", 8), signs=("u1", 32), scales=("u1", 4))
 D, QS, QH, SIGNS, SCALES = field_offsets(LAYOUT)
@@ -38,6 +39,26 @@ def decode(block: Any, at: int, run: int) -> Any:
     return d * signed_bytes(negate_bytes(first | (second << 32), load_u8(block, at + SIGNS + run)))
 
 
+def quants(block: Any, at: int, run: int) -> Any:
+    pair = load_u16(block, at + QS + 2 * run)
+    high = load_u8(block, at + QH + (run >> 2)) >> (2 * (run & 3))
+    first = lookup_in_tile(block, IQ3_S_GRID, (pair & 255) | ((high & 1) << 8))
+    point = first | (lookup_in_tile(block, IQ3_S_GRID, (pair >> 8) | ((high & 2) << 7)) << 32)
+    nibble = (load_u8(block, at + SCALES + (run >> 3)) >> (4 * ((run >> 2) & 1))) & 15
+    return scaled(negated(halves_of_bytes(point, 0), load_u8(block, at + SIGNS + run)), equal_halves(2 * nibble + 1))
+
+
+def scale(block: Any, at: int) -> Any:
+    return half(load_u16(block, at + D))
+
+
 IQ3_S = Format(
-    "IQ3_S", 21, 256, LAYOUT, "64 points of 4 values, grid of 512; a 4-bit scale per 8 points", dequantize, decode
+    "IQ3_S",
+    21,
+    256,
+    LAYOUT,
+    "64 points of 4 values, grid of 512; a 4-bit scale per 8 points",
+    dequantize,
+    decode,
+    Factors(quants, scale, table=IQ3_S_GRID),
 )

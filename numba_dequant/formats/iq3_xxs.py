@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.bits import half, load_u16, load_u32, lookup, signed_bytes, to_float
-from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.format import Factors, Format, block_layout, field_offsets
 from numba_dequant.formats._codebooks import IQ3_XXS_GRID, even_signs, even_signs_of, negate_bytes, points
+from numba_dequant.halves import equal_halves, halves_of_bytes, lookup_in_tile, negated, scaled
 
 LAYOUT = block_layout(d="f2", qs=("u1", 96))
 D, QS = field_offsets(LAYOUT)
@@ -40,6 +41,27 @@ def decode(block: Any, at: int, run: int) -> Any:
     return d * signed_bytes(negate_bytes(eight, signs))
 
 
+def quants(block: Any, at: int, run: int) -> Any:
+    pair = load_u16(block, at + QS + 2 * run)
+    point = lookup_in_tile(block, IQ3_XXS_GRID, pair & 255) | (lookup_in_tile(block, IQ3_XXS_GRID, pair >> 8) << 32)
+    word = load_u32(block, at + WORDS + 4 * (run >> 2))
+    return scaled(
+        negated(halves_of_bytes(point, 0), even_signs((word >> (7 * (run & 3))) & 127)),
+        equal_halves(2 * (word >> 28) + 1),
+    )
+
+
+def scale(block: Any, at: int) -> Any:
+    return half(load_u16(block, at + D)) * QUARTER
+
+
 IQ3_XXS = Format(
-    "IQ3_XXS", 18, 256, LAYOUT, "64 points of 4 values, grid of 256; a 4-bit scale per 8 points", dequantize, decode
+    "IQ3_XXS",
+    18,
+    256,
+    LAYOUT,
+    "64 points of 4 values, grid of 256; a 4-bit scale per 8 points",
+    dequantize,
+    decode,
+    Factors(quants, scale, table=IQ3_XXS_GRID),
 )

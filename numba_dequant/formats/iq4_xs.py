@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import half, load_8_bytes, load_u8, load_u16, lookup_nibbles, signed_bytes, to_float
-from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.bits import half, load_8_bytes, load_u8, load_u16, load_u32, lookup_nibbles, signed_bytes, to_float
+from numba_dequant.format import Factors, Format, block_layout, field_offsets
 from numba_dequant.formats._codebooks import IQ4_NL_VALUES
+from numba_dequant.halves import LOOKED_UP_NIBBLES, equal_halves, halves_of_table, scaled
 
 LAYOUT = block_layout(d="f2", scales_h="u2", scales_l=("u1", 4), qs=("u1", 128))
 D, SCALES_H, SCALES_L, QS = field_offsets(LAYOUT)
@@ -39,6 +40,19 @@ def decode(block: Any, at: int, run: int) -> Any:
     return d * signed_bytes(lookup_nibbles(IQ4_NL_VALUES, nibbles))
 
 
+def quants(block: Any, at: int, run: int) -> Any:
+    sub_block = run >> 2
+    low = (load_u32(block, at + SCALES_L) >> (4 * sub_block)) & 15
+    high = (load_u16(block, at + SCALES_H) >> (2 * sub_block)) & 3
+    values = halves_of_table(IQ4_NL_VALUES, load_u32(block, at + QS + 4 * run))
+    # Up to 32 * 127, which has 12 bits, so a large product is rounded.
+    return scaled(values, equal_halves((low | (high << 4)) - 32))
+
+
+def scale(block: Any, at: int) -> Any:
+    return half(load_u16(block, at + D))
+
+
 IQ4_XS = Format(
     "IQ4_XS",
     23,
@@ -47,4 +61,5 @@ IQ4_XS = Format(
     "8 sub-blocks of 32 indexes into a table of 16 values; a 6-bit scale each",
     dequantize,
     decode,
+    Factors(quants, scale, LOOKED_UP_NIBBLES),
 )

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import load_8_bytes, load_u8, lookup_nibbles, signed_bytes, single
-from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.bits import load_8_bytes, load_u8, load_u32, lookup_nibbles, signed_bytes, single
+from numba_dequant.format import Factors, Format, block_layout, field_offsets
 from numba_dequant.formats._codebooks import FP4_DOUBLED_VALUES
+from numba_dequant.halves import LOOKED_UP_NIBBLES, halves_of_table
 
 LAYOUT = block_layout(e="u1", qs=("u1", 16))
 E, QS = field_offsets(LAYOUT)
@@ -38,4 +39,25 @@ def decode(block: Any, at: int, run: int) -> Any:
     return single(bits) * signed_bytes(lookup_nibbles(FP4_DOUBLED_VALUES, nibbles))
 
 
-MXFP4 = Format("MXFP4", 39, 32, LAYOUT, "32 FP4 (E2M1) values; a power of two as scale", dequantize, decode)
+def quants(block: Any, at: int, run: int) -> Any:
+    return halves_of_table(FP4_DOUBLED_VALUES, load_u32(block, at + QS + 4 * run))
+
+
+def scale(block: Any, at: int) -> Any:
+    e = load_u8(block, at + E)
+    bits = (e - 1) << 23
+    if e < 2:
+        bits = 0x00200000 << e
+    return single(bits)
+
+
+MXFP4 = Format(
+    "MXFP4",
+    39,
+    32,
+    LAYOUT,
+    "32 FP4 (E2M1) values; a power of two as scale",
+    dequantize,
+    decode,
+    Factors(quants, scale, LOOKED_UP_NIBBLES),
+)

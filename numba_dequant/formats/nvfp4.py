@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import half, load_8_bytes, load_u8, lookup_nibbles, signed_bytes, to_float
-from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.bits import half, load_8_bytes, load_u8, load_u32, lookup_nibbles, signed_bytes, to_float
+from numba_dequant.format import Factors, Format, block_layout, field_offsets
 from numba_dequant.formats._codebooks import FP4_DOUBLED_VALUES
+from numba_dequant.halves import LOOKED_UP_NIBBLES_OF_16, halves_of_table, halves_with_bits, scaled
 
 LAYOUT = block_layout(d=("u1", 4), qs=("u1", 32))
 D, QS = field_offsets(LAYOUT)
@@ -47,6 +48,25 @@ def decode(block: Any, at: int, run: int) -> Any:
     return d * signed_bytes(lookup_nibbles(FP4_DOUBLED_VALUES, nibbles))
 
 
+def quants(block: Any, at: int, run: int) -> Any:
+    scale = load_u8(block, at + D + (run >> 1))
+    if scale == 0x7F:
+        scale = 0
+    values = halves_of_table(FP4_DOUBLED_VALUES, load_u32(block, at + QS + 4 * run))
+    return scaled(values, halves_with_bits((scale & 0x7F) << 7))
+
+
+def scale(block: Any, at: int) -> Any:
+    return to_float(1 << (15 - 7 - 1))
+
+
 NVFP4 = Format(
-    "NVFP4", 40, 64, LAYOUT, "4 sub-blocks of 16 FP4 (E2M1) values; an FP8 (UE4M3) scale each", dequantize, decode
+    "NVFP4",
+    40,
+    64,
+    LAYOUT,
+    "4 sub-blocks of 16 FP4 (E2M1) values; an FP8 (UE4M3) scale each",
+    dequantize,
+    decode,
+    Factors(quants, scale, LOOKED_UP_NIBBLES_OF_16),
 )

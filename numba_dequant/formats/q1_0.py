@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.bits import centred_bytes, half, load_u8, load_u16, spread_bits
-from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.format import Factors, Format, block_layout, field_offsets
+from numba_dequant.halves import halves_of_signs
 
 LAYOUT = block_layout(d="f2", qs=("u1", 16))
 D, QS = field_offsets(LAYOUT)
@@ -27,4 +28,12 @@ def decode(block: Any, at: int, run: int) -> Any:
     return half(load_u16(block, at + D)) * centred_bytes(doubled, 1)
 
 
-Q1_0 = Format("Q1_0", 41, 128, LAYOUT, "128 signs; one scale", dequantize, decode)
+def quants(block: Any, at: int, run: int) -> Any:
+    return halves_of_signs(load_u8(block, at + QS + run))
+
+
+def scale(block: Any, at: int) -> Any:
+    return half(load_u16(block, at + D))
+
+
+Q1_0 = Format("Q1_0", 41, 128, LAYOUT, "128 signs; one scale", dequantize, decode, Factors(quants, scale))

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.bits import centred_bytes, half, load_u16
-from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.format import Factors, Format, block_layout, field_offsets
+from numba_dequant.halves import halves_of_pairs
 
 LAYOUT = block_layout(d="f2", qs=("u1", 16))
 D, QS = field_offsets(LAYOUT)
@@ -32,4 +33,14 @@ def decode(block: Any, at: int, run: int) -> Any:
     return half(load_u16(block, at + D)) * centred_bytes(quants, 1)
 
 
-Q2_0 = Format("Q2_0", 42, 64, LAYOUT, "64 two-bit quants centred on 1; one scale", dequantize, decode)
+def quants(block: Any, at: int, run: int) -> Any:
+    return halves_of_pairs(load_u16(block, at + QS + 2 * run), 1)
+
+
+def scale(block: Any, at: int) -> Any:
+    return half(load_u16(block, at + D))
+
+
+Q2_0 = Format(
+    "Q2_0", 42, 64, LAYOUT, "64 two-bit quants centred on 1; one scale", dequantize, decode, Factors(quants, scale)
+)

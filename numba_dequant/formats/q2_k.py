@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.bits import half, load_8_bytes, load_u8, load_u16, to_float, unsigned_bytes
-from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.format import Factors, Format, block_layout, field_offsets
+from numba_dequant.halves import byte_as_halves, scaled_fields
 
 LAYOUT = block_layout(scales=("u1", 16), qs=("u1", 64), d="f2", dmin="f2")
 SCALES, QS, D, DMIN = field_offsets(LAYOUT)
@@ -37,6 +38,31 @@ def decode(block: Any, at: int, run: int) -> Any:
     return d * unsigned_bytes(quants) - dmin
 
 
+def quants(block: Any, at: int, run: int) -> Any:
+    packed = load_8_bytes(block, at + QS + 32 * (run >> 4) + 8 * (run & 3))
+    scales = load_8_bytes(block, at + SCALES + 8 * (run >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return scaled_fields(packed, 2 * ((run >> 2) & 3), 2, byte_as_halves(scales, (run >> 1) & 7, 0))
+
+
+def scale(block: Any, at: int) -> Any:
+    return half(load_u16(block, at + D))
+
+
+def minimum(block: Any, at: int, number: int) -> Any:
+    return to_float(load_u8(block, at + SCALES + number) >> 4)
+
+
+def offset(block: Any, at: int) -> Any:
+    return -half(load_u16(block, at + DMIN))
+
+
 Q2_K = Format(
-    "Q2_K", 10, 256, LAYOUT, "16 sub-blocks of 16 two-bit quants; a 4-bit scale and minimum each", dequantize, decode
+    "Q2_K",
+    10,
+    256,
+    LAYOUT,
+    "16 sub-blocks of 16 two-bit quants; a 4-bit scale and minimum each",
+    dequantize,
+    decode,
+    Factors(quants, scale, minimum=minimum, minimum_size=16, offset=offset),
 )

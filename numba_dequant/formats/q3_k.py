@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import centred_bytes, half, load_8_bytes, load_u8, load_u16, to_float
-from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.bits import centred_bytes, half, load_8_bytes, load_u8, load_u16, load_u32, to_float
+from numba_dequant.format import Factors, Format, block_layout, field_offsets
+from numba_dequant.halves import byte_as_halves, halves_of_bytes, scaled
 
 LAYOUT = block_layout(hmask=("u1", 32), qs=("u1", 64), scales=("u1", 12), d="f2")
 HMASK, QS, SCALES, D = field_offsets(LAYOUT)
@@ -45,6 +46,30 @@ def decode(block: Any, at: int, run: int) -> Any:
     return d * centred_bytes(two_bits | (third_bit << 2), 4)
 
 
+def quants(block: Any, at: int, run: int) -> Any:
+    # The low four bits of scales 0 to 7 or 8 to 15, then their top two bits.
+    late = run >> 4
+    low = (load_8_bytes(block, at + SCALES) >> (4 * late)) & 0x0F0F0F0F0F0F0F0F
+    top = load_u32(block, at + SCALES + 8) >> (4 * late)
+    high = (top & 0x03030303) | (((top >> 2) & 0x03030303) << 32)
+    scale = byte_as_halves(low | (high << 4), (run >> 1) & 7, 32)
+    packed = load_8_bytes(block, at + QS + 32 * (run >> 4) + 8 * (run & 3))
+    two_bits = (packed >> (2 * ((run >> 2) & 3))) & 0x0303030303030303
+    third_bit = (load_8_bytes(block, at + HMASK + 8 * (run & 3)) >> (run >> 2)) & 0x0101010101010101
+    return scaled(halves_of_bytes(two_bits | (third_bit << 2), 4), scale)
+
+
+def scale(block: Any, at: int) -> Any:
+    return half(load_u16(block, at + D))
+
+
 Q3_K = Format(
-    "Q3_K", 11, 256, LAYOUT, "16 sub-blocks of 16 three-bit quants centred on 4; a 6-bit scale each", dequantize, decode
+    "Q3_K",
+    11,
+    256,
+    LAYOUT,
+    "16 sub-blocks of 16 three-bit quants centred on 4; a 6-bit scale each",
+    dequantize,
+    decode,
+    Factors(quants, scale),
 )

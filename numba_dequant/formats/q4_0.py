@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import centred_bytes, half, load_8_bytes, load_u16
-from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.bits import centred_bytes, half, load_8_bytes, load_u16, load_u32
+from numba_dequant.format import Factors, Format, block_layout, field_offsets
+from numba_dequant.halves import NIBBLES, halves_of_nibbles
 
 LAYOUT = block_layout(d="f2", qs=("u1", 16))
 D, QS = field_offsets(LAYOUT)
@@ -29,4 +30,21 @@ def decode(block: Any, at: int, run: int) -> Any:
     return half(load_u16(block, at + D)) * centred_bytes(quants, 8)
 
 
-Q4_0 = Format("Q4_0", 2, 32, LAYOUT, "32 four-bit quants centred on 8; one scale", dequantize, decode)
+def quants(block: Any, at: int, run: int) -> Any:
+    return halves_of_nibbles(load_u32(block, at + QS + 4 * run), 8)
+
+
+def scale(block: Any, at: int) -> Any:
+    return half(load_u16(block, at + D))
+
+
+Q4_0 = Format(
+    "Q4_0",
+    2,
+    32,
+    LAYOUT,
+    "32 four-bit quants centred on 8; one scale",
+    dequantize,
+    decode,
+    Factors(quants, scale, NIBBLES),
+)

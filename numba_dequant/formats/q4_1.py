@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import half, load_8_bytes, load_u16, unsigned_bytes
-from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.bits import half, load_8_bytes, load_u16, load_u32, unsigned_bytes
+from numba_dequant.format import Factors, Format, block_layout, field_offsets
+from numba_dequant.halves import NIBBLES, halves_of_nibbles
 
 LAYOUT = block_layout(d="f2", m="f2", qs=("u1", 16))
 D, M, QS = field_offsets(LAYOUT)
@@ -30,4 +31,25 @@ def decode(block: Any, at: int, run: int) -> Any:
     return half(load_u16(block, at + D)) * unsigned_bytes(quants) + half(load_u16(block, at + M))
 
 
-Q4_1 = Format("Q4_1", 3, 32, LAYOUT, "32 four-bit quants; one scale and one minimum", dequantize, decode)
+def quants(block: Any, at: int, run: int) -> Any:
+    return halves_of_nibbles(load_u32(block, at + QS + 4 * run), 0)
+
+
+def scale(block: Any, at: int) -> Any:
+    return half(load_u16(block, at + D))
+
+
+def minimum(block: Any, at: int, number: int) -> Any:
+    return half(load_u16(block, at + M))
+
+
+Q4_1 = Format(
+    "Q4_1",
+    3,
+    32,
+    LAYOUT,
+    "32 four-bit quants; one scale and one minimum",
+    dequantize,
+    decode,
+    Factors(quants, scale, NIBBLES, minimum),
+)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import half, load_8_bytes, load_u8, load_u16, spread_bits, unsigned_bytes
-from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.bits import half, load_8_bytes, load_u8, load_u16, load_u32, spread_bits, unsigned_bytes
+from numba_dequant.format import Factors, Format, block_layout, field_offsets
+from numba_dequant.halves import NIBBLES, halves_of_bytes
 
 LAYOUT = block_layout(d="f2", m="f2", qh=("u1", 4), qs=("u1", 16))
 D, M, QH, QS = field_offsets(LAYOUT)
@@ -33,4 +34,29 @@ def decode(block: Any, at: int, run: int) -> Any:
     return half(load_u16(block, at + D)) * unsigned_bytes(low | high) + half(load_u16(block, at + M))
 
 
-Q5_1 = Format("Q5_1", 7, 32, LAYOUT, "32 five-bit quants; one scale and one minimum", dequantize, decode)
+def quants(block: Any, at: int, run: int) -> Any:
+    four, high = load_u32(block, at + QS + 4 * run), load_u32(block, at + QH) >> (4 * run)
+    # A product puts four bits into bits 4, 12, 20 and 28.
+    low_four = (four & 0x0F0F0F0F) | (((high & 15) * 0x2040810) & 0x10101010)
+    high_four = ((four >> 4) & 0x0F0F0F0F) | ((((high >> 16) & 15) * 0x2040810) & 0x10101010)
+    return halves_of_bytes(low_four | (high_four << 32), 0)
+
+
+def scale(block: Any, at: int) -> Any:
+    return half(load_u16(block, at + D))
+
+
+def minimum(block: Any, at: int, number: int) -> Any:
+    return half(load_u16(block, at + M))
+
+
+Q5_1 = Format(
+    "Q5_1",
+    7,
+    32,
+    LAYOUT,
+    "32 five-bit quants; one scale and one minimum",
+    dequantize,
+    decode,
+    Factors(quants, scale, NIBBLES, minimum),
+)

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.bits import half, load_8_bytes, load_u16, to_float, unsigned_bytes
-from numba_dequant.format import Format, block_layout, field_offsets
-from numba_dequant.formats._scales import minimum_of, scale_of, unpack_scales
+from numba_dequant.format import Factors, Format, block_layout, field_offsets
+from numba_dequant.formats._scales import minimum_of, packed_minima, packed_scales, scale_of, unpack_scales
+from numba_dequant.halves import byte_as_halves, scaled_fields
 
 LAYOUT = block_layout(d="f2", dmin="f2", scales=("u1", 12), qh=("u1", 32), qs=("u1", 128))
 D, DMIN, SCALES, QH, QS = field_offsets(LAYOUT)
@@ -42,6 +43,34 @@ def decode(block: Any, at: int, run: int) -> Any:
     return values
 
 
+def quants(block: Any, at: int, run: int) -> Any:
+    sub_block = run >> 2
+    packed = load_8_bytes(block, at + QS + 32 * (sub_block >> 1) + 8 * (run & 3))
+    low = (packed >> (4 * (sub_block & 1))) & 0x0F0F0F0F0F0F0F0F
+    high = (load_8_bytes(block, at + QH + 8 * (run & 3)) >> sub_block) & 0x0101010101010101
+    scale = byte_as_halves(packed_scales(block, at + SCALES), sub_block, 0)
+    return scaled_fields(low | (high << 4), 0, 5, scale)
+
+
+def scale(block: Any, at: int) -> Any:
+    return half(load_u16(block, at + D))
+
+
+def minimum(block: Any, at: int, number: int) -> Any:
+    return to_float((packed_minima(block, at + SCALES) >> (8 * number)) & 63)
+
+
+def offset(block: Any, at: int) -> Any:
+    return -half(load_u16(block, at + DMIN))
+
+
 Q5_K = Format(
-    "Q5_K", 13, 256, LAYOUT, "8 sub-blocks of 32 five-bit quants; a 6-bit scale and minimum each", dequantize, decode
+    "Q5_K",
+    13,
+    256,
+    LAYOUT,
+    "8 sub-blocks of 32 five-bit quants; a 6-bit scale and minimum each",
+    dequantize,
+    decode,
+    Factors(quants, scale, minimum=minimum, offset=offset),
 )

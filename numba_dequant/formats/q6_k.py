@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.bits import centred_bytes, half, load_8_bytes, load_i8, load_u16, to_float
-from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.format import Factors, Format, block_layout, field_offsets
+from numba_dequant.halves import byte_as_halves, halves_of_bytes, scaled
 
 LAYOUT = block_layout(ql=("u1", 128), qh=("u1", 64), scales=("i1", 16), d="f2")
 QL, QH, SCALES, D = field_offsets(LAYOUT)
@@ -38,6 +39,28 @@ def decode(block: Any, at: int, run: int) -> Any:
     return d * centred_bytes(low | (high << 4), 32)
 
 
+def quants(block: Any, at: int, run: int) -> Any:
+    group = (run >> 2) & 3
+    packed = load_8_bytes(block, at + QL + 64 * (run >> 4) + 32 * (group & 1) + 8 * (run & 3))
+    low = (packed >> (4 * (group >> 1))) & 0x0F0F0F0F0F0F0F0F
+    top = load_8_bytes(block, at + QH + 32 * (run >> 4) + 8 * (run & 3))
+    high = (top >> (2 * group)) & 0x0303030303030303
+    scales = load_8_bytes(block, at + SCALES + 8 * (run >> 4)) ^ -0x7F7F7F7F7F7F7F80
+    # Up to 32 * 128, which has 13 bits, so a large product is rounded.
+    return scaled(halves_of_bytes(low | (high << 4), 32), byte_as_halves(scales, (run >> 1) & 7, 128))
+
+
+def scale(block: Any, at: int) -> Any:
+    return half(load_u16(block, at + D))
+
+
 Q6_K = Format(
-    "Q6_K", 14, 256, LAYOUT, "16 sub-blocks of 16 six-bit quants centred on 32; an 8-bit scale each", dequantize, decode
+    "Q6_K",
+    14,
+    256,
+    LAYOUT,
+    "16 sub-blocks of 16 six-bit quants centred on 32; an 8-bit scale each",
+    dequantize,
+    decode,
+    Factors(quants, scale),
 )

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.bits import half, load_8_bytes, load_u16, signed_bytes
-from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.format import Factors, Format, block_layout, field_offsets
+from numba_dequant.halves import halves_of_bytes
 
 LAYOUT = block_layout(d="f2", s="f2", qs=("i1", 32))
 D, S, QS = field_offsets(LAYOUT)
@@ -27,4 +28,21 @@ def decode(block: Any, at: int, run: int) -> Any:
     return half(load_u16(block, at + D)) * signed_bytes(load_8_bytes(block, at + QS + 8 * run))
 
 
-Q8_1 = Format("Q8_1", 9, 32, LAYOUT, "32 signed bytes; one scale, and their scaled sum", dequantize, decode)
+def quants(block: Any, at: int, run: int) -> Any:
+    return halves_of_bytes(load_8_bytes(block, at + QS + 8 * run) ^ -0x7F7F7F7F7F7F7F80, 128)
+
+
+def scale(block: Any, at: int) -> Any:
+    return half(load_u16(block, at + D))
+
+
+Q8_1 = Format(
+    "Q8_1",
+    9,
+    32,
+    LAYOUT,
+    "32 signed bytes; one scale, and their scaled sum",
+    dequantize,
+    decode,
+    Factors(quants, scale),
+)

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.bits import centred_bytes, half, load_8_bytes, load_u16
-from numba_dequant.format import Format, block_layout, field_offsets
+from numba_dequant.format import Factors, Format, block_layout, field_offsets
+from numba_dequant.halves import halves_of_fields
 
 LAYOUT = block_layout(qs=("u1", 64), d="f2")
 QS, D = field_offsets(LAYOUT)
@@ -32,4 +33,15 @@ def decode(block: Any, at: int, run: int) -> Any:
     return half(load_u16(block, at + D)) * centred_bytes(quants, 1)
 
 
-TQ2_0 = Format("TQ2_0", 35, 256, LAYOUT, "256 two-bit quants centred on 1; one scale", dequantize, decode)
+def quants(block: Any, at: int, run: int) -> Any:
+    packed = load_8_bytes(block, at + QS + 32 * (run >> 4) + 8 * (run & 3))
+    return halves_of_fields(packed, 2 * ((run >> 2) & 3), 2, 1)
+
+
+def scale(block: Any, at: int) -> Any:
+    return half(load_u16(block, at + D))
+
+
+TQ2_0 = Format(
+    "TQ2_0", 35, 256, LAYOUT, "256 two-bit quants centred on 1; one scale", dequantize, decode, Factors(quants, scale)
+)
