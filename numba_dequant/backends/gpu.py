@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache, cached_property, lru_cache
 from typing import Any
 
@@ -89,6 +90,21 @@ class Gpu:
         """Compute capability."""
         with self.active() as device:
             return device.compute_capability.major, device.compute_capability.minor
+
+    @cached_property
+    def processors(self) -> int:
+        """The number of multiprocessors."""
+        return self._attribute(driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+
+    @cached_property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory that a thread block can have."""
+        return self._attribute(driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
+
+    def _attribute(self, attribute: Any) -> int:
+        result = driver.cuDeviceGetAttribute(attribute, self.index)
+        _check(result)
+        return int(result[1])
 
     @property
     def context(self) -> int:
@@ -200,14 +216,46 @@ class Gpu:
 
     # Kernels
 
-    def load_kernel(self, spec: KernelSpec) -> Kernel:
-        """The kernel, ready to launch; it is compiled if necessary."""
-        return _load_kernel(spec, self.capability)
+    def load_kernel(self, spec: KernelSpec, shared_memory: int = 0) -> Kernel:
+        """The kernel, ready to launch; it is compiled if necessary.
 
-    def launch(self, kernel: Kernel, thread_blocks: int, threads: int, arguments: tuple[int, ...], stream: int) -> None:
-        """Queue a kernel. Raises DeviceError if the driver refuses the launch."""
+        Args:
+            spec: the kernel.
+            shared_memory: the number of bytes of dynamic shared memory that a launch may have.
+        """
+        kernel = _load_kernel(spec, self.capability)
+        if shared_memory:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(driver.cuKernelSetAttribute(attribute, shared_memory, int(kernel.handle), self.index))
+        return kernel
+
+    def launch(
+        self,
+        kernel: Kernel,
+        thread_blocks: int | tuple[int, int],
+        threads: int,
+        arguments: tuple[int, ...],
+        stream: int,
+        shared_bytes: int = 0,
+        overlaps: bool = False,
+    ) -> None:
+        """Queue a kernel.
+
+        Args:
+            kernel: the kernel.
+            thread_blocks: the number of thread blocks, or their numbers in two dimensions.
+            threads: threads per thread block.
+            arguments: addresses and numbers.
+            stream: the handle of the stream.
+            shared_bytes: bytes of dynamic shared memory per thread block.
+            overlaps: let the kernel start before the kernel before it has ended. It must wait by itself.
+
+        Raises:
+            DeviceError: the driver refuses the launch.
+        """
         try:
-            launch(stream_on(self.index, stream), _launch_config(thread_blocks, threads), kernel, *arguments)
+            config = _launch_config(thread_blocks, threads, shared_bytes, overlaps)
+            launch(stream_on(self.index, stream), config, kernel, *arguments)
         except Exception as error:
             raise _driver_error(error) from error
 
@@ -340,10 +388,17 @@ def stream_on(index: int, handle: int) -> Stream:
     return Stream.from_handle(handle)
 
 
-@lru_cache(maxsize=256)
-def _launch_config(thread_blocks: int, threads: int) -> LaunchConfig:
+@lru_cache(maxsize=1024)
+def _launch_config(
+    thread_blocks: int | tuple[int, int], threads: int, shared_bytes: int = 0, overlaps: bool = False
+) -> LaunchConfig:
     # Cached: creating one takes a fifth of the time of a launch.
-    return LaunchConfig(grid=thread_blocks, block=threads)
+    if overlaps:
+        with suppress(TypeError):  # cuda-core before version 1.1 cannot launch kernels that overlap
+            return LaunchConfig(
+                grid=thread_blocks, block=threads, shmem_size=shared_bytes, programmatic_stream_serialization=True
+            )
+    return LaunchConfig(grid=thread_blocks, block=threads, shmem_size=shared_bytes)
 
 
 @compiled_once

@@ -18,6 +18,7 @@ from numba_dequant.format import Format
 from numba_dequant.formats import is_built_in
 from numba_dequant.kernels.gpu_packages import install_command
 from numba_dequant.kernels.launch_shape import launch_shape
+from numba_dequant.kernels.product_shape import ProductShape
 from numba_dequant.locks import compile_lock
 
 TOOLCHAIN = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink", "cuda-core")
@@ -31,12 +32,15 @@ class KernelSpec(NamedTuple):
         maker: "module.function" in this folder, which creates the kernel; imported only if there is no cached code.
         options: the arguments of `maker`.
         parameters: the types of the kernel's parameters: "data", "table" or "number".
+        bounds: the number of threads of a thread block, and how many of them a multiprocessor must have registers for.
+            None means any.
     """
 
     label: str
     maker: str
     options: tuple[Any, ...]
     parameters: tuple[str, ...] = ("data", "number", "data")
+    bounds: tuple[int, int] | None = None
 
     def make(self) -> Callable[..., None]:
         """The kernel as a Python function."""
@@ -63,9 +67,46 @@ def batch_kernel(fmt: Format, dtype: str) -> KernelSpec:
     return KernelSpec(f"{fmt.name}-{dtype}-batch", "dequantize.make_batch_kernel", options, parameters)
 
 
+def rows_kernel(fmt: Format, dtype: str) -> KernelSpec:
+    """The kernel for some rows: ``kernel(data, n_rows, indices, n_elements, out)``."""
+    parameters = "data", "number", "table", "number", "data"
+    options = fmt, dtype, launch_shape("tile", fmt)
+    return KernelSpec(f"{fmt.name}-{dtype}-rows", "dequantize.make_rows_kernel", options, parameters)
+
+
+def product_kernel(fmt: Format, dtype: str, bias: str | None, shape: ProductShape) -> KernelSpec:
+    """The kernel of a product; `product.make_product_kernel` describes its parameters."""
+    layout = f"{shape.warps}x{shape.stages}x{shape.parts}"
+    flags = f"{shape.columns}{'-aligned' * shape.is_aligned}{'-overlaps' * shape.overlaps}{'-experts' * shape.experts}"
+    label = f"{fmt.name}-{dtype}-product-{bias or 'no'}-bias-{layout}-{flags}"
+    parameters = ("data", "number", "number", "number", "data", "number", "data", "data", "data", "table", "number")
+    return KernelSpec(
+        label, "product.make_product_kernel", (fmt, dtype, bias, shape), parameters, (shape.threads, shape.resident)
+    )
+
+
+def routes_kernel(overlaps: bool) -> KernelSpec:
+    """The kernel that finds the columns of each expert: ``kernel(ids, n_pairs, n_experts, routes)``."""
+    parameters = "table", "number", "number", "table"
+    label = f"routes{'-overlaps' * overlaps}"
+    return KernelSpec(label, "product_columns.make_routes_kernel", (overlaps,), parameters)
+
+
+def prepare_kernel(fmt: Format, dtype: str, overlaps: bool) -> KernelSpec:
+    """The kernel that prepares columns: ``kernel(x, n_columns, n_groups, out, powers)``."""
+    parameters = "data", "number", "number", "data", "data"
+    label = f"{fmt.name}-prepare-{dtype}{'-overlaps' * overlaps}"
+    return KernelSpec(label, "product_columns.make_prepare_kernel", (fmt, dtype, overlaps), parameters)
+
+
 def copy_kernel(stores: int, threads: int, stage: int) -> KernelSpec:
     """The copy kernel: ``kernel(data, n_loads, out)``."""
     return KernelSpec(f"copy-{stores}-{threads}-{stage}", "copy.make_copy_kernel", (stores, threads, stage))
+
+
+def read_kernel(threads: int) -> KernelSpec:
+    """The read kernel: ``kernel(data, n_loads, value, out)``."""
+    return KernelSpec(f"read-{threads}", "copy.make_read_kernel", (threads,), ("data", "number", "number", "data"))
 
 
 def cubin(kernel: KernelSpec, capability: tuple[int, int]) -> tuple[str, bytes]:
@@ -94,7 +135,12 @@ def ptx(kernel: KernelSpec, capability: tuple[int, int]) -> str:
     """The PTX text of a kernel."""
     with compile_lock:  # a fork waits for the import
         function = kernel.make()
-    return function_ptx(function, capability, *kernel.parameters)
+    text = function_ptx(function, capability, *kernel.parameters)
+    if kernel.bounds is None:
+        return text
+    # The assembler then knows how many registers a thread may have.
+    bounds = f"\n.maxntid {kernel.bounds[0]}\n.minnctapersm {kernel.bounds[1]}\n{{"
+    return re.sub(r"(\.entry [^{]*)\n\{", lambda match: match[1] + bounds, text, count=1)
 
 
 def function_ptx(kernel: Callable[..., None], capability: tuple[int, int], *kinds: Any) -> str:

@@ -1,4 +1,4 @@
-"""The memory roofline: kernels that copy as many bytes as a format moves, 16 per access, and compute nothing."""
+"""The memory roofline: kernels that copy or read as many bytes as others, 16 per access, and compute nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 
 from numba_dequant.bits import copy_16_bytes
-from numba_dequant.kernels import intrinsics_cuda  # noqa: F401 registers copy_16_bytes with Numba
+from numba_dequant.kernels.dequantize import IS_SIMULATED
 from numba_dequant.kernels.numba_cuda import cuda
+
+if not IS_SIMULATED:
+    from numba_dequant.kernels import intrinsics_cuda  # noqa: F401 registers copy_16_bytes with Numba
 
 int32: Any = np.int32
 int64: Any = np.int64
@@ -44,3 +47,38 @@ def make_copy_kernel(stores: int, threads: int, stage: int = 0) -> Callable[[Any
             copy_16_bytes(out, (tile * n_stores + unit) * 16, tile_bytes, unit * n_loads // n_stores * 16)
 
     return move_staged if stage else move
+
+
+READS = 4
+"""Independent loads of a thread in each step of the read kernel."""
+
+
+def make_read_kernel(threads: int) -> Callable[[Any, int, int, Any], None]:
+    """A read kernel as a Python function: ``kernel(data, n_loads, value, out)``.
+
+    All thread blocks, of `threads` threads each, read `n_loads` times 16 bytes together. A thread combines what it
+    reads by exclusive or. If the result is `value`, it sets the first byte of `out`. Otherwise it writes nothing. The
+    caller chooses a `value` that does not occur. The compiler does not know that, and keeps the loads.
+    """
+    n_words = 2 * READS
+
+    def read(data: Any, n_loads: int, value: int, out: Any) -> None:
+        step = int64(cuda.gridDim.x) * threads
+        load = int64(cuda.blockIdx.x) * threads + int64(cuda.threadIdx.x)
+        words = cuda.local.array(n_words, np.int64, alignment=16)
+        found = int64(0)
+        while load + (READS - 1) * step < n_loads:
+            for number in range(READS):
+                copy_16_bytes(words, number * 16, data, (load + number * step) * 16)
+            for word in range(n_words):
+                found ^= words[word]
+            load += READS * step
+        for _ in range(READS - 1):
+            if load < n_loads:
+                copy_16_bytes(words, 0, data, load * 16)
+                found ^= words[0] ^ words[1]
+            load += step
+        if found == value:
+            out[0] = 1
+
+    return read

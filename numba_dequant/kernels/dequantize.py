@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numba import config
 
-from numba_dequant.bits import RUN, copy_16_bytes, copy_byte, is_aligned
+from numba_dequant.bits import RUN, copy_16_bytes, copy_byte, is_aligned, stop_unless
 from numba_dequant.dtypes import OUTPUT_TYPES, dtype_name
 from numba_dequant.format import Format
 from numba_dequant.formats import format_named
@@ -82,6 +82,25 @@ def make_batch_kernel(fmt: Format, dtype: str, mapping: LaunchShape) -> Callable
         )  # fmt: skip
 
     return _named(dequantize, f"dequantize_many_{fmt.name}")
+
+
+def make_rows_kernel(fmt: Format, dtype: str, mapping: LaunchShape) -> Callable[..., None]:
+    """The kernel for some rows, as a Python function: ``kernel(data, n_rows, indices, n_elements, out)``.
+
+    The grid has two dimensions: the indices, and the thread blocks for a row of `n_elements`, which must be a multiple
+    of 8. An index that is not from 0 to ``n_rows - 1`` ends the kernel with an error.
+    """
+    write_tile = _tile_writer(fmt, dtype, mapping)
+    block_size, type_size = fmt.block_size, fmt.type_size
+
+    def dequantize(data: Any, n_rows: int, indices: Any, n_elements: int, out: Any) -> None:
+        number = int64(cuda.blockIdx.x)
+        index = int64(indices[number])
+        stop_unless(0 <= index < n_rows)
+        start = index * (n_elements // block_size * type_size)
+        write_tile(data, start, n_elements, out, number * n_elements, int64(cuda.blockIdx.y))
+
+    return _named(dequantize, f"dequantize_rows_{fmt.name}")
 
 
 def _tile_writer(fmt: Format, dtype: str, mapping: LaunchShape) -> Callable[[Any, int, int, Any, int, int], None]:

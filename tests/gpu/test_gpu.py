@@ -296,7 +296,7 @@ def test_what_the_driver_refuses_is_a_device_error(monkeypatch):
 
     from numba_dequant.backends import gpu
 
-    monkeypatch.setattr(gpu, "_launch_config", lambda grid, threads: LaunchConfig(grid=1, block=4096))
+    monkeypatch.setattr(gpu, "_launch_config", lambda *_: LaunchConfig(grid=1, block=4096))
     with pytest.raises(nd.DeviceError, match="the CUDA driver returned CUDA_ERROR"):
         nd.dequantize(bytes(34), "Q8_0", device="cuda")
 

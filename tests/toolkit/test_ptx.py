@@ -4,10 +4,11 @@ import re
 
 import pytest
 from blocks import DECODED, DTYPES
-from ptx_rules import faults
+from ptx_rules import WIDE_LOAD, faults
 
 import numba_dequant as nd
 from numba_dequant.kernels import compiler
+from numba_dequant.kernels.copy import READS
 
 Q4_K = compiler.dequantize_kernel(nd.FORMATS["Q4_K"], "float16")
 
@@ -29,6 +30,14 @@ def test_the_roofline_kernel_moves_16_bytes_at_a_time(stage):
     text = compiler.ptx(compiler.copy_kernel(2, 256, stage), (9, 0))
     assert faults(text) == []
     assert bool(stage) == (".shared" in text)
+
+
+def test_the_read_kernel_has_several_wide_loads_on_the_way():
+    text = compiler.ptx(compiler.read_kernel(256), (9, 0))
+    assert faults(text) == ["no 16-byte store"]
+    loop = re.search(r"(?s)\$L__BB0_2:.*?bra", text)[0]
+    assert len(re.findall(WIDE_LOAD, loop)) == READS
+    assert compiler.cubin(compiler.read_kernel(256), (9, 0))[1].startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize("name", SHAPES.values())

@@ -1,0 +1,231 @@
+"""Products with compressed weights on a GPU: which kernels, how they are launched, and their temporary memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from numba_dequant.backends.gpu import Gpu
+from numba_dequant.dtypes import numpy_dtype
+from numba_dequant.format import Format
+from numba_dequant.kernels.compiler import prepare_kernel, product_kernel, routes_kernel
+from numba_dequant.kernels.product_shape import (
+    GROUP,
+    PART,
+    PREPARE_THREADS,
+    ROWS,
+    WIDTHS,
+    ProductShape,
+    column_bytes,
+    has_products,
+    shared_bytes,
+)
+
+INPUT_TYPES = ("float16", "bfloat16")
+"""The types of columns that the tensor cores take."""
+
+WARPS = (4, 5, 6, 7, 8)
+"""Warps of a thread block."""
+
+EXPERT_COLUMNS = 8
+"""Columns that a matrix is multiplied with at a time, if there are several matrices."""
+
+MANY_TILES = 2048
+"""From this number of tiles, thread blocks with memory for one chunk are faster, because more of them fit."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What a product reads and writes, as addresses in the memory of one GPU.
+
+    Attributes:
+        fmt: format of the weights.
+        weight: address of the blocks.
+        n_rows: rows of weights.
+        n_elements: elements of a row.
+        x: address of the columns, a multiple of 16; one column after the other.
+        x_dtype: the type of their elements, one of `INPUT_TYPES`.
+        n_columns: number of columns.
+        out: address of the results, one column after the other.
+        dtype: the output type.
+        bias: address of a number for each row, or 0.
+        bias_dtype: the type of the bias.
+    """
+
+    fmt: Format
+    weight: int
+    n_rows: int
+    n_elements: int
+    x: int
+    x_dtype: str
+    n_columns: int
+    out: int
+    dtype: str
+    bias: int = 0
+    bias_dtype: str | None = None
+
+
+class Experts(NamedTuple):
+    """Which matrices the columns are multiplied with.
+
+    Attributes:
+        number: number of matrices.
+        ids: address of the numbers of the matrices of each column, int64, those of a column together.
+        chosen: matrices of each column.
+    """
+
+    number: int
+    ids: int
+    chosen: int
+
+
+class _Plan(NamedTuple):
+    kernel: Any
+    shape: ProductShape
+    thread_blocks: int
+    shared_bytes: int
+
+
+def why_not(gpu: Gpu, fmt: Format, x_dtype: str, weight: int = 0) -> str | None:
+    """Why the tensor cores of a GPU cannot multiply such weights and columns, or None."""
+    if gpu.capability < (8, 0):
+        return f"compute capability 8.0 is needed, the GPU has {gpu.capability[0]}.{gpu.capability[1]}"
+    if not has_products(fmt):
+        return f"{fmt.name} has no blocks of 32 to 256 elements"
+    if x_dtype not in INPUT_TYPES:
+        return f"the columns hold {x_dtype}, not {' or '.join(INPUT_TYPES)}"
+    if weight % fmt.alignment:
+        return f"the address of the weights is not a multiple of {fmt.alignment}"
+    return None
+
+
+def multiply(
+    gpu: Gpu, given: Operands, allocate: Callable[[int], int], stream: int, *, weight_is_constant: bool = False
+) -> None:
+    """Queue the kernels of a product on the current GPU.
+
+    Args:
+        gpu: the current GPU, for which `why_not` is None.
+        given: what to read and write.
+        allocate: gives the address of temporary memory of a number of bytes.
+        stream: the handle of the stream.
+        weight_is_constant: whether the kernel before this one does not write the weights. They may then be read before
+            it has ended.
+    """
+    fmt, n_columns = given.fmt, given.n_columns
+    if not given.n_rows or not n_columns:
+        return
+    row_bytes, n_groups = given.n_elements // fmt.block_size * fmt.type_size, given.n_elements // GROUP
+    is_aligned = given.weight % 16 == 0 and row_bytes % 16 == 0
+    plan = _plan(gpu, given, width_of(n_columns, given.x_dtype), is_aligned)
+    width, n_bytes = plan.shape.columns, column_bytes(fmt, given.n_elements)
+    x, powers = given.x, 0
+    if width > 1:
+        x, powers = _prepare(gpu, given, -(-n_columns // width) * width, allocate, stream, plan.shape.overlaps)
+    size = numpy_dtype(given.dtype).itemsize
+    for first in range(0, n_columns, width):
+        count = min(width, n_columns - first)
+        arguments = (
+            given.weight, given.n_rows, row_bytes, n_groups, x + first * n_bytes, count, powers + 4 * first, given.bias,
+            given.out + first * given.n_rows * size, 0, 1,
+        )  # fmt: skip
+        overlaps = plan.shape.overlaps and weight_is_constant
+        gpu.launch(plan.kernel, plan.thread_blocks, plan.shape.threads, arguments, stream, plan.shared_bytes, overlaps)
+
+
+def _prepare(
+    gpu: Gpu, given: Operands, n_prepared: int, allocate: Callable[[int], int], stream: int, overlaps: bool
+) -> tuple[int, int]:
+    """Queue the kernel that prepares the columns. Returns the address of the columns and that of their powers."""
+    n_bytes, n_groups = column_bytes(given.fmt, given.n_elements), given.n_elements // GROUP
+    x = allocate(n_prepared * (n_bytes + 4))
+    powers = x + n_prepared * n_bytes
+    key = given.fmt, given.x_dtype, "prepare"
+    kernel = gpu.kernels.get(key)
+    if kernel is None:
+        kernel = gpu.kernels[key] = gpu.load_kernel(prepare_kernel(given.fmt, given.x_dtype, overlaps))
+    slices = -(-n_groups * 4 // PREPARE_THREADS)
+    arguments = given.x, given.n_columns, n_groups, x, powers
+    # It reads nothing before earlier kernels have ended.
+    gpu.launch(kernel, (n_prepared, slices), PREPARE_THREADS, arguments, stream, overlaps=overlaps)
+    return x, powers
+
+
+def multiply_experts(gpu: Gpu, given: Operands, experts: Experts, allocate: Callable[[int], int], stream: int) -> None:
+    """Queue the kernels of products of each column and the matrices of its experts, on the current GPU.
+
+    `given.weight` holds the matrices of all experts, each of `given.n_rows` rows. The results are those of column 0 and
+    its first expert, of column 0 and its second expert, and so on.
+    """
+    fmt, n_pairs = given.fmt, given.n_columns * experts.chosen
+    if not given.n_rows or not n_pairs:
+        return
+    row_bytes, n_groups = given.n_elements // fmt.block_size * fmt.type_size, given.n_elements // GROUP
+    is_aligned = given.weight % 16 == 0 and row_bytes % 16 == 0
+    plan = _plan(gpu, given, EXPERT_COLUMNS, is_aligned, has_experts=True)
+    overlaps = plan.shape.overlaps
+    routes = allocate(8 * (experts.number + 1 + n_pairs))
+    kernel = gpu.kernels.get("routes")
+    if kernel is None:
+        kernel = gpu.kernels["routes"] = gpu.load_kernel(routes_kernel(overlaps))
+    found = experts.ids, n_pairs, experts.number, routes
+    gpu.launch(kernel, 1, PREPARE_THREADS, found, stream, overlaps=overlaps)
+    x, powers = _prepare(gpu, given, given.n_columns, allocate, stream, overlaps)
+    arguments = (
+        given.weight, given.n_rows, row_bytes, n_groups, x, given.n_columns, powers, given.bias, given.out, routes,
+        experts.chosen,
+    )  # fmt: skip
+    thread_blocks = plan.thread_blocks, experts.number
+    gpu.launch(plan.kernel, thread_blocks, plan.shape.threads, arguments, stream, plan.shared_bytes, overlaps)
+
+
+def width_of(n_columns: int, x_dtype: str) -> int:
+    """The number of columns that a kernel multiplies at a time."""
+    if n_columns == 1 and x_dtype == "float16":
+        return 1
+    return next((width for width in WIDTHS if width >= n_columns), WIDTHS[-1])
+
+
+def _plan(gpu: Gpu, given: Operands, columns: int, is_aligned: bool, has_experts: bool = False) -> _Plan:
+    fmt, bias = given.fmt, given.bias_dtype if given.bias else None
+    key = fmt, given.dtype, bias, given.n_rows, given.n_elements, columns, is_aligned, has_experts
+    plan: _Plan | None = gpu.kernels.get(key)
+    if plan is None:
+        tiles = -(-given.n_rows // ROWS)
+        shape = product_shape(gpu, fmt, tiles, given.n_elements, columns, is_aligned)
+        if has_experts:
+            shape = replace(shape, experts=True)
+        n_bytes = shared_bytes(fmt, shape, given.n_elements)
+        kernel = gpu.load_kernel(product_kernel(fmt, given.dtype, bias, shape), gpu.shared_memory)
+        per_processor = max(gpu.shared_memory // n_bytes, 1)
+        thread_blocks = tiles if shape.stages == 1 else min(tiles, per_processor * gpu.processors)
+        plan = gpu.kernels[key] = _Plan(kernel, shape, thread_blocks, n_bytes)
+    return plan
+
+
+def product_shape(gpu: Gpu, fmt: Format, tiles: int, n_elements: int, columns: int, is_aligned: bool) -> ProductShape:
+    """The fastest way to divide a product of `tiles` times 16 rows and `columns` columns.
+
+    It leaves half of the shared memory to another thread block, if possible. The next product can then begin.
+    """
+    overlaps = gpu.capability >= (9, 0)
+    stages_and_parts = ((1, 2), (1, 1)) if tiles >= MANY_TILES else ((2, 2), (2, 1), (1, 1))
+    choices = [
+        ProductShape(_warps(n_elements, parts, width), stages, parts, width, is_aligned, overlaps)
+        for width in ((1, WIDTHS[0]) if columns == 1 else (columns,))
+        for stages, parts in (stages_and_parts if width < 32 else ((2, 2), (2, 1), (1, 1)))
+    ]
+    for share in (2, 1):
+        for shape in choices:
+            if shared_bytes(fmt, shape, n_elements) <= gpu.shared_memory // share:
+                return shape
+    return choices[-1]
+
+
+def _warps(n_elements: int, parts: int, columns: int) -> int:
+    """The warps that share a tile: as many as possible, but none should have to wait while others have a chunk more."""
+    if columns == 32:
+        return 4  # more would not have enough registers
+    chunks = -(-n_elements // (PART * parts))
+    return max(WARPS, key=lambda warps: (chunks / (-(-chunks // warps) * warps), warps))

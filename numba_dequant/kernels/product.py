@@ -1,0 +1,330 @@
+"""Products of compressed weights and up to eight columns, on the tensor cores.
+
+``out[c, r] = sum over k of weight[r, k] * x[c, k]``. The weights are read once, and are not stored in another form.
+
+A tile is 16 rows of weights. The warps of a thread block share it: each takes every n-th chunk of 256 or 512 elements.
+A warp copies a chunk to shared memory while it computes an earlier one. Its 32 threads turn the bytes into small exact
+float16 numbers, and the tensor cores multiply them with the columns. The scale of a block multiplies the float32
+results. At the end of a tile, the results of the warps are added in order, so that they do not depend on which warp
+was faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from numba_dequant.bits import bf16, half, load_u16, load_u32, single
+from numba_dequant.dtypes import OUTPUT_TYPES
+from numba_dequant.format import Format
+from numba_dequant.halves import (
+    address_of,
+    copy_pieces,
+    copy_pieces_or_zeros,
+    copy_to_tile,
+    end_group,
+    item,
+    let_next_kernel_start,
+    no_sums_8,
+    no_sums_16,
+    no_sums_32,
+    repeated,
+    synchronize_warp,
+    wait_for_earlier_kernels,
+    wait_for_groups,
+)
+from numba_dequant.kernels.dequantize import IS_SIMULATED
+from numba_dequant.kernels.numba_cuda import cuda
+from numba_dequant.kernels.product_columns import column_preparer
+from numba_dequant.kernels.product_of_part import factors_of, product_of_part, register_functions
+from numba_dequant.kernels.product_shape import (
+    GROUP,
+    PART,
+    ROWS,
+    ProductShape,
+    column_bytes,
+    part_bytes,
+    result_bytes,
+    row_stride,
+    sum_bytes,
+    table_bytes,
+)
+
+int32: Any = np.int32
+int64: Any = np.int64
+float32: Any = np.float32
+
+NO_SUMS: dict[int, Callable[[], Any]] = {1: no_sums_8, 8: no_sums_8, 16: no_sums_16, 32: no_sums_32}
+
+
+def make_product_kernel(fmt: Format, dtype: str, bias: str | None, shape: ProductShape) -> Callable[..., None]:
+    """The kernel ``product(data, n_rows, row_bytes, n_groups, x, n_columns, powers, bias, out, routes, chosen)``.
+
+    Its parameters: the blocks; the rows, and the bytes and groups of 32 elements of each; the columns, prepared by
+    `make_prepare_kernel`, or one column of float16; their number; a float32 for each, which multiplies its results;
+    numbers that are added to all columns; and the results, one column after the other.
+
+    With experts, the second dimension of the grid counts matrices of `n_rows` rows. `routes`, made by
+    `make_routes_kernel`, tells which pairs (column, choice) each matrix multiplies; a column has `chosen` choices. A
+    pair has results of its own.
+
+    Args:
+        fmt: the format of the weights.
+        dtype: the output type.
+        bias: the type of the bias, if there is one.
+        shape: how the work is divided.
+    """
+    warps, stages, parts = shape.warps, shape.stages, shape.parts
+    one_column, overlaps, threads = shape.columns == 1, shape.overlaps, shape.threads
+    experts, n_width = shape.experts, shape.columns
+    n_results, no_sums = ROWS * shape.columns, NO_SUMS[shape.columns]
+    n_bytes_of_part = part_bytes(fmt)
+    n_bytes_of_chunk = parts * n_bytes_of_part
+    is_always_aligned = shape.is_aligned and n_bytes_of_chunk % 16 == 0
+    stride = row_stride(fmt, shape)
+    # Places in shared memory are counted in units of 16 bytes, so that the compiler knows what they are multiples of.
+    results_start = table_bytes(fmt) // 4
+    tile_start, stage_units, row_units = (
+        (table_bytes(fmt) + result_bytes(shape)) // 16,
+        ROWS * stride // 16,
+        stride // 16,
+    )
+    column_start = 16 * (tile_start + warps * stages * stage_units)
+    n_bytes_of_sums = sum_bytes(fmt)
+    n_bytes_of_column_part = column_bytes(fmt, PART)
+    unit, result_type = np.dtype(f"u{fmt.alignment}"), np.dtype(np.float32)
+    put_results, write_results = _results_writers(dtype, bias, shape)
+    fetch = _chunk_fetcher(fmt, shape)
+    factors = factors_of(fmt)
+    prepare = column_preparer(factors, "float16")
+    part_product = product_of_part(fmt, no_sums)
+    table: Any = factors.table
+    n_table_items = 0 if table is None else len(table.items)
+
+    def multiply_tiles(
+        shared: Any, partial: Any, data: Any, base: int, n_rows: int, row_bytes: int, n_groups: int, x: Any,
+        n_columns: int, powers: Any, bias: Any, out: Any, routes: Any, first_pair: int, chosen: int,
+    ) -> None:  # fmt: skip
+        thread = int32(cuda.threadIdx.x)
+        warp, lane = int32(thread >> 5), int32(thread & 31)
+        row, quarter = int32(lane >> 2), int32(lane & 3)
+        n_parts = int32((n_groups + (PART // GROUP - 1)) // (PART // GROUP))
+        chunks = int32((n_parts + (parts - 1)) // parts)
+        tile, tile_step = int32(cuda.blockIdx.x), int32(cuda.gridDim.x)
+        n_tiles = int32((n_rows + (ROWS - 1)) // ROWS)
+        mine = int32(tile_start + warp * (stages * stage_units) + row * row_units)
+
+        # This warp copies and computes a series of chunks: those of its first tile, those of its next tile, ...
+        # `ahead` is the next one to copy.
+        ahead_tile, ahead_chunk = tile, warp
+        ahead = base + (int64(tile) * ROWS + row) * row_bytes + warp * n_bytes_of_chunk
+        to_next_tile = int64(tile_step) * ROWS * row_bytes - chunks * n_bytes_of_chunk
+        for stage in range(stages):
+            while ahead_chunk >= chunks:
+                ahead_chunk, ahead_tile = int32(ahead_chunk - chunks), int32(ahead_tile + tile_step)
+                ahead += to_next_tile
+            at = (int64(mine) + stage * stage_units + quarter) << 4
+            fetch(shared, at, data, ahead, ahead_tile, ahead_chunk, chunks, n_rows, row_bytes, lane)
+            ahead_chunk = int32(ahead_chunk + warps)
+            ahead += warps * n_bytes_of_chunk
+        if n_table_items:
+            for entry in range(thread, n_table_items, threads):
+                copy_to_tile(shared, table, entry)
+            cuda.syncthreads()
+        if overlaps and not experts:
+            # Only weights may be read before the results of earlier kernels can be read.
+            let_next_kernel_start()
+            wait_for_earlier_kernels()
+        if one_column:
+            prepare(x, 0, n_groups, n_groups, float32(1), shared, column_start, thread, threads)
+            cuda.syncthreads()
+        n_bytes_of_column = n_parts * n_bytes_of_column_part
+        column, step = row * n_bytes_of_column + 16 * quarter, 8 * n_bytes_of_column
+        if one_column:
+            column = int64(column_start + 16 * quarter)
+        if experts:
+            pair = routes[first_pair + min(int64(row), n_columns - 1)]
+            column = pair // chosen * n_bytes_of_column + 16 * quarter
+        column_sums = column + n_parts * (2 * PART)
+
+        chunk, stage, results = warp, int32(0), int32(results_start)
+        while tile < n_tiles:
+            sums = no_sums()
+            while chunk < chunks:
+                wait_for_groups(stages - 1)
+                synchronize_warp(thread)
+                upper = int64(int32(mine + stage * stage_units)) << 4
+                lower = upper + 8 * stride
+                if not is_always_aligned:
+                    source = int32(base + (tile * ROWS + row) * row_bytes + chunk * n_bytes_of_chunk)
+                    upper += source & 15
+                    lower += (source + 8 * row_bytes) & 15
+                at = column + chunk * (2 * PART * parts)
+                sums_at = column_sums + chunk * (n_bytes_of_sums * parts)
+                for _ in range(min(parts, n_parts - chunk * parts)):
+                    if one_column:
+                        sums = part_product(sums, shared, upper, lower, quarter, shared, at, sums_at, step, thread)
+                    else:
+                        sums = part_product(sums, shared, upper, lower, quarter, x, at, sums_at, step, thread)
+                    upper += n_bytes_of_part
+                    lower += n_bytes_of_part
+                    at += 2 * PART
+                    sums_at += n_bytes_of_sums
+                synchronize_warp(thread)
+                while ahead_chunk >= chunks:
+                    ahead_chunk, ahead_tile = int32(ahead_chunk - chunks), int32(ahead_tile + tile_step)
+                    ahead += to_next_tile
+                at = (int64(mine) + stage * stage_units + quarter) << 4
+                fetch(shared, at, data, ahead, ahead_tile, ahead_chunk, chunks, n_rows, row_bytes, lane)
+                ahead_chunk = int32(ahead_chunk + warps)
+                ahead += warps * n_bytes_of_chunk
+                chunk = int32(chunk + warps)
+                stage = int32(stage + 1) if stage + 1 < stages else int32(0)
+            chunk = int32(chunk - chunks)
+
+            put_results(partial, results, sums, warp, row, quarter)
+            cuda.syncthreads()
+            write_results(
+                partial, results, tile, thread, n_rows, n_columns, powers, bias, out, routes, first_pair, chosen
+            )
+            results = int32(2 * results_start + warps * n_results - results)
+            tile = int32(tile + tile_step)
+
+    register_functions(multiply_tiles)
+
+    def product(
+        data: Any, n_rows: int, row_bytes: int, n_groups: int, x: Any, n_columns: int, powers: Any, bias: Any,
+        out: Any, routes: Any, chosen: int,
+    ) -> None:  # fmt: skip
+        if IS_SIMULATED:
+            shared, partial = cuda.shared.array(0, unit), cuda.shared.array(0, result_type)
+        else:
+            shared, partial = cuda.shared.array(0, unit, alignment=16), cuda.shared.array(0, result_type, alignment=16)
+        if experts:
+            if overlaps:
+                # Nothing can be read ahead: the routes are results of an earlier kernel.
+                let_next_kernel_start()
+                wait_for_earlier_kernels()
+            expert = int64(cuda.blockIdx.y)
+            pair, end = routes[expert], routes[expert + 1]
+            base = address_of(data) + expert * n_rows * row_bytes
+            first_place = int64(cuda.gridDim.y) + 1
+            while pair < end:
+                count = min(end - pair, int64(n_width))
+                multiply_tiles(
+                    shared, partial, data, base, n_rows, row_bytes, n_groups, x, count, powers, bias, out, routes,
+                    first_place + pair, chosen,
+                )  # fmt: skip
+                cuda.syncthreads()
+                pair += n_width
+        else:
+            multiply_tiles(
+                shared, partial, data, address_of(data), n_rows, row_bytes, n_groups, x, n_columns, powers, bias, out,
+                routes, int64(0), int64(1),
+            )  # fmt: skip
+
+    product.__name__ = product.__qualname__ = f"product_{fmt.name}"
+    return product
+
+
+def _results_writers(dtype: str, bias: str | None, shape: ProductShape) -> tuple[Callable[..., None], ...]:
+    """Functions that put the results of a thread into shared memory, and that add and write those of all warps."""
+    warps, threads, one_column, experts = shape.warps, shape.threads, shape.columns == 1, shape.experts
+    n_results, n_items = ROWS * shape.columns, shape.columns // 2
+    store, add_bias = OUTPUT_TYPES[dtype].store, _bias_adder(bias)
+
+    def put_results(partial: Any, results: int, sums: Any, warp: int, row: int, quarter: int) -> None:
+        first = int32(results + warp * n_results + row)
+        if one_column:  # all columns of the tensor core are equal
+            partial[first] = item(sums, 0)
+            partial[first + 8] = item(sums, 2)
+        else:
+            for index in range(n_items):
+                column = (index >> 2) * 8 + 2 * quarter + (index & 1)
+                partial[first + column * ROWS + (index & 2) * 4] = item(sums, index)
+
+    def write_results(
+        partial: Any, results: int, tile: int, thread: int, n_rows: int, n_columns: int, powers: Any, bias: Any,
+        out: Any, routes: Any, first_pair: int, chosen: int,
+    ) -> None:  # fmt: skip
+        number = thread
+        while number < n_results:
+            column, row = int32(number // ROWS), int32(tile * ROWS + number % ROWS)
+            if column < n_columns and row < n_rows:
+                total = partial[results + number]
+                for warp in range(1, warps):
+                    total += partial[results + number + warp * n_results]
+                place, given = int64(column), int64(column)
+                if experts:
+                    place = routes[first_pair + column]
+                    given = place // chosen
+                if not one_column:
+                    total *= single(load_u32(powers, 4 * given))
+                store(out, place * n_rows + row, repeated(add_bias(total, bias, row)), int64(1))
+            number = int32(number + threads)
+
+    register_functions(put_results, write_results)
+    return put_results, write_results
+
+
+def _chunk_fetcher(fmt: Format, shape: ProductShape) -> Callable[..., None]:
+    """A function with which a warp begins to copy a chunk of each of its 16 rows; each thread copies of two rows.
+
+    What is beyond the end of a row, or in a row that does not exist, becomes 0.
+    """
+    n_bytes_of_chunk = shape.parts * part_bytes(fmt)
+    is_always_aligned = shape.is_aligned and n_bytes_of_chunk % 16 == 0
+    pieces = -(-(n_bytes_of_chunk + (0 if is_always_aligned else 15)) // 16)
+    stride = row_stride(fmt, shape)
+
+    def fetch(
+        shared: Any, at: int, data: Any, address: int, tile: int, chunk: int, chunks: int, n_rows: int, row_bytes: int,
+        lane: int,
+    ) -> None:  # fmt: skip
+        quarter = lane & 3
+        below = address + 8 * row_bytes
+        # The last chunk of a row may be short, and the bytes around an unaligned one may not exist.
+        whole_chunks = chunks
+        if not is_always_aligned or row_bytes != chunks * n_bytes_of_chunk:
+            whole_chunks = chunks - 1
+        if chunk < whole_chunks and (tile + 1) * ROWS <= n_rows:
+            if not is_always_aligned:
+                address &= -16
+                below &= -16
+            copy_pieces(shared, at, data, address + 16 * quarter, quarter, pieces)
+            copy_pieces(shared, at + 8 * stride, data, below + 16 * quarter, quarter, pieces)
+        elif tile * ROWS < n_rows:
+            for lower in range(2):
+                phase = address & 15
+                left = int32(row_bytes - chunk * n_bytes_of_chunk + phase - 16 * quarter)
+                if tile * ROWS + (lane >> 2) + 8 * lower >= n_rows:
+                    left = int32(0)
+                start = address - phase + 16 * quarter
+                copy_pieces_or_zeros(shared, at + 8 * lower * stride, data, start, left, quarter, pieces)
+                address = below
+        end_group()
+
+    register_functions(fetch)
+    return fetch
+
+
+def _bias_adder(dtype: str | None) -> Callable[[Any, Any, int], Any]:
+    """A function that adds number `row` of a bias of this type to a result."""
+
+    def nothing(total: Any, bias: Any, row: int) -> Any:
+        return total
+
+    def float16(total: Any, bias: Any, row: int) -> Any:
+        return total + half(load_u16(bias, 2 * row))
+
+    def bfloat16(total: Any, bias: Any, row: int) -> Any:
+        return total + bf16(load_u16(bias, 2 * row))
+
+    def of_float32(total: Any, bias: Any, row: int) -> Any:
+        return total + single(load_u32(bias, 4 * row))
+
+    function = {None: nothing, "float16": float16, "bfloat16": bfloat16, "float32": of_float32}[dtype]
+    register_functions(function)
+    return function

@@ -1,0 +1,164 @@
+"""Columns of a product in the order in which the tensor cores take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from numba_dequant.bits import single, stop_unless, store_float32
+from numba_dequant.format import Factors, Format
+from numba_dequant.halves import (
+    equal_halves,
+    largest_bfloat16,
+    let_next_kernel_start,
+    plus_lane,
+    repeated,
+    scaled_bfloat16,
+    store_halves,
+    store_sum,
+    sum_of_halves,
+    wait_for_earlier_kernels,
+)
+from numba_dequant.kernels.numba_cuda import cuda
+from numba_dequant.kernels.product_of_part import factors_of, register_functions
+from numba_dequant.kernels.product_shape import GROUP, PART, PREPARE_THREADS, column_bytes
+
+int32: Any = np.int32
+int64: Any = np.int64
+float32: Any = np.float32
+
+
+def make_prepare_kernel(fmt: Format, dtype: str, overlaps: bool = False) -> Callable[..., None]:
+    """The kernel ``prepare(x, n_columns, n_groups, out, powers)``; a column has a thread block for each 256 runs.
+
+    Its parameters: columns of type `dtype`, one after the other; their number, and their groups of 32 elements; the
+    prepared columns, of which those that `x` does not have become 0; and the float32 number for each, by which the
+    results of its products must be multiplied.
+
+    A float16 is taken as it is. A column of bfloat16 is multiplied by a power of two that brings its largest element
+    near 2**14. As float16 it is then exact, except for elements that are 2**24 times smaller than the largest. Its
+    thread blocks each look for the largest element.
+    """
+    is_bfloat16 = dtype == "bfloat16"
+    factors = factors_of(fmt)
+    load = factors.order.load
+    prepare_column = column_preparer(factors, dtype)
+    n_bytes_of_part, largest_type = column_bytes(fmt, PART), np.dtype(np.int32)
+
+    def prepare(x: Any, n_columns: int, n_groups: int, out: Any, powers: Any) -> None:
+        largest = cuda.shared.array(1, largest_type)
+        thread, column = int32(cuda.threadIdx.x), int64(cuda.blockIdx.x)
+        first = int32(cuda.blockIdx.y * PREPARE_THREADS + thread)
+        if overlaps:
+            let_next_kernel_start()
+            wait_for_earlier_kernels()
+        start, n_given = column * n_groups * (2 * GROUP), n_groups if column < n_columns else int64(0)
+        factor = inverse = float32(1)
+        if is_bfloat16:
+            if thread == 0:
+                largest[0] = 0
+            cuda.syncthreads()
+            run, mine = thread, int64(0)
+            while run < n_given * 4:
+                mine = max(mine, largest_bfloat16(load(x, start + (run >> 2) * (2 * GROUP), run & 3)))
+                run = int32(run + PREPARE_THREADS)
+            cuda.atomic.max(largest, 0, int32(mine))
+            cuda.syncthreads()
+            exponent = int64(largest[0]) >> 7
+            if exponent < 255:  # otherwise an element is infinite or NaN
+                power = min(int64(127 + 14) - exponent, int64(126))
+                factor, inverse = single((power + 127) << 23), single((127 - power) << 23)
+        n_parts = (n_groups + (PART // GROUP - 1)) // (PART // GROUP)
+        at = column * n_parts * n_bytes_of_part
+        prepare_column(x, start, n_groups, n_given, factor, out, at, first, int32(cuda.gridDim.y * PREPARE_THREADS))
+        if first == 0:
+            store_float32(powers, column, repeated(inverse), int64(1))
+
+    prepare.__name__ = prepare.__qualname__ = f"prepare_{dtype}"
+    return prepare
+
+
+def make_routes_kernel(overlaps: bool = False) -> Callable[..., None]:
+    """The kernel ``find(ids, n_pairs, n_experts, routes)``, one thread block: which pairs each expert has.
+
+    Pair number k has the expert ``ids[k]``. `routes` is the number of pairs of earlier experts, for each expert and
+    for one more; then the numbers of the pairs, those of an expert together and in order.
+    """
+
+    def find(ids: Any, n_pairs: int, n_experts: int, routes: Any) -> None:
+        if overlaps:
+            let_next_kernel_start()
+            wait_for_earlier_kernels()
+        thread = int64(cuda.threadIdx.x)
+        for expert in range(thread, n_experts + 1, PREPARE_THREADS):
+            earlier = int64(0)
+            for pair in range(n_pairs):
+                stop_unless(0 <= ids[pair] < n_experts)
+                if ids[pair] < expert:
+                    earlier += 1
+            routes[expert] = earlier
+            for pair in range(n_pairs):
+                if ids[pair] == expert:
+                    routes[n_experts + 1 + earlier] = pair
+                    earlier += 1
+
+    return find
+
+
+def column_preparer(factors: Factors, dtype: str) -> Callable[..., None]:
+    """A function that writes a column in the order of the tensor cores, and the sums of its elements behind it.
+
+    The elements of `n_given` groups from byte `start` of `x`, times `factor`, go to byte `at` of `out`, those of a
+    thread of a warp together. The column is filled up with zeros to a whole number of parts.
+    """
+    load = factors.order.load
+    has_minima, minimum_size = factors.minimum is not None, factors.minimum_size
+    is_bfloat16 = dtype == "bfloat16"
+
+    def load_run_or_zeros(x: Any, start: int, n_given: int, run: int) -> Any:
+        elements = equal_halves(0)
+        if run >> 2 < n_given:
+            elements = load(x, start + (run >> 2) * (2 * GROUP), run & 3)
+        return elements
+
+    def put(elements: Any, factor: Any, out: Any, at: int, sums_start: int, run: int, thread: int) -> None:
+        if is_bfloat16:
+            elements = scaled_bfloat16(elements, factor)
+        store_halves(out, at + 16 * run, elements)
+        if has_minima:
+            total = plus_lane(sum_of_halves(elements), int32(1), thread)
+            number = run >> 1
+            if minimum_size == GROUP:
+                total = plus_lane(total, int32(2), thread)
+                number = run >> 2
+            # Eight sums take 64 bytes: 16 for the numbers k and k + 4, as `multiply_sums` loads them.
+            if run & (minimum_size // 8 - 1) == 0:
+                place = (number >> 3) * 64 + (number & 3) * 16 + ((number >> 2) & 1) * 4
+                store_sum(out, sums_start + place, total)
+
+    def prepare(
+        x: Any, start: int, n_groups: int, n_given: int, factor: Any, out: Any, at: int, thread: int, threads: int
+    ) -> None:
+        n_parts = (n_groups + (PART // GROUP - 1)) // (PART // GROUP)
+        sums_start, n_runs = at + n_parts * (2 * PART), n_parts * (PART // 8)
+        run = thread
+        while run < n_runs:
+            # Four loads are in flight together. The threads of a warp stay together, too.
+            first = load_run_or_zeros(x, start, n_given, run)
+            second = load_run_or_zeros(x, start, n_given, run + threads)
+            third = load_run_or_zeros(x, start, n_given, run + 2 * threads)
+            fourth = load_run_or_zeros(x, start, n_given, run + 3 * threads)
+            put(first, factor, out, at, sums_start, run, thread)
+            if run + threads < n_runs:
+                put(second, factor, out, at, sums_start, run + threads, thread)
+            if run + 2 * threads < n_runs:
+                put(third, factor, out, at, sums_start, run + 2 * threads, thread)
+            if run + 3 * threads < n_runs:
+                put(fourth, factor, out, at, sums_start, run + 3 * threads, thread)
+            run = int32(run + 4 * threads)
+
+    register_functions(load, load_run_or_zeros, put)
+    register_functions(load, prepare)
+    return prepare

@@ -1,0 +1,163 @@
+"""The inner part of a product: 16 rows times up to eight columns, over 256 elements, in one warp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from numba_dequant.format import Factors, Format
+from numba_dequant.halves import add_scaled, multiply, multiply_sums, rounded_halves
+from numba_dequant.kernels.dequantize import IS_SIMULATED
+from numba_dequant.kernels.product_shape import GROUP, PART
+
+if not IS_SIMULATED:
+    from numba_dequant.kernels import intrinsics_cuda, intrinsics_mma  # noqa: F401 registers the primitives
+    from numba_dequant.kernels.intrinsics import register_decode
+
+
+def register_functions(*functions: Callable[..., Any] | None) -> None:
+    """Let the kernels call functions; they are compiled when called."""
+    for function in functions:
+        if function is not None and not IS_SIMULATED:
+            register_decode(intrinsics_cuda.target, function)
+
+
+def factors_of(fmt: Format) -> Factors:
+    """The factors of a format; by default, its values rounded to float16, and a scale of 1."""
+    if fmt.factors is not None:
+        return fmt.factors
+    decode = fmt.decode
+    assert decode is not None
+
+    def quants(block: Any, at: int, run: int) -> Any:
+        return rounded_halves(decode(block, at, run))
+
+    def scale(block: Any, at: int) -> Any:
+        return np.float32(1)
+
+    register_functions(decode)
+    return Factors(quants, scale)
+
+
+def product_of_part(fmt: Format, no_sums: Callable[[], Any]) -> Callable[..., Any]:
+    """A function that adds the products of one part to the four results of a thread.
+
+    ``part_product(sums, tile, upper, lower, quarter, x, at, sums_at, step, thread)``: `upper` and `lower` are the bytes
+    of
+    `tile` where the part starts in the two rows of this thread. `at` and `sums_at` are the bytes of `x` where its
+    elements and its sums of this part of the column start, and `step` the bytes to the column that is 8 further.
+    """
+    factors = factors_of(fmt)
+    functions: dict[str, Any] = {name: getattr(factors, name) for name in ("quants", "scale", "minimum", "offset")}
+    register_functions(*functions.values())
+    if IS_SIMULATED:
+        plain: dict[str, Any] = {name: function and _plainly(function) for name, function in functions.items()}
+        factors = replace(factors, **plain)
+    # Straight code for all groups: the compiler does not unroll so long a loop.
+    steps = [_product_of_group(fmt, factors, group, no_sums) for group in range(PART // GROUP)]
+    while len(steps) > 1:
+        steps = [_one_after_the_other(*steps[k : k + 2]) for k in range(0, len(steps), 2)]
+    every_group, add_minima = steps[0], _product_of_minima(fmt, factors, no_sums)
+
+    def part_product(
+        sums: Any,
+        tile: Any,
+        upper: int,
+        lower: int,
+        quarter: int,
+        x: Any,
+        at: int,
+        sums_at: int,
+        step: int,
+        thread: int,
+    ) -> Any:
+        sums = every_group((sums, no_sums()), tile, upper, lower, quarter, x, at, step, thread)[0]
+        return add_minima(sums, tile, upper, lower, quarter, x, sums_at, step, thread)
+
+    register_functions(part_product)
+    return part_product
+
+
+def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:
+    def with_plain_integers(block: Any, *numbers: Any) -> Any:
+        # The integers of the kernel are NumPy's, which overflow. Infinite and NaN scales have defined results.
+        with np.errstate(all="ignore"):
+            return function(block, *map(int, numbers))
+
+    return with_plain_integers
+
+
+def _one_after_the_other(first: Callable[..., Any], second: Callable[..., Any]) -> Callable[..., Any]:
+    def both(
+        state: Any, tile: Any, upper: int, lower: int, quarter: int, x: Any, at: int, step: int, thread: int
+    ) -> Any:
+        between = first(state, tile, upper, lower, quarter, x, at, step, thread)
+        return second(between, tile, upper, lower, quarter, x, at, step, thread)
+
+    register_functions(first, second, both)
+    return both
+
+
+def _product_of_group(fmt: Format, factors: Factors, group: int, no_sums: Callable[[], Any]) -> Callable[..., Any]:
+    """A function that adds the products of the quants of one group of 32 elements.
+
+    Its state are the results, and the products of this block before they are scaled.
+    """
+    quants, scale = factors.quants, factors.scale
+    groups_of_block = fmt.block_size // GROUP
+    block = group // groups_of_block * fmt.type_size
+    first_run = group % groups_of_block * 4
+    ends_block = group % groups_of_block == groups_of_block - 1
+    column = group * (2 * GROUP)
+
+    def of_group(
+        state: Any, tile: Any, upper: int, lower: int, quarter: int, x: Any, at: int, step: int, thread: int
+    ) -> Any:
+        sums, of_block = state
+        upper += block
+        lower += block
+        run = first_run + quarter
+        of_block = multiply(of_block, quants(tile, upper, run), quants(tile, lower, run), x, at + column, step, thread)
+        if ends_block:
+            return add_scaled(sums, of_block, scale(tile, upper), scale(tile, lower)), no_sums()
+        return sums, of_block
+
+    return of_group
+
+
+def _product_of_minima(fmt: Format, factors: Factors, no_sums: Callable[[], Any]) -> Callable[..., Any]:
+    """A function that adds the products of the minima of one part."""
+    minimum: Any = factors.minimum
+    offset: Any = factors.offset
+    type_size = fmt.type_size
+    has_offset = offset is not None
+    n_minima, minima_of_block = PART // factors.minimum_size, fmt.block_size // factors.minimum_size
+
+    def nothing(
+        sums: Any, tile: Any, upper: int, lower: int, quarter: int, x: Any, at: int, step: int, thread: int
+    ) -> Any:
+        return sums
+
+    def of_minima(
+        sums: Any, tile: Any, upper: int, lower: int, quarter: int, x: Any, at: int, step: int, thread: int
+    ) -> Any:
+        total = no_sums() if has_offset else sums
+        for first in range(0, n_minima, 8):
+            early, late = first + quarter, first + quarter + 4
+            early_block, late_block = early // minima_of_block * type_size, late // minima_of_block * type_size
+            early, late = early % minima_of_block, late % minima_of_block
+            minima = (
+                minimum(tile, upper + early_block, early), minimum(tile, lower + early_block, early),
+                minimum(tile, upper + late_block, late), minimum(tile, lower + late_block, late),
+            )  # fmt: skip
+            total = multiply_sums(total, minima, x, at + 8 * first, step, thread)
+        if has_offset:
+            total = add_scaled(sums, total, offset(tile, upper), offset(tile, lower))
+        return total
+
+    function = nothing if minimum is None else of_minima
+    register_functions(function)
+    return function

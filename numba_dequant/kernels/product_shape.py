@@ -1,0 +1,107 @@
+"""How the work of a product is divided, and how much memory it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from numba_dequant.format import Format
+from numba_dequant.halves import RUNS
+
+ROWS = 16
+"""Rows of a tile."""
+
+WIDTHS = (8, 16, 32)
+"""Columns that a kernel multiplies at a time."""
+
+GROUP = 32
+"""Elements that the tensor cores multiply together."""
+
+PART = 256
+"""Elements of a part: a whole number of blocks."""
+
+PREPARE_THREADS = 256
+"""Threads that prepare a column."""
+
+
+@dataclass(frozen=True)
+class ProductShape:
+    """The work of a thread block, whose warps share a tile of 16 rows.
+
+    Attributes:
+        warps: warps of a thread block. Each takes every n-th chunk of the tile.
+        stages: chunks of each warp that fit into shared memory.
+        parts: parts of 256 elements in a chunk.
+        columns: columns that it multiplies, one of `WIDTHS`; or one column of float16, which it copies to shared
+            memory.
+        is_aligned: whether all rows start at multiples of 16 bytes.
+        overlaps: whether the kernel may start before the one before it has ended.
+        experts: whether there are several matrices, and routes that tell which columns each multiplies.
+    """
+
+    warps: int
+    stages: int
+    parts: int
+    columns: int
+    is_aligned: bool
+    overlaps: bool
+    experts: bool = False
+
+    @property
+    def resident(self) -> int:
+        """Thread blocks that a multiprocessor must have registers for."""
+        return 3 if self.stages == 1 else 2
+
+    @property
+    def threads(self) -> int:
+        """Threads of a thread block."""
+        return 32 * self.warps
+
+
+def has_products(fmt: Format) -> bool:
+    """Whether the tensor cores can multiply this format: a part is a whole number of blocks, each of whole groups."""
+    return fmt.decode is not None and fmt.block_size % GROUP == 0 and PART % fmt.block_size == 0
+
+
+def part_bytes(fmt: Format) -> int:
+    """Bytes of 256 elements of a row."""
+    return PART // fmt.block_size * fmt.type_size
+
+
+def sum_bytes(fmt: Format) -> int:
+    """Bytes of the sums over 256 elements of a column: two TF32 numbers for each minimum."""
+    factors = fmt.factors
+    return 0 if factors is None or factors.minimum is None else PART // factors.minimum_size * 8
+
+
+def column_bytes(fmt: Format, n_elements: int) -> int:
+    """Bytes of a column that is prepared for the tensor cores: its elements as float16, and their sums."""
+    return -(-n_elements // PART) * (2 * PART + sum_bytes(fmt))
+
+
+def row_stride(fmt: Format, shape: ProductShape) -> int:
+    """Bytes between the rows of a chunk in shared memory, chosen so that eight rows are in different banks."""
+    n_bytes = shape.parts * part_bytes(fmt)
+    load_bytes = 8 if fmt.factors is None or fmt.factors.order is RUNS else 4
+    stride = -(-(n_bytes + (0 if shape.is_aligned and n_bytes % 16 == 0 else 15)) // 16) * 16
+    while stride % (8 * load_bytes) != 4 * load_bytes:
+        stride += 16
+    return stride
+
+
+def result_bytes(shape: ProductShape) -> int:
+    """Bytes of the results of the warps: twice, so that one barrier per tile is enough."""
+    return 2 * shape.warps * ROWS * shape.columns * 4
+
+
+def table_bytes(fmt: Format) -> int:
+    """Bytes of the table at the start of shared memory."""
+    return 0 if fmt.factors is None or fmt.factors.table is None else fmt.factors.table.items.nbytes
+
+
+def shared_bytes(fmt: Format, shape: ProductShape, n_elements: int) -> int:
+    """Bytes of shared memory of a thread block."""
+    stages = shape.warps * shape.stages * ROWS * row_stride(fmt, shape)
+    # Unaligned loads read up to eight bytes after the last row.
+    return (
+        table_bytes(fmt) + result_bytes(shape) + stages + (column_bytes(fmt, n_elements) if shape.columns == 1 else 16)
+    )

@@ -1,0 +1,46 @@
+"""What the kernels of products compile to, checked where there is no GPU."""
+
+import re
+
+import pytest
+from products import FUSED
+from ptx_rules import SLOW
+
+import numba_dequant as nd
+from numba_dequant.kernels import compiler
+from numba_dequant.kernels.product_shape import ProductShape
+
+FAST = ProductShape(8, 2, 2, 1, True, True)
+
+
+def slow(text):
+    return [name for name, pattern in SLOW.items() if re.search(pattern, text)]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_tensor_cores_and_asynchronous_copies_and_nothing_slow(name):
+    text = compiler.ptx(compiler.product_kernel(nd.FORMATS[name], "float16", None, FAST), (9, 0))
+    assert slow(text) == []
+    assert text.count("mma.sync.aligned.m16n8k16") == 16, "two for each group of 32 elements of a part"
+    assert text.count("mma.sync.aligned.m16n8k8") in (0, 2, 4), "the minima"
+    assert "cp.async.cg.shared.global" in text
+    assert "griddepcontrol.wait" in text
+    assert ".maxntid 256" in text
+
+
+@pytest.mark.parametrize("shape", [ProductShape(8, 1, 1, 8, False, False), ProductShape(7, 2, 1, 32, True, False)])
+@pytest.mark.parametrize(("name", "dtype", "bias"), [("Q6_K", "bfloat16", "bfloat16"), ("Q2_K", "float32", "float32")])
+def test_other_shapes_and_older_gpus(name, dtype, bias, shape):
+    spec = compiler.product_kernel(nd.FORMATS[name], dtype, bias, shape)
+    text = compiler.ptx(spec, (8, 0))
+    assert slow(text) == []
+    assert "griddepcontrol" not in text
+    entry, code = compiler.cubin(spec, (8, 0))
+    assert code.startswith(b"\x7fELF")
+    assert f"product_{name}" in entry
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["Q4_K", "Q2_K", "Q4_0", "Q8_0"])
+def test_preparing_columns(name, dtype):
+    assert slow(compiler.ptx(compiler.prepare_kernel(nd.FORMATS[name], dtype, True), (9, 0))) == []
