@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from numba_dequant.api import dequantize, dequantize_many, prepare_many
+from numba_dequant.api import dequantize, dequantize_many, matmul, prepare_many
 from numba_dequant.backends.batch import Batch
 from numba_dequant.backends.dlpack import Bfloat16Array
 from numba_dequant.errors import (
@@ -59,6 +59,7 @@ __all__ = [
     "dequantize_many",
     "explain",
     "load",
+    "matmul",
     "open",
     "prepare_many",
     "register",

@@ -12,6 +12,7 @@ from numba_dequant.arguments import Job, is_on_gpu, output_type, parse_tensors
 from numba_dequant.backends.batch import Array, Batch
 from numba_dequant.backends.devices import is_simulated, parse_device
 from numba_dequant.backends.host import HostBackend, ReferenceBackend, SimulatorBackend
+from numba_dequant.backends.matmul import product_job
 from numba_dequant.errors import DeviceError
 from numba_dequant.format import Format
 from numba_dequant.formats import format_named
@@ -37,6 +38,11 @@ if TYPE_CHECKING:
         shape: _Shape
         stream: Any
         mapping: str
+
+    class _ProductOptions(TypedDict, total=False):
+        bias: Any
+        dtype: Any
+        stream: Any
 
 
 @overload
@@ -187,6 +193,96 @@ def prepare_many(
     jobs = parse_tensors(tensors, dtype, out)
     on_gpu = next((job.data for job in jobs if is_on_gpu(job.data)), None)
     return backend_for(device, stream, on_gpu).prepare(jobs, stream)
+
+
+@overload
+def matmul(
+    x: Any,
+    weight: Any,
+    format: _Format | None = ...,
+    *,
+    out: Out,
+    device: Any = ...,
+    **options: Unpack[_ProductOptions],
+) -> Out: ...
+
+
+@overload
+def matmul(
+    x: Any,
+    weight: Any,
+    format: _Format | None = ...,
+    *,
+    device: _Host,
+    out: None = ...,
+    **options: Unpack[_ProductOptions],
+) -> NDArray[Any]: ...
+
+
+@overload
+def matmul(
+    x: Any,
+    weight: Any,
+    format: _Format | None = ...,
+    *,
+    device: Any = ...,
+    out: None = ...,
+    **options: Unpack[_ProductOptions],
+) -> Array: ...
+
+
+def matmul(
+    x: Any,
+    weight: Any,
+    format: _Format | None = None,
+    *,
+    bias: Any = None,
+    dtype: Any = None,
+    device: Any = None,
+    out: Any = None,
+    stream: Any = None,
+) -> Any:
+    """Multiply with a weight that stays compressed: ``x @ W.T + bias``, where `W` are the values of `weight`.
+
+    On a GPU with tensor cores, kernels multiply the blocks themselves. The CPU dequantizes a few rows at a time. All
+    add up in float32. `W` as a whole is never in memory. PyTorch's autograd does not see the product;
+    `numba_dequant.torch.linear` has gradients.
+
+    >>> import numpy as np, numba_dequant as nd
+    >>> block = np.float16(0.5).tobytes() + bytes(range(32))
+    >>> x = np.ones((2, 32), np.float32)
+    >>> nd.matmul(x, block * 3, "Q8_0", device="cpu")
+    array([[248., 248., 248.],
+           [248., 248., 248.]], dtype=float32)
+
+    Args:
+        x: float16, bfloat16 or float32 of shape (..., elements of a row of the weight): a NumPy array, a PyTorch
+            tensor, or a GPU array that has `__cuda_array_interface__` or `__dlpack__`.
+        weight: a `QuantizedTensor` of two dimensions, which `load` returns if you pass `keep_quantized`; a tuple
+            (data, format, shape); or whole rows of blocks, as `data` of `dequantize`. A row has as many elements as
+            the last dimension of `x`.
+        format: the format of the blocks, as for `dequantize`; omit it if the weight brings it along.
+        bias: float16, bfloat16 or float32 of shape (rows,), which is added to each result, or None.
+        dtype: type of the result, as for `dequantize`. None means the dtype of `out`; without `out`, that of `x`.
+        device: as for `dequantize`. If you omit it, the GPU of `x`, `weight` or `bias` is used, otherwise the first
+            GPU. For a GPU, arrays may be on the host or on that GPU.
+        out: contiguous array to write to, as for `dequantize`. It must not share memory with the other arrays.
+        stream: as for `dequantize`; `x` decides about the default, then `weight`, `bias` and `out`.
+
+    Returns:
+        `out`, or a new array of shape (..., rows), as from `dequantize`.
+
+    Raises:
+        UnknownFormatError, OutputError: the argument of that name is wrong. Nothing has been launched or written.
+        DataError: `x`, `weight` or `bias` is not an array, or `weight` is not a whole number of blocks.
+        DtypeError: the type of `x`, `weight` or `bias` cannot be multiplied, or there is no such `dtype`.
+        ShapeError: the shapes of `x`, `weight` and `bias` do not match.
+        DeviceError: `device` or `stream` cannot be used, or there is not enough memory. A GPU without tensor cores, an
+            `x` of float32 and F32, F16 and BF16 weights need PyTorch: the program must have imported it.
+    """
+    given = product_job(x, weight, format, bias, dtype, out)
+    on_gpu = next((array for array in (given.x, given.weight, given.bias) if is_on_gpu(array)), None)
+    return backend_for(device, stream, on_gpu).matmul(given, stream)
 
 
 @cache

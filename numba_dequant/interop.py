@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -182,6 +183,30 @@ class Torch:
         with self._as_plain(array), torch.cuda.stream(self._external(stream, index)):
             blocks = array.detach().reshape(-1).view(torch.uint8)
             return blocks.to(_torch_device(index), non_blocking=True)
+
+    def can_compute(self) -> bool:
+        """Whether the program has imported PyTorch, and it can use a GPU."""
+        cuda = getattr(sys.modules.get("torch"), "cuda", None)
+        return cuda is not None and bool(cuda.is_available())
+
+    def from_dlpack(self, capsule: object) -> Any:
+        """The tensor of a DLPack capsule."""
+        return self._torch.from_dlpack(capsule)
+
+    def converted(self, array: Any, dtype: str) -> Any:
+        """The tensor in a dtype, which is given by its name."""
+        return array.to(getattr(self._torch, dtype))
+
+    @contextmanager
+    def computing_on(self, index: int, stream: int) -> Iterator[None]:
+        """A context in which PyTorch computes on a stream, in the types of the tensors and without gradients."""
+        torch = self._torch
+        with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.cuda.stream(self._external(stream, index)):
+            yield
+
+    def write_product(self, out: Any, x: Any, values: Any, bias: Any) -> None:
+        """Queue ``x @ values.T + bias``, rounded to the dtype of the tensor `out`."""
+        out.copy_(self._torch.nn.functional.linear(x, values, bias))
 
     def is_capturing(self) -> bool:
         """Whether this thread captures a CUDA graph on PyTorch's current stream."""

@@ -11,6 +11,7 @@ from numba_dequant.arguments import Job
 
 if TYPE_CHECKING:  # requires the GPU packages
     from numba_dequant.backends.device_tensor import DeviceTensor
+    from numba_dequant.backends.matmul import ProductJob
 
 Array = Union[NDArray[Any], "DeviceTensor"]
 """A result: a NumPy array on the CPU, a `DeviceTensor` on a GPU."""
@@ -56,3 +57,6 @@ class Backend(Protocol):
 
     def prepare(self, jobs: Sequence[Job], stream: Any) -> Batch[Any]:
         """The batch, as `numba_dequant.prepare_many` returns it."""
+
+    def matmul(self, given: ProductJob, stream: Any) -> Any:
+        """The product, as `numba_dequant.matmul` returns it."""

@@ -17,12 +17,13 @@ from numba_dequant.backends.devices import gpu_device
 from numba_dequant.backends.foreign import device_of
 from numba_dequant.backends.gpu import OPEN, Gpu, gpu_at, stream_on, timed_event
 from numba_dequant.backends.gpu_memory import DeviceBytes
+from numba_dequant.backends.matmul import ProductJob
 from numba_dequant.backends.streams import CallStream
 from numba_dequant.dtypes import OUTPUT_TYPES
 from numba_dequant.errors import DeviceError, DtypeError, OutputError
 from numba_dequant.format import Format
 from numba_dequant.interop import TORCH, library_of
-from numba_dequant.kernels.compiler import dequantize_kernel
+from numba_dequant.kernels.compiler import dequantize_kernel, rows_kernel
 from numba_dequant.kernels.launch_shape import LaunchShape, launch_shape
 
 MAX_GRID = 2**31 - 1
@@ -73,6 +74,12 @@ class CudaBackend(Backend):
 
         return cuda_batch.prepare(jobs, self.gpu, stream)
 
+    def matmul(self, given: ProductJob, stream: Any) -> Any:
+        """The product; the host does not wait for it."""
+        from numba_dequant.backends import cuda_matmul
+
+        return cuda_matmul.multiply(self.gpu, given, stream)
+
 
 def load(host: NDArray[np.uint8], job: Job, call: CallStream, mapping: str = "tile") -> Any:
     """Dequantize bytes in host memory. Their copy on the GPU is freed in stream order after the kernel."""
@@ -80,7 +87,7 @@ def load(host: NDArray[np.uint8], job: Job, call: CallStream, mapping: str = "ti
     with call.gpu.active():
         call.gpu.refuse_capture(call.handle, NO_HOST_DATA)
         result, target = output(job, call)
-        dequantize_into(_sent(host, call), job, target, call.handle, mapping)
+        dequantize_into(sent(host, call), job, target, call.handle, mapping)
         streams.release(call, out=job.out)
         return result
 
@@ -95,7 +102,8 @@ def upload(host: NDArray[np.uint8], job: Job, call: CallStream) -> Any:
         return result
 
 
-def _sent(host: NDArray[np.uint8], call: CallStream) -> DeviceBytes:
+def sent(host: NDArray[np.uint8], call: CallStream) -> DeviceBytes:
+    """Temporary memory on the GPU, to which bytes in host memory are copied."""
     memory = call.gpu.allocate(host.nbytes, call.handle, call.keeper)
     if host.nbytes:
         call.gpu.send(memory.pointer, host, call.handle)
@@ -224,6 +232,28 @@ def launch_kernel(
         gpu.launch(kernel, shape.thread_blocks(count), shape.threads, (start, count, end), stream)
 
 
+def launch_rows(
+    gpu: Gpu, fmt: Format, dtype: str, arguments: tuple[int, int, int, int, int], n: int, stream: int
+) -> None:
+    """Queue the kernel that writes the values of some rows, on the current GPU.
+
+    Args:
+        gpu: the current GPU.
+        fmt: a format with a kernel.
+        dtype: the output type.
+        arguments: address of the blocks, number of rows, address of the indices (int64), elements of a row (a multiple
+            of 8), and address of the output, a multiple of 16.
+        n: the number of indices, at least 1.
+        stream: the handle of the stream.
+    """
+    kernel: tuple[Any, LaunchShape] | None = gpu.kernels.get((fmt, dtype, "rows"))
+    if kernel is None:
+        check_capability(dtype, fmt, gpu)
+        kernel = gpu.kernels[fmt, dtype, "rows"] = gpu.load_kernel(rows_kernel(fmt, dtype)), launch_shape("tile", fmt)
+    loaded, shape = kernel
+    gpu.launch(loaded, (n, shape.thread_blocks(arguments[3])), shape.threads, arguments, stream)
+
+
 def kernel_for(fmt: Format, dtype: str, gpu: Gpu, mapping: str = "tile") -> tuple[Any, LaunchShape]:
     """The kernel of a format, ready to launch, and its launch shape.
 
@@ -244,7 +274,7 @@ def time_kernel(data: NDArray[np.uint8], job: Job, gpu: Gpu) -> tuple[NDArray[An
     with gpu.active():
         call = CallStream(gpu)
         result, target = output(job, call)
-        memory = _sent(data, call)
+        memory = sent(data, call)
         stream = stream_on(gpu.index, 0)
         seconds = []
         for _ in range(6):  # the first one compiles

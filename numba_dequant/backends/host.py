@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from numba_dequant.backends import cpu, reference
 from numba_dequant.backends.batch import Backend, Batch
 from numba_dequant.backends.devices import DeviceSpec
 from numba_dequant.backends.dlpack import shareable
+from numba_dequant.backends.matmul import ProductJob, host_argument, multiply
 from numba_dequant.backends.overlap import check_apart, memory_of_array
 from numba_dequant.errors import DeviceError, NumbaDequantError, OutputError
 from numba_dequant.format import Format
@@ -46,6 +48,24 @@ class HostBackend(Backend):
         results = {job.name: self.result(job, values) for job, _, values in prepared}
         steps = [partial(self._compute, *arguments, "tile") for arguments in prepared]
         return Batch(results, lambda: [step() for step in steps])
+
+    def matmul(self, given: ProductJob, stream: Any) -> Any:
+        """The product; see `numba_dequant.matmul`."""
+        x, data = host_argument(given.x, "x"), host_argument(given.weight, "weight")
+        bias = None if given.bias is None else host_argument(given.bias, "bias")
+        job = given.measure(x.shape, x.dtype.name, data.nbytes, None if bias is None else bias.shape)
+        values = self.output(job)
+        for name, array in (("x", x), ("weight", data), ("bias", bias)):
+            if job.out is not None and array is not None and np.may_share_memory(values, array):
+                raise OutputError(f"out shares memory with {name}; pass another array")
+        tile = Job(None, given.fmt, "float32")
+        try:
+            multiply(given, x, flat_bytes(data), bias, values, lambda blocks, out: self.write(blocks, tile, out))
+        except MemoryError as error:
+            raise DeviceError(f"the CPU is out of memory while multiplying: {error}") from error
+        if job.out is not None:
+            after_writing(job.out)
+        return self.result(job, values)
 
     def output(self, job: Job) -> NDArray[Any]:
         """The memory to write to: that of `out`, or new memory.
@@ -112,7 +132,17 @@ class ReferenceBackend(HostBackend):
 
 
 class SimulatorBackend(HostBackend):
-    """Runs the kernel in Numba's CUDA simulator."""
+    """Runs the kernel in Numba's CUDA simulator. Products are those of the host, with the values of the kernel."""
+
+    def matmul(self, given: ProductJob, stream: Any) -> Any:
+        """The product. Arguments may be results of the simulator."""
+        from numba_dequant.backends.simulator import SimulatedTensor
+
+        x, weight, bias = (
+            array.values if isinstance(array, SimulatedTensor) else array
+            for array in (given.x, given.weight, given.bias)
+        )
+        return super().matmul(replace(given, x=x, weight=weight, bias=bias), stream)
 
     def _decode(
         self, data: NDArray[np.uint8], fmt: Format, dtype: str, out: NDArray[Any], mapping: str, n_shares: int | None

@@ -20,6 +20,7 @@ import numba_dequant as nd
 from numba_dequant.backends import devices, gpu
 from numba_dequant.backends.gpu_memory import DeviceBytes
 from numba_dequant.dtypes import numpy_dtype
+from numba_dequant.kernels.product_shape import column_bytes
 from numba_dequant.loading import gpu_buffers
 
 POISON = 0xA5
@@ -88,6 +89,7 @@ class Kernel:
 
 class LateGpu:
     index, capability, context = 0, (9, 0), 1
+    processors, shared_memory = 2, 232448
 
     def __init__(self, seed, *, has_threads=True):
         self.kernels, self.idle_buffers = {}, []
@@ -204,12 +206,15 @@ class LateGpu:
     def memset(self, memory, value, stream):
         self.queue(stream, lambda: at(memory.pointer, memory.n_bytes).fill(value), (memory.pointer, memory.n_bytes))
 
-    def load_kernel(self, spec):
+    def load_kernel(self, spec, shared_memory=0):
         with self.lock:
             self.loaded.append(Kernel(len(self.loaded) + 1, spec))
             return self.loaded[-1]
 
-    def launch(self, kernel, thread_blocks, threads, arguments, stream):
+    def launch(self, kernel, thread_blocks, threads, arguments, stream, shared_bytes=0, overlaps=False):
+        if kernel.spec.maker.startswith("product"):
+            self.launch_product(kernel.spec, thread_blocks, arguments, stream)
+            return
         fmt, dtype, shape = kernel.spec.options
         assert threads == shape.threads
         if "table" not in kernel.spec.parameters:
@@ -236,6 +241,51 @@ class LateGpu:
         for _, start, out_start, count in table.T.tolist():
             yield start, fmt.n_bytes((count,))
             yield out_start * itemsize, count * itemsize
+
+    def launch_product(self, spec, thread_blocks, arguments, stream):
+        """What the kernels of products read and write, in a simple layout of prepared columns."""
+        fmt, dtype = spec.options[:2]
+        if spec.maker == "product_columns.make_prepare_kernel":
+            x, n_columns, n_groups, out, powers = arguments
+            assert x % 16 == 0
+            n_prepared, _ = thread_blocks
+            assert n_prepared >= n_columns
+            n_read, stride = 64 * n_groups, column_bytes(fmt, 32 * n_groups)
+
+            def prepare():
+                columns = at(x, n_columns * n_read).view(numpy_dtype(dtype)).astype(np.float16).view(np.uint8)
+                prepared = at(out, n_prepared * stride).reshape(n_prepared, stride)
+                prepared[:] = 0
+                prepared[:n_columns, :n_read] = columns.reshape(-1, n_read)
+                at(powers, 4 * n_prepared).view(np.float32)[:] = 1
+
+            written = (out, n_prepared * stride), (powers, 4 * n_prepared)
+            self.queue(stream, prepare, (x, n_columns * n_read), *written)
+            return
+        bias_type, shape = spec.options[2:]
+        data, n_rows, row_bytes, n_groups, x, n_columns, powers, bias, out, routes, _ = arguments
+        assert routes == 0
+        n_elements, size = 32 * n_groups, numpy_dtype(dtype).itemsize
+        stride = 2 * n_elements if shape.columns == 1 else column_bytes(fmt, n_elements)
+        assert data % fmt.alignment == 0
+        assert x % 16 == 0
+        assert 1 <= n_columns <= shape.columns
+
+        def product():
+            columns = at(x, n_columns * stride).reshape(n_columns, stride)[:, : 2 * n_elements].view(np.float16)
+            blocks = at(data, n_rows * row_bytes)
+            values = nd.dequantize(blocks, fmt, "float32", shape=(n_rows, n_elements), device="reference")
+            found = columns.astype(np.float64) @ values.T.astype(np.float64)
+            if shape.columns > 1:
+                found *= at(powers, 4 * n_columns).view(np.float32)[:, None]
+            if bias_type is not None:
+                found += at(bias, n_rows * numpy_dtype(bias_type).itemsize).view(numpy_dtype(bias_type))
+            at(out, found.size * size)[:] = found.astype(numpy_dtype(dtype)).reshape(-1).view(np.uint8)
+
+        read = [(data, n_rows * row_bytes), (x, n_columns * stride)]
+        read += [] if shape.columns == 1 else [(powers, 4 * n_columns)]
+        read += [] if bias_type is None else [(bias, n_rows * numpy_dtype(bias_type).itemsize)]
+        self.queue(stream, product, *read, (out, n_columns * n_rows * size))
 
     def create_stream(self):
         with self.lock:
