@@ -103,17 +103,27 @@ def get_rows(
     return values
 
 
-def linear(input: Tensor, weight: Tensor, qtype: str | int | Format, bias: Tensor | None = None) -> Tensor:
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    qtype: str | int | Format,
+    bias: Tensor | None = None,
+    *,
+    weight_is_constant: bool = False,
+) -> Tensor:
     """`torch.nn.functional.linear` with a compressed weight: ``input @ weight.T + bias``.
 
-    The weight is dequantized to the dtype of `input`, in pieces of at most 2**26 elements. Backward keeps the blocks,
-    not the dequantized weight, and dequantizes them again. The weight itself gets no gradient.
+    On a GPU with tensor cores, up to 32 rows of float16 or bfloat16 are multiplied by a kernel that reads the blocks
+    themselves and adds up in float32. Otherwise the weight is dequantized to the dtype of `input`, in pieces. Backward
+    keeps the blocks, not the dequantized weight, and dequantizes them again. The weight itself gets no gradient.
 
     Args:
         input: floating-point tensor of shape (..., in_features). Under `torch.autocast` it is cast first.
         weight: uint8 of shape (out_features, bytes per row).
         qtype: as for `dequantize`.
         bias: tensor of shape (out_features,), or None.
+        weight_is_constant: pass True if the kernel just before on the stream does not write the weight, as for a
+            parameter that is loaded once. The product may then begin before that kernel has ended.
 
     Returns:
         Tensor of shape (..., out_features) and the dtype of `input`.
@@ -139,7 +149,7 @@ def linear(input: Tensor, weight: Tensor, qtype: str | int | Format, bias: Tenso
         )
     if bias is not None:
         bias = bias.to(input.dtype)
-    values: Tensor = OPERATORS.linear.default(input, blocks, name, bias)
+    values: Tensor = OPERATORS.linear.default(input, blocks, name, bias, weight_is_constant)
     return values
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from numba_dequant.errors import ShapeError
 from numba_dequant.formats import FORMATS
 from numba_dequant.torch import functional
+from numba_dequant.torch.ops import OPERATORS, mul_mat_id_in_steps
 
 GEMV_TYPES = frozenset(fmt.ggml_id for fmt in FORMATS.values() if fmt.block_size > 1)
 """The types that `mul_mat_vec` and `mul_mat_id` accept: all formats of blocks."""
@@ -42,8 +43,9 @@ def mul_mat_vec(blocks: Tensor, x: Tensor, ggml_type: int, out_features: int) ->
 def mul_mat_id(blocks: Tensor, x: Tensor, ids: Tensor, ggml_type: int, out_features: int) -> Tensor:
     """Each row of `x` times the weights of its experts.
 
-    The host does not wait for `ids`. If there are at most as many (row, expert) pairs as experts, the blocks of each
-    pair are gathered; otherwise each expert computes all rows.
+    The host does not wait for `ids`. On a GPU with tensor cores, a kernel reads the blocks of the chosen experts
+    themselves. Otherwise, the blocks of each (row, expert) pair are gathered, if there are not more than experts; if
+    there are more, each expert computes all rows.
 
     Args:
         blocks: shape (experts, out_features, bytes per row).
@@ -63,16 +65,11 @@ def mul_mat_id(blocks: Tensor, x: Tensor, ids: Tensor, ggml_type: int, out_featu
             "blocks must have the shape (experts, rows, bytes per row), x (n, in_features) and ids (n, k), got "
             f"{tuple(blocks.shape)}, {tuple(x.shape)} and {tuple(ids.shape)}"
         )
-    n, k = ids.shape
-    if n * k <= blocks.shape[0]:
-        values = functional.dequantize(blocks.index_select(0, ids.reshape(-1)), ggml_type, x.dtype)
-        inputs = x.unsqueeze(1).expand(n, k, x.shape[1]).reshape(n * k, 1, x.shape[1])
-        return torch.bmm(inputs, values.transpose(1, 2)).view(n, k, out_features)
-    out = x.new_zeros(n, k, out_features)
-    for expert in range(blocks.shape[0]):
-        values = functional.linear(x, blocks[expert], ggml_type)
-        out = torch.where((ids == expert).unsqueeze(-1), values.unsqueeze(1), out)
-    return out
+    name, _ = functional.resolved(ggml_type, torch.float32)
+    if x.requires_grad and torch.is_grad_enabled():
+        return mul_mat_id_in_steps(x, blocks, ids, name)
+    values: Tensor = OPERATORS.mul_mat_id.default(x, blocks, ids, name)
+    return values
 
 
 def ggml_dequantize(W: Tensor, type: int, m: int, n: int, dtype: torch.dtype | None = None) -> Tensor:  # noqa: N803

@@ -87,7 +87,7 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input @ weight.T + bias`` of shape (..., out_features) and the dtype of `input`."""
-        return linear(input, self.weight, self.qtype, self.bias)
+        return linear(input, self.weight, self.qtype, self.bias, weight_is_constant=True)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A `torch.nn.Linear` with the dequantized weight; `dtype` as in `numba_dequant.torch.dequantize`."""

@@ -16,13 +16,20 @@ import torch
 from torch import Tensor
 
 from numba_dequant import api
+from numba_dequant.bits import RUN
 from numba_dequant.errors import DataError, DeviceError, DtypeError, OutputError
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, format_named
 from numba_dequant.interop import TORCH
 
 PIECE = 1 << 26
-"""Number of weights that `linear` dequantizes at a time; it bounds the temporary memory."""
+"""Number of weights that `linear` dequantizes at a time on a GPU; it bounds the temporary memory."""
+
+CPU_PIECE = 1 << 20
+"""Number of weights that `linear` dequantizes at a time on the CPU: they stay in its cache."""
+
+MOST_COLUMNS = 32
+"""Number of columns up to which products read the weights themselves. With more, dequantizing them first is faster."""
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 """The output types."""
@@ -38,7 +45,9 @@ def _define(schema: str) -> None:
 _define("dequantize(Tensor data, str format, ScalarType dtype) -> Tensor")
 _define("dequantize.out(Tensor data, str format, *, Tensor(a!) out) -> ()")
 _define("get_rows(Tensor data, Tensor indices, str format, ScalarType dtype) -> Tensor")
-_define("linear(Tensor input, Tensor weight, str format, Tensor? bias) -> Tensor")
+_define("linear(Tensor input, Tensor weight, str format, Tensor? bias, bool weight_is_constant=False) -> Tensor")
+
+_define("mul_mat_id(Tensor input, Tensor weight, Tensor ids, str format) -> Tensor")
 
 
 def result_shape(data: Tensor, fmt: Format) -> list[Any]:
@@ -82,6 +91,13 @@ def _cuda() -> Any:
     from numba_dequant.backends import cuda
 
     return cuda
+
+
+@cache
+def _cuda_product() -> Any:
+    from numba_dequant.backends import cuda_product
+
+    return cuda_product
 
 
 def _write(data: Tensor, fmt: Format, out: Tensor) -> None:
@@ -164,28 +180,135 @@ def _dequantize_out(data: Tensor, format: str, *, out: Tensor) -> None:
 
 
 def _get_rows(data: Tensor, indices: Tensor, format: str, dtype: torch.dtype) -> Tensor:
+    fmt, name = _format(format), DTYPES.get(dtype)
+    n_elements = result_shape(data, fmt)[-1]
+    if data.is_cuda and name is not None and fmt.decode is not None and n_elements % RUN == 0:
+        rows = data if data.is_contiguous() else data.contiguous()
+        numbers = indices.to(torch.int64).contiguous()
+        out = data.new_empty([*indices.shape, n_elements], dtype=dtype)
+        if out.numel():
+            index = data.get_device()
+            gpu = _cuda().OPEN.get(index) or _cuda().backend_of(data).gpu
+            arguments = rows.data_ptr(), rows.shape[0], numbers.data_ptr(), n_elements, out.data_ptr()
+            with gpu.active():
+                _cuda().launch_rows(gpu, fmt, name, arguments, numbers.numel(), TORCH.current_stream(index))
+        return out
     rows = data.index_select(0, indices.reshape(-1))
-    return _dequantize(rows, format, dtype).view(*indices.shape, result_shape(data, _format(format))[-1])
+    return _dequantize(rows, format, dtype).view(*indices.shape, n_elements)
 
 
-def _linear(input: Tensor, weight: Tensor, format: str, bias: Tensor | None) -> Tensor:
+def _linear(
+    input: Tensor, weight: Tensor, format: str, bias: Tensor | None, weight_is_constant: bool = False
+) -> Tensor:
     if torch.is_autocast_enabled(input.device.type):
         with torch.autocast(input.device.type, enabled=False):
-            return _linear(input, weight, format, bias)
+            return _linear(input, weight, format, bias, weight_is_constant)
     fmt = _format(format)
-    if weight.numel() // fmt.type_size * fmt.block_size <= PIECE:
+    if input.is_cuda and input.numel() <= MOST_COLUMNS * input.shape[-1]:
+        out = _product(input, weight, fmt, bias, weight_is_constant)
+        if out is not None:
+            return out
+    step = PIECE if input.is_cuda else CPU_PIECE
+    if weight.numel() // fmt.type_size * fmt.block_size <= step:
         return torch.nn.functional.linear(input, _values(weight, format, input.dtype, _dequantize), bias)
     out = input.new_empty(*input.shape[:-1], weight.shape[0])
-    for rows in _pieces(weight, format):
+    for rows in _pieces(weight, format, step):
         values = _values(weight[rows], format, input.dtype, _dequantize)
         out[..., rows] = torch.nn.functional.linear(input, values, None if bias is None else bias[rows])
     return out
 
 
-def _pieces(weight: Tensor, format: str) -> list[slice]:
-    """The rows of a weight, in pieces of at most `PIECE` elements."""
+def _product(
+    input: Tensor, weight: Tensor, fmt: Format, bias: Tensor | None, weight_is_constant: bool
+) -> Tensor | None:
+    """The product by a kernel that reads the blocks themselves, or None if there is none."""
+    out = input.new_empty(*input.shape[:-1], weight.shape[0])
+    columns = _columns(input)
+    given = _operands(columns, weight, fmt, bias, out)
+    if given is None or not out.numel():
+        return out if given is not None else None
+    gpu, operands = given
+    memory = _Memory(input.device)
+    with gpu.active():
+        stream = TORCH.current_stream(weight.get_device())
+        _cuda_product().multiply(gpu, operands, memory, stream, weight_is_constant=weight_is_constant)
+    return out
+
+
+class _Memory:
+    """Temporary memory from PyTorch's allocator, for the time of a call."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._tensors: list[Tensor] = []
+
+    def __call__(self, n_bytes: int) -> int:
+        self._tensors.append(torch.empty(n_bytes, dtype=torch.uint8, device=self._device))
+        return self._tensors[-1].data_ptr()
+
+
+def _columns(input: Tensor) -> Tensor:
+    """The input as kernels read it: contiguous, and aligned to 16 bytes."""
+    if input.is_contiguous() and input.data_ptr() % 16 == 0:
+        return input
+    return input.clone(memory_format=torch.contiguous_format)
+
+
+def _operands(columns: Tensor, weight: Tensor, fmt: Format, bias: Tensor | None, out: Tensor) -> tuple[Any, Any] | None:
+    """The GPU and the operands of a product, or None if no kernel can compute it."""
+    dtype, cuda, index = DTYPES.get(columns.dtype), _cuda_product(), weight.get_device()
+    gpu = _cuda().OPEN.get(index) or _cuda().backend_of(weight).gpu
+    n_elements = columns.shape[-1]
+    if dtype is None or not n_elements or not weight.is_contiguous():
+        return None
+    if cuda.why_not(gpu, fmt, dtype, weight.data_ptr()) is not None:
+        return None
+    if bias is not None and not bias.is_contiguous():
+        return None
+    return gpu, cuda.Operands(
+        fmt, weight.data_ptr(), weight.shape[-2], n_elements, columns.data_ptr(), dtype, columns.numel() // n_elements,
+        out.data_ptr(), dtype, 0 if bias is None else bias.data_ptr(), dtype,
+    )  # fmt: skip
+
+
+MOST_PAIRS = 4096
+"""Number of pairs of an input and an expert up to which a kernel multiplies them."""
+
+
+def _mul_mat_id(input: Tensor, weight: Tensor, ids: Tensor, format: str) -> Tensor:
+    (n, k), n_rows = ids.shape, weight.shape[1]
+    out = input.new_empty(n, k, n_rows)
+    if input.is_cuda and 0 < ids.numel() <= MOST_PAIRS:
+        columns, numbers = _columns(input), ids.to(torch.int64).contiguous()
+        given = _operands(columns, weight, _format(format), None, out)
+        if given is not None:
+            gpu, operands = given
+            cuda, memory = _cuda_product(), _Memory(input.device)
+            with gpu.active():
+                experts = cuda.Experts(weight.shape[0], numbers.data_ptr(), k)
+                cuda.multiply_experts(gpu, operands, experts, memory, TORCH.current_stream(weight.get_device()))
+            return out
+    return mul_mat_id_in_steps(input, weight, ids, format)
+
+
+def mul_mat_id_in_steps(input: Tensor, weight: Tensor, ids: Tensor, format: str) -> Tensor:
+    """`mul_mat_id` by other operators. The host does not wait for `ids`, so each expert computes all rows."""
+    (n, k), n_rows = ids.shape, weight.shape[1]
+    if n * k <= weight.shape[0]:
+        values = OPERATORS.dequantize.default(weight.index_select(0, ids.reshape(-1)), format, input.dtype)
+        inputs = input.unsqueeze(1).expand(n, k, input.shape[1]).reshape(n * k, 1, input.shape[1])
+        return torch.bmm(inputs, values.transpose(1, 2)).view(n, k, n_rows)
+    out = input.new_zeros(n, k, n_rows)
+    for expert in range(weight.shape[0]):
+        values = OPERATORS.linear.default(input, weight[expert], format, None)
+        out = torch.where((ids == expert).unsqueeze(-1), values.unsqueeze(1), out)
+    return out
+
+
+def _pieces(weight: Tensor, format: str, n_elements: int | None = None) -> list[slice]:
+    """The rows of a weight, in pieces of at most `n_elements` elements; the default is `PIECE`."""
     n_rows, n_columns = result_shape(weight, _format(format))
-    step = max(PIECE // max(n_columns, 1), 1)
+    step = max((n_elements or PIECE) // max(n_columns, 1), 1)
     return [slice(first, min(first + step, n_rows)) for first in range(0, n_rows, step)] or [slice(0, 0)]
 
 
@@ -195,12 +318,12 @@ def _values(weight: Tensor, format: str, dtype: torch.dtype, dequantize: Callabl
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, ctx.format, _ = inputs
+    input, weight, ctx.format, *_ = inputs
     ctx.save_for_backward(weight)
     ctx.dtype = input.dtype
 
 
-def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
+def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
     (weight,) = ctx.saved_tensors
     of_input = of_bias = None
     if ctx.needs_input_grad[0]:
@@ -211,7 +334,7 @@ def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, N
             of_input = part if of_input is None else of_input + part
     if ctx.needs_input_grad[3]:
         of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
-    return of_input, None, None, of_bias
+    return of_input, None, None, of_bias, None
 
 
 def _dequantize_fake(data: Tensor, format: str, dtype: torch.dtype) -> Tensor:
@@ -226,8 +349,14 @@ def _get_rows_fake(data: Tensor, indices: Tensor, format: str, dtype: torch.dtyp
     return data.new_empty([*indices.shape, result_shape(data, _format(format))[-1]], dtype=dtype)
 
 
-def _linear_fake(input: Tensor, weight: Tensor, format: str, bias: Tensor | None) -> Tensor:
+def _linear_fake(
+    input: Tensor, weight: Tensor, format: str, bias: Tensor | None, weight_is_constant: bool = False
+) -> Tensor:
     return input.new_empty([*input.shape[:-1], weight.shape[0]])
+
+
+def _mul_mat_id_fake(input: Tensor, weight: Tensor, ids: Tensor, format: str) -> Tensor:
+    return input.new_empty([*ids.shape, weight.shape[1]])
 
 
 for _key in ("CPU", "CUDA"):
@@ -235,11 +364,13 @@ for _key in ("CPU", "CUDA"):
     LIBRARY.impl("dequantize.out", _dequantize_out, _key)
     LIBRARY.impl("get_rows", _get_rows, _key)
     LIBRARY.impl("linear", _linear, _key)
+    LIBRARY.impl("mul_mat_id", _mul_mat_id, _key)
 
 torch.library.register_fake("numba_dequant::dequantize", _dequantize_fake, lib=LIBRARY)
 torch.library.register_fake("numba_dequant::dequantize.out", _dequantize_out_fake, lib=LIBRARY)
 torch.library.register_fake("numba_dequant::get_rows", _get_rows_fake, lib=LIBRARY)
 torch.library.register_fake("numba_dequant::linear", _linear_fake, lib=LIBRARY)
+torch.library.register_fake("numba_dequant::mul_mat_id", _mul_mat_id_fake, lib=LIBRARY)
 torch.library.register_autograd(
     "numba_dequant::linear", _linear_backward, setup_context=_save_for_backward, lib=LIBRARY
 )

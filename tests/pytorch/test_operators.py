@@ -267,6 +267,8 @@ def test_a_large_weight_is_dequantized_in_pieces(monkeypatch, device):
     whole = nt.linear(input, blocks, "Q8_0", bias)
     (of_whole,) = torch.autograd.grad(whole.sum(), input)
     monkeypatch.setattr(ops, "PIECE", 512 * 10)
+    monkeypatch.setattr(ops, "CPU_PIECE", 512 * 10)
+    monkeypatch.setattr(ops, "MOST_COLUMNS", 0)
     assert len(ops._pieces(blocks, "Q8_0")) == 4
     pieces = nt.linear(input, blocks, "Q8_0", bias)
     torch.testing.assert_close(pieces, whole)
