@@ -1,6 +1,8 @@
 """Results of the benchmarks, and tables of them."""
 
 import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
 
 WIDE = 0.1
 """The spread above which a page adds a warning."""
@@ -79,3 +81,23 @@ def machine_line(results, copy=None):
         f"{found['gpu']}, driver for {found['driver']}{(copy and f', {copy}') or ''}; {found['cpu']}; "
         f"Python {found['python']}, {versions}. `{found['command']}`"
     )
+
+
+def described(command, device="cpu"):
+    """The machine and the versions for the results of a script, and its command."""
+    import torch
+
+    versions = {}
+    for package in ("numba_dequant", "numba-cuda", "cuda-core", "numpy", "gguf", "torch"):
+        try:
+            versions[package.replace("_", "-")] = version(package)
+        except PackageNotFoundError:
+            continue
+    gpu = torch.cuda.get_device_name() if device == "cuda" else "a CPU"
+    return {"gpu": gpu, "python": platform.python_version(), "versions": versions, "command": command}
+
+
+def described_line(found):
+    """That, as a line of a page."""
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return f"{found['gpu']}; Python {found['python']}, {versions}. `{found['command']}`"

@@ -72,6 +72,40 @@ def test_published_figures_come_with_their_spread(tmp_path, monkeypatch):
     assert "It is at most 20.0% here, and over 10% for 3 of 12: a difference smaller than" in shown
 
 
+def test_the_page_of_products_is_that_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import report_products
+
+    page = report_products.PAGE.read_text() if report_products.PAGE.exists() else None
+    assert page == report_products.page(), "run benchmarks/report_products.py"
+
+
+def test_the_page_of_products_names_what_misses_the_target(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import report_products
+
+    def entry(test, us, **parameters):
+        stats = {"median": us / 1e6, "q1": us / 1e6, "q3": us / 1e6, "iqr": 0.01 * us / 1e6, "rounds": 9}
+        extra = {"floor s": 20e-6, "error": 2e-4, "late": 0}
+        return {"name": f"{test}[{us}]", "params": parameters, "extra_info": extra, "stats": stats}
+
+    sizes = {"n_rows": 14336, "n_elements": 4096}
+    entries = [entry("test_cublas", 43, n_columns=1, **sizes), entry("test_cublas", 45, n_columns=64, **sizes)]
+    for name, us in (("Q8_0", 25), ("TQ1_0", 21)):
+        for overlaps in (True, False):
+            more = 0 if overlaps else 5
+            entries.append(entry("test_product", us + more, name=name, n_columns=1, overlaps=overlaps, **sizes))
+    for way, us in (("fused", 80), ("dequantize first", 97)):
+        entries.append(entry("test_many_columns", us, name="Q4_K", n_columns=64, way=way))
+    machine = {"gpu": "a GPU", "driver": "a driver", "cpu": "a CPU", "python": "3", "versions": {}, "command": "pytest"}
+    (tmp_path / "h100-products.json").write_text(json.dumps({"machine_info": machine, "benchmarks": entries}))
+    page = report_products.page(tmp_path)
+    assert "1 of 2 products miss it:\n\n- Q8_0 14336x4096: 80.0% of 90%\n\n" in page
+    assert "| Q8_0 | 14336x4096 | 20.0 | 25.0 | 80.0% | 30.0 | 66.7% | 25.3 | 1.01 | 43.0 | 1.72 |" in page
+    assert "| TQ1_0 | 14336x4096 | 20.0 | 21.0 | 95.2% | 26.0 | 76.9% |  |  | 43.0 | 2.05 |" in page
+    assert "| Q4_K | 64 | 80.0 | 97.0 | 45.0 | 71.6 | blocks |" in page
+
+
 @pytest.mark.long
 def test_benchmarks_run_where_there_is_no_gpu():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks"]

@@ -1,0 +1,225 @@
+"""Write docs/products.md from the results of the benchmarks of products.
+
+python -m pytest benchmarks/test_products.py --benchmark-enable --benchmark-json=benchmarks/results/h100-products.json
+python benchmarks/accuracy_products.py
+python benchmarks/llama_like.py && python benchmarks/llama_like.py --compile
+python benchmarks/moe_products.py
+python benchmarks/report_products.py [benchmarks/results]
+
+Parts without results are left out. Figures of llama.cpp come from results/products-peers.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from tables import Results, described_line, machine_line, spread_note, table
+
+HERE = Path(__file__).parent
+RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "products.md"
+PEERS = json.loads((RESULTS / "products-peers.json").read_text())
+THEIRS = PEERS["us and error, by format, shape and columns"]
+SMALL_SHAPE = "4096x4096"
+
+INTRODUCTION = f"""\
+# Products with compressed weights: measurements
+
+A few columns of activations times a weight that stays in its blocks. `benchmarks/report_products.py` writes this page;
+its docstring has the commands.
+
+- **Floor**: a kernel of the same run that only reads the bytes of the weight, 16 per access. It is the best of several
+  numbers of thread blocks. Like all launches of others, it begins when the one before it has ended.
+- **Ours**: launches one behind the other. Each reads weights before the one before it has ended. `linear` does so with
+  `weight_is_constant=True`, as `QuantizedLinear` has it. *Apart*: without that.
+- **cuBLAS**: the product in the same run, with weights that are float16 already.
+- **llama.cpp**: {PEERS["system"]}, on another {PEERS["machine"]}: {PEERS["how"]}.
+- Weights come in turn from more than 400 MB, so that no cache holds them. Columns are float16.
+"""
+
+
+def target(n_columns, shape):
+    """The share of the floor that a product should reach."""
+    return 0.8 if n_columns == 8 else 0.85 if shape == SMALL_SHAPE else 0.9
+
+
+def us(seconds):
+    return seconds and f"{1e6 * seconds:,.1f}"
+
+
+def percent(share):
+    return f"{share:.1%}"
+
+
+def times(theirs, ours):
+    return theirs and f"{theirs / ours:.2f}"
+
+
+def theirs_us(name, shape, n_columns):
+    """Seconds and the error of llama.cpp, or None twice."""
+    found = THEIRS.get(name, {}).get(shape, {}).get(str(n_columns))
+    return (found[0] / 1e6, found[1]) if found else (None, None)
+
+
+def late_note(infos):
+    late = sum(info["late"] > 0 for info in infos)
+    return f"Launches came too late in readings of {late} of {len(infos)} measurements." if late else None
+
+
+def few(results, n_columns):
+    """Products with 1 or 8 columns: the table, and where the target is missed."""
+    head = ["format", "shape", "floor, us", "ours, us", "of the floor", "apart, us", "of the floor"]
+    head += ["llama.cpp, us", "times ours", "cuBLAS, us", "times ours"]
+    rows, missed, infos = [], [], []
+    for found, info in results.of("test_product", n_columns=n_columns, overlaps=True):
+        sizes = {each: found[each] for each in ("n_rows", "n_elements")}
+        shape, name, ours = "{n_rows}x{n_elements}".format(**sizes), found["name"], info["seconds"]
+        apart = results.one("test_product", **found | {"overlaps": False})
+        dense = results.one("test_cublas", n_columns=n_columns, **sizes)
+        share, theirs = info["floor s"] / ours, theirs_us(name, shape, n_columns)[0]
+        if share < target(n_columns, shape):
+            missed.append(f"{name} {shape}: {percent(share)} of {target(n_columns, shape):.0%}")
+        row = [name, shape, us(info["floor s"]), us(ours), percent(share)]
+        row += [us(apart["seconds"]), percent(info["floor s"] / apart["seconds"])] if apart else [None] * 2
+        row += [us(theirs), times(theirs, ours)]
+        row += [us(dense["seconds"]), times(dense["seconds"], ours)] if dense else [None] * 2
+        rows.append(row)
+        infos += [each for each in (info, apart, dense) if each]
+    goal = "80% of the floor" if n_columns == 8 else f"90% of the floor at the three large shapes, 85% at {SMALL_SHAPE}"
+    if missed:
+        note = f"The target is {goal}. {len(missed)} of {len(rows)} products miss it:\n\n- " + "\n- ".join(missed)
+    else:
+        note = f"The target is {goal}. All {len(rows)} products reach it."
+    error = max(info["error"] for _, info in results.of("test_product", n_columns=n_columns))
+    checked = f"The largest error of a result in float16, against float64, is {error:.1e}."
+    return [table(head, rows), note, checked, spread_note(infos), late_note(infos)]
+
+
+def many(results):
+    """More columns: which way is the fastest."""
+    head = ["format", "columns", "ours, us", "dequantize first, us", "cuBLAS, us", "llama.cpp, us", "faster of ours"]
+    rows, infos, shape = [], [], (14336, 4096)
+    for found, fused in results.of("test_many_columns", way="fused"):
+        name, n_columns = found["name"], found["n_columns"]
+        whole = results.one("test_many_columns", **found | {"way": "dequantize first"})
+        dense = results.one("test_cublas", n_rows=shape[0], n_elements=shape[1], n_columns=n_columns)
+        seconds = [each and each["seconds"] for each in (fused, whole, dense)]
+        theirs = theirs_us(name, f"{shape[0]}x{shape[1]}", n_columns)[0]
+        faster = whole and ("blocks" if seconds[0] < seconds[1] else "dequantize first")
+        rows.append([name, n_columns, *map(us, seconds), us(theirs), faster])
+        infos += [each for each in (fused, whole, dense) if each]
+    text = f"The shape is {shape[0]}x{shape[1]}. `linear` uses the blocks up to `ops.MOST_COLUMNS` columns."
+    return [text, table(head, rows), spread_note(infos), late_note(infos)]
+
+
+def errors(found):
+    ways = [way for way in next(iter(found["like a model"].values())) if way != "weights"]
+    n_rows, n_elements = found["shapes"][0]
+    head, rows = ["format", "weights", *ways, "llama.cpp"], []
+    for name, each in found["like a model"].items():
+        theirs = theirs_us(name, f"{n_rows}x{n_elements}", found["columns"])[1]
+        rows.append([name, each["weights"], *(f"{each[way]:.1e}" for way in ways), theirs and f"{theirs:.1e}"])
+    text = (
+        f"Relative errors against float64, with the values of the blocks: {n_rows}x{n_elements}, {found['columns']} "
+        "columns of normal random float16. Weights are normal random numbers, quantized by gguf-py. Where it cannot "
+        'quantize to a format, the blocks are random. "FP16 weights": the dequantized weights rounded to float16, and '
+        "cuBLAS. llama.cpp quantizes the columns to Q8_1."
+    )
+    head_of_bytes = ["format", *(f"{way}: {what}" for way in ways for what in ("finite", "largest error"))]
+    rows_of_bytes = []
+    for name, each in found["random bytes"].items():
+        row = [name]
+        for way in ways:
+            share, largest = each[way]["finite"], each[way]["largest error"]
+            row += [None if share is None else f"{share:.2%}", None if largest is None else f"{largest:.1e}"]
+        rows_of_bytes.append(row)
+    text_of_bytes = (
+        "Blocks of random bytes have huge, tiny and infinite scales. A result counts if its exact value is a normal "
+        "number of the type of the results. This is the share of them that is finite, and the largest error of these, "
+        "as a share of the sum of the sizes of all terms."
+    )
+    return [text, table(head, rows), text_of_bytes, table(head_of_bytes, rows_of_bytes), described_line(found)]
+
+
+def decoding(found):
+    head = [
+        "way",
+        "sequences",
+        "tokens per second",
+        "us per token",
+        "spread",
+        "the floor, of that",
+        "difference of logits",
+    ]
+    rows = [
+        [
+            each["way"],
+            each["batch"],
+            f"{each['tokens per second']:,.0f}",
+            us(each["seconds"]),
+            f"{each['spread']:.1%}",
+            percent(each["share of the floor"]),
+            f"{each['difference of logits']:.1e}",
+        ]
+        for each in found["rows"]
+    ]
+    text = (
+        f"A model of {found['weights'] / 1e9:.2f} billion weights, {found['bytes'] / 1e6:.0f} MB in blocks; each step "
+        f"is one CUDA graph. Reading the blocks alone takes {us(found['floor s'])} us. The spread is that of all "
+        "readings. The difference of logits is that to FP16 weights."
+    )
+    return [text, table(head, rows), described_line(found)]
+
+
+def experts(found):
+    head = ["format", "size of an expert", "tokens", "distinct experts", "us", "spread", "MB to read", "floor, us"]
+    rows = [
+        [
+            each["format"],
+            f"{each['rows']}x{each['elements']}",
+            each["tokens"],
+            f"{each['distinct experts']:.1f}",
+            us(each["seconds"]),
+            f"{each['spread']:.1%}",
+            f"{each['bytes'] / 1e6:.1f}",
+            us(each["floor s"]),
+            percent(each["floor s"] / each["seconds"]),
+        ]
+        for each in found["rows"]
+    ]
+    text = f"`ggml.mul_mat_id`: {found['experts']} experts, of which each token has {found['chosen']}."
+    return [text, table([*head, "of the floor"], rows), late_note(found["rows"]), described_line(found)]
+
+
+def page(folder=RESULTS):
+    """The text of the page, or None if there are no results."""
+    parts = []
+    measured = folder / "h100-products.json"
+    if measured.exists():
+        results = Results(measured)
+        for n_columns, title in ((1, "One column"), (8, "Eight columns")):
+            if results.of("test_product", n_columns=n_columns, overlaps=True):
+                parts += [f"## {title}", *few(results, n_columns)]
+        if results.of("test_many_columns", way="fused"):
+            parts += ["## More columns", *many(results)]
+        parts.append(machine_line(results))
+    for name, title, part in (
+        ("products-accuracy", "Errors", errors),
+        ("llama-like", "Decoding", decoding),
+        ("llama-like-compiled", "Decoding with torch.compile", decoding),
+        ("moe-products", "Experts", experts),
+    ):
+        path = folder / f"{name}.json"
+        if path.exists():
+            parts += [f"## {title}", *part(json.loads(path.read_text()))]
+    return "\n\n".join([INTRODUCTION.strip(), *filter(None, parts)]) + "\n" if parts else None
+
+
+def main():
+    text = page(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS)
+    if text is None:
+        raise SystemExit("there are no results; the docstring has the commands")
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
