@@ -148,14 +148,19 @@ class Format:
         for function in (self.dequantize, self.decode):
             if function is not None and not (callable(function) and isinstance(function, Hashable)):
                 raise OptionError(f"{self.name}: dequantize and decode must be functions, got {shown(function)}")
+        if self.factors is not None and (not isinstance(self.factors, Factors) or self.decode is None):
+            got = shown(self.factors)
+            raise OptionError(f"{self.name}: factors must be a Factors of a format with `decode`, got {got}")
         object.__setattr__(self, "ggml_id", ggml_id)
         object.__setattr__(self, "block_size", block_size)
         _formats.setdefault(_key(self._fields), self)
 
     @property
     def _fields(self) -> tuple[Any, ...]:
-        return self.name, self.ggml_id, self.block_size, self.layout, self.summary, self.dequantize, self.decode
-        # `factors` follow from `decode`
+        return (
+            self.name, self.ggml_id, self.block_size, self.layout, self.summary, self.dequantize, self.decode,
+            self.factors,
+        )  # fmt: skip
 
     def __copy__(self) -> Format:
         """The format itself, because formats compare by identity and compiled code is cached per format."""
@@ -321,7 +326,8 @@ _formats: weakref.WeakValueDictionary[tuple[Any, ...], Format] = weakref.WeakVal
 
 
 def _key(fields: tuple[Any, ...]) -> tuple[Any, ...]:
-    return fields[:4] + fields[5:]
+    # Neither the summary nor the factors, which follow from `decode`.
+    return fields[:4] + fields[5:7]
 
 
 def _same(*fields: Any) -> Format:

@@ -1,6 +1,7 @@
 """`Format.factors`, which products use, against `dequantize`."""
 
 import copy
+import gc
 import pickle
 
 import numpy as np
@@ -89,3 +90,19 @@ def test_copies_keep_the_factors():
     fmt = nd.FORMATS["Q4_K"]
     assert pickle.loads(pickle.dumps(fmt)).factors is fmt.factors
     assert copy.deepcopy(fmt).factors is fmt.factors
+
+
+def test_a_format_of_ones_own_is_pickled_with_its_factors():
+    fmt = nd.FORMATS["Q8_0"]
+    own = nd.Format("OWN", 9002, 32, fmt.layout, "mine", fmt.dequantize, fmt.decode, fmt.factors)
+    text = pickle.dumps(own)
+    assert pickle.loads(text) is own
+    del own
+    gc.collect()
+    assert pickle.loads(text).factors.quants is fmt.factors.quants
+
+
+def test_what_is_no_factors_is_refused():
+    fmt = nd.FORMATS["Q8_0"]
+    with pytest.raises(nd.OptionError, match="OWN: factors must be a Factors of a format with `decode`, got 3"):
+        nd.Format("OWN", 9002, 32, fmt.layout, "mine", fmt.dequantize, fmt.decode, 3)
