@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
-import torch
 from products import FUSED, bound, columns, error, weights
 
 import numba_dequant as nd
-from numba_dequant.torch import QuantizedLinear, functional, ggml, ops
+
+torch = pytest.importorskip("torch")
+
+from numba_dequant.torch import QuantizedLinear, functional, ggml, ops  # noqa: E402 it needs PyTorch
 
 EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
