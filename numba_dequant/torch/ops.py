@@ -225,8 +225,10 @@ def _product(
     out = input.new_empty(*input.shape[:-1], weight.shape[0])
     columns = _columns(input)
     given = _operands(columns, weight, fmt, bias, out)
-    if given is None or not out.numel():
-        return out if given is not None else None
+    if given is None:
+        return None
+    if not out.numel():
+        return out
     gpu, operands = given
     memory = _Memory(input.device)
     with gpu.active():
