@@ -217,7 +217,9 @@ class Torch:
         array.record_stream(self._external(stream, index))
 
     def _external(self, stream: int, index: int) -> Any:
-        return self._torch.cuda.ExternalStream(stream, device=index)
+        cuda = self._torch.cuda
+        # For the handle 0, ExternalStream would be a new stream.
+        return cuda.ExternalStream(stream, device=index) if stream else cuda.default_stream(index)
 
 
 class CuPy:

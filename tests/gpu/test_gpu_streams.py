@@ -69,6 +69,18 @@ def call(request):
 
 
 class TestPytorch:
+    def test_data_of_a_side_stream_is_dropped_after_a_call_on_the_default_stream(self, blocks, expected):
+        """The default stream has the handle 0, which PyTorch takes for "a new stream"."""
+        stream = torch.cuda.Stream()
+        torch.cuda.synchronize()
+        busy()
+        with torch.cuda.stream(stream):
+            data = blocks.clone()
+            found = nd.dequantize(data, "Q8_0", stream=0)
+            del data
+            torch.full_like(blocks, 0x5A)
+        assert_right(torch.from_dlpack(found), expected)
+
     def test_a_call_runs_on_the_current_stream(self, call, blocks, expected):
         """Data is written just before, on a busy stream; the result is read just after, and its memory overwritten."""
         streams = [torch.cuda.Stream() for _ in range(2)]
