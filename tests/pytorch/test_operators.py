@@ -223,7 +223,10 @@ def test_linear(name, device):
     half = input.half()
     found = nt.linear(half, blocks, name)
     assert found.dtype == torch.float16
-    torch.testing.assert_close(found, torch.nn.functional.linear(half, dense.half()))
+    # A product rounds the weights to float16, or not at all.
+    expected, of_half = (half.double() @ weights.double().T for weights in (dense, dense.half()))
+    allowed = (expected - of_half).norm() + 2.0**-11 * expected.norm()
+    assert (found.double() - expected).norm() <= allowed
 
 
 def test_gradients(device):
