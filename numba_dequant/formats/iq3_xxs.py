@@ -35,7 +35,9 @@ def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
 def decode(block: Any, at: int, run: int) -> Any:
     pair = load_u16(block, at + QS + 2 * run)
     eight = lookup(IQ3_XXS_GRID, pair & 255) | (lookup(IQ3_XXS_GRID, pair >> 8) << 32)
-    word = load_u32(block, at + WORDS + 4 * (run >> 2))
+    # Two loads of 16 bits: blocks have even addresses, and one load of 32 bits would be two of 32 bits and a shift.
+    start = at + WORDS + 4 * (run >> 2)
+    word = load_u16(block, start) | (load_u16(block, start + 2) << 16)
     signs = even_signs((word >> (7 * (run & 3))) & 127)
     d = half(load_u16(block, at + D)) * to_float(2 * (word >> 28) + 1) * QUARTER
     return d * signed_bytes(negate_bytes(eight, signs))
