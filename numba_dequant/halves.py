@@ -222,8 +222,13 @@ def no_sums_32() -> NDArray[np.float32]:
     return np.zeros(16, np.float32)
 
 
+def no_sums_64() -> NDArray[np.float32]:
+    """The 32 results of a thread for 64 columns, before the first product."""
+    return np.zeros(32, np.float32)
+
+
 def multiply(sums: Any, upper: Any, lower: Any, x: Any, at: int, step: int, thread: int) -> NDArray[np.float32]:
-    """Add the products of 16 rows and 8, 16 or 32 columns over 32 elements; all threads of a warp call this together.
+    """Add the products of 16 rows and 8 to 64 columns over 32 elements; all threads of a warp call this together.
 
     Args:
         sums: the results of this thread so far, four for every 8 columns.

@@ -9,17 +9,22 @@ from typing import Any, NamedTuple
 from numba_dequant.backends.gpu import Gpu
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.format import Format
-from numba_dequant.kernels.compiler import prepare_kernel, product_kernel, routes_kernel
+from numba_dequant.kernels.compiler import prepare_kernel, product_kernel, routes_kernel, wide_kernel
 from numba_dequant.kernels.product_shape import (
     GROUP,
     PART,
     PREPARE_THREADS,
     ROWS,
+    WIDE,
+    WIDE_ROWS,
+    WIDE_THREADS,
     WIDTHS,
     ProductShape,
+    WideShape,
     column_bytes,
     has_products,
     shared_bytes,
+    wide_shared_bytes,
 )
 
 INPUT_TYPES = ("float16", "bfloat16")
@@ -118,6 +123,10 @@ def multiply(
         return
     row_bytes, n_groups = given.n_elements // fmt.block_size * fmt.type_size, given.n_elements // GROUP
     is_aligned = given.weight % 16 == 0 and row_bytes % 16 == 0
+    if n_columns > WIDTHS[-1] and _multiply_wide(
+        gpu, given, row_bytes, is_aligned, allocate, stream, weight_is_constant
+    ):
+        return
     plan = _plan(gpu, given, width_of(n_columns, given.x_dtype), is_aligned)
     width, n_bytes = plan.shape.columns, column_bytes(fmt, given.n_elements)
     x, powers = given.x, 0
@@ -132,6 +141,31 @@ def multiply(
         )  # fmt: skip
         overlaps = plan.shape.overlaps and weight_is_constant
         gpu.launch(plan.kernel, plan.thread_blocks, plan.shape.threads, arguments, stream, plan.shared_bytes, overlaps)
+
+
+def _multiply_wide(
+    gpu: Gpu, given: Operands, row_bytes: int, is_aligned: bool, allocate: Callable[[int], int], stream: int,
+    weight_is_constant: bool,
+) -> bool:  # fmt: skip
+    """Queue the kernel for many columns. Returns whether the GPU has enough shared memory for it."""
+    fmt, bias = given.fmt, given.bias_dtype if given.bias else None
+    shape = WideShape(is_aligned, overlaps=gpu.capability >= (9, 0))
+    n_shared = wide_shared_bytes(fmt, shape)
+    if n_shared > gpu.shared_memory:
+        return False
+    key = fmt, given.dtype, bias, is_aligned, "wide"
+    kernel = gpu.kernels.get(key)
+    if kernel is None:
+        kernel = gpu.kernels[key] = gpu.load_kernel(wide_kernel(fmt, given.dtype, bias, shape), gpu.shared_memory)
+    times = -(-given.n_columns // WIDE)
+    x, powers = _prepare(gpu, given, times * WIDE, allocate, stream, shape.overlaps)
+    arguments = (
+        given.weight, given.n_rows, row_bytes, given.n_elements // GROUP, x, given.n_columns, powers, given.bias,
+        given.out,
+    )  # fmt: skip
+    thread_blocks = -(-given.n_rows // WIDE_ROWS), times
+    gpu.launch(kernel, thread_blocks, WIDE_THREADS, arguments, stream, n_shared, shape.overlaps and weight_is_constant)
+    return True
 
 
 def _prepare(

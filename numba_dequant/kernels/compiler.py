@@ -18,7 +18,7 @@ from numba_dequant.format import Format
 from numba_dequant.formats import is_built_in
 from numba_dequant.kernels.gpu_packages import install_command
 from numba_dequant.kernels.launch_shape import launch_shape
-from numba_dequant.kernels.product_shape import ProductShape
+from numba_dequant.kernels.product_shape import WIDE_THREADS, ProductShape, WideShape
 from numba_dequant.locks import compile_lock
 
 TOOLCHAIN = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink", "cuda-core")
@@ -83,6 +83,15 @@ def product_kernel(fmt: Format, dtype: str, bias: str | None, shape: ProductShap
     return KernelSpec(
         label, "product.make_product_kernel", (fmt, dtype, bias, shape), parameters, (shape.threads, shape.resident)
     )
+
+
+def wide_kernel(fmt: Format, dtype: str, bias: str | None, shape: WideShape) -> KernelSpec:
+    """The kernel of a product with many columns; `product_wide.make_wide_kernel` describes its parameters."""
+    flags = f"{'-aligned' * shape.is_aligned}{'-overlaps' * shape.overlaps}"
+    label = f"{fmt.name}-{dtype}-wide-{bias or 'no'}-bias{flags}"
+    parameters = ("data", "number", "number", "number", "data", "number", "data", "data", "data")
+    options = fmt, dtype, bias, shape
+    return KernelSpec(label, "product_wide.make_wide_kernel", options, parameters, (WIDE_THREADS, 2))
 
 
 def routes_kernel(overlaps: bool) -> KernelSpec:

@@ -199,6 +199,7 @@ for _function, _result, _kinds, _codegen in (
     (halves.no_sums_8, Sums(1), (), _no_sums),
     (halves.no_sums_16, Sums(2), (), _no_sums),
     (halves.no_sums_32, Sums(4), (), _no_sums),
+    (halves.no_sums_64, Sums(8), (), _no_sums),
     (halves.multiply, _like_sums, (None, HALVES, HALVES, None, types.int64, types.int64, types.int64), _multiply),
     (
         halves.multiply_sums,

@@ -44,6 +44,7 @@ from numba_dequant.kernels.product_shape import (
     PART,
     ROWS,
     ProductShape,
+    WideShape,
     column_bytes,
     part_bytes,
     result_bytes,
@@ -96,7 +97,7 @@ def make_product_kernel(fmt: Format, dtype: str, bias: str | None, shape: Produc
     n_bytes_of_column_part = column_bytes(fmt, PART)
     unit, result_type = np.dtype(f"u{fmt.alignment}"), np.dtype(np.float32)
     put_results, write_results = _results_writers(dtype, bias, shape)
-    fetch = _chunk_fetcher(fmt, shape)
+    fetch = chunk_fetcher(fmt, shape)
     factors = factors_of(fmt)
     prepare = column_preparer(factors, "float16")
     part_product = product_of_part(fmt, no_sums)
@@ -127,6 +128,7 @@ def make_product_kernel(fmt: Format, dtype: str, bias: str | None, shape: Produc
                 ahead += to_next_tile
             at = (int64(mine) + stage * stage_units + quarter) << 4
             fetch(shared, at, data, ahead, ahead_tile, ahead_chunk, chunks, n_rows, row_bytes, lane)
+            end_group()
             ahead_chunk = int32(ahead_chunk + warps)
             ahead += warps * n_bytes_of_chunk
         if n_table_items:
@@ -178,6 +180,7 @@ def make_product_kernel(fmt: Format, dtype: str, bias: str | None, shape: Produc
                     ahead += to_next_tile
                 at = (int64(mine) + stage * stage_units + quarter) << 4
                 fetch(shared, at, data, ahead, ahead_tile, ahead_chunk, chunks, n_rows, row_bytes, lane)
+                end_group()
                 ahead_chunk = int32(ahead_chunk + warps)
                 ahead += warps * n_bytes_of_chunk
                 chunk = int32(chunk + warps)
@@ -233,7 +236,7 @@ def _results_writers(dtype: str, bias: str | None, shape: ProductShape) -> tuple
     """Functions that put the results of a thread into shared memory, and that add and write those of all warps."""
     warps, threads, one_column, experts = shape.warps, shape.threads, shape.columns == 1, shape.experts
     n_results, n_items = ROWS * shape.columns, shape.columns // 2
-    store, add_bias = OUTPUT_TYPES[dtype].store, _bias_adder(bias)
+    store, add_bias = OUTPUT_TYPES[dtype].store, bias_adder(bias)
 
     def put_results(partial: Any, results: int, sums: Any, warp: int, row: int, quarter: int) -> None:
         first = int32(results + warp * n_results + row)
@@ -269,7 +272,7 @@ def _results_writers(dtype: str, bias: str | None, shape: ProductShape) -> tuple
     return put_results, write_results
 
 
-def _chunk_fetcher(fmt: Format, shape: ProductShape) -> Callable[..., None]:
+def chunk_fetcher(fmt: Format, shape: ProductShape | WideShape) -> Callable[..., None]:
     """A function with which a warp begins to copy a chunk of each of its 16 rows; each thread copies of two rows.
 
     What is beyond the end of a row, or in a row that does not exist, becomes 0.
@@ -304,13 +307,12 @@ def _chunk_fetcher(fmt: Format, shape: ProductShape) -> Callable[..., None]:
                 start = address - phase + 16 * quarter
                 copy_pieces_or_zeros(shared, at + 8 * lower * stride, data, start, left, quarter, pieces)
                 address = below
-        end_group()
 
     register_functions(fetch)
     return fetch
 
 
-def _bias_adder(dtype: str | None) -> Callable[[Any, Any, int], Any]:
+def bias_adder(dtype: str | None) -> Callable[[Any, Any, int], Any]:
     """A function that adds number `row` of a bias of this type to a result."""
 
     def nothing(total: Any, bias: Any, row: int) -> Any:

@@ -1,4 +1,4 @@
-"""The inner part of a product: 16 rows times up to eight columns, over 256 elements, in one warp."""
+"""The inner part of a product: 16 rows times some columns, over 256 elements, in one warp."""
 
 from __future__ import annotations
 
@@ -46,8 +46,7 @@ def product_of_part(fmt: Format, no_sums: Callable[[], Any]) -> Callable[..., An
     """A function that adds the products of one part to the four results of a thread.
 
     ``part_product(sums, tile, upper, lower, quarter, x, at, sums_at, step, thread)``: `upper` and `lower` are the bytes
-    of
-    `tile` where the part starts in the two rows of this thread. `at` and `sums_at` are the bytes of `x` where its
+    of `tile` where the part starts in the two rows of this thread. `at` and `sums_at` are the bytes of `x` where its
     elements and its sums of this part of the column start, and `step` the bytes to the column that is 8 further.
     """
     factors = factors_of(fmt)

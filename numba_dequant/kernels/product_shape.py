@@ -13,6 +13,18 @@ ROWS = 16
 WIDTHS = (8, 16, 32)
 """Columns that a kernel multiplies at a time."""
 
+WIDE = 64
+"""Columns that the kernel for many columns multiplies at a time."""
+
+WIDE_ROWS = 64
+"""Rows that a thread block of this kernel multiplies."""
+
+WIDE_THREADS = 128
+"""Its threads: a warp for each 16 rows."""
+
+WIDE_STAGES = 2
+"""The parts of all its rows and columns that fit into shared memory."""
+
 GROUP = 32
 """Elements that the tensor cores multiply together."""
 
@@ -57,6 +69,22 @@ class ProductShape:
         return 32 * self.warps
 
 
+@dataclass(frozen=True)
+class WideShape:
+    """What the kernel for `WIDE` columns knows of the rows and the GPU.
+
+    Attributes:
+        is_aligned: whether all rows start at multiples of 16 bytes.
+        overlaps: whether the kernel may start before the one before it has ended.
+    """
+
+    is_aligned: bool
+    overlaps: bool
+
+    parts = 1
+    """Parts of 256 elements that are copied at a time."""
+
+
 def has_products(fmt: Format) -> bool:
     """Whether the tensor cores can multiply this format: a part is a whole number of blocks, each of whole groups."""
     return fmt.decode is not None and fmt.block_size % GROUP == 0 and PART % fmt.block_size == 0
@@ -78,7 +106,13 @@ def column_bytes(fmt: Format, n_elements: int) -> int:
     return -(-n_elements // PART) * (2 * PART + sum_bytes(fmt))
 
 
-def row_stride(fmt: Format, shape: ProductShape) -> int:
+def column_stride(fmt: Format) -> int:
+    """Bytes between the columns of a part in shared memory, chosen so that two columns are in different banks."""
+    n_bytes = 2 * PART + sum_bytes(fmt)
+    return n_bytes + (64 - n_bytes) % 128
+
+
+def row_stride(fmt: Format, shape: ProductShape | WideShape) -> int:
     """Bytes between the rows of a chunk in shared memory, chosen so that eight rows are in different banks."""
     n_bytes = shape.parts * part_bytes(fmt)
     load_bytes = 8 if fmt.factors is None or fmt.factors.order is RUNS else 4
@@ -105,3 +139,9 @@ def shared_bytes(fmt: Format, shape: ProductShape, n_elements: int) -> int:
     return (
         table_bytes(fmt) + result_bytes(shape) + stages + (column_bytes(fmt, n_elements) if shape.columns == 1 else 16)
     )
+
+
+def wide_shared_bytes(fmt: Format, shape: WideShape) -> int:
+    """Bytes of shared memory of a thread block that multiplies `WIDE` columns."""
+    stage = WIDE_ROWS * row_stride(fmt, shape) + WIDE * column_stride(fmt)
+    return table_bytes(fmt) + max(WIDE_STAGES * stage + 16, WIDE_ROWS * WIDE * 4)

@@ -11,13 +11,53 @@ from numba_dequant.kernels.product import make_product_kernel
 from numba_dequant.kernels.product_columns import make_prepare_kernel, make_routes_kernel
 from numba_dequant.kernels.product_shape import (
     PREPARE_THREADS,
+    WIDE,
+    WIDE_ROWS,
+    WIDE_THREADS,
     ProductShape,
+    WideShape,
     column_bytes,
     has_products,
     shared_bytes,
+    wide_shared_bytes,
 )
+from numba_dequant.kernels.product_wide import make_wide_kernel
 
 pytestmark = pytest.mark.skipif(not is_simulated(), reason="runs under NUMBA_ENABLE_CUDASIM=1")
+
+
+def prepare(fmt, x, n_prepared):
+    """The prepared columns and their powers."""
+    n_columns, n_elements = x.shape
+    prepared = cuda.to_device(np.full(n_prepared * column_bytes(fmt, n_elements), 99, np.uint8))
+    factors = cuda.to_device(np.zeros(n_prepared, np.float32))
+    kernel = cuda.jit(make_prepare_kernel(fmt, "float16" if x.dtype == np.float16 else "bfloat16"))
+    given = cuda.to_device(x.view(np.uint8).reshape(-1))
+    kernel[(n_prepared, 2), PREPARE_THREADS](given, n_columns, n_elements // 32, prepared, factors)
+    return prepared, cuda.to_device(factors.copy_to_host().view(np.uint8))
+
+
+def wide_product(name, blocks, x, is_aligned, bias=None):
+    """As `product`, by the kernel for many columns."""
+    fmt, shape = nd.FORMATS[name], WideShape(is_aligned, overlaps=False)
+    (n_rows, row_bytes), (n_columns, n_elements) = blocks.shape, x.shape
+    times = -(-n_columns // WIDE)
+    prepared, powers = prepare(fmt, x, times * WIDE)
+    out = cuda.to_device(np.full(n_columns * n_rows, 77, np.float32))
+    added = cuda.to_device(np.zeros(0, np.uint8) if bias is None else bias.view(np.uint8))
+    kernel = cuda.jit(make_wide_kernel(fmt, "float32", None if bias is None else "float16", shape))
+    kernel[(-(-n_rows // WIDE_ROWS), times), WIDE_THREADS, 0, wide_shared_bytes(fmt, shape)](
+        cuda.to_device(blocks.reshape(-1)), n_rows, row_bytes, n_elements // 32, prepared, n_columns, powers, added, out
+    )
+    return out.copy_to_host().reshape(n_columns, n_rows)
+
+
+@pytest.mark.parametrize(("name", "n_rows", "n_elements", "n_columns"), [("Q4_K", 17, 256, 66), ("Q8_0", 3, 288, 33)])
+def test_many_columns(name, n_rows, n_elements, n_columns):
+    blocks, values = weights(name, n_rows, n_elements)
+    x, bias = columns(n_columns, n_elements), columns(1, n_rows, seed=1)[0]
+    found = wide_product(name, blocks, x, blocks.shape[1] % 16 == 0, bias)
+    assert error(found, x.astype(np.float64) @ values.T + bias) < bound(name)
 
 
 def product(name, blocks, x, shape, bias=None, thread_blocks=1):
@@ -25,17 +65,9 @@ def product(name, blocks, x, shape, bias=None, thread_blocks=1):
     (n_rows, row_bytes), (n_columns, n_elements) = blocks.shape, x.shape
     n_groups = n_elements // 32
     out = cuda.to_device(np.full(n_columns * n_rows, 77, np.float32))
-    prepared, powers = cuda.to_device(np.zeros(0, np.uint8)), cuda.to_device(np.zeros(0, np.uint8))
-    given = cuda.to_device(x.view(np.uint8).reshape(-1))
-    if shape.columns == 1:
-        prepared = given
-    else:
-        prepared = cuda.to_device(np.full(shape.columns * column_bytes(fmt, n_elements), 99, np.uint8))
-        factors = cuda.to_device(np.zeros(shape.columns, np.float32))
-        dtype = "float16" if x.dtype == np.float16 else "bfloat16"
-        kernel = cuda.jit(make_prepare_kernel(fmt, dtype))
-        kernel[(shape.columns, 2), PREPARE_THREADS](given, n_columns, n_groups, prepared, factors)
-        powers = cuda.to_device(factors.copy_to_host().view(np.uint8))
+    prepared, powers = cuda.to_device(x.view(np.uint8).reshape(-1)), cuda.to_device(np.zeros(0, np.uint8))
+    if shape.columns > 1:
+        prepared, powers = prepare(fmt, x, shape.columns)
     added = cuda.to_device(np.zeros(0, np.uint8) if bias is None else bias.view(np.uint8))
     kernel = cuda.jit(make_product_kernel(fmt, "float32", None if bias is None else "float16", shape))
     kernel[thread_blocks, shape.threads, 0, shared_bytes(fmt, shape, n_elements)](

@@ -8,7 +8,7 @@ from ptx_rules import SLOW
 
 import numba_dequant as nd
 from numba_dequant.kernels import compiler
-from numba_dequant.kernels.product_shape import ProductShape
+from numba_dequant.kernels.product_shape import ProductShape, WideShape
 
 FAST = ProductShape(8, 2, 2, 1, True, True)
 
@@ -26,6 +26,17 @@ def test_tensor_cores_and_asynchronous_copies_and_nothing_slow(name):
     assert "cp.async.cg.shared.global" in text
     assert "griddepcontrol.wait" in text
     assert ".maxntid 256" in text
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_many_columns(name):
+    text = compiler.ptx(compiler.wide_kernel(nd.FORMATS[name], "float16", None, WideShape(True, True)), (9, 0))
+    assert slow(text) == []
+    assert text.count("mma.sync.aligned.m16n8k16") == 8 * 16, "for 64 columns, eight times as many as for 8"
+    assert text.count("mma.sync.aligned.m16n8k8") in (0, 8 * 2, 8 * 4), "the minima"
+    assert "cp.async.cg.shared.global" in text
+    assert "griddepcontrol.wait" in text
+    assert ".maxntid 128" in text
 
 
 @pytest.mark.parametrize("shape", [ProductShape(8, 1, 1, 8, False, False), ProductShape(7, 2, 1, 32, True, False)])
