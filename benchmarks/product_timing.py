@@ -32,6 +32,12 @@ HEAD_START = 1 << 30
 SHAPES = [(131072, 4096), (14336, 4096), (4096, 14336), (4096, 4096)]
 """Rows and elements of the weights of test_products.py."""
 
+SHAPE_OF_MANY = (14336, 4096)
+"""That of the products with 16 and more columns."""
+
+MANY_FORMATS = ["Q4_K", "Q4_0", "Q8_0", "Q6_K", "Q5_K", "IQ4_XS", "Q3_K", "Q2_K", "MXFP4", "IQ2_XXS"]
+"""The formats of the weights of those."""
+
 SHAPES_OF_FLOATS = [(4096, 4096), (4096, 512)]
 """Those of accuracy_products.py, which also has float32 results."""
 
@@ -237,7 +243,10 @@ def kernels(formats, capability=(9, 0), shared_memory=227 << 10, processors=132)
     for _, threads in READ_SHAPES:
         load(compiler.read_kernel(threads))
     for name in formats:
-        for dtype, shapes, counts in (("float16", SHAPES, (1, 8)), ("float32", SHAPES_OF_FLOATS, (8,))):
+        many = [SHAPE_OF_MANY] if name in MANY_FORMATS else []
+        for dtype, shapes, counts in (
+            ("float16", SHAPES, (1, 8)), ("float32", SHAPES_OF_FLOATS, (8,)), ("float16", many, (16, 32, 64))
+        ):  # fmt: skip
             for (n_rows, n_elements), count in product(shapes, counts):
                 sizes = 256, n_rows, n_elements, 256, "float16", count, 256, dtype
                 cuda_product.multiply(card, cuda_product.Operands(nd.FORMATS[name], *sizes), lambda n_bytes: 256, 0)

@@ -16,16 +16,14 @@ import numba_dequant as nd
 try:
     import product_timing
     import torch
-    from product_timing import SHAPES
+    from product_timing import MANY_FORMATS, SHAPE_OF_MANY, SHAPES
 
     from numba_dequant import torch as nt
 except ImportError:
-    torch, SHAPES = None, [(0, 0)]
+    torch, MANY_FORMATS, SHAPES, SHAPE_OF_MANY = None, ["any"], [(0, 0)], (0, 0)
 
 FEW = [1, 8]
 MANY = [16, 32, 64, 128, 512, 4096]
-MANY_FORMATS = ["Q4_K", "Q4_0", "Q8_0", "Q6_K", "Q5_K", "IQ4_XS"]
-SHAPE_OF_MANY = (14336, 4096)
 MOST_ERROR = 1e-3
 """Rounding the results to float16 is 2e-4 of it."""
 

@@ -21,7 +21,7 @@ from numba_dequant.errors import DataError, DeviceError, OutputError
 from numba_dequant.formats import FORMATS
 from numba_dequant.interop import TORCH
 
-PIECE = 1 << 26
+PIECE = 1 << 28
 """Elements of the weight that are dequantized together for PyTorch."""
 
 FORMAT_OF = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -78,6 +78,8 @@ def multiply(gpu: Gpu, given: ProductJob, stream: Any) -> Any:
         is_empty = not job.n_elements or not given.n_elements
         address = 0 if weight.on_gpu is None else weight.on_gpu.pointer
         reason = None if is_empty else cuda_product.why_not(gpu, given.fmt, x_type, address)
+        # cuBLAS would round a result of another type than x twice.
+        is_slower = given.dtype == x_type and cuda_product.is_slower(gpu, given.n_rows, given.n_columns)
         if reason is not None:
             _check_fallback(gpu, given, x_type, reason)
         result, target = cuda.output(job, call)
@@ -87,7 +89,7 @@ def multiply(gpu: Gpu, given: ProductJob, stream: Any) -> Any:
             task = _Task(given, job, call, target, x_type, bias_type)
             if is_empty:
                 task.write_bias(bias)
-            elif reason is None:
+            elif reason is None and not (is_slower and TORCH.can_compute()):
                 task.multiply(x, weight, bias)
             else:
                 task.multiply_by_torch(x, weight, bias)

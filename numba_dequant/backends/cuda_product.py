@@ -36,6 +36,12 @@ WARPS = (4, 5, 6, 7, 8)
 EXPERT_COLUMNS = 8
 """Columns that a matrix is multiplied with at a time, if there are several matrices."""
 
+MOST_COLUMNS = 128
+"""Columns up to which kernels multiply the blocks themselves. With more, cuBLAS wins although it needs the values."""
+
+ROWS_OF_PROCESSOR = 48
+"""With fewer rows for each multiprocessor, too few of them have work if there are more than 32 columns."""
+
 MANY_TILES = 2048
 """From this number of tiles, thread blocks with memory for one chunk are faster, because more of them fit."""
 
@@ -103,6 +109,16 @@ def why_not(gpu: Gpu, fmt: Format, x_dtype: str, weight: int = 0) -> str | None:
     if weight % fmt.alignment:
         return f"the address of the weights is not a multiple of {fmt.alignment}"
     return None
+
+
+def is_slower(gpu: Gpu, n_rows: int, n_columns: int) -> bool:
+    """Whether such a product takes longer than to dequantize the weights and to multiply their values by cuBLAS.
+
+    The limits were measured on an H100 (`benchmarks/test_products.py`).
+    """
+    if n_columns <= WIDTHS[-1]:
+        return False
+    return n_columns > MOST_COLUMNS or n_rows < ROWS_OF_PROCESSOR * gpu.processors
 
 
 def multiply(

@@ -22,14 +22,14 @@ from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, format_named
 from numba_dequant.interop import TORCH
 
-PIECE = 1 << 26
+PIECE = 1 << 28
 """Number of weights that `linear` dequantizes at a time on a GPU; it bounds the temporary memory."""
 
 CPU_PIECE = 1 << 20
 """Number of weights that `linear` dequantizes at a time on the CPU: they stay in its cache."""
 
-MOST_COLUMNS = 32
-"""Number of columns up to which products read the weights themselves. With more, dequantizing them first is faster."""
+MOST_COLUMNS = 128
+"""Number of columns up to which products may read the blocks themselves; `cuda_product.is_slower` decides."""
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 """The output types."""
@@ -187,11 +187,10 @@ def _get_rows(data: Tensor, indices: Tensor, format: str, dtype: torch.dtype) ->
         numbers = indices.to(torch.int64).contiguous()
         out = data.new_empty([*indices.shape, n_elements], dtype=dtype)
         if out.numel():
-            index = data.get_device()
-            gpu = _cuda().OPEN.get(index) or _cuda().backend_of(data).gpu
+            gpu = _gpu_of(data)
             arguments = rows.data_ptr(), rows.shape[0], numbers.data_ptr(), n_elements, out.data_ptr()
             with gpu.active():
-                _cuda().launch_rows(gpu, fmt, name, arguments, numbers.numel(), TORCH.current_stream(index))
+                _cuda().launch_rows(gpu, fmt, name, arguments, numbers.numel(), TORCH.current_stream(gpu.index))
         return out
     rows = data.index_select(0, indices.reshape(-1))
     return _dequantize(rows, format, dtype).view(*indices.shape, n_elements)
@@ -222,6 +221,9 @@ def _product(
     input: Tensor, weight: Tensor, fmt: Format, bias: Tensor | None, weight_is_constant: bool
 ) -> Tensor | None:
     """The product by a kernel that reads the blocks themselves, or None if there is none."""
+    n_columns = input.numel() // max(input.shape[-1], 1)
+    if n_columns > 1 and _cuda_product().is_slower(_gpu_of(weight), weight.shape[0], n_columns):
+        return None
     out = input.new_empty(*input.shape[:-1], weight.shape[0])
     columns = _columns(input)
     given = _operands(columns, weight, fmt, bias, out)
@@ -256,10 +258,13 @@ def _columns(input: Tensor) -> Tensor:
     return input.clone(memory_format=torch.contiguous_format)
 
 
+def _gpu_of(weight: Tensor) -> Any:
+    return _cuda().OPEN.get(weight.get_device()) or _cuda().backend_of(weight).gpu
+
+
 def _operands(columns: Tensor, weight: Tensor, fmt: Format, bias: Tensor | None, out: Tensor) -> tuple[Any, Any] | None:
     """The GPU and the operands of a product, or None if no kernel can compute it."""
-    dtype, cuda, index = DTYPES.get(columns.dtype), _cuda_product(), weight.get_device()
-    gpu = _cuda().OPEN.get(index) or _cuda().backend_of(weight).gpu
+    dtype, cuda, gpu = DTYPES.get(columns.dtype), _cuda_product(), _gpu_of(weight)
     n_elements = columns.shape[-1]
     if dtype is None or not n_elements or not weight.is_contiguous():
         return None

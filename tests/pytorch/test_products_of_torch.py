@@ -48,6 +48,52 @@ def test_ragged_shapes(name, n_rows, n_columns):
         check(functional.linear(x, weight, name), expected, name, torch.float16)
 
 
+@pytest.fixture
+def always_by_kernels(monkeypatch):
+    """Kernels multiply the blocks themselves, also where that is not faster."""
+    from numba_dequant.backends import cuda_product
+
+    monkeypatch.setattr(cuda_product, "is_slower", lambda *_: False)
+    monkeypatch.setattr(ops, "MOST_COLUMNS", 1000)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n_rows", "n_columns"), [(1, 33), (64, 64), (77, 130)])
+@pytest.mark.parametrize("name", FUSED)
+def test_many_columns(name, n_rows, n_columns, always_by_kernels):
+    fmt = nd.FORMATS[name]
+    for n_elements, dtype in ((fmt.block_size, torch.float16), (7 * max(fmt.block_size, 64), torch.bfloat16)):
+        weight, x, expected = tensors(name, n_rows, n_elements, n_columns, "cuda", dtype)
+        found = ops._product(x, weight, fmt, None, False)
+        check(found, expected, name, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", RAGGED)
+def test_nothing_around_many_columns_is_read_or_written(name, always_by_kernels):
+    fmt = nd.FORMATS[name]
+    weight, x, expected = tensors(name, 70, 3 * fmt.block_size, 65, "cuda")
+    for shift in (0, fmt.alignment):
+        memory = torch.full((weight.numel() + 512,), 255, dtype=torch.uint8, device="cuda")
+        memory[256 + shift : 256 + shift + weight.numel()] = weight.reshape(-1)
+        shifted = memory[256 + shift : 256 + shift + weight.numel()].view(weight.shape)
+        check(ops._product(x, shifted, fmt, None, False), expected, name, torch.float16)
+
+
+@pytest.mark.gpu
+def test_many_columns_of_few_rows_are_multiplied_by_cublas():
+    """A kernel would leave most multiprocessors without work."""
+    for n_rows, n_columns, is_fused in (
+        (256, 32, True),
+        (256, 33, False),
+        (48 * 200, 128, True),
+        (48 * 200, 129, False),
+    ):
+        weight, x, _ = tensors("Q8_0", 16, 64, n_columns, "cuda")
+        weight = weight[:1].expand(n_rows, -1).contiguous()
+        assert (ops._product(x, weight, nd.FORMATS["Q8_0"], None, False) is not None) == is_fused
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", RAGGED)
 def test_nothing_is_read_or_written_beyond_the_tensors(name):
