@@ -19,7 +19,6 @@ HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "products.md"
 PEERS = json.loads((RESULTS / "products-peers.json").read_text())
 THEIRS = PEERS["us and error, by format, shape and columns"]
-SMALL_SHAPE = "4096x4096"
 
 INTRODUCTION = f"""\
 # Products with compressed weights: measurements
@@ -35,11 +34,6 @@ its docstring has the commands.
 - **llama.cpp**: {PEERS["system"]}, on another {PEERS["machine"]}: {PEERS["how"]}.
 - Weights come in turn from more than 400 MB, so that no cache holds them. Columns are float16.
 """
-
-
-def target(n_columns, shape):
-    """The share of the floor that a product should reach."""
-    return 0.8 if n_columns == 8 else 0.85 if shape == SMALL_SHAPE else 0.9
 
 
 def us(seconds):
@@ -66,32 +60,25 @@ def late_note(infos):
 
 
 def few(results, n_columns):
-    """Products with 1 or 8 columns: the table, and where the target is missed."""
+    """Products with 1 or 8 columns."""
     head = ["format", "shape", "floor, us", "ours, us", "of the floor", "apart, us", "of the floor"]
     head += ["llama.cpp, us", "times ours", "cuBLAS, us", "times ours"]
-    rows, missed, infos = [], [], []
+    rows, infos = [], []
     for found, info in results.of("test_product", n_columns=n_columns, overlaps=True):
         sizes = {each: found[each] for each in ("n_rows", "n_elements")}
         shape, name, ours = "{n_rows}x{n_elements}".format(**sizes), found["name"], info["seconds"]
         apart = results.one("test_product", **found | {"overlaps": False})
         dense = results.one("test_cublas", n_columns=n_columns, **sizes)
         share, theirs = info["floor s"] / ours, theirs_us(name, shape, n_columns)[0]
-        if share < target(n_columns, shape):
-            missed.append(f"{name} {shape}: {percent(share)} of {target(n_columns, shape):.0%}")
         row = [name, shape, us(info["floor s"]), us(ours), percent(share)]
         row += [us(apart["seconds"]), percent(info["floor s"] / apart["seconds"])] if apart else [None] * 2
         row += [us(theirs), times(theirs, ours)]
         row += [us(dense["seconds"]), times(dense["seconds"], ours)] if dense else [None] * 2
         rows.append(row)
         infos += [each for each in (info, apart, dense) if each]
-    goal = "80% of the floor" if n_columns == 8 else f"90% of the floor at the three large shapes, 85% at {SMALL_SHAPE}"
-    if missed:
-        note = f"The target is {goal}. {len(missed)} of {len(rows)} products miss it:\n\n- " + "\n- ".join(missed)
-    else:
-        note = f"The target is {goal}. All {len(rows)} products reach it."
     error = max(info["error"] for _, info in results.of("test_product", n_columns=n_columns))
     checked = f"The largest error of a result in float16, against float64, is {error:.1e}."
-    return [table(head, rows), note, checked, spread_note(infos), late_note(infos)]
+    return [table(head, rows), checked, spread_note(infos), late_note(infos)]
 
 
 def many(results):
@@ -107,7 +94,10 @@ def many(results):
         faster = whole and ("blocks" if seconds[0] < seconds[1] else "dequantize first")
         rows.append([name, n_columns, *map(us, seconds), us(theirs), faster])
         infos += [each for each in (fused, whole, dense) if each]
-    text = f"The shape is {shape[0]}x{shape[1]}. `linear` uses the blocks up to `ops.MOST_COLUMNS` columns."
+    text = (
+        f"The shape is {shape[0]}x{shape[1]}. *Ours* is the kernels that read the blocks. `linear` and `matmul` use "
+        "them up to 128 columns of such a weight, up to 32 of a weight with few rows, and otherwise dequantize first."
+    )
     return [text, table(head, rows), spread_note(infos), late_note(infos)]
 
 
