@@ -14,7 +14,7 @@ from numba.core import types
 from numba_dequant import halves
 from numba_dequant.kernels import intrinsics
 from numba_dequant.kernels.intrinsics import BYTE, EIGHT, FLOAT, LONG, WORD, pointer_at
-from numba_dequant.kernels.intrinsics_cuda import FOUR_WORDS, instruction, target
+from numba_dequant.kernels.intrinsics_cuda import FOUR_WORDS, GLOBAL_MEMORY, instruction, target
 from numba_dequant.kernels.intrinsics_halves import HALVES, words_of
 from numba_dequant.kernels.numba_cuda import extending
 
@@ -141,20 +141,49 @@ def _copy_pieces_or_zeros(context: Any, builder: ir.IRBuilder, signature: Any, a
     tile, at, data, address, n_bytes, quarter, pieces = arguments
     shared = _shared(context, builder, signature.args[0], tile, at)
     data = builder.ptrtoint(intrinsics.data_pointer(context, builder, signature.args[2], data), LONG)
+    # At most one piece of this thread is copied in part.
+    rest = builder.and_(n_bytes, WORD(63))
+    cut = builder.ashr(n_bytes, WORD(6))
+    is_cut = builder.and_(builder.icmp_signed(">", rest, WORD(0)), builder.icmp_signed("<", rest, WORD(16)))
+    is_there = builder.icmp_signed("<", builder.add(quarter, builder.shl(cut, WORD(2))), pieces)
+    is_cut = builder.and_(builder.and_(is_cut, builder.icmp_signed(">=", cut, WORD(0))), is_there)
     for step in range(MOST_PIECES // 4):
-        with builder.if_then(builder.icmp_unsigned("<", builder.add(quarter, WORD(4 * step)), pieces)):
+        is_given = builder.icmp_unsigned("<", builder.add(quarter, WORD(4 * step)), pieces)
+        is_whole = builder.not_(builder.and_(is_cut, builder.icmp_signed("==", cut, WORD(step))))
+        with builder.if_then(builder.and_(is_given, is_whole)):
             target = builder.ptrtoint(builder.gep(shared, [LONG(64 * step)]), WORD)
-            size = builder.sub(n_bytes, WORD(64 * step))
-            size = builder.select(builder.icmp_signed("<", size, WORD(0)), WORD(0), size)
-            size = builder.select(builder.icmp_signed(">", size, WORD(16)), WORD(16), size)
+            is_data = builder.icmp_signed(">", n_bytes, WORD(64 * step))
+            size = builder.select(is_data, WORD(16), WORD(0))
             # If nothing is copied, the address must still be valid.
-            source = builder.select(
-                builder.icmp_signed(">", size, WORD(0)), builder.add(address, LONG(64 * step)), data
-            )
+            source = builder.select(is_data, builder.add(address, LONG(64 * step)), data)
             source = builder.and_(source, LONG(-16))
             text = "cp.async.cg.shared.global [$0], [$1], 16, $2;"
             _effect(builder, text, "r,l,r,~{memory}", [target, source, size])
+    with builder.if_then(is_cut, likely=False):
+        start = builder.sext(builder.shl(cut, WORD(6)), LONG)
+        source = builder.inttoptr(builder.add(address, start), ir.PointerType(BYTE, GLOBAL_MEMORY))
+        piece = _first_bytes(builder, source, rest)
+        target = builder.bitcast(builder.gep(shared, [start]), ir.PointerType(FOUR_WORDS, 3))
+        builder.store(piece, target, align=16)
     return context.get_dummy_value()
+
+
+def _first_bytes(builder: ir.IRBuilder, source: Any, count: Any) -> Any:
+    """Sixteen bytes: the first `count` from memory, then zeros. No other byte is read.
+
+    `cp.async` would read all sixteen, whatever part of them it is told to copy.
+    """
+    piece = ir.Constant(FOUR_WORDS, [WORD(0)] * 4)
+    for k in range(4):
+        word = WORD(0)
+        for byte in range(4):
+            is_data = builder.icmp_signed(">", count, WORD(4 * k + byte))
+            place = builder.select(is_data, LONG(4 * k + byte), LONG(0))
+            value = builder.zext(builder.load(builder.gep(source, [place]), align=1), WORD)
+            value = builder.select(is_data, builder.shl(value, WORD(8 * byte)), WORD(0))
+            word = builder.or_(word, value)
+        piece = builder.insert_element(piece, word, WORD(k))
+    return piece
 
 
 def _shared(context: Any, builder: ir.IRBuilder, numba_type: Any, tile: Any, at: Any) -> Any:
