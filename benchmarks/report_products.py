@@ -101,6 +101,24 @@ def many(results):
     return [text, table(head, rows), spread_note(infos), late_note(infos)]
 
 
+def some_rows(results):
+    """Some rows of a weight."""
+    head = ["format", "rows at random, us", "GB/s", "rows in order, us", "GB/s"]
+    lines, infos = [], []
+    for found, info in results.of("test_rows", way="get_rows"):
+        in_order = results.one("test_rows", **found | {"way": "dequantize"})
+        line = [found["name"]]
+        for each in (info, in_order):
+            line += [us(each["seconds"]), f"{each['bytes'] / each['seconds'] / 1e9:,.0f}"]
+        lines.append(line)
+        infos += [info, in_order]
+    text = (
+        "`get_rows`: 16384 of 131072 rows of 4096 elements, to FP16. Read and written bytes count. The same number of "
+        "rows that follow each other, by `dequantize`, are the roofline."
+    )
+    return [text, table(head, lines), spread_note(infos), late_note(infos)]
+
+
 def errors(found):
     ways = [way for way in next(iter(found["like a model"].values())) if way != "weights"]
     n_rows, n_elements = found["shapes"][0]
@@ -191,6 +209,8 @@ def page(folder=RESULTS):
                 parts += [f"## {title}", *few(results, n_columns)]
         if results.of("test_many_columns", way="fused"):
             parts += ["## More columns", *many(results)]
+        if results.of("test_rows", way="get_rows"):
+            parts += ["## Rows", *some_rows(results)]
         parts.append(machine_line(results))
     for name, title, part in (
         ("products-accuracy", "Errors", errors),

@@ -24,6 +24,9 @@ except ImportError:
 
 FEW = [1, 8]
 MANY = [16, 32, 64, 128, 512, 4096]
+ROWS = 16384
+"""Rows that `get_rows` takes of 131072."""
+
 MOST_ERROR = 1e-3
 """Rounding the results to float16 is 2e-4 of it."""
 
@@ -108,6 +111,28 @@ def test_many_columns(benchmark, tools, name, n_columns, way):
 
     measure(benchmark, tools, work, n_bytes)
     benchmark.extra_info["floor s"] = tools.reader.seconds(n_bytes)
+
+
+@pytest.mark.parametrize("way", ["get_rows", "dequantize"])
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0", "IQ3_S"])
+def test_rows(benchmark, tools, name, way):
+    """Rows of a table of embeddings at random, beside as many rows in their order."""
+    n_rows, n_elements = SHAPES[0]
+    buffers = weights(name, n_rows, n_elements)
+    indices = torch.randperm(n_rows, device="cuda")[:ROWS]
+    expected = nt.dequantize(buffers[0].index_select(0, indices[:64]), name, torch.float16)
+    assert torch.equal(nt.get_rows(buffers[0], indices[:64], name, torch.float16), expected)
+    turns = cycle(buffers)
+    if way == "get_rows":
+
+        def work():
+            nt.get_rows(next(turns), indices, name, torch.float16)
+    else:
+
+        def work():
+            nt.dequantize(next(turns)[:ROWS], name, torch.float16)
+
+    measure(benchmark, tools, work, ROWS * (buffers[0].shape[1] + 2 * n_elements))
 
 
 @pytest.mark.parametrize("n_columns", [*FEW, *MANY])

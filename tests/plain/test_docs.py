@@ -97,11 +97,15 @@ def test_the_page_of_products_divides_by_the_floor(tmp_path, monkeypatch):
             entries.append(entry("test_product", us + more, name=name, n_columns=1, overlaps=overlaps, **sizes))
     for way, us in (("fused", 80), ("dequantize first", 97)):
         entries.append(entry("test_many_columns", us, name="Q4_K", n_columns=64, way=way))
+    for way, us in (("get_rows", 60), ("dequantize", 50)):
+        entries.append(entry("test_rows", us, name="Q4_K", way=way))
+        entries[-1]["extra_info"]["bytes"] = 150_000_000
     machine = {"gpu": "a GPU", "driver": "a driver", "cpu": "a CPU", "python": "3", "versions": {}, "command": "pytest"}
     (tmp_path / "h100-products.json").write_text(json.dumps({"machine_info": machine, "benchmarks": entries}))
     page = report_products.page(tmp_path)
     assert "| Q8_0 | 14336x4096 | 20.0 | 25.0 | 80.0% | 30.0 | 66.7% | 25.3 | 1.01 | 43.0 | 1.72 |" in page
     assert "| TQ1_0 | 14336x4096 | 20.0 | 21.0 | 95.2% | 26.0 | 76.9% |  |  | 43.0 | 2.05 |" in page
+    assert "| Q4_K | 60.0 | 2,500 | 50.0 | 3,000 |" in page
     assert "| Q4_K | 64 | 80.0 | 97.0 | 45.0 | 71.6 | blocks |" in page
 
 
