@@ -1,0 +1,323 @@
+"""Which rank holds which rows, columns and bytes of each tensor."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from math import lcm, prod
+from typing import Literal
+
+from numba_dequant.errors import OptionError, ShapeError
+from numba_dequant.gguf.tensors import TensorInfo
+from numba_dequant.parallel.placements import Placement, Replicate, Rule, Shard
+
+LAYER = re.compile(r"(?:^|\.)blk\.(\d+)\.")
+OF_FIRST_STAGE = ("token_embd", "position_embd", "token_types")
+OF_EVERY_STAGE = ("rope_",)
+TOKENS, OUTPUT = "token_embd.weight", "output.weight"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank holds of a tensor.
+
+    Attributes:
+        tensor: the tensor.
+        dim: the dimension along which it is cut, or None if the rank holds the whole tensor.
+        start: the first index along this dimension.
+        stop: the index behind the last.
+    """
+
+    tensor: TensorInfo
+    dim: int | None = None
+    start: int = 0
+    stop: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the part."""
+        shape = self.tensor.shape
+        return shape if self.dim is None else (*shape[: self.dim], self.stop - self.start, *shape[self.dim + 1 :])
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of compressed data."""
+        return self.tensor.n_bytes if self.dim is None else self.tensor.format.n_bytes(self.shape)
+
+    def byte_ranges(self) -> Iterator[tuple[int, int]]:
+        """The position in the file and the number of bytes of each piece, in order. Rows are one piece.
+
+        Columns are a piece for each row.
+        """
+        tensor = self.tensor
+        if not self.n_bytes:
+            return
+        if self.dim is None:
+            yield tensor.offset, tensor.n_bytes
+            return
+        times = prod(tensor.shape[: self.dim])
+        step, size = tensor.n_bytes // times, self.n_bytes // times
+        first = tensor.offset + step * self.start // tensor.shape[self.dim]
+        if size == step:
+            yield first, self.n_bytes
+            return
+        for number in range(times):
+            yield first + number * step, size
+
+
+@dataclass
+class RankPlan:
+    """What one rank holds.
+
+    Attributes:
+        rank: its number.
+        stage: its stage of the pipeline.
+        parts: the parts by name, in the order of the file. A rank may hold an empty part.
+    """
+
+    rank: int
+    stage: int
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of compressed data."""
+        return sum(part.n_bytes for part in self.parts.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each rank holds.
+
+    Attributes:
+        ranks: the ranks. Those of a stage follow each other.
+        notes: what prevents equal shares, a sentence each.
+    """
+
+    ranks: tuple[RankPlan, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def imbalance(self) -> float:
+        """By how much the largest share exceeds the mean, as a share of the mean."""
+        sizes = [rank.n_bytes for rank in self.ranks]
+        return max(sizes) * len(sizes) / sum(sizes) - 1 if any(sizes) else 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"rank {rank.rank}, stage {rank.stage}: {len(rank.parts)} tensors, {rank.n_bytes:,} bytes"
+            for rank in self.ranks
+        ]
+        return "\n".join([*lines, f"the largest share exceeds the mean by {self.imbalance:.2%}", *self.notes])
+
+
+def plan(
+    tensors: Iterable[TensorInfo],
+    world: int,
+    rules: Sequence[Rule],
+    *,
+    stages: int = 1,
+    uneven: Literal["allow", "refuse"] = "allow",
+) -> Plan:
+    """Divide the tensors of a model among ranks.
+
+    The first rule whose pattern matches a name places the tensor; without one, every rank of its stage holds it.
+
+    Args:
+        tensors: the tensors, in the order of the file.
+        world: the number of ranks.
+        rules: patterns of names, and placements.
+        stages: stages of a pipeline. Layers (``blk.0.``, ``blk.1.``, ...) are divided among them in order, and the
+            `world // stages` ranks of a stage divide its tensors. The first stage has the table of tokens, the last one
+            all that follows the layers.
+        uneven: ``"refuse"`` raises an error if a tensor cannot be divided into equal parts; otherwise some ranks have
+            a unit more, which are those with the fewest bytes so far.
+
+    Raises:
+        OptionError: a number is not positive, the stages do not divide the ranks, or `uneven` is wrong.
+        ShapeError: a tensor cannot be divided as its rule says, or not equally.
+    """
+    if uneven not in ("allow", "refuse"):
+        raise OptionError(f"uneven is {uneven!r}; pass 'allow' or 'refuse'")
+    if world < 1 or stages < 1 or world % stages:
+        raise OptionError(f"{world} ranks cannot be divided into {stages} stages; pass a multiple of the stages")
+    width = world // stages
+    ranks = tuple(RankPlan(rank, rank // width) for rank in range(world))
+    notes: dict[str, None] = {}
+    for stage, group in enumerate(_stages(list(tensors), stages, notes)):
+        _Divider(ranks[stage * width : (stage + 1) * width], rules, notes, refuses=uneven == "refuse").divide(group)
+    return Plan(ranks, tuple(notes))
+
+
+def _stages(tensors: list[TensorInfo], count: int, notes: dict[str, None]) -> list[list[TensorInfo]]:
+    """The tensors of each stage."""
+    if count == 1:
+        return [tensors]
+    layers: dict[int, list[TensorInfo]] = defaultdict(list)
+    found: list[list[TensorInfo]] = [[] for _ in range(count)]
+    first, last = [], []
+    for tensor in tensors:
+        match = LAYER.search(tensor.name)
+        if match:
+            layers[int(match[1])].append(tensor)
+        elif tensor.name.startswith(OF_EVERY_STAGE):
+            for of_stage in found:
+                of_stage.append(tensor)
+        elif tensor.name.startswith(OF_FIRST_STAGE):
+            first.append(tensor)
+        else:
+            last.append(tensor)
+    if all(tensor.name != OUTPUT for tensor in last):
+        # The table of tokens is multiplied at the end, too.
+        last += [tensor for tensor in first if tensor.name == TOKENS]
+    pieces = [layers[number] for number in sorted(layers)]
+    if len(pieces) < count:
+        notes[f"there are {len(pieces)} layers for {count} stages, so some stages have none"] = None
+    sizes = [sum(tensor.n_bytes for tensor in piece) for piece in pieces]
+    before, after = (sum(tensor.n_bytes for tensor in end) for end in (first, last))
+    ends = _contiguous(sizes, count, before, after)
+    start = 0
+    for stage, end in enumerate(ends):
+        found[stage] += [tensor for piece in pieces[start:end] for tensor in piece]
+        start = end
+    found[0] = first + found[0]
+    found[-1] += last
+    shares = [sum(tensor.n_bytes for tensor in of_stage) for of_stage in found]
+    if max(shares) * count > 1.01 * sum(shares):
+        notes[f"stages of whole layers have {min(shares):,} to {max(shares):,} bytes"] = None
+    return found
+
+
+def _contiguous(sizes: list[int], count: int, before: int, after: int) -> list[int]:
+    """Where to end each of `count` runs of `sizes`, so that the largest sum is as small as possible.
+
+    The first run has `before` more, and the last one `after`.
+    """
+
+    def ends_within(limit: int) -> list[int] | None:
+        ends, total = [], before
+        for index, size in enumerate(sizes):
+            while total + size > limit:
+                ends.append(index)
+                total = 0
+                if len(ends) == count:
+                    return None
+            total += size
+        # The last run has `after`, too.
+        if len(ends) == count - 1 and total + after > limit:
+            return None
+        return ends + [len(sizes)] * (count - len(ends))
+
+    low, high = max([before, after, *sizes]), before + after + sum(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if ends_within(middle) is not None else (middle + 1, high)
+    found = ends_within(low)
+    assert found is not None
+    return found
+
+
+class _Divider:
+    """The division of the tensors of one stage among its ranks."""
+
+    def __init__(
+        self, ranks: Sequence[RankPlan], rules: Sequence[Rule], notes: dict[str, None], *, refuses: bool
+    ) -> None:
+        self._ranks, self._rules, self._notes, self._refuses = ranks, rules, notes, refuses
+        self._sizes = [0] * len(ranks)
+
+    def divide(self, tensors: list[TensorInfo]) -> None:
+        """Give each rank its parts."""
+        placements = {tensor.name: self._placement(tensor) for tensor in tensors}
+        groups: dict[tuple[str, str], list[TensorInfo]] = defaultdict(list)
+        for tensor in tensors:
+            placement = placements[tensor.name]
+            if isinstance(placement, Shard) and placement.group is not None:
+                groups[self._layer(tensor), placement.group].append(tensor)
+        parts: dict[str, list[Part]] = {}
+        for tensor in tensors:
+            placement = placements[tensor.name]
+            if tensor.name in parts:
+                continue
+            if isinstance(placement, Replicate):
+                parts[tensor.name] = [Part(tensor)] * len(self._ranks)
+            elif placement.group is None:
+                parts |= self._cut([tensor], placements)
+            else:
+                parts |= self._cut(groups[self._layer(tensor), placement.group], placements)
+        for rank, plan_of_rank in enumerate(self._ranks):
+            plan_of_rank.parts.update({tensor.name: parts[tensor.name][rank] for tensor in tensors})
+
+    def _placement(self, tensor: TensorInfo) -> Placement:
+        placement = next((each for pattern, each in self._rules if fnmatchcase(tensor.name, pattern)), Replicate())
+        if isinstance(placement, Shard) and not -len(tensor.shape) <= placement.dim < len(tensor.shape):
+            raise ShapeError(
+                f"{tensor.name} of shape {tensor.shape} has no dimension {placement.dim}; change the rule for it"
+            )
+        return placement
+
+    def _layer(self, tensor: TensorInfo) -> str:
+        match = LAYER.search(tensor.name)
+        return match[0] if match else ""
+
+    def _cut(self, tensors: list[TensorInfo], placements: dict[str, Placement]) -> dict[str, list[Part]]:
+        """The parts of tensors that are cut at the same places."""
+        shards: dict[str, Shard] = {name: each for name, each in placements.items() if isinstance(each, Shard)}
+        extents = {tensor.name: tensor.shape[shards[tensor.name].dim] for tensor in tensors}
+        units = {tensor.name: self._unit(tensor, shards[tensor.name]) for tensor in tensors}
+        whole = max(extents.values())
+        unit = 1
+        for tensor in tensors:
+            extent = extents[tensor.name]
+            if extent and whole % extent == 0 and not shards[tensor.name].overlaps:
+                unit = lcm(unit, units[tensor.name] * (whole // extent))
+            elif extent and whole % extent:
+                raise ShapeError(
+                    f"{tensor.name} has {extent} elements along the dimension that is cut, which do not divide the "
+                    f"{whole} of another tensor of its group {shards[tensor.name].group!r}; change the rules"
+                )
+        cuts = self._cuts(tensors, whole, unit)
+        found: dict[str, list[Part]] = {}
+        for tensor in tensors:
+            extent, own = extents[tensor.name], units[tensor.name]
+            dim = shards[tensor.name].dim % len(tensor.shape)
+            ratio = max(whole // max(extent, 1), 1)
+            bounds = [
+                (start // ratio // own * own, min(-(-stop // (ratio * own)) * own, extent)) if start < stop else (0, 0)
+                for start, stop in cuts
+            ]
+            found[tensor.name] = [Part(tensor, dim, start, stop) for start, stop in bounds]
+            for rank, part in enumerate(found[tensor.name]):
+                self._sizes[rank] += part.n_bytes
+        return found
+
+    def _unit(self, tensor: TensorInfo, shard: Shard) -> int:
+        is_last = shard.dim % len(tensor.shape) == len(tensor.shape) - 1
+        return lcm(shard.unit, tensor.format.block_size) if is_last else shard.unit
+
+    def _cuts(self, tensors: list[TensorInfo], whole: int, unit: int) -> list[tuple[int, int]]:
+        """Where each rank's part starts and ends, in elements of the longest tensor."""
+        count = len(self._ranks)
+        n_units = -(-whole // unit)
+        each, more = divmod(n_units, count)
+        if more or (whole % unit and count > 1):
+            self._note_uneven(tensors, n_units, unit, count)
+        least = sorted(range(count), key=lambda rank: (self._sizes[rank], rank))[:more]
+        found, start = [], 0
+        for rank in range(count):
+            stop = start + each + (rank in least)
+            found.append((min(start * unit, whole), min(stop * unit, whole)))
+            start = stop
+        return found
+
+    def _note_uneven(self, tensors: list[TensorInfo], n_units: int, unit: int, count: int) -> None:
+        names = " and ".join(sorted({LAYER.sub("blk.*.", tensor.name) for tensor in tensors}))
+        is_block = unit in {tensor.format.block_size for tensor in tensors}
+        what = f"units of {unit}{', which is a block,' * is_block}" if unit > 1 else "rows or matrices"
+        sentence = f"{names}: {n_units} {what} cannot be divided equally among {count} ranks"
+        if self._refuses:
+            raise ShapeError(f"{sentence}; pass another number of ranks, or uneven='allow'")
+        self._notes[sentence] = None
