@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,14 @@ from numba_dequant.gguf.tensors import TensorInfo
 from numba_dequant.loading.requests import Select, dtype_resolver, select_tensors
 from numba_dequant.model import Model
 from numba_dequant.model import open as open_model
+from numba_dequant.parallel import Plan
+from numba_dequant.torch.distributed import load_sharded
 from numba_dequant.torch.functional import resolved
 from numba_dequant.torch.layers import QuantizedEmbedding, QuantizedLinear, keep_blocks
 from numba_dequant.torch.ops import DTYPES
+
+if TYPE_CHECKING:  # PyTorch may be built without it
+    from torch.distributed import ProcessGroup
 
 Path = str | os.PathLike[str]
 
@@ -31,8 +36,10 @@ def load_file(
     *,
     select: Select = None,
     keep_quantized: bool = False,
+    plan: Plan | Callable[[Model], Plan] | None = None,
+    group: ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
-    """Load the tensors of a GGUF file.
+    """Load the tensors of a GGUF file; with a plan, the part of this rank.
 
     >>> import numba_dequant.torch
     >>> tensors = numba_dequant.torch.load_file("model.gguf", "cuda", torch.bfloat16)  # doctest: +SKIP
@@ -45,6 +52,11 @@ def load_file(
         select: the tensors to load, as for `Model.load_all`: names, globs, expressions or a function. None means all.
         keep_quantized: keep the blocks of quantized tensors, as uint8 of shape (..., bytes per row);
             ``numba_dequant.open(path).tensors[name].format`` is their type. Other tensors are converted to `dtype`.
+        plan: what each rank of `group` holds, or a function that returns it for a model; see
+            `numba_dequant.parallel.plan`. All ranks call `load_file`. A rank reads its own parts; what several ranks
+            hold, they read in pieces, which are gathered while they are compressed. A rank whose `path` does not exist
+            gets its part from another one. An error on one rank is raised on all.
+        group: the process group; None means the default group.
 
     Returns:
         name -> tensor, in file order. On a GPU, the memory is from PyTorch's caching allocator.
@@ -52,9 +64,14 @@ def load_file(
     Raises:
         TensorNotFoundError, DtypeError, OptionError: an argument is wrong. Nothing has been read.
         GgufError, ReadError: the file is damaged or cannot be read.
-        DeviceError: the device cannot be used.
+        DeviceError: the device cannot be used, or another rank has failed.
     """
-    model, kept = open_model(path), flag_option("keep_quantized", keep_quantized)
+    kept = flag_option("keep_quantized", keep_quantized)
+    if plan is not None:
+        if select is not None:
+            raise OptionError("pass select or plan, not both: a plan says which tensors each rank holds")
+        return load_sharded(path, torch.device(device), dtype, plan, group, keep_quantized=kept)
+    model = open_model(path)
     type_of = dtype_resolver(dtype)
     wanted: dict[str, torch.dtype | None] = {}
     for tensor in select_tensors(model.tensors, select):

@@ -1,0 +1,345 @@
+"""GGUF files on several ranks of `torch.distributed`: each reads its part, and what all need is read once.
+
+No rank reads or sends before all have agreed on the file, and none dequantizes before all have their bytes. So an error
+on one rank becomes an error on all, and no rank waits for another that has given up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from numba_dequant.errors import DeviceError, NumbaDequantError, OptionError, ReadError
+from numba_dequant.format import Format
+from numba_dequant.formats import FORMATS
+from numba_dequant.loading.chunks import Chunk, TensorSlice
+from numba_dequant.loading.files import OpenFiles, check_complete
+from numba_dequant.loading.requests import dtype_resolver
+from numba_dequant.model import Model
+from numba_dequant.model import open as open_model
+from numba_dequant.parallel import Part, Plan
+from numba_dequant.torch.functional import dequantize, resolved
+
+Planner = Plan | Callable[[Model], Plan]
+
+SLAB = 4 << 20
+"""Bytes that are read at a time where a rank needs only some columns."""
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one rank holds of a tensor, without the file: it can be sent.
+
+    Attributes:
+        name: the name of the tensor.
+        format: the name of its format.
+        whole: the shape of the tensor.
+        shape: the shape of the share.
+        dim: the dimension along which the tensor is cut, or None.
+        start: the first index along it.
+        stop: the index behind the last.
+    """
+
+    name: str
+    format: str
+    whole: tuple[int, ...]
+    shape: tuple[int, ...]
+    dim: int | None
+    start: int
+    stop: int
+
+    @property
+    def n_bytes(self) -> int:
+        return FORMATS[self.format].n_bytes(self.shape)
+
+
+def load_sharded(
+    path: Any,
+    device: torch.device,
+    dtype: Any,
+    planner: Planner,
+    group: dist.ProcessGroup | None,
+    *,
+    keep_quantized: bool,
+) -> dict[str, Tensor]:
+    """What the plan gives this rank; see `load_file`."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise OptionError("a plan is for several ranks; call torch.distributed.init_process_group first")
+    ranks = _Ranks(group)
+    model, shares, has_file = _agree(ranks, path, planner)
+    routes = _Routes(ranks, shares, has_file, device)
+    with ranks.all_or_none("read"):
+        raw = {} if model is None else _read(model, ranks.rank, routes)
+    blocks = routes.exchange(raw)
+    with ranks.all_or_none("dequantize"):
+        type_of = dtype_resolver(dtype)
+        return {
+            share.name: _values(share, blocks.pop(share.name), device, type_of, keep_quantized=keep_quantized)
+            for share in shares[ranks.rank]
+        }
+
+
+class _Ranks:
+    """The ranks of a group, and how they agree."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
+
+    def gather(self, thing: Any) -> list[Any]:
+        """What each rank says."""
+        found: list[Any] = [None] * self.count
+        self.call(dist.all_gather_object, found, thing, group=self.group)
+        return found
+
+    def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call a function of `torch.distributed`.
+
+        Raises:
+            DeviceError: another rank has ended, or does not answer within the timeout of the group.
+        """
+        try:
+            return function(*arguments, **options)
+        except RuntimeError as error:  # of PyTorch's: DistError and what the backends raise
+            raise DeviceError(
+                f"rank {self.rank} of {self.count} lost another rank: {str(error).splitlines()[0]}; see what that rank "
+                "printed"
+            ) from error
+
+    def global_rank(self, rank: int) -> int:
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+    @contextmanager
+    def all_or_none(self, what: str) -> Iterator[None]:
+        """A context whose error is raised on all ranks."""
+        try:
+            yield
+        except (NumbaDequantError, RuntimeError, MemoryError) as error:
+            self.gather(f"{type(error).__name__}: {error}")
+            raise
+        for rank, sentence in enumerate(self.gather(None)):
+            if sentence is not None:
+                raise DeviceError(f"rank {rank} could not {what} its part: {sentence}")
+
+
+def _agree(ranks: _Ranks, path: Any, planner: Planner) -> tuple[Model | None, list[list[_Share]], list[bool]]:
+    """The model, if this rank has the file, what each rank holds, and which ranks have the file.
+
+    Raises:
+        NumbaDequantError: the file is damaged here, or no rank has it.
+        DeviceError: another rank could not open it.
+        ReadError: the files of two ranks differ.
+        OptionError: the plan is for another number of ranks.
+    """
+    model, shares, error = None, None, None
+    try:
+        model = open_model(path)
+        shares = _shares(planner if isinstance(planner, Plan) else planner(model), ranks.count)
+    except FileNotFoundError as missing:
+        error = missing
+    except Exception as other:  # the ranks must hear of it before it is raised
+        ranks.gather((None, None, f"{type(other).__name__}: {other}"))
+        raise
+    said = ranks.gather((None if model is None else _digest(model), shares, None))
+    for rank, (_, _, sentence) in enumerate(said):
+        if sentence is not None:
+            raise DeviceError(f"rank {rank} could not open the file or plan: {sentence}")
+    holders = [rank for rank, (digest, _, _) in enumerate(said) if digest is not None]
+    if not holders:
+        assert error is not None
+        raise error
+    first = said[holders[0]]
+    for rank in holders[1:]:
+        if said[rank][0] != first[0]:
+            raise ReadError(
+                str(path), None, None, f"the files of rank {holders[0]} and rank {rank} differ; give both the same file"
+            )
+        if said[rank][1] != first[1]:
+            raise OptionError(f"the plans of rank {holders[0]} and rank {rank} differ; make them in the same way")
+    return model, first[1], [digest is not None for digest, _, _ in said]
+
+
+def _digest(model: Model) -> str:
+    """A digest of the headers: all bytes before the first tensor of each shard, and the table of tensors."""
+    digest = hashlib.blake2b(digest_size=16)
+    starts: dict[str, Any] = {}
+    for tensor in model.tensors.values():
+        digest.update(repr((tensor.name, tensor.format.name, tensor.shape, tensor.offset)).encode())
+        known = starts.get(tensor.path)
+        if known is None or tensor.offset < known.offset:
+            starts[tensor.path] = tensor
+    for path in sorted(starts):
+        tensor = starts[path]
+        header = tensor._replace(offset=0, n_bytes=tensor.offset, format=FORMATS["I8"], byte_order="little")
+        digest.update(_read_range(OpenFiles(), header, 0, tensor.offset).data)
+    return digest.hexdigest()
+
+
+def _shares(plan: Plan, count: int) -> list[list[_Share]]:
+    if len(plan.ranks) != count:
+        raise OptionError(f"the plan is for {len(plan.ranks)} ranks, but the group has {count}")
+    return [
+        [
+            _Share(name, part.tensor.format.name, part.tensor.shape, part.shape, part.dim, part.start, part.stop)
+            for name, part in rank.parts.items()
+        ]
+        for rank in plan.ranks
+    ]
+
+
+def _read(model: Model, rank: int, routes: _Routes) -> dict[tuple[int, str], NDArray[np.uint8]]:
+    """The bytes that this rank reads, by the rank that they are for and the name of the tensor."""
+    found = {}
+    with OpenFiles() as files:
+        for reader, share in routes.read_by(rank):
+            tensor = model.tensors[share.name]
+            check_complete(tensor)
+            if share.dim is not None:
+                data = _read_part(files, Part(tensor, share.dim, share.start, share.stop))
+            else:
+                first, size = routes.piece(reader, share)
+                is_big = tensor.byte_order == "big"  # a piece of a block cannot be swapped
+                start, count = (0, tensor.n_bytes) if is_big else (first, size)
+                data = _read_range(files, tensor, tensor.offset + start, count)[first - start :][:size]
+            found[reader, share.name] = data
+    return found
+
+
+def _read_range(files: OpenFiles, tensor: Any, offset: int, size: int) -> NDArray[np.uint8]:
+    buffer = np.empty(size, np.uint8)
+    if not size:
+        return buffer
+    piece = tensor._replace(offset=offset, n_bytes=size)
+    return files.read(Chunk(tensor.path, offset, size, [TensorSlice(0, 0, 0, size)]), [piece], buffer)
+
+
+def _read_part(files: OpenFiles, part: Part) -> NDArray[np.uint8]:
+    """The bytes of a part. Of columns, whole rows are read, a few megabytes at a time."""
+    tensor, dim = part.tensor, part.dim
+    assert dim is not None
+    if not part.n_bytes:
+        return np.empty(0, np.uint8)
+    if dim == 0:
+        ((offset, size),) = part.byte_ranges()
+        return _read_range(files, tensor, offset, size)
+    times = prod(tensor.shape[:dim])
+    step, size = tensor.n_bytes // times, part.n_bytes // times
+    first = step * part.start // tensor.shape[dim]
+    found = np.empty((times, size), np.uint8)
+    rows = max(SLAB // step, 1)
+    for row in range(0, times, rows):
+        count = min(rows, times - row)
+        slab = _read_range(files, tensor, tensor.offset + row * step, count * step).reshape(count, step)
+        found[row : row + count] = slab[:, first : first + size]
+    return found.reshape(-1)
+
+
+class _Routes:
+    """Who reads what, and who sends it to whom.
+
+    A rank with the file reads its own parts. What several of these hold, they read in equal pieces, which are then
+    gathered. For a rank without the file, another one reads and sends.
+
+    Args:
+        ranks: the ranks.
+        shares: what each rank holds.
+        has_file: which ranks have the file.
+        device: the device of this rank.
+    """
+
+    def __init__(self, ranks: _Ranks, shares: list[list[_Share]], has_file: list[bool], device: torch.device) -> None:
+        self._ranks, self._shares, self._has_file = ranks, shares, has_file
+        # NCCL moves memory of GPUs. The bytes then cross the bus once.
+        self._device = device if dist.get_backend(ranks.group) == "nccl" else torch.device("cpu")
+        self._holders: dict[str, tuple[int, ...]] = {}
+        for rank, of_rank in enumerate(shares):
+            for share in of_rank:
+                if has_file[rank]:
+                    self._holders[share.name] = (*self._holders.get(share.name, ()), rank)
+
+    def source_of(self, rank: int) -> int:
+        """The rank that reads for a rank."""
+        sources = [each for each, has in enumerate(self._has_file) if has]
+        return rank if self._has_file[rank] else sources[rank % len(sources)]
+
+    def read_by(self, rank: int) -> Iterator[tuple[int, _Share]]:
+        """For which ranks a rank reads which shares."""
+        for other, of_rank in enumerate(self._shares):
+            if self.source_of(other) == rank:
+                yield from ((other, share) for share in of_rank)
+
+    def piece(self, rank: int, share: _Share) -> tuple[int, int]:
+        """Where the piece of a whole tensor starts that is read for a rank, and its size."""
+        if not self._has_file[rank]:
+            return 0, share.n_bytes
+        holders = self._holders[share.name]
+        each = -(-share.n_bytes // len(holders))
+        first = min(holders.index(rank) * each, share.n_bytes)
+        return first, min(each, share.n_bytes - first)
+
+    def exchange(self, raw: dict[tuple[int, str], NDArray[np.uint8]]) -> dict[str, Tensor]:
+        """The bytes of all shares of this rank."""
+        ranks, rank = self._ranks, self._ranks.rank
+        groups = self._groups()
+        found = {}
+        for other, of_rank in enumerate(self._shares):
+            source = self.source_of(other)
+            for share in of_rank:
+                if source == other:
+                    if other == rank:
+                        found[share.name] = self._gathered(share, raw.pop((rank, share.name)), groups)
+                elif rank == source:
+                    data = torch.from_numpy(raw.pop((other, share.name))).to(self._device)
+                    ranks.call(dist.send, data, ranks.global_rank(other), group=ranks.group)
+                elif rank == other:
+                    data = torch.empty(share.n_bytes, dtype=torch.uint8, device=self._device)
+                    ranks.call(dist.recv, data, ranks.global_rank(source), group=ranks.group)
+                    found[share.name] = data
+        return found
+
+    def _gathered(
+        self, share: _Share, data: NDArray[np.uint8], groups: dict[tuple[int, ...], dist.ProcessGroup | None]
+    ) -> Tensor:
+        own = torch.from_numpy(data).to(self._device)
+        holders = self._holders[share.name]
+        if share.dim is not None or len(holders) == 1:
+            return own
+        each = -(-share.n_bytes // len(holders))
+        together = torch.empty(each * len(holders), dtype=torch.uint8, device=self._device)
+        padded = torch.zeros(each, dtype=torch.uint8, device=self._device)
+        padded[: own.numel()] = own
+        self._ranks.call(dist.all_gather_into_tensor, together, padded, group=groups[holders])
+        return together[: share.n_bytes]
+
+    def _groups(self) -> dict[tuple[int, ...], dist.ProcessGroup | None]:
+        """A process group for each set of ranks that gather a tensor. All ranks make all groups, in the same order."""
+        ranks, found = self._ranks, {}
+        names = {share.name for of_rank in self._shares for share in of_rank if share.dim is None}
+        for holders in sorted({self._holders[name] for name in names if name in self._holders}):
+            if len(holders) == ranks.count:
+                found[holders] = ranks.group
+            elif len(holders) > 1:
+                found[holders] = ranks.call(dist.new_group, [ranks.global_rank(rank) for rank in holders])
+        return found
+
+
+def _values(
+    share: _Share, raw: Tensor, device: torch.device, type_of: Callable[[str], Any], *, keep_quantized: bool
+) -> Tensor:
+    fmt: Format = FORMATS[share.format]
+    row_bytes = fmt.n_bytes(share.shape[-1:])
+    blocks = raw.view(*share.shape[:-1], row_bytes).to(device)
+    if keep_quantized and fmt.block_size > 1:
+        return blocks
+    output = resolved(fmt, type_of(share.name) or torch.get_default_dtype())[1]
+    return dequantize(blocks, fmt, output, share.shape)

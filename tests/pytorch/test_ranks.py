@@ -1,0 +1,163 @@
+"""Loading on several ranks: gloo on CPUs, two and four processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from finite_blocks import finite_blocks
+
+import numba_dequant as nd
+
+torch = pytest.importorskip("torch")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed"),
+]
+
+import ranks  # noqa: E402 it needs PyTorch
+
+SUPPORT = Path(ranks.__file__)
+SHAPES = {
+    "token_embd.rows": ("Q8_0", (13, 64)), "blk.0.norm": ("F32", (7,)), "blk.0.a.rows": ("Q4_K", (6, 512)),
+    "blk.0.b.columns": ("Q4_K", (5, 1280)), "blk.0.whole": ("Q6_K", (3, 256)), "blk.1.norm": ("F32", (64,)),
+    "blk.1.c.experts": ("Q4_0", (4, 3, 64)), "blk.1.d.columns": ("Q8_0", (4, 2, 96)), "output.rows": ("F16", (9, 4)),
+}  # fmt: skip
+
+
+def write(path, seed=0, shapes=SHAPES):
+    writer = gguf.GGUFWriter(path, "llama")
+    for number, (name, (fmt, shape)) in enumerate(shapes.items()):
+        n_rows = int(np.prod(shape[:-1])) if len(shape) > 1 else 1
+        if nd.FORMATS[fmt].block_size > 1:
+            data = finite_blocks(fmt, n_rows, shape[-1], seed + number).reshape(*shape[:-1], -1)
+        else:
+            data = np.random.default_rng(seed + number).standard_normal(shape).astype(f"f{nd.FORMATS[fmt].type_size}")
+        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[fmt])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    write(folder / "model.gguf")
+    write(folder / "other.gguf", shapes=SHAPES | {"blk.0.norm": ("F32", (8,))})
+    whole = (folder / "model.gguf").read_bytes()
+    (folder / "damaged.gguf").write_bytes(b"GGUF\xff" + whole[5:])
+    return folder
+
+
+def run(folder, world, *scenarios):
+    """For each scenario, what each rank found; and the exit codes."""
+    group = folder / "group"
+    group.unlink(missing_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, SUPPORT, str(rank), str(world), folder, *scenarios], stdout=subprocess.PIPE, text=True,
+            stderr=subprocess.PIPE, env=environment,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=200) for process in processes]
+    found = {scenario: [] for scenario in scenarios}
+    for out, _ in outputs:
+        for scenario, result in map(json.loads, filter(lambda line: line.startswith("["), out.splitlines())):
+            found[scenario].append(result)
+    return found, [process.returncode for process in processes], [error for _, error in outputs]
+
+
+def expected_parts(folder, world, stages=1, *, blocks=False):
+    """What each rank must find, cut out of the whole tensors."""
+    with nd.open(folder / "model.gguf") as model:
+        found = []
+        for of_rank in ranks.planned(world, stages)(model).ranks:
+            parts = {}
+            for name, part in of_rank.parts.items():
+                fmt, shape = part.tensor.format, part.tensor.shape
+                if blocks and fmt.block_size > 1:
+                    data = model.read(name).reshape(*shape[:-1], -1)
+                    ends = part.start, part.stop
+                    if part.dim == len(shape) - 1:
+                        ends = (end // fmt.block_size * fmt.type_size for end in ends)
+                else:
+                    data, ends = model.load(name, "float32", device="reference"), (part.start, part.stop)
+                if part.dim is not None:
+                    data = np.take(data, np.arange(*ends), part.dim)
+                parts[name] = torch.from_numpy(np.ascontiguousarray(data))
+            found.append(ranks.described(parts))
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    scenarios = "values", "blocks", "stages", "missing", "nobody", "other", "damaged", "plan", "memory", "unreadable"
+    found, codes, errors = run(folder, 2, *scenarios, "select", "dead")
+    assert codes == [0, 3], errors
+    return found
+
+
+def test_two_ranks_hold_their_parts(two, folder):
+    assert two["values"] == expected_parts(folder, 2)
+    assert two["blocks"] == expected_parts(folder, 2, blocks=True)
+    assert two["stages"] == expected_parts(folder, 2, stages=2)
+
+
+def test_four_ranks_hold_their_parts(folder):
+    found, codes, errors = run(folder, 4, "values", "blocks", "stages", "missing")
+    assert codes == [0] * 4, errors
+    assert found["values"] == found["missing"] == expected_parts(folder, 4)
+    assert found["blocks"] == expected_parts(folder, 4, blocks=True)
+    assert found["stages"] == expected_parts(folder, 4, stages=2)
+
+
+def test_a_rank_without_the_file_receives(two, folder):
+    assert two["missing"] == expected_parts(folder, 2)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "sentences"),
+    [
+        ("nobody", ["MissingFileError", "MissingFileError"]),
+        ("other", ["the files of rank 0 and rank 1 differ; give both the same file"] * 2),
+        ("damaged", ["GgufError", "DeviceError: rank 0 could not open the file or plan: GgufError"]),
+        (
+            "plan",
+            [
+                "OptionError: the plan is for 3 ranks, but the group has 2",
+                "DeviceError: rank 0 could not open the file or plan: OptionError: the plan is for 3 ranks",
+            ],
+        ),
+        (
+            "memory",
+            [
+                "DeviceError: rank 1 could not dequantize its part: MemoryError: no memory is left",
+                "MemoryError: no memory is left",
+            ],
+        ),
+        (
+            "unreadable",
+            ["DeviceError: rank 1 could not read its part: ReadError: model.gguf", "ReadError: model.gguf: tensor"],
+        ),
+        ("select", ["OptionError: pass select or plan, not both"] * 2),
+        ("dead", ["DeviceError: rank 0 of 2 lost another rank"]),
+    ],
+)
+def test_a_fault_is_an_error_on_every_rank(two, scenario, sentences):
+    assert len(two[scenario]) == len(sentences)
+    for found, sentence in zip(two[scenario], sentences, strict=True):
+        assert sentence in found
+
+
+def test_a_plan_needs_a_group(folder):
+    from numba_dequant import torch as nt
+
+    with pytest.raises(nd.OptionError, match=r"call torch\.distributed\.init_process_group first"):
+        nt.load_file(folder / "model.gguf", plan=ranks.planned(2))

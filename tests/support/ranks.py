@@ -1,0 +1,94 @@
+"""One rank of a group of processes: `python ranks.py <rank> <world> <folder> <scenario> ...`, for test_ranks.py.
+
+It prints a line of JSON for each scenario.
+"""
+
+import json
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import numba_dequant as nd
+from numba_dequant import torch as nt
+from numba_dequant.parallel import Shard, plan
+from numba_dequant.torch import distributed
+
+RULES = [("*.rows", Shard(0)), ("*.columns", Shard(-1)), ("*.experts", Shard(0))]
+
+
+def described(tensors):
+    """Of each tensor: the shape, the dtype and its bytes as one number."""
+    found = {}
+    for name, tensor in tensors.items():
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        number = int(np.dot(data.astype(np.uint64), np.arange(1, data.size + 1, dtype=np.uint64)) % (1 << 53))
+        found[name] = [list(tensor.shape), str(tensor.dtype), number]
+    return found
+
+
+def planned(world, stages=1):
+    return lambda model: plan(model.tensors.values(), world, RULES, stages=stages)
+
+
+def load(rank, world, folder, scenario):
+    path, options = folder / "model.gguf", {"plan": planned(world)}
+    if scenario == "blocks":
+        options["keep_quantized"] = True
+    elif scenario == "stages":
+        options["plan"] = planned(world, 2)
+    elif scenario == "missing":  # the last rank has no file
+        path = path if rank < world - 1 else folder / "nothing.gguf"
+    elif scenario == "nobody":
+        path = folder / "nothing.gguf"
+    elif scenario == "other":
+        path = path if rank else folder / "other.gguf"
+    elif scenario == "damaged":
+        path = path if rank else folder / "damaged.gguf"
+    elif scenario == "plan":
+        options["plan"] = planned(world + (rank == 0))
+    elif scenario == "memory" and rank == 1:
+
+        def dequantize(*_):
+            raise MemoryError("no memory is left")
+
+        distributed.dequantize = dequantize
+    elif scenario == "unreadable" and rank == 1:
+
+        def read(*_):
+            raise nd.ReadError("model.gguf", "b.rows", 0, "the disk has failed", 5)
+
+        distributed._read_part = read
+    elif scenario == "dead" and rank == 1:
+        os._exit(3)
+    elif scenario == "select":
+        options["select"] = "*"
+    return nt.load_file(path, dtype=torch.float32, **options)
+
+
+def main():
+    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world, timeout=timedelta(seconds=20)
+    )
+    for scenario in sys.argv[4:]:
+        kept = distributed.dequantize, distributed._read_part
+        try:
+            found = described(load(rank, world, folder, scenario))
+        except nd.NumbaDequantError as error:
+            found = f"{type(error).__name__}: {error}"
+        except MemoryError as error:
+            found = f"MemoryError: {error}"
+        distributed.dequantize, distributed._read_part = kept
+        print(json.dumps([scenario, found]), flush=True)
+    if "dead" not in sys.argv:
+        dist.destroy_process_group()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
