@@ -6,6 +6,8 @@ CUDA graphs accept them. `QuantizedLinear` and `QuantizedEmbedding` are layers w
 `load_file` and `load_model` read files. `ggml` has the functions that other programs expect of a GGML kernel library.
 """
 
+from typing import TYPE_CHECKING, Any
+
 try:
     import torch as _torch  # noqa: F401
 except ImportError as error:
@@ -16,9 +18,14 @@ from numba_dequant.torch.files import load_file, load_model
 from numba_dequant.torch.functional import dequantize, get_rows, linear
 from numba_dequant.torch.layers import QuantizedEmbedding, QuantizedLinear
 
+if TYPE_CHECKING:
+    from numba_dequant.torch.tensor_parallel import QuantizedColwiseParallel, QuantizedRowwiseParallel
+
 __all__ = [
+    "QuantizedColwiseParallel",
     "QuantizedEmbedding",
     "QuantizedLinear",
+    "QuantizedRowwiseParallel",
     "dequantize",
     "get_rows",
     "ggml",
@@ -30,3 +37,12 @@ __all__ = [
 # Tracebacks and pickles use the public names, so that modules may move.
 for _each in (QuantizedLinear, QuantizedEmbedding):
     _each.__module__ = __name__
+
+
+def __getattr__(name: str) -> Any:
+    # What these need of PyTorch takes long to import, and some builds do not have it.
+    if name in ("QuantizedColwiseParallel", "QuantizedRowwiseParallel"):
+        from numba_dequant.torch import tensor_parallel
+
+        return getattr(tensor_parallel, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,24 +55,30 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, world, *scenarios):
-    """For each scenario, what each rank found; and the exit codes."""
+def start(script, folder, world, *arguments):
+    """Run a script on some ranks: what they print to both streams, and the exit codes."""
     group = folder / "group"
     group.unlink(missing_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, SUPPORT, str(rank), str(world), folder, *scenarios], stdout=subprocess.PIPE, text=True,
+            [sys.executable, script, str(rank), str(world), folder, *arguments], stdout=subprocess.PIPE, text=True,
             stderr=subprocess.PIPE, env=environment,
         )
         for rank in range(world)
     ]  # fmt: skip
     outputs = [process.communicate(timeout=200) for process in processes]
+    return outputs, [process.returncode for process in processes]
+
+
+def run(folder, world, *scenarios):
+    """For each scenario, what each rank found; the exit codes; and what they print as errors."""
+    outputs, codes = start(SUPPORT, folder, world, *scenarios)
     found = {scenario: [] for scenario in scenarios}
     for out, _ in outputs:
         for scenario, result in map(json.loads, filter(lambda line: line.startswith("["), out.splitlines())):
             found[scenario].append(result)
-    return found, [process.returncode for process in processes], [error for _, error in outputs]
+    return found, codes, [error for _, error in outputs]
 
 
 def expected_parts(folder, world, stages=1, *, blocks=False):
@@ -154,6 +161,42 @@ def test_a_fault_is_an_error_on_every_rank(two, scenario, sentences):
     assert len(two[scenario]) == len(sentences)
     for found, sentence in zip(two[scenario], sentences, strict=True):
         assert sentence in found
+
+
+def test_divided_layers_compute_what_one_does(tmp_path):
+    """Forward, gradients and compiled, with 768 inner elements in three units of 256."""
+    outputs, codes = start(SUPPORT.with_name("parallel_layers.py"), tmp_path, 2)
+    assert codes == [0, 0], outputs
+    for rank, (out, _) in enumerate(outputs):
+        found = json.loads(out.splitlines()[-1])
+        units = 2 - rank
+        assert found["Q4_K"][0] == [[256 * units, 144], [40, 210 * units], rank == 1]
+        assert found["Q8_0"][0] == [[256 * units, 272], [40, 144 * units], True]
+        for name in ("Q4_K", "Q8_0"):
+            assert max(found[name][1:]) < 1e-5
+        assert max(found["alone"]) < 1e-5
+        assert found["errors"] == [
+            "this style is for a QuantizedLinear, got a Linear; use PyTorch's own style for it",
+            "256 inputs (Q4_K has blocks of 256), in units of 256, are too few for 2 ranks; use fewer ranks",
+            "unit is 0; it must be at least 1",
+        ]
+
+
+def test_the_page_runs(tmp_path):
+    """All pieces of Python on the page, with one rank."""
+    shapes = {"token_embd.weight": ("Q8_0", (4, 64)), "blk.0.ffn_up.weight": ("Q4_K", (512, 256))}
+    write(tmp_path / "model.gguf", shapes=shapes | {"blk.0.ffn_down.weight": ("Q4_K", (256, 512))})
+    page = (Path(__file__).parents[2] / "docs" / "ranks.md").read_text()
+    code = "".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    code += "assert tensors['blk.0.ffn_down.weight'].shape == (256, 512)\n"
+    code += "assert blocks['token_embd.weight'].shape == (4, 68)"
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ | rank, timeout=120
+    )
+    assert found.returncode == 0, found.stderr
+    assert "rank 1, stage 0: 3 tensors" in found.stdout
 
 
 def test_a_plan_needs_a_group(folder):

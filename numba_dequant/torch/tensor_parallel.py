@@ -1,0 +1,145 @@
+"""Layers whose weights are compressed and divided among the ranks of a device mesh, for `parallelize_module`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import lcm
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import _functional_collectives as collectives
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from numba_dequant.errors import OptionError, ShapeError
+from numba_dequant.formats import FORMATS
+from numba_dequant.torch.layers import QuantizedLinear
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class QuantizedColwiseParallel(ParallelStyle):
+    """Divide the outputs of a `QuantizedLinear`: each rank keeps some rows of the weight, and computes their outputs.
+
+    >>> from torch.distributed.tensor.parallel import parallelize_module
+    >>> styles = {"up": QuantizedColwiseParallel(unit=256), "down": QuantizedRowwiseParallel(unit=256)}
+    >>> parallelize_module(model, mesh, styles)  # doctest: +SKIP
+
+    Args:
+        unit: outputs that stay together, such as those of an attention head. Give the layer that takes the outputs the
+            same unit, and one that is a multiple of the block of its format.
+        gather_output: give all outputs to every rank. Otherwise each rank returns its own.
+    """
+
+    def __init__(self, *, unit: int = 1, gather_output: bool = False) -> None:
+        self.unit, self.gather_output = unit, gather_output
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        layer = _quantized(module)
+        start, stop = _range_of(layer.out_features, self.unit, device_mesh, f"{layer.out_features} outputs")
+        group = device_mesh.get_group()
+        sizes = [_cut(layer.out_features, self.unit, rank, device_mesh.size()) for rank in range(device_mesh.size())]
+        layer.weight = nn.Parameter(layer.weight[start:stop].clone(), requires_grad=False)
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(layer.bias.detach()[start:stop].clone(), layer.bias.requires_grad)
+        layer.out_features = stop - start
+        layer.register_forward_pre_hook(lambda _, inputs: (_GradientsAdded.apply(inputs[0], group), *inputs[1:]))
+        if self.gather_output:
+            largest = max(stop - start for start, stop in sizes)
+
+            def gather(_: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+                padded = nn.functional.pad(output, (0, largest - output.shape[-1]))
+                every = collectives.all_gather_tensor(padded.unsqueeze(0).contiguous(), 0, group)
+                return torch.cat([every[rank, ..., : stop - start] for rank, (start, stop) in enumerate(sizes)], -1)
+
+            layer.register_forward_hook(gather)
+        return layer
+
+
+class QuantizedRowwiseParallel(ParallelStyle):
+    """Divide the inputs of a `QuantizedLinear`: each rank keeps some columns of the weight, and the results are added.
+
+    Columns are cut between blocks. The bias is added once. Each rank returns the whole result; its sum is computed in
+    the dtype of the outputs.
+
+    Args:
+        unit: inputs that stay together.
+        split_input: each rank is given all inputs and takes its own. Otherwise it is given its own.
+    """
+
+    def __init__(self, *, unit: int = 1, split_input: bool = False) -> None:
+        self.unit, self.split_input = unit, split_input
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        layer = _quantized(module)
+        fmt, group = FORMATS[layer.qtype], device_mesh.get_group()
+        unit = lcm(self.unit, fmt.block_size)
+        what = f"{layer.in_features} inputs ({fmt.name} has blocks of {fmt.block_size})"
+        start, stop = _range_of(layer.in_features, unit, device_mesh, what)
+        first, last = (end // fmt.block_size * fmt.type_size for end in (start, stop))
+        layer.weight = nn.Parameter(layer.weight[:, first:last].clone(), requires_grad=False)
+        if device_mesh.get_local_rank() > 0:
+            layer.register_parameter("bias", None)
+        layer.in_features = stop - start
+        if self.split_input:
+            layer.register_forward_pre_hook(
+                lambda _, inputs: (_GradientsAdded.apply(inputs[0], group)[..., start:stop].contiguous(), *inputs[1:])
+            )
+        layer.register_forward_hook(lambda _, inputs, output: _Added.apply(output, group))
+        return layer
+
+
+def _quantized(module: nn.Module) -> QuantizedLinear:
+    if not isinstance(module, QuantizedLinear):
+        raise OptionError(
+            f"this style is for a QuantizedLinear, got a {type(module).__name__}; use PyTorch's own style for it"
+        )
+    return module
+
+
+def _cut(extent: int, unit: int, rank: int, count: int) -> tuple[int, int]:
+    """The range of one rank, in whole units; the first ranks have one more if they are not equal."""
+    each, more = divmod(-(-extent // unit), count)
+    start = rank * each + min(rank, more)
+    return min(start * unit, extent), min((start + each + (rank < more)) * unit, extent)
+
+
+def _range_of(extent: int, unit: int, mesh: DeviceMesh, what: str) -> tuple[int, int]:
+    if unit < 1:
+        raise OptionError(f"unit is {unit}; it must be at least 1")
+    if mesh.ndim != 1:
+        raise OptionError(f"the mesh has {mesh.ndim} dimensions; pass the one for this style, such as mesh['tp']")
+    if -(-extent // unit) < mesh.size():
+        raise ShapeError(f"{what}, in units of {unit}, are too few for {mesh.size()} ranks; use fewer ranks")
+    return _cut(extent, unit, mesh.get_local_rank(), mesh.size())
+
+
+class _Added(torch.autograd.Function):
+    """The sum over all ranks. Its gradient is that of each summand."""
+
+    @staticmethod
+    def forward(context: Any, value: Tensor, group: Any) -> Tensor:
+        return _sum(value, group)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class _GradientsAdded(torch.autograd.Function):
+    """The value itself. Each rank has a part of its gradient: they are added."""
+
+    @staticmethod
+    def forward(context: Any, value: Tensor, group: Any) -> Tensor:
+        context.group = group
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _sum(gradients[0], context.group), None
+
+
+def _sum(value: Tensor, group: Any) -> Tensor:
+    wait: Callable[[Tensor], Tensor] = collectives.wait_tensor
+    return wait(collectives.all_reduce(value.contiguous(), "sum", group))

@@ -1,0 +1,88 @@
+"""One rank of two with layers that are divided: `python parallel_layers.py <rank> <world> <folder>`."""
+
+import json
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from finite_blocks import finite_blocks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
+
+import numba_dequant as nd
+from numba_dequant import torch as nt
+
+
+def layer(name, n_rows, n_elements, seed, *, bias=True):
+    blocks = torch.from_numpy(finite_blocks(name, n_rows, n_elements, seed).copy())
+    values = nt.dequantize(blocks, name, torch.float32)
+    size = 1 / float(values.abs().mean()) / n_elements**0.5
+    added = torch.randn(n_rows, generator=torch.Generator().manual_seed(seed))
+    return nt.QuantizedLinear.from_blocks(blocks, name, added if bias else None), size
+
+
+def network(first, second):
+    torch.manual_seed(0)
+    (up, one), (down, two) = layer(first, 768, 256, 1), layer(second, 40, 768, 2, bias=first == "Q4_K")
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = up, down
+
+        def forward(self, x):
+            return self.down(torch.tanh(self.up(x) * one)) * two
+
+    return Network()
+
+
+def difference(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+def main():
+    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world, timeout=timedelta(seconds=30)
+    )
+    mesh, found = init_device_mesh("cpu", (world,)), {}
+    styles = {"up": nt.QuantizedColwiseParallel(unit=256), "down": nt.QuantizedRowwiseParallel(unit=256)}
+    for first, second in (("Q4_K", "Q6_K"), ("Q8_0", "Q4_0")):
+        whole, divided = network(first, second), network(first, second)
+        parallelize_module(divided, mesh, styles)
+        x = torch.randn(5, 256, generator=torch.Generator().manual_seed(3), requires_grad=True)
+        y = x.detach().clone().requires_grad_()
+        expected, result = whole(x), divided(y)
+        expected.square().sum().backward()
+        result.square().sum().backward()
+        shapes = [list(divided.up.weight.shape), list(divided.down.weight.shape), divided.down.bias is None]
+        compiled = torch.compile(divided, backend="aot_eager", fullgraph=True)
+        with torch.no_grad():
+            of_compiled = difference(compiled(x), expected)
+        found[first] = [shapes, difference(result, expected), difference(y.grad, x.grad), of_compiled]
+    whole = layer("Q8_0", 50, 64, 4)[0]
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(5))
+    expected = whole(x)
+    gathered = parallelize_module(layer("Q8_0", 50, 64, 4)[0], mesh, nt.QuantizedColwiseParallel(gather_output=True))
+    split = parallelize_module(layer("Q8_0", 50, 64, 4)[0], mesh, nt.QuantizedRowwiseParallel(split_input=True))
+    found["alone"] = [difference(gathered(x), expected), difference(split(x), expected)]
+    found["errors"] = []
+    for module, style in (
+        (nn.Linear(4, 4), nt.QuantizedColwiseParallel()),
+        (layer("Q4_K", 4, 256, 0)[0], nt.QuantizedRowwiseParallel()),
+        (layer("Q4_K", 4, 256, 0)[0], nt.QuantizedColwiseParallel(unit=0)),
+    ):
+        try:
+            parallelize_module(module, mesh, style)
+        except nd.NumbaDequantError as error:
+            found["errors"].append(str(error))
+    print(json.dumps(found), flush=True)
+    dist.destroy_process_group()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
