@@ -19,7 +19,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from numba_dequant.errors import DeviceError, NumbaDequantError, OptionError, ReadError
+from numba_dequant.errors import DeviceError, NumbaDequantError, OptionError, ReadError, shown
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS
 from numba_dequant.loading.chunks import Chunk, TensorSlice
@@ -73,6 +73,8 @@ def load_sharded(
     keep_quantized: bool,
 ) -> dict[str, Tensor]:
     """What the plan gives this rank; see `load_file`."""
+    if not isinstance(planner, Plan) and not callable(planner):
+        raise OptionError(f"plan must be a Plan or a function that returns one for a model, got {shown(planner)}")
     if not dist.is_available() or not dist.is_initialized():
         raise OptionError("a plan is for several ranks; call torch.distributed.init_process_group first")
     ranks = _Ranks(group)
@@ -141,10 +143,11 @@ def _agree(ranks: _Ranks, path: Any, planner: Planner) -> tuple[Model | None, li
         ReadError: the files of two ranks differ.
         OptionError: the plan is for another number of ranks.
     """
-    model, shares, error = None, None, None
+    model, shares, error, where = None, None, None, ""
     try:
         model = open_model(path)
         shares = _shares(planner if isinstance(planner, Plan) else planner(model), ranks.count)
+        where = next((tensor.path for tensor in model.tensors.values()), "the model")
     except FileNotFoundError as missing:
         error = missing
     except Exception as other:  # the ranks must hear of it before it is raised
@@ -162,7 +165,7 @@ def _agree(ranks: _Ranks, path: Any, planner: Planner) -> tuple[Model | None, li
     for rank in holders[1:]:
         if said[rank][0] != first[0]:
             raise ReadError(
-                str(path), None, None, f"the files of rank {holders[0]} and rank {rank} differ; give both the same file"
+                where, None, None, f"the files of rank {holders[0]} and rank {rank} differ; give both the same file"
             )
         if said[rank][1] != first[1]:
             raise OptionError(f"the plans of rank {holders[0]} and rank {rank} differ; make them in the same way")
@@ -185,7 +188,9 @@ def _digest(model: Model) -> str:
     return digest.hexdigest()
 
 
-def _shares(plan: Plan, count: int) -> list[list[_Share]]:
+def _shares(plan: Any, count: int) -> list[list[_Share]]:
+    if not isinstance(plan, Plan):
+        raise OptionError(f"the function that was passed as plan returned {shown(plan)}; it must return a Plan")
     if len(plan.ranks) != count:
         raise OptionError(f"the plan is for {len(plan.ranks)} ranks, but the group has {count}")
     return [
@@ -312,7 +317,7 @@ class _Routes:
     ) -> Tensor:
         own = torch.from_numpy(data).to(self._device)
         holders = self._holders[share.name]
-        if share.dim is not None or len(holders) == 1:
+        if share.dim is not None or len(holders) == 1 or not share.n_bytes:
             return own
         each = -(-share.n_bytes // len(holders))
         together = torch.empty(each * len(holders), dtype=torch.uint8, device=self._device)
@@ -322,14 +327,16 @@ class _Routes:
         return together[: share.n_bytes]
 
     def _groups(self) -> dict[tuple[int, ...], dist.ProcessGroup | None]:
-        """A process group for each set of ranks that gather a tensor. All ranks make all groups, in the same order."""
+        """A process group for each set of ranks, this one among them, that gather a tensor."""
         ranks, found = self._ranks, {}
         names = {share.name for of_rank in self._shares for share in of_rank if share.dim is None}
         for holders in sorted({self._holders[name] for name in names if name in self._holders}):
             if len(holders) == ranks.count:
                 found[holders] = ranks.group
-            elif len(holders) > 1:
-                found[holders] = ranks.call(dist.new_group, [ranks.global_rank(rank) for rank in holders])
+            elif len(holders) > 1 and ranks.rank in holders:
+                members = [ranks.global_rank(rank) for rank in holders]
+                # Ranks that are not members need not take part: they may not even be in our group.
+                found[holders] = ranks.call(dist.new_group, members, use_local_synchronization=True)
         return found
 
 

@@ -105,7 +105,22 @@ def expected_parts(folder, world, stages=1, *, blocks=False):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    scenarios = "values", "blocks", "stages", "missing", "nobody", "other", "damaged", "plan", "memory", "unreadable"
+    scenarios = (
+        "values",
+        "blocks",
+        "stages",
+        "missing",
+        "empty",
+        "memory file",
+        "no plan",
+        "not a plan",
+        "nobody",
+        "other",
+        "damaged",
+        "plan",
+        "memory",
+        "unreadable",
+    )
     found, codes, errors = run(folder, 2, *scenarios, "select", "dead")
     assert codes == [0, 3], errors
     return found
@@ -115,14 +130,20 @@ def test_two_ranks_hold_their_parts(two, folder):
     assert two["values"] == expected_parts(folder, 2)
     assert two["blocks"] == expected_parts(folder, 2, blocks=True)
     assert two["stages"] == expected_parts(folder, 2, stages=2)
+    assert two["memory file"] == two["values"]
+    with nd.open(folder / "model.gguf") as model:
+        rows = model.load("blk.0.a.rows", "float32", device="reference")
+    assert two["empty"][1]["blk.0.a.rows"] == ranks.described({"": torch.from_numpy(rows)})[""]
+    assert two["empty"][0]["blk.0.a.rows"][0] == [0, 512], "rank 0 has the table of tokens"
 
 
 def test_four_ranks_hold_their_parts(folder):
-    found, codes, errors = run(folder, 4, "values", "blocks", "stages", "missing")
+    found, codes, errors = run(folder, 4, "values", "blocks", "stages", "missing", "pairs")
     assert codes == [0] * 4, errors
     assert found["values"] == found["missing"] == expected_parts(folder, 4)
     assert found["blocks"] == expected_parts(folder, 4, blocks=True)
     assert found["stages"] == expected_parts(folder, 4, stages=2)
+    assert found["pairs"] == expected_parts(folder, 2, stages=2) * 2, "two groups, each with a model of its own"
 
 
 def test_a_rank_without_the_file_receives(two, folder):
@@ -152,6 +173,11 @@ def test_a_rank_without_the_file_receives(two, folder):
         (
             "unreadable",
             ["DeviceError: rank 1 could not read its part: ReadError: model.gguf", "ReadError: model.gguf: tensor"],
+        ),
+        ("no plan", ["OptionError: plan must be a Plan or a function that returns one for a model, got {}"] * 2),
+        (
+            "not a plan",
+            ["OptionError: the function that was passed as plan returned None; it must return a Plan"] * 2,
         ),
         ("select", ["OptionError: pass select or plan, not both"] * 2),
         ("dead", ["DeviceError: rank 0 of 2 lost another rank"]),

@@ -35,12 +35,20 @@ def planned(world, stages=1):
     return lambda model: plan(model.tensors.values(), world, RULES, stages=stages)
 
 
-def load(rank, world, folder, scenario):
+def load(rank, world, folder, scenario):  # noqa: PLR0912 one branch per scenario
     path, options = folder / "model.gguf", {"plan": planned(world)}
     if scenario == "blocks":
         options["keep_quantized"] = True
     elif scenario == "stages":
         options["plan"] = planned(world, 2)
+    elif scenario == "empty":  # one rank holds all
+        options["plan"] = lambda model: plan(model.tensors.values(), world, [("*.rows", Shard(0, unit=13)), *RULES])
+    elif scenario == "memory file":
+        path = path.read_bytes()
+    elif scenario == "no plan":
+        options["plan"] = {}
+    elif scenario == "not a plan":
+        options["plan"] = lambda model: None
     elif scenario == "missing":  # the last rank has no file
         path = path if rank < world - 1 else folder / "nothing.gguf"
     elif scenario == "nobody":
@@ -75,10 +83,15 @@ def main():
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world, timeout=timedelta(seconds=20)
     )
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])] if world == 4 else []
     for scenario in sys.argv[4:]:
         kept = distributed.dequantize, distributed._read_part
         try:
-            found = described(load(rank, world, folder, scenario))
+            if scenario == "pairs":
+                path = folder / "model.gguf"
+                found = described(nt.load_file(path, dtype=torch.float32, plan=planned(2, 2), group=pairs[rank // 2]))
+            else:
+                found = described(load(rank, world, folder, scenario))
         except nd.NumbaDequantError as error:
             found = f"{type(error).__name__}: {error}"
         except MemoryError as error:
