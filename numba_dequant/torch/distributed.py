@@ -7,11 +7,12 @@ on one rank becomes an error on all, and no rank waits for another that has give
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from numba_dequant.errors import DeviceError, NumbaDequantError, OptionError, ReadError, shown
+from numba_dequant.errors import DeviceError, NumbaDequantError, OptionError, ReadError, ShapeError, shown
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS
 from numba_dequant.loading.chunks import Chunk, TensorSlice
@@ -27,8 +28,11 @@ from numba_dequant.loading.files import OpenFiles, check_complete
 from numba_dequant.loading.requests import dtype_resolver
 from numba_dequant.model import Model
 from numba_dequant.model import open as open_model
-from numba_dequant.parallel import Part, Plan
+from numba_dequant.parallel import Part, Placement, Plan, Replicate, Shard, plan
 from numba_dequant.torch.functional import dequantize, resolved
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Planner = Plan | Callable[[Model], Plan]
 
@@ -89,6 +93,50 @@ def load_sharded(
             share.name: _values(share, blocks.pop(share.name), device, type_of, keep_quantized=keep_quantized)
             for share in shares[ranks.rank]
         }
+
+
+def load_dtensors(
+    path: Any, dtype: Any, mesh: DeviceMesh, placements: Mapping[str, Any], *, keep_quantized: bool
+) -> dict[str, Tensor]:
+    """The tensors as DTensors of a mesh; see `load_file`."""
+    from torch.distributed.tensor import DTensor
+
+    if mesh.ndim != 1:
+        raise OptionError(f"the mesh has {mesh.ndim} dimensions; pass one of them, such as mesh['tp']")
+    rules = [(pattern, _placement(pattern, given)) for pattern, given in placements.items()]
+
+    def equal_parts(model: Model) -> Plan:
+        try:
+            return plan(model.tensors.values(), mesh.size(), rules, uneven="refuse")
+        except ShapeError as error:
+            reason = str(error).partition(";")[0]
+            raise ShapeError(f"{reason}; a DTensor has equal parts: pass plan= instead of device_mesh=") from error
+
+    place = torch.device(mesh.device_type)
+    device = torch.device(place.type, torch.cuda.current_device()) if place.type == "cuda" else place
+    found = load_sharded(path, device, dtype, equal_parts, mesh.get_group(), keep_quantized=keep_quantized)
+
+    def wrapped(name: str, local: Tensor) -> Tensor:
+        placement = next((each for pattern, each in rules if fnmatchcase(name, pattern)), Replicate())
+        dim = None if isinstance(placement, Replicate) else placement.dim % local.ndim
+        of_pytorch = dist.tensor.Replicate() if dim is None else dist.tensor.Shard(dim)
+        result: Tensor = DTensor.from_local(local, mesh, [of_pytorch], run_check=False)
+        return result
+
+    return {name: wrapped(name, local) for name, local in found.items()}
+
+
+def _placement(pattern: str, given: Any) -> Placement:
+    """The placement for PyTorch's one, alone or as the only entry of a sequence."""
+    one = given[0] if isinstance(given, (list, tuple)) and len(given) == 1 else given
+    if isinstance(one, dist.tensor.Replicate):
+        return Replicate()
+    if isinstance(one, dist.tensor.Shard):
+        return Shard(one.dim)
+    raise OptionError(
+        f"the placement of {pattern!r} is {shown(given)}; pass torch.distributed.tensor.Shard or Replicate for each "
+        "pattern of names"
+    )
 
 
 class _Ranks:
@@ -188,17 +236,17 @@ def _digest(model: Model) -> str:
     return digest.hexdigest()
 
 
-def _shares(plan: Any, count: int) -> list[list[_Share]]:
-    if not isinstance(plan, Plan):
-        raise OptionError(f"the function that was passed as plan returned {shown(plan)}; it must return a Plan")
-    if len(plan.ranks) != count:
-        raise OptionError(f"the plan is for {len(plan.ranks)} ranks, but the group has {count}")
+def _shares(given: Any, count: int) -> list[list[_Share]]:
+    if not isinstance(given, Plan):
+        raise OptionError(f"the function that was passed as plan returned {shown(given)}; it must return a Plan")
+    if len(given.ranks) != count:
+        raise OptionError(f"the plan is for {len(given.ranks)} ranks, but the group has {count}")
     return [
         [
             _Share(name, part.tensor.format.name, part.tensor.shape, part.shape, part.dim, part.start, part.stop)
             for name, part in rank.parts.items()
         ]
-        for rank in plan.ranks
+        for rank in given.ranks
     ]
 
 

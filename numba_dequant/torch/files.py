@@ -18,13 +18,14 @@ from numba_dequant.loading.requests import Select, dtype_resolver, select_tensor
 from numba_dequant.model import Model
 from numba_dequant.model import open as open_model
 from numba_dequant.parallel import Plan
-from numba_dequant.torch.distributed import load_sharded
+from numba_dequant.torch.distributed import load_dtensors, load_sharded
 from numba_dequant.torch.functional import resolved
 from numba_dequant.torch.layers import QuantizedEmbedding, QuantizedLinear, keep_blocks
 from numba_dequant.torch.ops import DTYPES
 
 if TYPE_CHECKING:  # PyTorch may be built without it
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 Path = str | os.PathLike[str]
 
@@ -38,6 +39,8 @@ def load_file(
     keep_quantized: bool = False,
     plan: Plan | Callable[[Model], Plan] | None = None,
     group: ProcessGroup | None = None,
+    device_mesh: DeviceMesh | None = None,
+    placements: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Load the tensors of a GGUF file; with a plan, the part of this rank.
 
@@ -57,6 +60,9 @@ def load_file(
             hold, they read in pieces, which are gathered while they are compressed. A rank whose `path` does not exist
             gets its part from another one. An error on one rank is raised on all.
         group: the process group; None means the default group.
+        device_mesh: load DTensors on this mesh of one dimension, instead of by a plan. `device` is that of the mesh.
+        placements: patterns of names -> `torch.distributed.tensor.Shard` or `Replicate`. The first pattern that matches
+            counts; other tensors are replicated. Parts must be equal, and columns whole blocks.
 
     Returns:
         name -> tensor, in file order. On a GPU, the memory is from PyTorch's caching allocator.
@@ -67,6 +73,10 @@ def load_file(
         DeviceError: the device cannot be used, or another rank has failed.
     """
     kept = flag_option("keep_quantized", keep_quantized)
+    if device_mesh is not None or placements is not None:
+        if device_mesh is None or placements is None or plan is not None or group is not None or select is not None:
+            raise OptionError("device_mesh and placements go together, without plan, group and select")
+        return load_dtensors(path, dtype, device_mesh, placements, keep_quantized=kept)
     if plan is not None:
         if select is not None:
             raise OptionError("pass select or plan, not both: a plan says which tensors each rank holds")

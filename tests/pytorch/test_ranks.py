@@ -49,6 +49,7 @@ def write(path, seed=0, shapes=SHAPES):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     write(folder / "model.gguf")
+    write(folder / "even.gguf", shapes=SHAPES | {"blk.1.d.columns": ("Q8_0", (4, 2, 128))})
     write(folder / "other.gguf", shapes=SHAPES | {"blk.0.norm": ("F32", (8,))})
     whole = (folder / "model.gguf").read_bytes()
     (folder / "damaged.gguf").write_bytes(b"GGUF\xff" + whole[5:])
@@ -112,6 +113,9 @@ def two(folder):
         "missing",
         "empty",
         "memory file",
+        "dtensor",
+        "dtensor uneven",
+        "dtensor wrong",
         "no plan",
         "not a plan",
         "nobody",
@@ -135,6 +139,18 @@ def test_two_ranks_hold_their_parts(two, folder):
         rows = model.load("blk.0.a.rows", "float32", device="reference")
     assert two["empty"][1]["blk.0.a.rows"] == ranks.described({"": torch.from_numpy(rows)})[""]
     assert two["empty"][0]["blk.0.a.rows"][0] == [0, 512], "rank 0 has the table of tokens"
+
+
+def test_dtensors_are_the_whole_together(two, folder):
+    with nd.open(folder / "even.gguf") as model:
+        names = list(model.tensors)
+        whole = {name: torch.from_numpy(model.load(name, "float32", device="reference")) for name in names}
+    expected = ranks.described(whole)
+    for found in two["dtensor"]:
+        assert {name: each[1:] for name, each in found.items()} == expected
+        assert found["blk.1.d.columns"][0] == "(Shard(dim=2),)"
+        assert found["blk.1.c.experts"][0] == "(Shard(dim=0),)"
+        assert found["blk.0.b.columns"][0] == found["blk.0.norm"][0] == "(Replicate(),)"
 
 
 def test_four_ranks_hold_their_parts(folder):
@@ -174,6 +190,11 @@ def test_a_rank_without_the_file_receives(two, folder):
             "unreadable",
             ["DeviceError: rank 1 could not read its part: ReadError: model.gguf", "ReadError: model.gguf: tensor"],
         ),
+        (
+            "dtensor uneven",
+            ["equally among 2 ranks; a DTensor has equal parts: pass plan= instead of device_mesh="] * 2,
+        ),
+        ("dtensor wrong", ["OptionError: the placement of '*.rows' is 1; pass torch.distributed.tensor.Shard or"] * 2),
         ("no plan", ["OptionError: plan must be a Plan or a function that returns one for a model, got {}"] * 2),
         (
             "not a plan",

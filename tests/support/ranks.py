@@ -12,13 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import numba_dequant as nd
+from numba_dequant import parallel
 from numba_dequant import torch as nt
-from numba_dequant.parallel import Shard, plan
+from numba_dequant.parallel import plan
 from numba_dequant.torch import distributed
 
-RULES = [("*.rows", Shard(0)), ("*.columns", Shard(-1)), ("*.experts", Shard(0))]
+RULES = [("*.rows", parallel.Shard(0)), ("*.columns", parallel.Shard(-1)), ("*.experts", parallel.Shard(0))]
 
 
 def described(tensors):
@@ -42,7 +45,9 @@ def load(rank, world, folder, scenario):  # noqa: PLR0912 one branch per scenari
     elif scenario == "stages":
         options["plan"] = planned(world, 2)
     elif scenario == "empty":  # one rank holds all
-        options["plan"] = lambda model: plan(model.tensors.values(), world, [("*.rows", Shard(0, unit=13)), *RULES])
+        options["plan"] = lambda model: plan(
+            model.tensors.values(), world, [("*.rows", parallel.Shard(0, unit=13)), *RULES]
+        )
     elif scenario == "memory file":
         path = path.read_bytes()
     elif scenario == "no plan":
@@ -78,16 +83,33 @@ def load(rank, world, folder, scenario):  # noqa: PLR0912 one branch per scenari
     return nt.load_file(path, dtype=torch.float32, **options)
 
 
+def of_mesh(scenario, folder, mesh):
+    """DTensors: of each its placement and the whole tensor."""
+    placements = {"*.b.columns": Replicate(), "*.d.columns": [Shard(-1)], "*.experts": Shard(0), "*.c": Replicate()}
+    if scenario == "dtensor uneven":
+        placements = {"*.rows": Shard(0)}
+    elif scenario == "dtensor wrong":
+        placements = {"*.rows": 1}
+    shapes = Path(folder) / "even.gguf" if scenario == "dtensor" else Path(folder) / "model.gguf"
+    found = nt.load_file(shapes, dtype=torch.float32, device_mesh=mesh, placements=placements)
+    assert all(isinstance(tensor, DTensor) for tensor in found.values())
+    whole = described({name: tensor.full_tensor() for name, tensor in found.items()})
+    return {name: [str(tensor.placements), *whole[name]] for name, tensor in found.items()}
+
+
 def main():
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world, timeout=timedelta(seconds=20)
     )
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])] if world == 4 else []
+    mesh = init_device_mesh("cpu", (world,))
     for scenario in sys.argv[4:]:
         kept = distributed.dequantize, distributed._read_part
         try:
-            if scenario == "pairs":
+            if scenario.startswith("dtensor"):
+                found = of_mesh(scenario, folder, mesh)
+            elif scenario == "pairs":
                 path = folder / "model.gguf"
                 found = described(nt.load_file(path, dtype=torch.float32, plan=planned(2, 2), group=pairs[rank // 2]))
             else:
