@@ -229,10 +229,11 @@ def _digest(model: Model) -> str:
         known = starts.get(tensor.path)
         if known is None or tensor.offset < known.offset:
             starts[tensor.path] = tensor
-    for path in sorted(starts):
-        tensor = starts[path]
-        header = tensor._replace(offset=0, n_bytes=tensor.offset, format=FORMATS["I8"], byte_order="little")
-        digest.update(_read_range(OpenFiles(), header, 0, tensor.offset).data)
+    with OpenFiles() as files:
+        for path in sorted(starts):
+            tensor = starts[path]
+            header = tensor._replace(offset=0, n_bytes=tensor.offset, format=FORMATS["I8"], byte_order="little")
+            digest.update(_read_range(files, header, 0, tensor.offset).data)
     return digest.hexdigest()
 
 

@@ -63,7 +63,7 @@ def start(script, folder, world, *arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, script, str(rank), str(world), folder, *arguments], stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-W", "always::ResourceWarning", script, str(rank), str(world), folder, *arguments], stdout=subprocess.PIPE, text=True,
             stderr=subprocess.PIPE, env=environment,
         )
         for rank in range(world)
@@ -127,6 +127,7 @@ def two(folder):
     )
     found, codes, errors = run(folder, 2, *scenarios, "select", "dead")
     assert codes == [0, 3], errors
+    assert not any("unclosed file" in error for error in errors), errors
     return found
 
 
