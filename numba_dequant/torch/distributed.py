@@ -47,7 +47,6 @@ class _Share:
     Attributes:
         name: the name of the tensor.
         format: the name of its format.
-        whole: the shape of the tensor.
         shape: the shape of the share.
         dim: the dimension along which the tensor is cut, or None.
         start: the first index along it.
@@ -56,7 +55,6 @@ class _Share:
 
     name: str
     format: str
-    whole: tuple[int, ...]
     shape: tuple[int, ...]
     dim: int | None
     start: int
@@ -77,18 +75,19 @@ def load_sharded(
     keep_quantized: bool,
 ) -> dict[str, Tensor]:
     """What the plan gives this rank; see `load_file`."""
-    if not isinstance(planner, Plan) and not callable(planner):
-        raise OptionError(f"plan must be a Plan or a function that returns one for a model, got {shown(planner)}")
     if not dist.is_available() or not dist.is_initialized():
         raise OptionError("a plan is for several ranks; call torch.distributed.init_process_group first")
     ranks = _Ranks(group)
+    with ranks.all_or_none("use its arguments"):
+        if not isinstance(planner, Plan) and not callable(planner):
+            raise OptionError(f"plan must be a Plan or a function that returns one for a model, got {shown(planner)}")
+        type_of = dtype_resolver(dtype)
     model, shares, has_file = _agree(ranks, path, planner)
     routes = _Routes(ranks, shares, has_file, device)
-    with ranks.all_or_none("read"):
+    with ranks.all_or_none("read its part"):
         raw = {} if model is None else _read(model, ranks.rank, routes)
     blocks = routes.exchange(raw)
-    with ranks.all_or_none("dequantize"):
-        type_of = dtype_resolver(dtype)
+    with ranks.all_or_none("dequantize its part"):
         return {
             share.name: _values(share, blocks.pop(share.name), device, type_of, keep_quantized=keep_quantized)
             for share in shares[ranks.rank]
@@ -179,7 +178,7 @@ class _Ranks:
             raise
         for rank, sentence in enumerate(self.gather(None)):
             if sentence is not None:
-                raise DeviceError(f"rank {rank} could not {what} its part: {sentence}")
+                raise DeviceError(f"rank {rank} could not {what}: {sentence}")
 
 
 def _agree(ranks: _Ranks, path: Any, planner: Planner) -> tuple[Model | None, list[list[_Share]], list[bool]]:
@@ -244,7 +243,7 @@ def _shares(given: Any, count: int) -> list[list[_Share]]:
         raise OptionError(f"the plan is for {len(given.ranks)} ranks, but the group has {count}")
     return [
         [
-            _Share(name, part.tensor.format.name, part.tensor.shape, part.shape, part.dim, part.start, part.stop)
+            _Share(name, part.tensor.format.name, part.shape, part.dim, part.start, part.stop)
             for name, part in rank.parts.items()
         ]
         for rank in given.ranks

@@ -61,13 +61,11 @@ def start(script, folder, world, *arguments):
     group = folder / "group"
     group.unlink(missing_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "always::ResourceWarning", script]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "always::ResourceWarning", script, str(rank), str(world), folder, *arguments], stdout=subprocess.PIPE, text=True,
-            stderr=subprocess.PIPE, env=environment,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
+        subprocess.Popen([*command, str(rank), str(world), folder, *arguments], **streams) for rank in range(world)
+    ]
     outputs = [process.communicate(timeout=200) for process in processes]
     return outputs, [process.returncode for process in processes]
 
@@ -116,6 +114,7 @@ def two(folder):
         "dtensor",
         "dtensor uneven",
         "dtensor wrong",
+        "dtype",
         "no plan",
         "not a plan",
         "nobody",
@@ -196,6 +195,7 @@ def test_a_rank_without_the_file_receives(two, folder):
             ["equally among 2 ranks; a DTensor has equal parts: pass plan= instead of device_mesh="] * 2,
         ),
         ("dtensor wrong", ["OptionError: the placement of '*.rows' is 1; pass torch.distributed.tensor.Shard or"] * 2),
+        ("dtype", ["DeviceError: rank 1 could not use its arguments: DtypeError", "DtypeError"]),
         ("no plan", ["OptionError: plan must be a Plan or a function that returns one for a model, got {}"] * 2),
         (
             "not a plan",

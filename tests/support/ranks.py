@@ -80,7 +80,8 @@ def load(rank, world, folder, scenario):  # noqa: PLR0912 one branch per scenari
         os._exit(3)
     elif scenario == "select":
         options["select"] = "*"
-    return nt.load_file(path, dtype=torch.float32, **options)
+    dtype = torch.int8 if scenario == "dtype" and rank == 1 else torch.float32
+    return nt.load_file(path, dtype=dtype, **options)
 
 
 def of_mesh(scenario, folder, mesh):
