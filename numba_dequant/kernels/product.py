@@ -12,6 +12,7 @@ was faster.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ def make_product_kernel(fmt: Format, dtype: str, bias: str | None, shape: Produc
     put_results, write_results = _results_writers(dtype, bias, shape)
     fetch = chunk_fetcher(fmt, shape)
     factors = factors_of(fmt)
-    prepare = column_preparer(factors, "float16")
+    prepare = column_preparer(factors.order, factors.minimum_size if factors.minimum else None, "float16")
     part_product = product_of_part(fmt, no_sums)
     table: Any = factors.table
     n_table_items = 0 if table is None else len(table.items)
@@ -232,6 +233,7 @@ def make_product_kernel(fmt: Format, dtype: str, bias: str | None, shape: Produc
     return product
 
 
+@lru_cache  # kernels of several formats share the compiled functions
 def _results_writers(dtype: str, bias: str | None, shape: ProductShape) -> tuple[Callable[..., None], ...]:
     """Functions that put the results of a thread into shared memory, and that add and write those of all warps."""
     warps, threads, one_column, experts = shape.warps, shape.threads, shape.columns == 1, shape.experts
@@ -312,6 +314,7 @@ def chunk_fetcher(fmt: Format, shape: ProductShape | WideShape) -> Callable[...,
     return fetch
 
 
+@lru_cache
 def bias_adder(dtype: str | None) -> Callable[[Any, Any, int], Any]:
     """A function that adds number `row` of a bias of this type to a result."""
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from numba_dequant.bits import single, stop_unless, store_float32
-from numba_dequant.format import Factors, Format
+from numba_dequant.format import Format
 from numba_dequant.halves import (
+    Order,
     equal_halves,
     largest_bfloat16,
     let_next_kernel_start,
@@ -44,7 +46,7 @@ def make_prepare_kernel(fmt: Format, dtype: str, overlaps: bool = False) -> Call
     is_bfloat16 = dtype == "bfloat16"
     factors = factors_of(fmt)
     load = factors.order.load
-    prepare_column = column_preparer(factors, dtype)
+    prepare_column = column_preparer(factors.order, factors.minimum_size if factors.minimum else None, dtype)
     n_bytes_of_part, largest_type = column_bytes(fmt, PART), np.dtype(np.int32)
 
     def prepare(x: Any, n_columns: int, n_groups: int, out: Any, powers: Any) -> None:
@@ -107,14 +109,15 @@ def make_routes_kernel(overlaps: bool = False) -> Callable[..., None]:
     return find
 
 
-def column_preparer(factors: Factors, dtype: str) -> Callable[..., None]:
+@lru_cache  # kernels of several formats share the compiled function
+def column_preparer(order: Order, minimum_size: int | None, dtype: str) -> Callable[..., None]:
     """A function that writes a column in the order of the tensor cores, and the sums of its elements behind it.
 
     The elements of `n_given` groups from byte `start` of `x`, times `factor`, go to byte `at` of `out`, those of a
     thread of a warp together. The column is filled up with zeros to a whole number of parts.
     """
-    load = factors.order.load
-    has_minima, minimum_size = factors.minimum is not None, factors.minimum_size
+    load = order.load
+    has_minima, elements_of_sum = minimum_size is not None, minimum_size or GROUP
     is_bfloat16 = dtype == "bfloat16"
 
     def load_run_or_zeros(x: Any, start: int, n_given: int, run: int) -> Any:
@@ -130,11 +133,11 @@ def column_preparer(factors: Factors, dtype: str) -> Callable[..., None]:
         if has_minima:
             total = plus_lane(sum_of_halves(elements), int32(1), thread)
             number = run >> 1
-            if minimum_size == GROUP:
+            if elements_of_sum == GROUP:
                 total = plus_lane(total, int32(2), thread)
                 number = run >> 2
             # Eight sums take 64 bytes: 16 for the numbers k and k + 4, as `multiply_sums` loads them.
-            if run & (minimum_size // 8 - 1) == 0:
+            if run & (elements_of_sum // 8 - 1) == 0:
                 place = (number >> 3) * 64 + (number & 3) * 16 + ((number >> 2) & 1) * 4
                 store_sum(out, sums_start + place, total)
 

@@ -55,11 +55,8 @@ def product_of_part(fmt: Format, no_sums: Callable[[], Any]) -> Callable[..., An
     if IS_SIMULATED:
         plain: dict[str, Any] = {name: function and _plainly(function) for name, function in functions.items()}
         factors = replace(factors, **plain)
-    # Straight code for all groups: the compiler does not unroll so long a loop.
-    steps = [_product_of_group(fmt, factors, group, no_sums) for group in range(PART // GROUP)]
-    while len(steps) > 1:
-        steps = [_one_after_the_other(*steps[k : k + 2]) for k in range(0, len(steps), 2)]
-    every_group, add_minima = steps[0], _product_of_minima(fmt, factors, no_sums)
+    every_group = _product_of_groups(fmt, factors, no_sums)
+    add_minima = _product_of_minima(fmt, factors, no_sums)
 
     def part_product(
         sums: Any,
@@ -73,7 +70,7 @@ def product_of_part(fmt: Format, no_sums: Callable[[], Any]) -> Callable[..., An
         step: int,
         thread: int,
     ) -> Any:
-        sums = every_group((sums, no_sums()), tile, upper, lower, quarter, x, at, step, thread)[0]
+        sums = every_group(sums, tile, upper, lower, quarter, x, at, step, thread)
         return add_minima(sums, tile, upper, lower, quarter, x, sums_at, step, thread)
 
     register_functions(part_product)
@@ -89,42 +86,43 @@ def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:
     return with_plain_integers
 
 
-def _one_after_the_other(first: Callable[..., Any], second: Callable[..., Any]) -> Callable[..., Any]:
-    def both(
-        state: Any, tile: Any, upper: int, lower: int, quarter: int, x: Any, at: int, step: int, thread: int
-    ) -> Any:
-        between = first(state, tile, upper, lower, quarter, x, at, step, thread)
-        return second(between, tile, upper, lower, quarter, x, at, step, thread)
+def _product_of_groups(fmt: Format, factors: Factors, no_sums: Callable[[], Any]) -> Callable[..., Any]:
+    """A function that adds the products of the quants of the eight groups of 32 elements of a part.
 
-    register_functions(first, second, both)
-    return both
-
-
-def _product_of_group(fmt: Format, factors: Factors, group: int, no_sums: Callable[[], Any]) -> Callable[..., Any]:
-    """A function that adds the products of the quants of one group of 32 elements.
-
-    Its state are the results, and the products of this block before they are scaled.
+    Its state are the results, and the products of the current block before they are scaled.
     """
     quants, scale = factors.quants, factors.scale
-    groups_of_block = fmt.block_size // GROUP
-    block = group // groups_of_block * fmt.type_size
-    first_run = group % groups_of_block * 4
-    ends_block = group % groups_of_block == groups_of_block - 1
-    column = group * (2 * GROUP)
+    groups_of_block, type_size = fmt.block_size // GROUP, fmt.type_size
 
     def of_group(
-        state: Any, tile: Any, upper: int, lower: int, quarter: int, x: Any, at: int, step: int, thread: int
+        state: Any, tile: Any, upper: int, lower: int, quarter: int, x: Any, at: int, step: int, thread: int, group: int
     ) -> Any:
         sums, of_block = state
-        upper += block
-        lower += block
-        run = first_run + quarter
-        of_block = multiply(of_block, quants(tile, upper, run), quants(tile, lower, run), x, at + column, step, thread)
-        if ends_block:
+        upper += group // groups_of_block * type_size
+        lower += group // groups_of_block * type_size
+        run = group % groups_of_block * 4 + quarter
+        column = at + group * (2 * GROUP)
+        of_block = multiply(of_block, quants(tile, upper, run), quants(tile, lower, run), x, column, step, thread)
+        if group % groups_of_block == groups_of_block - 1:
             return add_scaled(sums, of_block, scale(tile, upper), scale(tile, lower)), no_sums()
         return sums, of_block
 
-    return of_group
+    def every_group(
+        sums: Any, tile: Any, upper: int, lower: int, quarter: int, x: Any, at: int, step: int, thread: int
+    ) -> Any:
+        # Straight code: the compiler does not unroll so long a loop.
+        state = (sums, no_sums())
+        state = of_group(state, tile, upper, lower, quarter, x, at, step, thread, 0)
+        state = of_group(state, tile, upper, lower, quarter, x, at, step, thread, 1)
+        state = of_group(state, tile, upper, lower, quarter, x, at, step, thread, 2)
+        state = of_group(state, tile, upper, lower, quarter, x, at, step, thread, 3)
+        state = of_group(state, tile, upper, lower, quarter, x, at, step, thread, 4)
+        state = of_group(state, tile, upper, lower, quarter, x, at, step, thread, 5)
+        state = of_group(state, tile, upper, lower, quarter, x, at, step, thread, 6)
+        return of_group(state, tile, upper, lower, quarter, x, at, step, thread, 7)[0]
+
+    register_functions(of_group, every_group)
+    return every_group
 
 
 def _product_of_minima(fmt: Format, factors: Factors, no_sums: Callable[[], Any]) -> Callable[..., Any]:
