@@ -243,15 +243,15 @@ def multiply(sums: Any, upper: Any, lower: Any, x: Any, at: int, step: int, thre
     column = [x.view(np.uint8)[start : start + 16].view(np.float16) for start in starts]
     lanes = _exchange(int(thread), (upper, lower, column))
     row, pair = thread % LANES // 4, thread % 4
-    result = np.array(sums, np.float32)
-    for index in range(len(result)):
-        tile, row_half, which = index // 4, index // 2 % 2, index % 2
-        for quarter in range(4):
-            weights = lanes[4 * row + quarter][row_half].astype(np.float32)
-            elements = lanes[4 * (2 * pair + which) + quarter][2][tile].astype(np.float32)
-            with np.errstate(all="ignore"):
-                result[index] += weights @ elements
-    return result
+    # Of (row half, element) and (tile, one of the two columns, element).
+    weights = np.concatenate([lanes[4 * row + quarter][:2] for quarter in range(4)], axis=1, dtype=np.float32)
+    elements = np.concatenate(
+        [[lanes[4 * (2 * pair + which) + quarter][2] for which in range(2)] for quarter in range(4)],
+        axis=2, dtype=np.float32,
+    )  # fmt: skip
+    with np.errstate(all="ignore"):
+        products = weights[None, :, None] * elements.transpose(1, 0, 2)[:, None]
+        return np.array(sums + products.sum(axis=3).reshape(-1), np.float32)
 
 
 def multiply_sums(
@@ -371,7 +371,8 @@ class _Warp:
 
     def __init__(self) -> None:
         self.barrier = threading.Barrier(LANES, timeout=60)
-        self.items: list[Any] = [None] * LANES
+        self.items: list[list[Any]] = [[None] * LANES, [None] * LANES]
+        self.turns = [0] * LANES
 
 
 _warps: dict[int, _Warp] = {}
@@ -382,8 +383,10 @@ def _exchange(thread: int, value: Any) -> list[Any]:
     """Give `value` to all threads of the warp, and take the values of all."""
     with _warps_lock:
         warp = _warps.setdefault(thread // LANES, _Warp())
-    warp.items[thread % LANES] = value
-    warp.barrier.wait()
-    items = list(warp.items)
+    lane = thread % LANES
+    # Two lists take turns: who is late still reads one while the others write the next.
+    warp.turns[lane] ^= 1
+    items = warp.items[warp.turns[lane]]
+    items[lane] = value
     warp.barrier.wait()
     return items
