@@ -74,7 +74,8 @@ def run(options: argparse.Namespace) -> int:
         )
     targets = ["the CPU"] * options.cpu + [f"sm_{major}{minor}" for major, minor in capabilities]
     folder = disk_cache.directory()
-    print(f"{len(formats)} formats to {', '.join(dtypes)} compiled for {', '.join(targets)}, in {folder}")
+    how_many = "1 format" if len(formats) == 1 else f"{len(formats)} formats"
+    print(f"{how_many} to {', '.join(dtypes)} compiled for {', '.join(targets)}, in {folder}")
     return 0
 
 
