@@ -147,11 +147,12 @@ class TestPytorch:
             with torch.cuda.stream(named):
                 busy()
             found = call(data, stream=named)
+            has_read = named.record_event()
             del data
             taken = [torch.full_like(blocks, 0x5A) for _ in range(3)]
+            assert pointer not in [each.data_ptr() for each in taken] or has_read.query()
             with torch.cuda.stream(named):
                 seen.append(found.clone())
-            assert pointer not in [each.data_ptr() for each in taken] or named.query()
         for each in seen:
             assert_right(each, expected)
 
