@@ -170,10 +170,9 @@ import numpy as np, numba_dequant as nd
 from numba_dequant.kernels import native
 warnings.simplefilter("default")  # Numba has some of its own
 warnings.simplefilter("error", RuntimeWarning)
-for name in ("Q4_K", "IQ3_S"):
-    data = np.arange(nd.FORMATS[name].type_size * 9, dtype=np.uint8)
-    found = nd.dequantize(data, name, device="cpu")
-    assert np.array_equal(found, nd.dequantize(data, name, device="reference"), equal_nan=True)
+data = np.arange(nd.FORMATS["IQ3_S"].type_size * 9, dtype=np.uint8)  # it has a table
+found = nd.dequantize(data, "IQ3_S", device="cpu")
+assert np.array_equal(found, nd.dequantize(data, "IQ3_S", device="reference"), equal_nan=True)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # code that is not optimized counts references, and is not kept
     assert "again" in sys.argv or native.load("read_and_send").value
