@@ -227,6 +227,11 @@ def no_sums_64() -> NDArray[np.float32]:
     return np.zeros(32, np.float32)
 
 
+def no_sums_128() -> NDArray[np.float32]:
+    """The 64 results of a thread for 128 columns, before the first product."""
+    return np.zeros(64, np.float32)
+
+
 def multiply(sums: Any, upper: Any, lower: Any, x: Any, at: int, step: int, thread: int) -> NDArray[np.float32]:
     """Add the products of 16 rows and 8 to 64 columns over 32 elements; all threads of a warp call this together.
 
@@ -252,6 +257,61 @@ def multiply(sums: Any, upper: Any, lower: Any, x: Any, at: int, step: int, thre
     with np.errstate(all="ignore"):
         products = weights[None, :, None] * elements.transpose(1, 0, 2)[:, None]
         return np.array(sums + products.sum(axis=3).reshape(-1), np.float32)
+
+
+def multiply_tile(sums: Any, upper: Any, lower: Any, x: Any, at: int, thread: int) -> NDArray[np.float32]:
+    """Begin to add the products of 64 rows and 64 or 128 columns over 32 elements; four warps call this together.
+
+    The results may be read after `wait_for_tiles`. Until then, the elements must stay as they are.
+
+    Args:
+        sums: the results of this thread so far, four for every 8 columns.
+        upper: eight weights of row ``lane // 4`` of the warp.
+        lower: eight weights of row ``lane // 4 + 8`` of the warp.
+        x: array in shared memory with the elements of the columns, as `store_in_tile` puts them.
+        at: the byte of `x` where they start, a multiple of 128.
+        thread: the number of this thread.
+    """
+    lanes = _exchange(int(thread), (upper, lower))
+    row, pair, n_tiles = thread % LANES // 4, thread % 4, len(sums) // 4
+    weights = np.concatenate([lanes[4 * row + quarter] for quarter in range(4)], axis=1, dtype=np.float32)
+    tile = x.view(np.uint8)[at : at + n_tiles * 512].view(np.float16).reshape(4, n_tiles, 8, 4, 2)
+    elements = tile.transpose(1, 2, 3, 0, 4).reshape(n_tiles, 8, 32)[:, 2 * pair : 2 * pair + 2].astype(np.float32)
+    with np.errstate(all="ignore"):
+        products = weights[None, :, None] * elements[:, None]
+        return np.array(sums + products.sum(axis=3).reshape(-1), np.float32)
+
+
+def multiply_first_tile(sums: Any, upper: Any, lower: Any, x: Any, at: int, thread: int) -> NDArray[np.float32]:
+    """As `multiply_tile`, with as many results, which are 0 so far."""
+    return multiply_tile(np.zeros(len(sums), np.float32), upper, lower, x, at, thread)
+
+
+def wait_for_tiles(sums: Any) -> NDArray[np.float32]:
+    """The results, after all products that this thread has begun are added."""
+    return np.array(sums, np.float32)
+
+
+def store_in_tile(out: Any, at: int, halves: NDArray[np.float16], step: int) -> None:
+    """Store four pairs of float16, each `step` bytes after the one before: 16 bytes for each column of the tile."""
+    for pair, words in enumerate(halves.view(np.uint8).reshape(4, 4)):
+        out.view(np.uint8)[at + pair * step : at + pair * step + 4] = words
+
+
+def make_barrier(tile: Any, at: int) -> None:
+    """Make a barrier of eight bytes in shared memory, for which `wait_for_copy` waits."""
+
+
+def begin_copy(tile: Any, at: int, data: Any, address: int, n_bytes: int, barrier: int) -> None:
+    """Begin to copy many bytes to byte `at` of `tile`, for which threads can wait at the barrier; one thread calls it.
+
+    All numbers of bytes, and `address`, counted from `address_of` the data, are multiples of 16.
+    """
+    tile.view(np.uint8)[at : at + n_bytes] = data.view(np.uint8)[address : address + n_bytes]
+
+
+def wait_for_copy(tile: Any, barrier: int, parity: int) -> None:
+    """Wait for a copy at a barrier; `parity` is 0 for its first copy, then 1 and 0 in turn."""
 
 
 def multiply_sums(

@@ -15,11 +15,10 @@ from numba_dequant.kernels.product_shape import (
     PART,
     PREPARE_THREADS,
     ROWS,
-    WIDE,
-    WIDE_ROWS,
-    WIDE_THREADS,
+    TILE_WIDTHS,
     WIDTHS,
     ProductShape,
+    TileShape,
     WideShape,
     column_bytes,
     has_products,
@@ -165,36 +164,57 @@ def _multiply_wide(
 ) -> bool:  # fmt: skip
     """Queue the kernel for many columns. Returns whether the GPU has enough shared memory for it."""
     fmt, bias = given.fmt, given.bias_dtype if given.bias else None
-    shape = WideShape(is_aligned, overlaps=gpu.capability >= (9, 0))
+    shape = wide_shape(gpu, fmt, given.n_columns, is_aligned)
     n_shared = wide_shared_bytes(fmt, shape)
     if n_shared > gpu.shared_memory:
         return False
-    key = fmt, given.dtype, bias, is_aligned, "wide"
+    key = fmt, given.dtype, bias, shape
     kernel = gpu.kernels.get(key)
     if kernel is None:
         kernel = gpu.kernels[key] = gpu.load_kernel(wide_kernel(fmt, given.dtype, bias, shape), gpu.shared_memory)
-    times = -(-given.n_columns // WIDE)
-    x, powers = _prepare(gpu, given, times * WIDE, allocate, stream, shape.overlaps)
+    times = -(-given.n_columns // shape.columns)
+    x, powers = _prepare(gpu, given, times * shape.columns, allocate, stream, shape.overlaps, shape.tile)
     arguments = (
         given.weight, given.n_rows, row_bytes, given.n_elements // GROUP, x, given.n_columns, powers, given.bias,
         given.out,
     )  # fmt: skip
-    thread_blocks = -(-given.n_rows // WIDE_ROWS), times
-    gpu.launch(kernel, thread_blocks, WIDE_THREADS, arguments, stream, n_shared, shape.overlaps and weight_is_constant)
+    thread_blocks = -(-given.n_rows // shape.rows), times
+    overlaps = shape.overlaps and weight_is_constant
+    gpu.launch(kernel, thread_blocks, shape.threads, arguments, stream, n_shared, overlaps)
     return True
 
 
+def has_tiles(gpu: Gpu) -> bool:
+    """Whether the tensor cores read columns from shared memory. Later GPUs do it with other instructions."""
+    return gpu.capability == (9, 0)
+
+
+def wide_shape(gpu: Gpu, fmt: Format, n_columns: int, is_aligned: bool) -> WideShape | TileShape:
+    """The fastest way to divide a product of many columns."""
+    if not has_tiles(gpu):
+        return WideShape(is_aligned, overlaps=gpu.capability >= (9, 0))
+    width = next((width for width in TILE_WIDTHS if width >= n_columns), TILE_WIDTHS[-1])
+    shapes = [TileShape(width, stages, is_aligned) for stages in (3, 2)]
+    return next((shape for shape in shapes if wide_shared_bytes(fmt, shape) <= gpu.shared_memory), shapes[-1])
+
+
 def _prepare(
-    gpu: Gpu, given: Operands, n_prepared: int, allocate: Callable[[int], int], stream: int, overlaps: bool
+    gpu: Gpu,
+    given: Operands,
+    n_prepared: int,
+    allocate: Callable[[int], int],
+    stream: int,
+    overlaps: bool,
+    tile: int = 0,
 ) -> tuple[int, int]:
     """Queue the kernel that prepares the columns. Returns the address of the columns and that of their powers."""
     n_bytes, n_groups = column_bytes(given.fmt, given.n_elements), given.n_elements // GROUP
     x = allocate(n_prepared * (n_bytes + 4))
     powers = x + n_prepared * n_bytes
-    key = given.fmt, given.x_dtype, "prepare"
+    key = given.fmt, given.x_dtype, "columns", tile
     kernel = gpu.kernels.get(key)
     if kernel is None:
-        kernel = gpu.kernels[key] = gpu.load_kernel(prepare_kernel(given.fmt, given.x_dtype, overlaps))
+        kernel = gpu.kernels[key] = gpu.load_kernel(prepare_kernel(given.fmt, given.x_dtype, overlaps, tile))
     slices = -(-n_groups * 4 // PREPARE_THREADS)
     arguments = given.x, given.n_columns, n_groups, x, powers
     # It reads nothing before earlier kernels have ended.

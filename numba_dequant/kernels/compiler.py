@@ -18,7 +18,7 @@ from numba_dequant.format import Format
 from numba_dequant.formats import is_built_in
 from numba_dequant.kernels.gpu_packages import install_command
 from numba_dequant.kernels.launch_shape import launch_shape
-from numba_dequant.kernels.product_shape import WIDE_THREADS, ProductShape, WideShape
+from numba_dequant.kernels.product_shape import ProductShape, TileShape, WideShape
 from numba_dequant.locks import compile_lock
 
 TOOLCHAIN = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink", "cuda-core")
@@ -34,6 +34,7 @@ class KernelSpec(NamedTuple):
         parameters: the types of the kernel's parameters: "data", "table" or "number".
         bounds: the number of threads of a thread block, and how many of them a multiprocessor must have registers for.
             None means any.
+        is_architecture_specific: whether it uses instructions that later compute capabilities do not have.
     """
 
     label: str
@@ -41,6 +42,7 @@ class KernelSpec(NamedTuple):
     options: tuple[Any, ...]
     parameters: tuple[str, ...] = ("data", "number", "data")
     bounds: tuple[int, int] | None = None
+    is_architecture_specific: bool = False
 
     def make(self) -> Callable[..., None]:
         """The kernel as a Python function."""
@@ -85,13 +87,19 @@ def product_kernel(fmt: Format, dtype: str, bias: str | None, shape: ProductShap
     )
 
 
-def wide_kernel(fmt: Format, dtype: str, bias: str | None, shape: WideShape) -> KernelSpec:
+def wide_kernel(fmt: Format, dtype: str, bias: str | None, shape: WideShape | TileShape) -> KernelSpec:
     """The kernel of a product with many columns; `product_wide.make_wide_kernel` describes its parameters."""
     flags = f"{'-aligned' * shape.is_aligned}{'-overlaps' * shape.overlaps}"
-    label = f"{fmt.name}-{dtype}-wide-{bias or 'no'}-bias{flags}"
     parameters = ("data", "number", "number", "number", "data", "number", "data", "data", "data")
     options = fmt, dtype, bias, shape
-    return KernelSpec(label, "product_wide.make_wide_kernel", options, parameters, (WIDE_THREADS, 2))
+    if isinstance(shape, WideShape):
+        label = f"{fmt.name}-{dtype}-wide-{bias or 'no'}-bias{flags}"
+        return KernelSpec(label, "product_wide.make_wide_kernel", options, parameters, (shape.threads, 2))
+    label = f"{fmt.name}-{dtype}-tiles-{bias or 'no'}-bias-{shape.columns}x{shape.stages}{flags}"
+    bounds = shape.threads, 1
+    return KernelSpec(
+        label, "product_tile.make_tile_kernel", options, parameters, bounds, is_architecture_specific=True
+    )
 
 
 def routes_kernel(overlaps: bool) -> KernelSpec:
@@ -101,11 +109,11 @@ def routes_kernel(overlaps: bool) -> KernelSpec:
     return KernelSpec(label, "product_columns.make_routes_kernel", (overlaps,), parameters)
 
 
-def prepare_kernel(fmt: Format, dtype: str, overlaps: bool) -> KernelSpec:
+def prepare_kernel(fmt: Format, dtype: str, overlaps: bool, tile: int = 0) -> KernelSpec:
     """The kernel that prepares columns: ``kernel(x, n_columns, n_groups, out, powers)``."""
     parameters = "data", "number", "number", "data", "data"
-    label = f"{fmt.name}-prepare-{dtype}{'-overlaps' * overlaps}"
-    return KernelSpec(label, "product_columns.make_prepare_kernel", (fmt, dtype, overlaps), parameters)
+    label = f"{fmt.name}-prepare-{dtype}{'-overlaps' * overlaps}{f'-tiles-{tile}' * bool(tile)}"
+    return KernelSpec(label, "product_columns.make_prepare_kernel", (fmt, dtype, overlaps, tile), parameters)
 
 
 def copy_kernel(stores: int, threads: int, stage: int) -> KernelSpec:
@@ -130,7 +138,9 @@ def cubin(kernel: KernelSpec, capability: tuple[int, int]) -> tuple[str, bytes]:
     if kept is None or b"\0\x7fELF" not in kept:
         try:
             text = ptx(kernel, capability)
-            kept = entry_point(text).encode() + b"\0" + assemble(text, capability)
+            kept = (
+                entry_point(text).encode() + b"\0" + assemble(text, capability, "a" * kernel.is_architecture_specific)
+            )
         except Exception as error:
             reason = (str(error) or type(error).__name__).strip().splitlines()[0]
             raise DeviceError(f"the CUDA toolkit cannot compile {label} for this GPU: {reason}") from error
@@ -145,6 +155,8 @@ def ptx(kernel: KernelSpec, capability: tuple[int, int]) -> str:
     with compile_lock:  # a fork waits for the import
         function = kernel.make()
     text = function_ptx(function, capability, *kernel.parameters)
+    if kernel.is_architecture_specific:
+        text = re.sub(r"^(\.target sm_\d+)", r"\1a", text, count=1, flags=re.MULTILINE)
     if kernel.bounds is None:
         return text
     # The assembler then knows how many registers a thread may have.
@@ -187,7 +199,7 @@ def entry_point(text: str) -> str:
     return match[1]
 
 
-def assemble(text: str, capability: tuple[int, int]) -> bytes:
+def assemble(text: str, capability: tuple[int, int], suffix: str = "") -> bytes:
     """Assemble a PTX text to a cubin with the linker of the CUDA toolkit.
 
     An older linker refuses the PTX version of a newer compiler. The text uses only old instructions, so earlier version
@@ -195,7 +207,7 @@ def assemble(text: str, capability: tuple[int, int]) -> bytes:
     """
     from cuda.core import Program, ProgramOptions
 
-    options = ProgramOptions(arch=f"sm_{capability[0]}{capability[1]}")
+    options = ProgramOptions(arch=f"sm_{capability[0]}{capability[1]}{suffix}")
     header = re.search(r"^\.version (\d+)\.(\d+)$", text, re.MULTILINE)
     assert header is not None
     refusal = None

@@ -327,6 +327,15 @@ def _store_halves(context: Any, builder: ir.IRBuilder, signature: Any, arguments
     return context.get_dummy_value()
 
 
+def _store_in_tile(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    out, at, vector, step = arguments
+    base = intrinsics.data_pointer(context, builder, signature.args[0], out)
+    for pair, word in enumerate(words_of(builder, vector)):
+        start = builder.add(at, builder.mul(step, LONG(pair)))
+        builder.store(word, pointer_at(builder, base, start, WORD), align=4)
+    return context.get_dummy_value()
+
+
 def _sum_of_halves(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
     total = None
     for word in words_of(builder, arguments[0]):
@@ -358,6 +367,7 @@ for _function, _result, _kinds, _codegen in (
     (halves.load_two_fours, HALVES, (None, types.int64, types.int64), _load_two_fours),
     (halves.packed, HALVES, (HALVES,), _packed),
     (halves.store_halves, types.none, (None, types.int64, HALVES), _store_halves),
+    (halves.store_in_tile, types.none, (None, types.int64, HALVES, types.int64), _store_in_tile),
     (halves.sum_of_halves, types.float32, (HALVES,), _sum_of_halves),
 ):
     intrinsics.register_primitive(target, _function, _result, _kinds, _codegen)

@@ -73,6 +73,90 @@ def _mma(builder: ir.IRBuilder, sums: Any, tile: int, weights: Sequence[Any], co
     return sums
 
 
+def _wgmma(builder: ir.IRBuilder, sums: list[Any], weights: Sequence[Any], tile: Any, is_first: bool) -> list[Any]:
+    """Add the products of 64 rows and all columns over 16 elements to the results, or to 0."""
+    n, first = len(sums), len(sums) if is_first else 2 * len(sums)
+    results = ",".join(f"${k}" for k in range(n))
+    a = ",".join(f"${first + k}" for k in range(4))
+    product = f"wgmma.mma_async.sync.aligned.m64n{2 * n}k16.f32.f16.f16"
+    text = (
+        f"{{.reg .pred adds; setp.ne.b32 adds, {int(not is_first)}, 0; "
+        f"{product} {{{results}}}, {{{a}}}, ${first + 4}, adds, 1, 1, 0;}}"
+    )
+    given = [*([] if is_first else sums), *weights, tile]
+    constraints = ",".join(["=f"] * n + [str(k) for k in range(first - n)] + ["r"] * 4 + ["l"])
+    function = ir.FunctionType(ir.LiteralStructType([FLOAT] * n), [argument.type for argument in given])
+    after = builder.asm(function, text, f"{constraints},~{{memory}}", given, side_effect=True)
+    return [builder.extract_value(after, k) for k in range(n)]
+
+
+def _packed(builder: ir.IRBuilder, results: Sequence[Any]) -> Any:
+    vector: Any = ir.Constant(ir.VectorType(FLOAT, len(results)), ir.Undefined)
+    for k, result in enumerate(results):
+        vector = builder.insert_element(vector, result, WORD(k))
+    return vector
+
+
+def _unpacked(builder: ir.IRBuilder, vector: Any) -> list[Any]:
+    return [builder.extract_element(vector, WORD(k)) for k in range(vector.type.count)]
+
+
+def _tile_multiplier(is_first: bool) -> intrinsics.Codegen:
+    def multiply_tile(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        sums, upper, lower, x, at, _ = arguments
+        sums, above, below = _unpacked(builder, sums), words_of(builder, upper), words_of(builder, lower)
+        start = builder.ptrtoint(_shared(context, builder, signature.args[3], x, at), WORD)
+        # Of the elements in shared memory, those of 8 columns and 8 elements take 128 bytes. The next 8 columns are 128
+        # bytes away, and the next 8 elements `step`.
+        step = 16 * 2 * len(sums)
+        layout = step >> 4 << 16 | 128 >> 4 << 32
+        tile = builder.or_(builder.lshr(builder.zext(start, LONG), LONG(4)), LONG(layout))
+        _effect(builder, "wgmma.fence.sync.aligned;")
+        for first in (0, 2):
+            weights = above[first], below[first], above[first + 1], below[first + 1]
+            sums = _wgmma(builder, sums, weights, builder.add(tile, LONG(first * step >> 4)), is_first and not first)
+        _effect(builder, "wgmma.commit_group.sync.aligned;")
+        return _packed(builder, sums)
+
+    return multiply_tile
+
+
+def _wait_for_tiles(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    before = _unpacked(builder, arguments[0])
+    n = len(before)
+    function = ir.FunctionType(ir.LiteralStructType([FLOAT] * n), [FLOAT] * n)
+    constraints = ",".join(["=f"] * n + [str(k) for k in range(n)])
+    text = "wgmma.wait_group.sync.aligned 0;"
+    after = builder.asm(function, text, f"{constraints},~{{memory}}", before, side_effect=True)
+    return _packed(builder, [builder.extract_value(after, k) for k in range(n)])
+
+
+def _make_barrier(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    place = builder.ptrtoint(_shared(context, builder, signature.args[0], *arguments), WORD)
+    _effect(builder, "mbarrier.init.shared::cta.b64 [$0], 1;", "r,~{memory}", [place])
+    _effect(builder, "fence.proxy.async.shared::cta;")  # the unit that copies sees it
+    return context.get_dummy_value()
+
+
+def _begin_copy(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    tile, at, _, address, n_bytes, barrier = arguments
+    target = builder.ptrtoint(_shared(context, builder, signature.args[0], tile, at), WORD)
+    place = builder.ptrtoint(_shared(context, builder, signature.args[0], tile, barrier), WORD)
+    _effect(builder, "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "r,r,~{memory}", [place, n_bytes])
+    copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
+    _effect(builder, copy, "r,l,r,r,~{memory}", [target, address, n_bytes, place])
+    return context.get_dummy_value()
+
+
+def _wait_for_copy(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    tile, barrier, parity = arguments
+    place = builder.ptrtoint(_shared(context, builder, signature.args[0], tile, barrier), WORD)
+    wait = "mbarrier.try_wait.parity.shared::cta.b64 arrived, [$0], $1;"
+    text = "{ .reg .pred arrived; again: " + wait + " @!arrived bra again; }"
+    _effect(builder, text, "r,r,~{memory}", [place, parity])
+    return context.get_dummy_value()
+
+
 def _add_scaled(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
     sums, more, upper, lower = arguments
     for k in range(4 * signature.args[0].tiles):
@@ -224,11 +308,14 @@ def _like_sums(sums: Any, *others: Any) -> Any:
     return sums(sums, *others)
 
 
+TILE_PARAMETERS = (None, HALVES, HALVES, None, types.int64, types.int64)
+
 for _function, _result, _kinds, _codegen in (
     (halves.no_sums_8, Sums(1), (), _no_sums),
     (halves.no_sums_16, Sums(2), (), _no_sums),
     (halves.no_sums_32, Sums(4), (), _no_sums),
     (halves.no_sums_64, Sums(8), (), _no_sums),
+    (halves.no_sums_128, Sums(16), (), _no_sums),
     (halves.multiply, _like_sums, (None, HALVES, HALVES, None, types.int64, types.int64, types.int64), _multiply),
     (
         halves.multiply_sums,
@@ -236,6 +323,17 @@ for _function, _result, _kinds, _codegen in (
         (None, FOUR_NUMBERS, None, types.int64, types.int64, types.int64),
         _multiply_sums,
     ),
+    (halves.multiply_tile, _like_sums, TILE_PARAMETERS, _tile_multiplier(is_first=False)),
+    (halves.multiply_first_tile, _like_sums, TILE_PARAMETERS, _tile_multiplier(is_first=True)),
+    (halves.wait_for_tiles, _like_sums, (None,), _wait_for_tiles),
+    (halves.make_barrier, types.none, (None, types.int64), _make_barrier),
+    (
+        halves.begin_copy,
+        types.none,
+        (None, types.int64, None, types.int64, types.int32, types.int64),
+        _begin_copy,
+    ),
+    (halves.wait_for_copy, types.none, (None, types.int64, types.int32), _wait_for_copy),
     (halves.plus_lane, types.float32, (types.float32, types.int32, types.int64), _plus_lane),
     (halves.store_sum, types.none, (None, types.int64, types.float32), _store_sum),
     (halves.add_scaled, _like_sums, (None, None, types.float32, types.float32), _add_scaled),

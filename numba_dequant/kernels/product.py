@@ -45,6 +45,7 @@ from numba_dequant.kernels.product_shape import (
     PART,
     ROWS,
     ProductShape,
+    TileShape,
     WideShape,
     column_bytes,
     part_bytes,
@@ -100,7 +101,7 @@ def make_product_kernel(fmt: Format, dtype: str, bias: str | None, shape: Produc
     put_results, write_results = _results_writers(dtype, bias, shape)
     fetch = chunk_fetcher(fmt, shape)
     factors = factors_of(fmt)
-    prepare = column_preparer(factors.order, factors.minimum_size if factors.minimum else None, "float16")
+    prepare = column_preparer(factors.order, factors.minimum_size if factors.minimum else None, "float16", tile=0)
     part_product = product_of_part(fmt, no_sums)
     table: Any = factors.table
     n_table_items = 0 if table is None else len(table.items)
@@ -141,7 +142,8 @@ def make_product_kernel(fmt: Format, dtype: str, bias: str | None, shape: Produc
             let_next_kernel_start()
             wait_for_earlier_kernels()
         if one_column:
-            prepare(x, 0, n_groups, n_groups, float32(1), shared, column_start, thread, threads)
+            sums_start = column_start + n_parts * (2 * PART)
+            prepare(x, 0, n_groups, n_groups, float32(1), shared, column_start, sums_start, thread, threads)
             cuda.syncthreads()
         n_bytes_of_column = n_parts * n_bytes_of_column_part
         column, step = row * n_bytes_of_column + 16 * quarter, 8 * n_bytes_of_column
@@ -274,7 +276,7 @@ def _results_writers(dtype: str, bias: str | None, shape: ProductShape) -> tuple
     return put_results, write_results
 
 
-def chunk_fetcher(fmt: Format, shape: ProductShape | WideShape) -> Callable[..., None]:
+def chunk_fetcher(fmt: Format, shape: ProductShape | WideShape | TileShape) -> Callable[..., None]:
     """A function with which a warp begins to copy a chunk of each of its 16 rows; each thread copies of two rows.
 
     What is beyond the end of a row, or in a row that does not exist, becomes 0.

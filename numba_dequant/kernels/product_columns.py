@@ -19,20 +19,21 @@ from numba_dequant.halves import (
     repeated,
     scaled_bfloat16,
     store_halves,
+    store_in_tile,
     store_sum,
     sum_of_halves,
     wait_for_earlier_kernels,
 )
 from numba_dequant.kernels.numba_cuda import cuda
 from numba_dequant.kernels.product_of_part import factors_of, register_functions
-from numba_dequant.kernels.product_shape import GROUP, PART, PREPARE_THREADS, column_bytes
+from numba_dequant.kernels.product_shape import GROUP, PART, PREPARE_THREADS, column_bytes, sum_bytes
 
 int32: Any = np.int32
 int64: Any = np.int64
 float32: Any = np.float32
 
 
-def make_prepare_kernel(fmt: Format, dtype: str, overlaps: bool = False) -> Callable[..., None]:
+def make_prepare_kernel(fmt: Format, dtype: str, overlaps: bool = False, tile: int = 0) -> Callable[..., None]:
     """The kernel ``prepare(x, n_columns, n_groups, out, powers)``; a column has a thread block for each 256 runs.
 
     Its parameters: columns of type `dtype`, one after the other; their number, and their groups of 32 elements; the
@@ -42,12 +43,19 @@ def make_prepare_kernel(fmt: Format, dtype: str, overlaps: bool = False) -> Call
     A float16 is taken as it is. A column of bfloat16 is multiplied by a power of two that brings its largest element
     near 2**14. As float16 it is then exact, except for elements that are 2**24 times smaller than the largest. Its
     thread blocks each look for the largest element.
+
+    Args:
+        fmt: the format of the weights.
+        dtype: the type of the columns.
+        overlaps: whether the kernel may start before the one before it has ended.
+        tile: the columns of a tile, as `make_tile_kernel` takes them; 0 means one column after the other.
     """
     is_bfloat16 = dtype == "bfloat16"
     factors = factors_of(fmt)
     load = factors.order.load
-    prepare_column = column_preparer(factors.order, factors.minimum_size if factors.minimum else None, dtype)
-    n_bytes_of_part, largest_type = column_bytes(fmt, PART), np.dtype(np.int32)
+    prepare_column = column_preparer(factors.order, factors.minimum_size if factors.minimum else None, dtype, tile)
+    n_bytes_of_part, n_bytes_of_sums = column_bytes(fmt, PART), sum_bytes(fmt)
+    largest_type = np.dtype(np.int32)
 
     def prepare(x: Any, n_columns: int, n_groups: int, out: Any, powers: Any) -> None:
         largest = cuda.shared.array(1, largest_type)
@@ -73,8 +81,17 @@ def make_prepare_kernel(fmt: Format, dtype: str, overlaps: bool = False) -> Call
                 power = min(int64(127 + 14) - exponent, int64(126))
                 factor, inverse = single((power + 127) << 23), single((127 - power) << 23)
         n_parts = (n_groups + (PART // GROUP - 1)) // (PART // GROUP)
-        at = column * n_parts * n_bytes_of_part
-        prepare_column(x, start, n_groups, n_given, factor, out, at, first, int32(cuda.gridDim.y * PREPARE_THREADS))
+        if tile:
+            # A tile is a part of several columns: their elements, then their sums.
+            number = column % tile
+            at = (column - number) * n_parts * n_bytes_of_part
+            sums_at = at + tile * (2 * PART) + number * n_bytes_of_sums
+            at += number * 16
+        else:
+            at = column * n_parts * n_bytes_of_part
+            sums_at = at + n_parts * (2 * PART)
+        step = int32(cuda.gridDim.y * PREPARE_THREADS)
+        prepare_column(x, start, n_groups, n_given, factor, out, at, sums_at, first, step)
         if first == 0:
             store_float32(powers, column, repeated(inverse), int64(1))
 
@@ -110,14 +127,16 @@ def make_routes_kernel(overlaps: bool = False) -> Callable[..., None]:
 
 
 @lru_cache  # kernels of several formats share the compiled function
-def column_preparer(order: Order, minimum_size: int | None, dtype: str) -> Callable[..., None]:
+def column_preparer(order: Order, minimum_size: int | None, dtype: str, tile: int) -> Callable[..., None]:
     """A function that writes a column in the order of the tensor cores, and the sums of its elements behind it.
 
-    The elements of `n_given` groups from byte `start` of `x`, times `factor`, go to byte `at` of `out`, those of a
-    thread of a warp together. The column is filled up with zeros to a whole number of parts.
+    The elements of `n_given` groups from byte `start` of `x`, times `factor`, go to byte `at` of `out`, and the sums to
+    byte `sums_start`. The column is filled up with zeros to a whole number of parts.
     """
     load = order.load
     has_minima, elements_of_sum = minimum_size is not None, minimum_size or GROUP
+    sums_of_part = PART // elements_of_sum
+    n_bytes_of_tile = tile * (2 * PART + (8 * sums_of_part if has_minima else 0))
     is_bfloat16 = dtype == "bfloat16"
 
     def load_run_or_zeros(x: Any, start: int, n_given: int, run: int) -> Any:
@@ -129,7 +148,13 @@ def column_preparer(order: Order, minimum_size: int | None, dtype: str) -> Calla
     def put(elements: Any, factor: Any, out: Any, at: int, sums_start: int, run: int, thread: int) -> None:
         if is_bfloat16:
             elements = scaled_bfloat16(elements, factor)
-        store_halves(out, at + 16 * run, elements)
+        if tile:
+            part, group = run // (PART // 8), (run >> 2) % (PART // GROUP)
+            store_in_tile(
+                out, at + part * n_bytes_of_tile + group * (64 * tile) + (run & 3) * 4, elements, int64(16 * tile)
+            )
+        else:
+            store_halves(out, at + 16 * run, elements)
         if has_minima:
             total = plus_lane(sum_of_halves(elements), int32(1), thread)
             number = run >> 1
@@ -138,14 +163,17 @@ def column_preparer(order: Order, minimum_size: int | None, dtype: str) -> Calla
                 number = run >> 2
             # Eight sums take 64 bytes: 16 for the numbers k and k + 4, as `multiply_sums` loads them.
             if run & (elements_of_sum // 8 - 1) == 0:
+                if tile:
+                    sums_start += number // sums_of_part * n_bytes_of_tile
+                    number = number % sums_of_part
                 place = (number >> 3) * 64 + (number & 3) * 16 + ((number >> 2) & 1) * 4
                 store_sum(out, sums_start + place, total)
 
     def prepare(
-        x: Any, start: int, n_groups: int, n_given: int, factor: Any, out: Any, at: int, thread: int, threads: int
-    ) -> None:
-        n_parts = (n_groups + (PART // GROUP - 1)) // (PART // GROUP)
-        sums_start, n_runs = at + n_parts * (2 * PART), n_parts * (PART // 8)
+        x: Any, start: int, n_groups: int, n_given: int, factor: Any, out: Any, at: int, sums_start: int, thread: int,
+        threads: int,
+    ) -> None:  # fmt: skip
+        n_runs = (n_groups + (PART // GROUP - 1)) // (PART // GROUP) * (PART // 8)
         run = thread
         while run < n_runs:
             # Four loads are in flight together. The threads of a warp stay together, too.

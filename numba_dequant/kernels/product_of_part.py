@@ -9,9 +9,17 @@ from typing import Any
 import numpy as np
 
 from numba_dequant.format import Factors, Format
-from numba_dequant.halves import add_scaled, multiply, multiply_sums, rounded_halves
+from numba_dequant.halves import (
+    add_scaled,
+    multiply,
+    multiply_first_tile,
+    multiply_sums,
+    multiply_tile,
+    rounded_halves,
+    wait_for_tiles,
+)
 from numba_dequant.kernels.dequantize import IS_SIMULATED
-from numba_dequant.kernels.product_shape import GROUP, PART
+from numba_dequant.kernels.product_shape import GROUP, PART, sum_bytes
 
 if not IS_SIMULATED:
     from numba_dequant.kernels import intrinsics_cuda, intrinsics_mma  # noqa: F401 registers the primitives
@@ -42,6 +50,57 @@ def factors_of(fmt: Format) -> Factors:
     return Factors(quants, scale)
 
 
+def product_of_tile(fmt: Format, no_sums: Callable[[], Any], columns: int) -> Callable[..., Any]:
+    """A function that adds the products of one part and one tile of columns to the results of a thread.
+
+    ``tile_product(sums, tile, upper, lower, quarter, x, at, sums_at, thread)``: as `product_of_part`, but `at` is the
+    byte of `x` where the tile of columns starts.
+    """
+    factors = _functions(fmt)
+    quants, scale, type_size = factors.quants, factors.scale, fmt.type_size
+    groups_of_block, bytes_of_group, sums_step = fmt.block_size // GROUP, 64 * columns, 8 * sum_bytes(fmt)
+    add_minima = _product_of_minima(fmt, factors, no_sums)
+
+    def weights_of(tile: Any, start: int, quarter: int, group: int) -> Any:
+        run = group % groups_of_block * 4 + quarter
+        return quants(tile, start + group // groups_of_block * type_size, run)
+
+    def next_group(
+        state: Any, tile: Any, upper: int, lower: int, quarter: int, x: Any, at: int, thread: int, group: int
+    ) -> Any:
+        # The tensor cores multiply one group while this thread computes the weights of the next.
+        sums, of_block, above, below = state
+        if group % groups_of_block:
+            of_block = multiply_tile(of_block, above, below, x, at + group * bytes_of_group, thread)
+        else:
+            of_block = multiply_first_tile(of_block, above, below, x, at + group * bytes_of_group, thread)
+        if group + 1 < PART // GROUP:
+            above, below = weights_of(tile, upper, quarter, group + 1), weights_of(tile, lower, quarter, group + 1)
+        if group % groups_of_block == groups_of_block - 1:
+            block = group // groups_of_block * type_size
+            of_block = wait_for_tiles(of_block)
+            sums = add_scaled(sums, of_block, scale(tile, upper + block), scale(tile, lower + block))
+        return sums, of_block, above, below
+
+    def tile_product(
+        sums: Any, tile: Any, upper: int, lower: int, quarter: int, x: Any, at: int, sums_at: int, thread: int
+    ) -> Any:
+        above, below = weights_of(tile, upper, quarter, 0), weights_of(tile, lower, quarter, 0)
+        state = sums, no_sums(), above, below
+        state = next_group(state, tile, upper, lower, quarter, x, at, thread, 0)
+        state = next_group(state, tile, upper, lower, quarter, x, at, thread, 1)
+        state = next_group(state, tile, upper, lower, quarter, x, at, thread, 2)
+        state = next_group(state, tile, upper, lower, quarter, x, at, thread, 3)
+        state = next_group(state, tile, upper, lower, quarter, x, at, thread, 4)
+        state = next_group(state, tile, upper, lower, quarter, x, at, thread, 5)
+        state = next_group(state, tile, upper, lower, quarter, x, at, thread, 6)
+        sums = next_group(state, tile, upper, lower, quarter, x, at, thread, 7)[0]
+        return add_minima(sums, tile, upper, lower, quarter, x, sums_at, sums_step, thread)
+
+    register_functions(weights_of, next_group, tile_product)
+    return tile_product
+
+
 def product_of_part(fmt: Format, no_sums: Callable[[], Any]) -> Callable[..., Any]:
     """A function that adds the products of one part to the four results of a thread.
 
@@ -49,12 +108,7 @@ def product_of_part(fmt: Format, no_sums: Callable[[], Any]) -> Callable[..., An
     of `tile` where the part starts in the two rows of this thread. `at` and `sums_at` are the bytes of `x` where its
     elements and its sums of this part of the column start, and `step` the bytes to the column that is 8 further.
     """
-    factors = factors_of(fmt)
-    functions: dict[str, Any] = {name: getattr(factors, name) for name in ("quants", "scale", "minimum", "offset")}
-    register_functions(*functions.values())
-    if IS_SIMULATED:
-        plain: dict[str, Any] = {name: function and _plainly(function) for name, function in functions.items()}
-        factors = replace(factors, **plain)
+    factors = _functions(fmt)
     every_group = _product_of_groups(fmt, factors, no_sums)
     add_minima = _product_of_minima(fmt, factors, no_sums)
 
@@ -75,6 +129,17 @@ def product_of_part(fmt: Format, no_sums: Callable[[], Any]) -> Callable[..., An
 
     register_functions(part_product)
     return part_product
+
+
+def _functions(fmt: Format) -> Factors:
+    """The factors of a format, as kernels call them."""
+    factors = factors_of(fmt)
+    functions: dict[str, Any] = {name: getattr(factors, name) for name in ("quants", "scale", "minimum", "offset")}
+    register_functions(*functions.values())
+    if IS_SIMULATED:
+        plain: dict[str, Any] = {name: function and _plainly(function) for name, function in functions.items()}
+        factors = replace(factors, **plain)
+    return factors
 
 
 def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:

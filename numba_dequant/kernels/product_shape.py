@@ -13,17 +13,8 @@ ROWS = 16
 WIDTHS = (8, 16, 32)
 """Columns that a kernel multiplies at a time."""
 
-WIDE = 64
-"""Columns that the kernel for many columns multiplies at a time."""
-
-WIDE_ROWS = 64
-"""Rows that a thread block of this kernel multiplies."""
-
-WIDE_THREADS = 128
-"""Its threads: a warp for each 16 rows."""
-
-WIDE_STAGES = 2
-"""The parts of all its rows and columns that fit into shared memory."""
+TILE_WIDTHS = (64, 128)
+"""Columns that the kernel for many columns multiplies at a time on compute capability 9.0."""
 
 GROUP = 32
 """Elements that the tensor cores multiply together."""
@@ -71,7 +62,7 @@ class ProductShape:
 
 @dataclass(frozen=True)
 class WideShape:
-    """What the kernel for `WIDE` columns knows of the rows and the GPU.
+    """The work of a thread block of the kernel for many columns. Each warp has a tile of 16 rows of its own.
 
     Attributes:
         is_aligned: whether all rows start at multiples of 16 bytes.
@@ -81,8 +72,40 @@ class WideShape:
     is_aligned: bool
     overlaps: bool
 
+    rows = 64
+    threads = 128
+    columns = 64
+    tile = 0
+    """The columns are prepared one after the other."""
+    stages = 2
+    """The parts of all rows and columns that fit into shared memory."""
     parts = 1
     """Parts of 256 elements that are copied at a time."""
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """The same of the kernel for compute capability 9.0, whose tensor cores read the columns from shared memory.
+
+    Attributes:
+        columns: the columns that it multiplies at a time, one of `TILE_WIDTHS`.
+        stages: the parts of all rows and columns that fit into shared memory.
+        is_aligned: whether all rows start at multiples of 16 bytes.
+    """
+
+    columns: int
+    stages: int
+    is_aligned: bool
+
+    rows = 128
+    threads = 256
+    overlaps = True
+    parts = 1
+
+    @property
+    def tile(self) -> int:
+        """The columns are prepared in tiles of so many: a part of all of them, then their next part, and so on."""
+        return self.columns
 
 
 def has_products(fmt: Format) -> bool:
@@ -112,7 +135,7 @@ def column_stride(fmt: Format) -> int:
     return n_bytes + (64 - n_bytes) % 128
 
 
-def row_stride(fmt: Format, shape: ProductShape | WideShape) -> int:
+def row_stride(fmt: Format, shape: ProductShape | WideShape | TileShape) -> int:
     """Bytes between the rows of a chunk in shared memory, chosen so that eight rows are in different banks."""
     n_bytes = shape.parts * part_bytes(fmt)
     load_bytes = 8 if fmt.factors is None or fmt.factors.order is RUNS else 4
@@ -141,7 +164,19 @@ def shared_bytes(fmt: Format, shape: ProductShape, n_elements: int) -> int:
     )
 
 
-def wide_shared_bytes(fmt: Format, shape: WideShape) -> int:
-    """Bytes of shared memory of a thread block that multiplies `WIDE` columns."""
-    stage = WIDE_ROWS * row_stride(fmt, shape) + WIDE * column_stride(fmt)
-    return table_bytes(fmt) + max(WIDE_STAGES * stage + 16, WIDE_ROWS * WIDE * 4)
+def tile_bytes(fmt: Format, columns: int) -> int:
+    """Bytes of a tile: one part of some columns."""
+    return columns * column_bytes(fmt, PART)
+
+
+def wide_shared_bytes(fmt: Format, shape: WideShape | TileShape) -> int:
+    """Bytes of shared memory of a thread block that multiplies many columns."""
+    weights = shape.rows * row_stride(fmt, shape)
+    if shape.tile:
+        # Everything starts at a multiple of 128 bytes; 128 bytes are for the barriers.
+        start = -(-table_bytes(fmt) // 128) * 128 + 128
+        stage = tile_bytes(fmt, shape.columns) + -(-weights // 128) * 128
+    else:
+        start, stage = table_bytes(fmt), weights + shape.columns * column_stride(fmt)
+    # Unaligned loads read up to eight bytes after the last row.
+    return start + max(shape.stages * stage + 16, shape.rows * shape.columns * 4)

@@ -35,10 +35,6 @@ from numba_dequant.kernels.product_shape import (
     GROUP,
     PART,
     ROWS,
-    WIDE,
-    WIDE_ROWS,
-    WIDE_STAGES,
-    WIDE_THREADS,
     WideShape,
     column_bytes,
     column_stride,
@@ -63,33 +59,33 @@ def make_wide_kernel(fmt: Format, dtype: str, bias: str | None, shape: WideShape
         bias: the type of the bias, if there is one.
         shape: what is known of the rows and the GPU.
     """
-    overlaps = shape.overlaps
+    overlaps, rows, width, stages, threads = shape.overlaps, shape.rows, shape.columns, shape.stages, shape.threads
     is_always_aligned = shape.is_aligned and part_bytes(fmt) % 16 == 0
     n_bytes_of_part, n_bytes_of_sums, pieces_of_sums = part_bytes(fmt), sum_bytes(fmt), sum_bytes(fmt) // 16
     n_bytes_of_column_part = column_bytes(fmt, PART)
     stride, step = row_stride(fmt, shape), column_stride(fmt)
     # Places in shared memory are counted in units of 16 bytes, so that the compiler knows what they are multiples of.
-    row_units, tile_units, x_units = stride // 16, ROWS * stride // 16, WIDE * step // 16
-    stage_units = x_units + WIDE_ROWS * stride // 16
+    row_units, tile_units, x_units = stride // 16, ROWS * stride // 16, width * step // 16
+    stage_units = x_units + rows * stride // 16
     x_start = table_bytes(fmt) // 16
     unit, result_type = np.dtype(f"u{fmt.alignment}"), np.dtype(np.float32)
     table: Any = factors_of(fmt).table
     n_table_items = 0 if table is None else len(table.items)
     fetch = chunk_fetcher(fmt, shape)
     part_product = product_of_part(fmt, no_sums_64)
-    put_results, write_results = _results_writers(dtype, bias)
+    put_results, write_results = results_writers(dtype, bias, rows, width)
 
     def fetch_columns(
         shared: Any, at: int, x: Any, address: int, sums_address: int, quarter: int, n_bytes: int
     ) -> None:
         # Four threads copy a column.
-        for _ in range(0, WIDE, WIDE_THREADS // 4):
+        for _ in range(0, width, threads // 4):
             copy_pieces(shared, at, x, address, quarter, 2 * PART // 16)
             if pieces_of_sums:
                 copy_pieces(shared, at + 2 * PART, x, sums_address, quarter, pieces_of_sums)
-            at += WIDE_THREADS // 4 * step
-            address += WIDE_THREADS // 4 * n_bytes
-            sums_address += WIDE_THREADS // 4 * n_bytes
+            at += threads // 4 * step
+            address += threads // 4 * n_bytes
+            sums_address += threads // 4 * n_bytes
 
     register_functions(fetch_columns)
 
@@ -104,29 +100,29 @@ def make_wide_kernel(fmt: Format, dtype: str, bias: str | None, shape: WideShape
         warp, lane = int32(thread >> 5), int32(thread & 31)
         row, quarter = int32(lane >> 2), int32(lane & 3)
         n_parts = int32((n_groups + (PART // GROUP - 1)) // (PART // GROUP))
-        tile = int32(cuda.blockIdx.x * (WIDE_ROWS // ROWS) + warp)
+        tile = int32(cuda.blockIdx.x * (rows // ROWS) + warp)
         base = address_of(data) + (int64(tile) * ROWS + row) * row_bytes
         mine = int32(x_start + x_units + warp * tile_units + row * row_units)
-        first_column = int64(cuda.blockIdx.y) * WIDE
+        first_column = int64(cuda.blockIdx.y) * width
         n_bytes = int64(n_parts) * n_bytes_of_column_part
         column_base = address_of(x) + (first_column + (thread >> 2)) * n_bytes + 16 * quarter
         sums_base = column_base + int64(n_parts) * (2 * PART)
         my_column = int64(int32(thread >> 2) * step + 16 * quarter)
 
-        for stage in range(WIDE_STAGES):
+        for stage in range(stages):
             if stage < n_parts:
                 at = (int64(mine) + stage * stage_units + quarter) << 4
                 ahead = base + stage * n_bytes_of_part
                 fetch(shared, at, data, ahead, tile, stage, n_parts, n_rows, row_bytes, lane)
             end_group()
         if n_table_items:
-            for entry in range(thread, n_table_items, WIDE_THREADS):
+            for entry in range(thread, n_table_items, threads):
                 copy_to_tile(shared, table, entry)
         if overlaps:
             # Only weights may be read before the results of earlier kernels can be read.
             let_next_kernel_start()
             wait_for_earlier_kernels()
-        for stage in range(WIDE_STAGES):
+        for stage in range(stages):
             if stage < n_parts:
                 at = (int64(x_start + stage * stage_units) << 4) + my_column
                 sums_at = sums_base + stage * n_bytes_of_sums
@@ -135,7 +131,7 @@ def make_wide_kernel(fmt: Format, dtype: str, bias: str | None, shape: WideShape
 
         sums, stage = no_sums_64(), int32(0)
         for part in range(n_parts):
-            wait_for_groups(WIDE_STAGES - 1)
+            wait_for_groups(stages - 1)
             cuda.syncthreads()
             upper = int64(int32(mine + stage * stage_units)) << 4
             lower = upper + 8 * stride
@@ -146,7 +142,7 @@ def make_wide_kernel(fmt: Format, dtype: str, bias: str | None, shape: WideShape
             at = (int64(x_start + stage * stage_units) << 4) + row * step + 16 * quarter
             sums = part_product(sums, shared, upper, lower, quarter, shared, at, at + 2 * PART, int64(8 * step), thread)
             cuda.syncthreads()
-            ahead_part = int32(part + WIDE_STAGES)
+            ahead_part = int32(part + stages)
             if ahead_part < n_parts:
                 at = (int64(x_start + stage * stage_units) << 4) + my_column
                 sums_at = sums_base + ahead_part * n_bytes_of_sums
@@ -155,25 +151,32 @@ def make_wide_kernel(fmt: Format, dtype: str, bias: str | None, shape: WideShape
                 ahead = base + ahead_part * n_bytes_of_part
                 fetch(shared, at, data, ahead, tile, ahead_part, n_parts, n_rows, row_bytes, lane)
             end_group()
-            stage = int32(stage + 1) if stage + 1 < WIDE_STAGES else int32(0)
+            stage = int32(stage + 1) if stage + 1 < stages else int32(0)
 
         # No copy is under way, and all warps have read what was copied: its place is that of the results now.
         results = 4 * x_start
         put_results(partial, int32(results + warp * ROWS + row), sums, quarter)
         cuda.syncthreads()
-        first_row = int64(cuda.blockIdx.x) * WIDE_ROWS
+        first_row = int64(cuda.blockIdx.x) * rows
         write_results(partial, results, first_row, first_column, thread, n_rows, n_columns, powers, bias, out)
 
     product.__name__ = product.__qualname__ = f"product_{fmt.name}"
     return product
 
 
-def _results_writers(dtype: str, bias: str | None) -> tuple[Callable[..., None], ...]:
-    """Functions that put the results of a thread into shared memory, and that write those of all."""
+def results_writers(dtype: str, bias: str | None, rows: int, columns: int) -> tuple[Callable[..., None], ...]:
+    """Functions that put the results of a thread into shared memory, and that write those of all.
+
+    Args:
+        dtype: the output type.
+        bias: the type of the bias, if there is one.
+        rows: rows of a thread block, which has two threads for each.
+        columns: its columns.
+    """
     store, add_bias = OUTPUT_TYPES[dtype].store, bias_adder(bias)
 
     def putter(index: int) -> Callable[..., None]:
-        place = ((index >> 2) * 8 + (index & 1)) * WIDE_ROWS + (index & 2) * 4
+        place = ((index >> 2) * 8 + (index & 1)) * rows + (index & 2) * 4
 
         def put_one(partial: Any, first: int, sums: Any) -> None:
             partial[first + place] = item(sums, index)
@@ -190,21 +193,21 @@ def _results_writers(dtype: str, bias: str | None) -> tuple[Callable[..., None],
         return both
 
     # Straight code for all results: with an index that is computed, they would be in local memory.
-    putters = [putter(index) for index in range(WIDE // 2)]
+    putters = [putter(index) for index in range(columns // 2)]
     while len(putters) > 1:
         putters = [one_after_the_other(*putters[k : k + 2]) for k in range(0, len(putters), 2)]
     put_all = putters[0]
 
     def put_results(partial: Any, start: int, sums: Any, quarter: int) -> None:
-        put_all(partial, int32(start + 2 * quarter * WIDE_ROWS), sums)
+        put_all(partial, int32(start + 2 * quarter * rows), sums)
 
     def write_results(
         partial: Any, results: int, first_row: int, first_column: int, thread: int, n_rows: int, n_columns: int,
         powers: Any, bias: Any, out: Any,
     ) -> None:  # fmt: skip
-        row = first_row + thread % WIDE_ROWS
-        for number in range(thread, WIDE_ROWS * WIDE, WIDE_THREADS):
-            column = first_column + number // WIDE_ROWS
+        row = first_row + thread % rows
+        for number in range(thread, rows * columns, 2 * rows):
+            column = first_column + number // rows
             if row < n_rows and column < n_columns:
                 total = partial[results + number] * single(load_u32(powers, 4 * column))
                 store(out, column * n_rows + row, repeated(add_bias(total, bias, row)), int64(1))

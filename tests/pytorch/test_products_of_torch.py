@@ -49,11 +49,13 @@ def test_ragged_shapes(name, n_rows, n_columns):
         check(functional.linear(x, weight, name), expected, name, torch.float16)
 
 
-@pytest.fixture
-def always_by_kernels(monkeypatch):
-    """Kernels multiply the blocks themselves, also where that is not faster."""
+@pytest.fixture(params=[True, False], ids=["tiles", "columns"])
+def always_by_kernels(request, monkeypatch):
+    """Kernels multiply the blocks themselves, also where that is not faster; those of the GPU, or those of any GPU."""
     from numba_dequant.backends import cuda_product
 
+    if not request.param:
+        monkeypatch.setattr(cuda_product, "has_tiles", lambda _: False)
     monkeypatch.setattr(cuda_product, "is_slower", lambda *_: False)
     monkeypatch.setattr(ops, "MOST_COLUMNS", 1000)
 

@@ -11,27 +11,26 @@ from numba_dequant.kernels.product import make_product_kernel
 from numba_dequant.kernels.product_columns import make_prepare_kernel, make_routes_kernel
 from numba_dequant.kernels.product_shape import (
     PREPARE_THREADS,
-    WIDE,
-    WIDE_ROWS,
-    WIDE_THREADS,
     ProductShape,
+    TileShape,
     WideShape,
     column_bytes,
     has_products,
     shared_bytes,
     wide_shared_bytes,
 )
+from numba_dequant.kernels.product_tile import make_tile_kernel
 from numba_dequant.kernels.product_wide import make_wide_kernel
 
 pytestmark = pytest.mark.skipif(not is_simulated(), reason="runs under NUMBA_ENABLE_CUDASIM=1")
 
 
-def prepare(fmt, x, n_prepared, thread_blocks_of_column=2):
+def prepare(fmt, x, n_prepared, thread_blocks_of_column=2, tile=0):
     """The prepared columns and their powers."""
     n_columns, n_elements = x.shape
     prepared = cuda.to_device(np.full(n_prepared * column_bytes(fmt, n_elements), 99, np.uint8))
     factors = cuda.to_device(np.zeros(n_prepared, np.float32))
-    kernel = cuda.jit(make_prepare_kernel(fmt, "float16" if x.dtype == np.float16 else "bfloat16"))
+    kernel = cuda.jit(make_prepare_kernel(fmt, "float16" if x.dtype == np.float16 else "bfloat16", tile=tile))
     given = cuda.to_device(x.view(np.uint8).reshape(-1))
     kernel[(n_prepared, thread_blocks_of_column), PREPARE_THREADS](
         given, n_columns, n_elements // 32, prepared, factors
@@ -39,26 +38,32 @@ def prepare(fmt, x, n_prepared, thread_blocks_of_column=2):
     return prepared, cuda.to_device(factors.copy_to_host().view(np.uint8))
 
 
-def wide_product(name, blocks, x, is_aligned, bias=None):
-    """As `product`, by the kernel for many columns."""
-    fmt, shape = nd.FORMATS[name], WideShape(is_aligned, overlaps=False)
+def wide_product(name, blocks, x, shape, make_kernel, bias=None):
+    """As `product`, by a kernel for many columns."""
+    fmt = nd.FORMATS[name]
     (n_rows, row_bytes), (n_columns, n_elements) = blocks.shape, x.shape
-    times = -(-n_columns // WIDE)
-    prepared, powers = prepare(fmt, x, times * WIDE, 1)
+    times = -(-n_columns // shape.columns)
+    prepared, powers = prepare(fmt, x, times * shape.columns, 1, shape.tile)
     out = cuda.to_device(np.full(n_columns * n_rows, 77, np.float32))
     added = cuda.to_device(np.zeros(0, np.uint8) if bias is None else bias.view(np.uint8))
-    kernel = cuda.jit(make_wide_kernel(fmt, "float32", None if bias is None else "float16", shape))
-    kernel[(-(-n_rows // WIDE_ROWS), times), WIDE_THREADS, 0, wide_shared_bytes(fmt, shape)](
+    kernel = cuda.jit(make_kernel(fmt, "float32", None if bias is None else "float16", shape))
+    kernel[(-(-n_rows // shape.rows), times), shape.threads, 0, wide_shared_bytes(fmt, shape)](
         cuda.to_device(blocks.reshape(-1)), n_rows, row_bytes, n_elements // 32, prepared, n_columns, powers, added, out
     )
     return out.copy_to_host().reshape(n_columns, n_rows)
 
 
-@pytest.mark.parametrize(("name", "n_rows", "n_elements", "n_columns"), [("Q4_K", 17, 256, 3), ("Q8_0", 3, 96, 33)])
-def test_many_columns(name, n_rows, n_elements, n_columns):
+@pytest.mark.parametrize(
+    ("name", "n_rows", "n_elements", "n_columns", "shape", "make_kernel"),
+    [
+        ("Q4_K", 17, 256, 3, WideShape(is_aligned=True, overlaps=False), make_wide_kernel),
+        ("Q4_1", 17, 288, 3, TileShape(64, stages=2, is_aligned=False), make_tile_kernel),
+    ],
+)
+def test_many_columns(name, n_rows, n_elements, n_columns, shape, make_kernel):
     blocks, values = weights(name, n_rows, n_elements)
     x, bias = columns(n_columns, n_elements), columns(1, n_rows, seed=1)[0]
-    found = wide_product(name, blocks, x, blocks.shape[1] % 16 == 0, bias)
+    found = wide_product(name, blocks, x, shape, make_kernel, bias)
     assert error(found, x.astype(np.float64) @ values.T + bias) < bound(name)
 
 

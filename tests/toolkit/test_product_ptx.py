@@ -8,7 +8,7 @@ from ptx_rules import SLOW
 
 import numba_dequant as nd
 from numba_dequant.kernels import compiler
-from numba_dequant.kernels.product_shape import ProductShape, WideShape
+from numba_dequant.kernels.product_shape import ProductShape, TileShape, WideShape
 
 FAST = ProductShape(8, 2, 2, 1, True, True)
 
@@ -38,6 +38,20 @@ def test_many_columns(name):
     assert "cp.async.cg.shared.global" in text
     assert "griddepcontrol.wait" in text
     assert ".maxntid 128" in text
+
+
+@pytest.mark.parametrize(("name", "columns", "waits"), [("Q4_K", 64, 1), ("Q8_0", 128, 8)])
+def test_tensor_cores_of_compute_capability_9_0(name, columns, waits):
+    """They read the columns from shared memory, and are waited for only where a block ends."""
+    spec = compiler.wide_kernel(nd.FORMATS[name], "float16", None, TileShape(columns, 2, True))
+    text = compiler.ptx(spec, (9, 0))
+    assert slow(text) == []
+    assert ".target sm_90a" in text
+    assert text.count(f"wgmma.mma_async.sync.aligned.m64n{columns}k16") == 16
+    assert text.count("wgmma.wait_group") == waits
+    assert "cp.async.bulk" in text
+    assert "cp.async.cg.shared.global" in text
+    assert compiler.cubin(spec, (9, 0))[1].startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize(
