@@ -1,4 +1,4 @@
-"""Which rank of several holds which part of a model. It needs no GPU and no PyTorch.
+"""Plans: which rank holds which part of a model. This package needs no GPU and no PyTorch.
 
 ::
 

@@ -1,4 +1,4 @@
-"""How tensors are divided among ranks: placements, in the words of PyTorch's DTensor, and rules that choose them."""
+"""How tensors are divided among ranks: placements, named as in PyTorch's DTensor, and rules that choose them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ class Shard:
     """Each rank holds a part of the tensor along one dimension.
 
     Attributes:
-        dim: the dimension: of a matrix, 0 are its rows and -1 its columns; of a stack of matrices, 0 are the matrices.
-            Columns are cut between blocks.
-        unit: elements along this dimension that stay together, such as those of an attention head.
-        group: tensors of a layer with the same group are cut at the same places, in proportion to their size. The rows
-            of one matrix can so belong to the columns of the next.
-        overlaps: whether two ranks may hold the same unit, where a cut of the group falls inside it.
+        dim: the dimension to cut. In a matrix, 0 means the rows and -1 the columns. In a stack of matrices, 0 means
+            the matrices. Columns are cut between blocks.
+        unit: number of elements along this dimension that stay together, such as those of an attention head.
+        group: a name. Tensors of a layer that have the same group are cut at the same places, in proportion to their
+            size. Use it for the rows of one matrix and the columns of the next matrix.
+        overlaps: whether two ranks may hold the same unit. If the group is cut inside a unit, both hold that unit.
+
+    Raises:
+        OptionError: `unit` is less than 1, or `overlaps` is True without a `group`.
     """
 
     dim: int
@@ -29,9 +32,9 @@ class Shard:
 
     def __post_init__(self) -> None:
         if self.unit < 1:
-            raise OptionError(f"unit is {self.unit}; it must be at least 1")
+            raise OptionError(f"unit is {self.unit}, but must be 1 or more")
         if self.overlaps and self.group is None:
-            raise OptionError("overlaps needs a group: a tensor without one is cut between its own units")
+            raise OptionError("overlaps is True, but the tensor has no group; pass group, or omit overlaps")
 
 
 @dataclass(frozen=True)
@@ -41,21 +44,24 @@ class Replicate:
 
 Placement: TypeAlias = "Shard | Replicate"
 Rule: TypeAlias = "tuple[str, Placement]"
-"""A pattern of tensor names, as in a shell, and how such tensors are placed."""
+"""A glob for tensor names, such as ``"*.ffn_up.weight"``, and the placement of these tensors."""
 
 
 def llama_rules(metadata: Mapping[str, Any]) -> list[Rule]:
     """Rules for models whose tensors have the names of llama.cpp's llama: Llama, Mistral, Mixtral, Qwen, Gemma, ...
 
-    Attention is cut between heads, the layers of the feed-forward network between columns of its inner dimension,
-    experts between experts, and the two tables of tokens between tokens. All others are on every rank. Key and value
-    heads are shared by several query heads; if there are fewer of them than ranks, some ranks hold the same ones.
+    The rules divide attention by heads, the feed-forward network by its inner dimension, stacks of experts by experts,
+    and the token embedding and the output matrix by tokens. Every rank holds all other tensors. Several query heads
+    share a key head and a value head. If there are fewer of these than ranks, some ranks hold the same ones.
 
     Args:
         metadata: the metadata of the model.
 
+    Returns:
+        The rules for `plan`.
+
     Raises:
-        OptionError: the metadata does not say how long a head is.
+        OptionError: the metadata does not contain the length of an attention head.
     """
     head = _head_length(metadata)
     heads, shared_heads = Shard(0, head, "heads"), Shard(0, head, "heads", overlaps=True)
@@ -84,7 +90,7 @@ def _head_length(metadata: Mapping[str, Any]) -> int:
             length = width // heads
     if not isinstance(length, int) or length < 1:
         raise OptionError(
-            f"the metadata of architecture {shown(architecture)} does not say how long an attention head is; pass "
-            "rules of your own"
+            f"the metadata of architecture {shown(architecture)} does not contain the length of an attention head; "
+            "write your own rules"
         )
     return length

@@ -28,7 +28,7 @@ class Part:
         tensor: the tensor.
         dim: the dimension along which it is cut, or None if the rank holds the whole tensor.
         start: the first index along this dimension.
-        stop: the index behind the last.
+        stop: the index after the last one.
     """
 
     tensor: TensorInfo
@@ -44,13 +44,13 @@ class Part:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of compressed data."""
+        """The number of bytes of compressed data."""
         return self.tensor.n_bytes if self.dim is None else self.tensor.format.n_bytes(self.shape)
 
     def byte_ranges(self) -> Iterator[tuple[int, int]]:
-        """The position in the file and the number of bytes of each piece, in order. Rows are one piece.
+        """The position in the file and the number of bytes of each contiguous piece, in the order of the file.
 
-        Columns are a piece for each row.
+        A part of rows is one piece. A part of columns has one piece for each row.
         """
         tensor = self.tensor
         if not self.n_bytes:
@@ -73,9 +73,9 @@ class RankPlan:
     """What one rank holds.
 
     Attributes:
-        rank: its number.
-        stage: its stage of the pipeline.
-        parts: the parts by name, in the order of the file. A rank may hold an empty part.
+        rank: the number of the rank.
+        stage: the number of its pipeline stage.
+        parts: name of the tensor -> part. A part may be empty.
     """
 
     rank: int
@@ -84,7 +84,7 @@ class RankPlan:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of compressed data."""
+        """The number of bytes of compressed data."""
         return sum(part.n_bytes for part in self.parts.values())
 
 
@@ -93,8 +93,8 @@ class Plan:
     """What each rank holds.
 
     Attributes:
-        ranks: the ranks. Those of a stage follow each other.
-        notes: what prevents equal shares, a sentence each.
+        ranks: the plans of all ranks, in order. The ranks of a stage have consecutive numbers.
+        notes: sentences that say why shares are not equal.
     """
 
     ranks: tuple[RankPlan, ...]
@@ -102,7 +102,7 @@ class Plan:
 
     @property
     def imbalance(self) -> float:
-        """By how much the largest share exceeds the mean, as a share of the mean."""
+        """By how much the largest share exceeds the mean share, divided by the mean share; 0 if all are equal."""
         sizes = [rank.n_bytes for rank in self.ranks]
         return max(sizes) * len(sizes) / sum(sizes) - 1 if any(sizes) else 0.0
 
@@ -124,26 +124,33 @@ def plan(
 ) -> Plan:
     """Divide the tensors of a model among ranks.
 
-    The first rule whose pattern matches a name places the tensor; without one, every rank of its stage holds it.
+    The first rule whose pattern matches the name of a tensor decides about it. If no rule matches, every rank of the
+    stage holds the whole tensor.
 
     Args:
         tensors: the tensors, in the order of the file.
         world: the number of ranks.
-        rules: patterns of names, and placements.
-        stages: stages of a pipeline. Layers (``blk.0.``, ``blk.1.``, ...) are divided among them in order, and the
-            `world // stages` ranks of a stage divide its tensors. The first stage has the table of tokens, the last one
-            all that follows the layers.
-        uneven: ``"refuse"`` raises an error if a tensor cannot be divided into equal parts; otherwise some ranks have
-            a unit more, which are those with the fewest bytes so far.
+        rules: pairs (pattern of names, placement).
+        stages: the number of pipeline stages. The layers (``blk.0.``, ``blk.1.``, ...) are divided among the stages in
+            order. The ``world // stages`` ranks of a stage divide its tensors. The first stage also has the embeddings
+            of tokens and positions, every stage has the ``rope_`` tensors, and the last stage has all other tensors
+            outside the layers. If the file has no ``output.weight``, the last stage has the token embedding, too.
+        uneven: what to do if a tensor cannot be divided into equal parts. ``"allow"`` gives one unit more to the ranks
+            that have the fewest bytes so far. ``"refuse"`` raises an error.
+
+    Returns:
+        The plan. ``print(plan)`` shows the bytes of each rank.
 
     Raises:
-        OptionError: a number is not positive, the stages do not divide the ranks, or `uneven` is wrong.
-        ShapeError: a tensor cannot be divided as its rule says, or not equally.
+        OptionError: `world` or `stages` is less than 1, `world` is not a multiple of `stages`, or `uneven` is wrong.
+        ShapeError: a tensor cannot be divided as its rule says, or cannot be divided equally (``"refuse"``).
     """
     if uneven not in ("allow", "refuse"):
         raise OptionError(f"uneven is {uneven!r}; pass 'allow' or 'refuse'")
     if world < 1 or stages < 1 or world % stages:
-        raise OptionError(f"{world} ranks cannot be divided into {stages} stages; pass a multiple of the stages")
+        raise OptionError(
+            f"{world} ranks cannot be divided into {stages} stages; pass as world a multiple of stages, both 1 or more"
+        )
     width = world // stages
     ranks = tuple(RankPlan(rank, rank // width) for rank in range(world))
     notes: dict[str, None] = {}
@@ -171,11 +178,11 @@ def _stages(tensors: list[TensorInfo], count: int, notes: dict[str, None]) -> li
         else:
             last.append(tensor)
     if all(tensor.name != OUTPUT for tensor in last):
-        # The table of tokens is multiplied at the end, too.
+        # The model then uses the token embedding as its output matrix, too.
         last += [tensor for tensor in first if tensor.name == TOKENS]
     pieces = [layers[number] for number in sorted(layers)]
     if len(pieces) < count:
-        notes[f"there are {len(pieces)} layers for {count} stages, so some stages have none"] = None
+        notes[f"there are {len(pieces)} layers for {count} stages, so some stages have no layer"] = None
     sizes = [sum(tensor.n_bytes for tensor in piece) for piece in pieces]
     before, after = (sum(tensor.n_bytes for tensor in end) for end in (first, last))
     ends = _contiguous(sizes, count, before, after)
@@ -192,9 +199,9 @@ def _stages(tensors: list[TensorInfo], count: int, notes: dict[str, None]) -> li
 
 
 def _contiguous(sizes: list[int], count: int, before: int, after: int) -> list[int]:
-    """Where to end each of `count` runs of `sizes`, so that the largest sum is as small as possible.
+    """The ends of `count` consecutive runs of `sizes` whose largest sum is as small as possible.
 
-    The first run has `before` more, and the last one `after`.
+    `before` is added to the sum of the first run, and `after` to that of the last run.
     """
 
     def ends_within(limit: int) -> list[int] | None:
@@ -206,7 +213,6 @@ def _contiguous(sizes: list[int], count: int, before: int, after: int) -> list[i
                 if len(ends) == count:
                     return None
             total += size
-        # The last run has `after`, too.
         if len(ends) == count - 1 and total + after > limit:
             return None
         return ends + [len(sizes)] * (count - len(ends))
@@ -276,8 +282,8 @@ class _Divider:
                 unit = lcm(unit, units[tensor.name] * (whole // extent))
             elif extent and whole % extent:
                 raise ShapeError(
-                    f"{tensor.name} has {extent} elements along the dimension that is cut, which do not divide the "
-                    f"{whole} of another tensor of its group {shards[tensor.name].group!r}; change the rules"
+                    f"{tensor.name} has {extent} elements along the dimension to cut, but another tensor of its group "
+                    f"{shards[tensor.name].group!r} has {whole}, which is not a multiple of that; change the rules"
                 )
         cuts = self._cuts(tensors, whole, unit)
         found: dict[str, list[Part]] = {}

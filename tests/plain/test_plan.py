@@ -237,7 +237,7 @@ def test_any_model(seed):
     ("arguments", "message"),
     [
         ({"world": 0}, "0 ranks cannot be divided into 1 stages"),
-        ({"world": 4, "stages": 3}, "4 ranks cannot be divided into 3 stages; pass a multiple of the stages"),
+        ({"world": 4, "stages": 3}, "4 ranks cannot be divided into 3 stages; pass as world a multiple of stages"),
         ({"world": 2, "uneven": "no"}, "uneven is 'no'; pass 'allow' or 'refuse'"),
     ],
 )
@@ -250,11 +250,11 @@ def test_wrong_rules():
     tensors = tensors_of({"blk.0.a": ("F32", (4, 8)), "blk.0.b": ("F32", (6, 8)), "c": ("F32", (8,))})
     with pytest.raises(nd.ShapeError, match=r"c of shape \(8,\) has no dimension 1; change the rule for it"):
         plan(tensors, 2, [("c", Shard(1))])
-    with pytest.raises(nd.ShapeError, match=r"blk\.0\.a has 4 elements along the dimension that is cut"):
+    with pytest.raises(nd.ShapeError, match=r"blk\.0\.a has 4 elements along the dimension to cut, but another tensor"):
         plan(tensors, 2, [("blk.*", Shard(0, group="g"))])
-    with pytest.raises(nd.OptionError, match="unit is 0; it must be at least 1"):
+    with pytest.raises(nd.OptionError, match="unit is 0, but must be 1 or more"):
         Shard(0, unit=0)
-    with pytest.raises(nd.OptionError, match="overlaps needs a group"):
+    with pytest.raises(nd.OptionError, match="overlaps is True, but the tensor has no group"):
         Shard(0, overlaps=True)
-    with pytest.raises(nd.OptionError, match="does not say how long an attention head is; pass rules of your own"):
+    with pytest.raises(nd.OptionError, match="does not contain the length of an attention head; write your own rules"):
         llama_rules({"general.architecture": "t5"})
