@@ -1,7 +1,8 @@
-"""GGUF files on several ranks of `torch.distributed`: each reads its part, and what all need is read once.
+"""Load GGUF files on several ranks of `torch.distributed`. Each rank reads its part, and shared tensors are read once.
 
-No rank reads or sends before all have agreed on the file, and none dequantizes before all have their bytes. So an error
-on one rank becomes an error on all, and no rank waits for another that has given up.
+No rank reads a tensor before all ranks have agreed on the file and the plan. No rank sends before all have read, and no
+rank returns before all have dequantized. So an error on one rank becomes an error on all ranks, and no rank waits for
+another one that has failed.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ if TYPE_CHECKING:
 Planner = Plan | Callable[[Model], Plan]
 
 SLAB = 4 << 20
-"""Bytes that are read at a time where a rank needs only some columns."""
+"""Bytes that a rank reads at a time if it needs only some columns."""
 
 
 @dataclass(frozen=True)
 class _Share:
-    """What one rank holds of a tensor, without the file: it can be sent.
+    """What one rank holds of a tensor. Unlike a `Part`, it can be sent to a rank that does not have the file.
 
     Attributes:
         name: the name of the tensor.
@@ -50,7 +51,7 @@ class _Share:
         shape: the shape of the share.
         dim: the dimension along which the tensor is cut, or None.
         start: the first index along it.
-        stop: the index behind the last.
+        stop: the index after the last one.
     """
 
     name: str
@@ -74,9 +75,9 @@ def load_sharded(
     *,
     keep_quantized: bool,
 ) -> dict[str, Tensor]:
-    """What the plan gives this rank; see `load_file`."""
+    """The tensors of this rank by the plan; see `load_file`."""
     if not dist.is_available() or not dist.is_initialized():
-        raise OptionError("a plan is for several ranks; call torch.distributed.init_process_group first")
+        raise OptionError("a plan needs a process group; call torch.distributed.init_process_group first")
     ranks = _Ranks(group)
     with ranks.all_or_none("use its arguments"):
         if not isinstance(planner, Plan) and not callable(planner):
@@ -101,7 +102,7 @@ def load_dtensors(
     from torch.distributed.tensor import DTensor
 
     if mesh.ndim != 1:
-        raise OptionError(f"the mesh has {mesh.ndim} dimensions; pass one of them, such as mesh['tp']")
+        raise OptionError(f"the mesh has {mesh.ndim} dimensions, not 1; pass one of them, such as mesh['tp']")
     rules = [(pattern, _placement(pattern, given)) for pattern, given in placements.items()]
 
     def equal_parts(model: Model) -> Plan:
@@ -109,7 +110,7 @@ def load_dtensors(
             return plan(model.tensors.values(), mesh.size(), rules, uneven="refuse")
         except ShapeError as error:
             reason = str(error).partition(";")[0]
-            raise ShapeError(f"{reason}; a DTensor has equal parts: pass plan= instead of device_mesh=") from error
+            raise ShapeError(f"{reason}, but a DTensor needs equal parts; pass plan instead of device_mesh") from error
 
     place = torch.device(mesh.device_type)
     device = torch.device(place.type, torch.cuda.current_device()) if place.type == "cuda" else place
@@ -126,27 +127,27 @@ def load_dtensors(
 
 
 def _placement(pattern: str, given: Any) -> Placement:
-    """The placement for PyTorch's one, alone or as the only entry of a sequence."""
+    """Our placement for PyTorch's placement, which may be the only item of a list."""
     one = given[0] if isinstance(given, (list, tuple)) and len(given) == 1 else given
     if isinstance(one, dist.tensor.Replicate):
         return Replicate()
     if isinstance(one, dist.tensor.Shard):
         return Shard(one.dim)
     raise OptionError(
-        f"the placement of {pattern!r} is {shown(given)}; pass torch.distributed.tensor.Shard or Replicate for each "
-        "pattern of names"
+        f"the placement of {pattern!r} is {shown(given)}; pass a Shard or a Replicate of torch.distributed.tensor for "
+        "each pattern"
     )
 
 
 class _Ranks:
-    """The ranks of a group, and how they agree."""
+    """The ranks of a process group: communication, and errors that all of them raise."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
         self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
 
     def gather(self, thing: Any) -> list[Any]:
-        """What each rank says."""
+        """The objects that all ranks pass, by rank."""
         found: list[Any] = [None] * self.count
         self.call(dist.all_gather_object, found, thing, group=self.group)
         return found
@@ -155,14 +156,14 @@ class _Ranks:
         """Call a function of `torch.distributed`.
 
         Raises:
-            DeviceError: another rank has ended, or does not answer within the timeout of the group.
+            DeviceError: the call fails, usually because another rank has ended or does not answer within the timeout.
         """
         try:
             return function(*arguments, **options)
         except RuntimeError as error:  # of PyTorch's: DistError and what the backends raise
             raise DeviceError(
-                f"rank {self.rank} of {self.count} lost another rank: {str(error).splitlines()[0]}; see what that rank "
-                "printed"
+                f"rank {self.rank} of {self.count} cannot communicate with the other ranks: "
+                f"{str(error).splitlines()[0]}; look for the first error that another rank printed"
             ) from error
 
     def global_rank(self, rank: int) -> int:
@@ -170,7 +171,7 @@ class _Ranks:
 
     @contextmanager
     def all_or_none(self, what: str) -> Iterator[None]:
-        """A context whose error is raised on all ranks."""
+        """A context. If it raises an error on one rank, all other ranks raise a DeviceError that quotes it."""
         try:
             yield
         except (NumbaDequantError, RuntimeError, MemoryError) as error:
@@ -182,13 +183,13 @@ class _Ranks:
 
 
 def _agree(ranks: _Ranks, path: Any, planner: Planner) -> tuple[Model | None, list[list[_Share]], list[bool]]:
-    """The model, if this rank has the file, what each rank holds, and which ranks have the file.
+    """The model (None if this rank does not have the file), what each rank holds, and which ranks have the file.
 
     Raises:
         NumbaDequantError: the file is damaged here, or no rank has it.
-        DeviceError: another rank could not open it.
+        DeviceError: another rank could not open the file or use its plan.
         ReadError: the files of two ranks differ.
-        OptionError: the plan is for another number of ranks.
+        OptionError: the plan is for another number of ranks, or the plans of two ranks differ.
     """
     model, shares, error, where = None, None, None, ""
     try:
@@ -197,13 +198,13 @@ def _agree(ranks: _Ranks, path: Any, planner: Planner) -> tuple[Model | None, li
         where = next((tensor.path for tensor in model.tensors.values()), "the model")
     except FileNotFoundError as missing:
         error = missing
-    except Exception as other:  # the ranks must hear of it before it is raised
+    except Exception as other:  # the other ranks must get the message before this one raises the error
         ranks.gather((None, None, f"{type(other).__name__}: {other}"))
         raise
     said = ranks.gather((None if model is None else _digest(model), shares, None))
     for rank, (_, _, sentence) in enumerate(said):
         if sentence is not None:
-            raise DeviceError(f"rank {rank} could not open the file or plan: {sentence}")
+            raise DeviceError(f"rank {rank} could not open the file or use its plan: {sentence}")
     holders = [rank for rank, (digest, _, _) in enumerate(said) if digest is not None]
     if not holders:
         assert error is not None
@@ -212,10 +213,10 @@ def _agree(ranks: _Ranks, path: Any, planner: Planner) -> tuple[Model | None, li
     for rank in holders[1:]:
         if said[rank][0] != first[0]:
             raise ReadError(
-                where, None, None, f"the files of rank {holders[0]} and rank {rank} differ; give both the same file"
+                where, None, None, f"the files of rank {holders[0]} and rank {rank} differ; use the same file on both"
             )
         if said[rank][1] != first[1]:
-            raise OptionError(f"the plans of rank {holders[0]} and rank {rank} differ; make them in the same way")
+            raise OptionError(f"the plans of rank {holders[0]} and rank {rank} differ; make the same plan on all ranks")
     return model, first[1], [digest is not None for digest, _, _ in said]
 
 
@@ -238,9 +239,9 @@ def _digest(model: Model) -> str:
 
 def _shares(given: Any, count: int) -> list[list[_Share]]:
     if not isinstance(given, Plan):
-        raise OptionError(f"the function that was passed as plan returned {shown(given)}; it must return a Plan")
+        raise OptionError(f"the function that was passed as plan returned {shown(given)}, but must return a Plan")
     if len(given.ranks) != count:
-        raise OptionError(f"the plan is for {len(given.ranks)} ranks, but the group has {count}")
+        raise OptionError(f"the plan is for {len(given.ranks)} ranks, but the group has {count}; pass {count} as world")
     return [
         [
             _Share(name, part.tensor.format.name, part.shape, part.dim, part.start, part.stop)
@@ -251,7 +252,7 @@ def _shares(given: Any, count: int) -> list[list[_Share]]:
 
 
 def _read(model: Model, rank: int, routes: _Routes) -> dict[tuple[int, str], NDArray[np.uint8]]:
-    """The bytes that this rank reads, by the rank that they are for and the name of the tensor."""
+    """The bytes that this rank reads: (the rank that needs them, name of the tensor) -> bytes."""
     found = {}
     with OpenFiles() as files:
         for reader, share in routes.read_by(rank):
@@ -277,7 +278,7 @@ def _read_range(files: OpenFiles, tensor: Any, offset: int, size: int) -> NDArra
 
 
 def _read_part(files: OpenFiles, part: Part) -> NDArray[np.uint8]:
-    """The bytes of a part. Of columns, whole rows are read, a few megabytes at a time."""
+    """The bytes of a part. For columns, it reads whole rows, a few megabytes at a time."""
     tensor, dim = part.tensor, part.dim
     assert dim is not None
     if not part.n_bytes:
@@ -298,10 +299,11 @@ def _read_part(files: OpenFiles, part: Part) -> NDArray[np.uint8]:
 
 
 class _Routes:
-    """Who reads what, and who sends it to whom.
+    """Which rank reads which bytes, and sends them to which rank.
 
-    A rank with the file reads its own parts. What several of these hold, they read in equal pieces, which are then
-    gathered. For a rank without the file, another one reads and sends.
+    A rank that has the file reads its own parts. If several such ranks hold a whole tensor, each reads a piece of equal
+    size, and the pieces are then gathered. If a rank does not have the file, another rank reads its parts and sends
+    them.
 
     Args:
         ranks: the ranks.
@@ -312,7 +314,7 @@ class _Routes:
 
     def __init__(self, ranks: _Ranks, shares: list[list[_Share]], has_file: list[bool], device: torch.device) -> None:
         self._ranks, self._shares, self._has_file = ranks, shares, has_file
-        # NCCL moves memory of GPUs. The bytes then cross the bus once.
+        # NCCL sends from GPU to GPU, so each piece crosses the bus between host and GPU only once.
         self._device = device if dist.get_backend(ranks.group) == "nccl" else torch.device("cpu")
         self._holders: dict[str, tuple[int, ...]] = {}
         for rank, of_rank in enumerate(shares):
@@ -321,18 +323,18 @@ class _Routes:
                     self._holders[share.name] = (*self._holders.get(share.name, ()), rank)
 
     def source_of(self, rank: int) -> int:
-        """The rank that reads for a rank."""
+        """The rank that reads the parts of a rank."""
         sources = [each for each, has in enumerate(self._has_file) if has]
         return rank if self._has_file[rank] else sources[rank % len(sources)]
 
     def read_by(self, rank: int) -> Iterator[tuple[int, _Share]]:
-        """For which ranks a rank reads which shares."""
+        """The shares that a rank reads, each with the rank that needs it."""
         for other, of_rank in enumerate(self._shares):
             if self.source_of(other) == rank:
                 yield from ((other, share) for share in of_rank)
 
     def piece(self, rank: int, share: _Share) -> tuple[int, int]:
-        """Where the piece of a whole tensor starts that is read for a rank, and its size."""
+        """The piece of a whole tensor that is read for a rank: its first byte and its size."""
         if not self._has_file[rank]:
             return 0, share.n_bytes
         holders = self._holders[share.name]
@@ -375,7 +377,7 @@ class _Routes:
         return together[: share.n_bytes]
 
     def _groups(self) -> dict[tuple[int, ...], dist.ProcessGroup | None]:
-        """A process group for each set of ranks, this one among them, that gather a tensor."""
+        """A process group for each set of ranks that gather a tensor and that contains this rank."""
         ranks, found = self._ranks, {}
         names = {share.name for of_rank in self._shares for share in of_rank if share.dim is None}
         for holders in sorted({self._holders[name] for name in names if name in self._holders}):
@@ -383,7 +385,7 @@ class _Routes:
                 found[holders] = ranks.group
             elif len(holders) > 1 and ranks.rank in holders:
                 members = [ranks.global_rank(rank) for rank in holders]
-                # Ranks that are not members need not take part: they may not even be in our group.
+                # The other ranks of the program may be busy with another group, so they must not have to take part.
                 found[holders] = ranks.call(dist.new_group, members, use_local_synchronization=True)
         return found
 

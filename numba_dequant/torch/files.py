@@ -42,7 +42,7 @@ def load_file(
     device_mesh: DeviceMesh | None = None,
     placements: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Load the tensors of a GGUF file; with a plan, the part of this rank.
+    """Load the tensors of a GGUF file, or only the part of this rank.
 
     >>> import numba_dequant.torch
     >>> tensors = numba_dequant.torch.load_file("model.gguf", "cuda", torch.bfloat16)  # doctest: +SKIP
@@ -55,31 +55,35 @@ def load_file(
         select: the tensors to load, as for `Model.load_all`: names, globs, expressions or a function. None means all.
         keep_quantized: keep the blocks of quantized tensors, as uint8 of shape (..., bytes per row);
             ``numba_dequant.open(path).tensors[name].format`` is their type. Other tensors are converted to `dtype`.
-        plan: what each rank of `group` holds, or a function that returns it for a model; see
-            `numba_dequant.parallel.plan`. All ranks call `load_file`. A rank reads its own parts; what several ranks
-            hold, they read in pieces, which are gathered while they are compressed. A rank whose `path` does not exist
-            gets its part from another one. An error on one rank is raised on all.
-        group: the process group; None means the default group.
-        device_mesh: load DTensors on this mesh of one dimension, instead of by a plan. `device` is that of the mesh.
-        placements: patterns of names -> `torch.distributed.tensor.Shard` or `Replicate`. The first pattern that matches
-            counts; other tensors are replicated. Parts must be equal, and columns whole blocks.
+        plan: a `numba_dequant.parallel.Plan`, or a function that takes the `Model` and returns one. All ranks of
+            `group` must call `load_file`, and each gets its part. If several ranks hold a whole tensor, each reads a
+            piece of it, and they exchange the compressed pieces. If `path` does not exist on a rank, another rank reads
+            for it. With the backend "nccl", `device` must be a GPU.
+        group: the process group of the plan; None means the default group.
+        device_mesh: a mesh of one dimension. The results are DTensors on this mesh, and `device` is not used. Pass
+            `placements`, too, but no `plan`.
+        placements: glob -> `Shard` or `Replicate` of `torch.distributed.tensor`. The first glob that matches is used.
+            Other tensors are replicated. All parts of a tensor must be equal. Parts of columns must be whole blocks.
 
     Returns:
         name -> tensor, in file order. On a GPU, the memory is from PyTorch's caching allocator.
 
     Raises:
-        TensorNotFoundError, DtypeError, OptionError: an argument is wrong. Nothing has been read.
+        TensorNotFoundError, DtypeError, OptionError: an argument is wrong. Without `plan`, no tensor has been read.
+        ShapeError: a tensor cannot be divided equally for `device_mesh`. No tensor has been read.
         GgufError, ReadError: the file is damaged or cannot be read.
         DeviceError: the device cannot be used, or another rank has failed.
     """
     kept = flag_option("keep_quantized", keep_quantized)
     if device_mesh is not None or placements is not None:
         if device_mesh is None or placements is None or plan is not None or group is not None or select is not None:
-            raise OptionError("device_mesh and placements go together, without plan, group and select")
+            raise OptionError("device_mesh and placements must be passed together, and without plan, group and select")
         return load_dtensors(path, dtype, device_mesh, placements, keep_quantized=kept)
     if plan is not None:
         if select is not None:
-            raise OptionError("pass select or plan, not both: a plan says which tensors each rank holds")
+            raise OptionError(
+                "select cannot be combined with plan, which says which tensors each rank holds; omit select"
+            )
         return load_sharded(path, torch.device(device), dtype, plan, group, keep_quantized=kept)
     model = open_model(path)
     type_of = dtype_resolver(dtype)

@@ -1,4 +1,4 @@
-"""Layers whose weights are compressed and divided among the ranks of a device mesh, for `parallelize_module`."""
+"""Styles for `parallelize_module` that divide layers with compressed weights among the ranks of a device mesh."""
 
 from __future__ import annotations
 
@@ -20,16 +20,22 @@ if TYPE_CHECKING:
 
 
 class QuantizedColwiseParallel(ParallelStyle):
-    """Divide the outputs of a `QuantizedLinear`: each rank keeps some rows of the weight, and computes their outputs.
+    """Divide the outputs of a `QuantizedLinear`. Each rank keeps some rows of the weight and computes their outputs.
 
     >>> from torch.distributed.tensor.parallel import parallelize_module
     >>> styles = {"up": QuantizedColwiseParallel(unit=256), "down": QuantizedRowwiseParallel(unit=256)}
     >>> parallelize_module(model, mesh, styles)  # doctest: +SKIP
 
     Args:
-        unit: outputs that stay together, such as those of an attention head. Give the layer that takes the outputs the
-            same unit, and one that is a multiple of the block of its format.
-        gather_output: give all outputs to every rank. Otherwise each rank returns its own.
+        unit: number of outputs that stay together, such as those of an attention head. The layer that takes the outputs
+            needs the same unit, which must be a multiple of the block size of its format.
+        gather_output: whether each rank returns all outputs. If False, each rank returns its own outputs. Use True for
+            inference only: gradients are then wrong.
+
+    Raises:
+        OptionError: `parallelize_module` raises it if a layer is not a `QuantizedLinear`, `unit` is less than 1, or the
+            mesh has more than one dimension.
+        ShapeError: `parallelize_module` raises it if there are fewer units than ranks.
     """
 
     def __init__(self, *, unit: int = 1, gather_output: bool = False) -> None:
@@ -58,14 +64,17 @@ class QuantizedColwiseParallel(ParallelStyle):
 
 
 class QuantizedRowwiseParallel(ParallelStyle):
-    """Divide the inputs of a `QuantizedLinear`: each rank keeps some columns of the weight, and the results are added.
+    """Divide the inputs of a `QuantizedLinear`. Each rank keeps some columns of the weight, and the results are added.
 
-    Columns are cut between blocks. The bias is added once. Each rank returns the whole result; its sum is computed in
-    the dtype of the outputs.
+    Columns are cut between blocks. The bias is added once, by the first rank. Each rank returns the whole result. The
+    results of the ranks are added in the dtype of the outputs.
 
     Args:
-        unit: inputs that stay together.
-        split_input: each rank is given all inputs and takes its own. Otherwise it is given its own.
+        unit: number of inputs that stay together.
+        split_input: whether each rank gets all inputs and takes its part. If False, each rank gets only its part.
+
+    Raises:
+        OptionError, ShapeError: as for `QuantizedColwiseParallel`.
     """
 
     def __init__(self, *, unit: int = 1, split_input: bool = False) -> None:
@@ -93,13 +102,13 @@ class QuantizedRowwiseParallel(ParallelStyle):
 def _quantized(module: nn.Module) -> QuantizedLinear:
     if not isinstance(module, QuantizedLinear):
         raise OptionError(
-            f"this style is for a QuantizedLinear, got a {type(module).__name__}; use PyTorch's own style for it"
+            f"this style is for a QuantizedLinear, but the layer is a {type(module).__name__}; use a style of PyTorch"
         )
     return module
 
 
 def _cut(extent: int, unit: int, rank: int, count: int) -> tuple[int, int]:
-    """The range of one rank, in whole units; the first ranks have one more if they are not equal."""
+    """The range of one rank, in whole units. If the ranges cannot be equal, the first ranks have one unit more."""
     each, more = divmod(-(-extent // unit), count)
     start = rank * each + min(rank, more)
     return min(start * unit, extent), min((start + each + (rank < more)) * unit, extent)
@@ -107,16 +116,16 @@ def _cut(extent: int, unit: int, rank: int, count: int) -> tuple[int, int]:
 
 def _range_of(extent: int, unit: int, mesh: DeviceMesh, what: str) -> tuple[int, int]:
     if unit < 1:
-        raise OptionError(f"unit is {unit}; it must be at least 1")
+        raise OptionError(f"unit is {unit}, but must be 1 or more")
     if mesh.ndim != 1:
-        raise OptionError(f"the mesh has {mesh.ndim} dimensions; pass the one for this style, such as mesh['tp']")
+        raise OptionError(f"the mesh has {mesh.ndim} dimensions, not 1; pass one of them, such as mesh['tp']")
     if -(-extent // unit) < mesh.size():
         raise ShapeError(f"{what}, in units of {unit}, are too few for {mesh.size()} ranks; use fewer ranks")
     return _cut(extent, unit, mesh.get_local_rank(), mesh.size())
 
 
 class _Added(torch.autograd.Function):
-    """The sum over all ranks. Its gradient is that of each summand."""
+    """The sum over all ranks. Each summand gets the gradient of the sum."""
 
     @staticmethod
     def forward(context: Any, value: Tensor, group: Any) -> Tensor:
@@ -128,7 +137,7 @@ class _Added(torch.autograd.Function):
 
 
 class _GradientsAdded(torch.autograd.Function):
-    """The value itself. Each rank has a part of its gradient: they are added."""
+    """The value, unchanged. In backward, the gradients of all ranks are added, because each is only a part."""
 
     @staticmethod
     def forward(context: Any, value: Tensor, group: Any) -> Tensor:

@@ -170,13 +170,13 @@ def test_a_rank_without_the_file_receives(two, folder):
     ("scenario", "sentences"),
     [
         ("nobody", ["MissingFileError", "MissingFileError"]),
-        ("other", ["the files of rank 0 and rank 1 differ; give both the same file"] * 2),
-        ("damaged", ["GgufError", "DeviceError: rank 0 could not open the file or plan: GgufError"]),
+        ("other", ["the files of rank 0 and rank 1 differ; use the same file on both"] * 2),
+        ("damaged", ["GgufError", "DeviceError: rank 0 could not open the file or use its plan: GgufError"]),
         (
             "plan",
             [
-                "OptionError: the plan is for 3 ranks, but the group has 2",
-                "DeviceError: rank 0 could not open the file or plan: OptionError: the plan is for 3 ranks",
+                "OptionError: the plan is for 3 ranks, but the group has 2; pass 2 as world",
+                "DeviceError: rank 0 could not open the file or use its plan: OptionError: the plan is for 3 ranks",
             ],
         ),
         (
@@ -192,17 +192,17 @@ def test_a_rank_without_the_file_receives(two, folder):
         ),
         (
             "dtensor uneven",
-            ["equally among 2 ranks; a DTensor has equal parts: pass plan= instead of device_mesh="] * 2,
+            ["equally among 2 ranks, but a DTensor needs equal parts; pass plan instead of device_mesh"] * 2,
         ),
-        ("dtensor wrong", ["OptionError: the placement of '*.rows' is 1; pass torch.distributed.tensor.Shard or"] * 2),
+        ("dtensor wrong", ["OptionError: the placement of '*.rows' is 1; pass a Shard or a Replicate of torch"] * 2),
         ("dtype", ["DeviceError: rank 1 could not use its arguments: DtypeError", "DtypeError"]),
         ("no plan", ["OptionError: plan must be a Plan or a function that returns one for a model, got {}"] * 2),
         (
             "not a plan",
-            ["OptionError: the function that was passed as plan returned None; it must return a Plan"] * 2,
+            ["OptionError: the function that was passed as plan returned None, but must return a Plan"] * 2,
         ),
-        ("select", ["OptionError: pass select or plan, not both"] * 2),
-        ("dead", ["DeviceError: rank 0 of 2 lost another rank"]),
+        ("select", ["OptionError: select cannot be combined with plan"] * 2),
+        ("dead", ["DeviceError: rank 0 of 2 cannot communicate with the other ranks"]),
     ],
 )
 def test_a_fault_is_an_error_on_every_rank(two, scenario, sentences):
@@ -224,9 +224,9 @@ def test_divided_layers_compute_what_one_does(tmp_path):
             assert max(found[name][1:]) < 1e-5
         assert max(found["alone"]) < 1e-5
         assert found["errors"] == [
-            "this style is for a QuantizedLinear, got a Linear; use PyTorch's own style for it",
+            "this style is for a QuantizedLinear, but the layer is a Linear; use a style of PyTorch",
             "256 inputs (Q4_K has blocks of 256), in units of 256, are too few for 2 ranks; use fewer ranks",
-            "unit is 0; it must be at least 1",
+            "unit is 0, but must be 1 or more",
         ]
 
 
