@@ -88,9 +88,9 @@ def dequantize(
         format: a name in `FORMATS`, in upper or lower case; a ggml id (also as a member of gguf-py's
             `GGMLQuantizationType`); or a `Format`.
         dtype: type of the result: "float16", "bfloat16", "float32", an alias ("fp16", "half", "bf16", "fp32", ...), or
-            a NumPy, ml_dtypes or PyTorch dtype. None means the dtype of `out`; without `out`, PyTorch's default dtype
-            if `data` is a PyTorch tensor, otherwise float16. The values are those of GGML in float32, rounded once to
-            nearest even. Integers and F64 keep their stored type.
+            a NumPy, ml_dtypes or PyTorch dtype. None means the dtype of `out`. If there is no `out`, it means PyTorch's
+            default dtype if `data` is a PyTorch tensor, otherwise float16. The values are those of GGML in float32,
+            rounded once to nearest even. Integers and F64 keep their stored type.
         shape: shape of the result, rows first. One extent may be -1. The default is the shape of `out`, or one
             dimension.
         device: "reference" (NumPy), "cpu", "cuda", "cuda:1", ..., the ordinal of a GPU, or a device of PyTorch, JAX,
@@ -244,9 +244,10 @@ def matmul(
 ) -> Any:
     """Multiply with a weight that stays compressed: ``x @ W.T + bias``, where `W` are the values of `weight`.
 
-    On a GPU with tensor cores, kernels multiply the blocks themselves. The CPU dequantizes a few rows at a time. All
-    add up in float32. `W` as a whole is never in memory. PyTorch's autograd does not see the product;
-    `numba_dequant.torch.linear` has gradients.
+    On a GPU with tensor cores, kernels multiply the blocks themselves. With many columns, PyTorch multiplies
+    dequantized pieces of at most 2**28 elements, if the program has imported it. The CPU dequantizes a few rows at a
+    time. The kernels and the CPU add up in float32; for PyTorch, its own settings of precision apply. Its autograd does
+    not record the product; `numba_dequant.torch.linear` has gradients.
 
     >>> import numpy as np, numba_dequant as nd
     >>> block = np.float16(0.5).tobytes() + bytes(range(32))
@@ -258,16 +259,17 @@ def matmul(
     Args:
         x: float16, bfloat16 or float32 of shape (..., elements of a row of the weight): a NumPy array, a PyTorch
             tensor, or a GPU array that has `__cuda_array_interface__` or `__dlpack__`.
-        weight: a `QuantizedTensor` of two dimensions, which `load` returns if you pass `keep_quantized`; a tuple
-            (data, format, shape); or whole rows of blocks, as `data` of `dequantize`. A row has as many elements as
-            the last dimension of `x`.
-        format: the format of the blocks, as for `dequantize`; omit it if the weight brings it along.
+        weight: a `QuantizedTensor` of two dimensions, which `load` returns if you pass ``keep_quantized=True``; a tuple
+            (data, format) or (data, format, shape); or whole rows of blocks, as `data` of `dequantize`. A row has as
+            many elements as the last dimension of `x`.
+        format: the format of the blocks, as for `dequantize`; omit it if `weight` contains it.
         bias: float16, bfloat16 or float32 of shape (rows,), which is added to each result, or None.
         dtype: type of the result, as for `dequantize`. None means the dtype of `out`; without `out`, that of `x`.
         device: as for `dequantize`. If you omit it, the GPU of `x`, `weight` or `bias` is used, otherwise the first
             GPU. For a GPU, arrays may be on the host or on that GPU.
         out: contiguous array to write to, as for `dequantize`. It must not share memory with the other arrays.
-        stream: as for `dequantize`; `x` decides about the default, then `weight`, `bias` and `out`.
+        stream: as for `dequantize`. The default is that of the first array of PyTorch or CuPy among `x`, `weight`,
+            `bias` and `out`.
 
     Returns:
         `out`, or a new array of shape (..., rows), as from `dequantize`.
@@ -277,8 +279,9 @@ def matmul(
         DataError: `x`, `weight` or `bias` is not an array, or `weight` is not a whole number of blocks.
         DtypeError: the type of `x`, `weight` or `bias` cannot be multiplied, or there is no such `dtype`.
         ShapeError: the shapes of `x`, `weight` and `bias` do not match.
-        DeviceError: `device` or `stream` cannot be used, or there is not enough memory. A GPU without tensor cores, an
-            `x` of float32 and F32, F16 and BF16 weights need PyTorch: the program must have imported it.
+        DeviceError: `device` or `stream` cannot be used, or there is not enough memory. On a GPU, some products need
+            PyTorch, which the program must have imported: those on a GPU without tensor cores, with an `x` of float32,
+            and with an F32, F16 or BF16 weight.
     """
     given = product_job(x, weight, format, bias, dtype, out)
     on_gpu = next((array for array in (given.x, given.weight, given.bias) if is_on_gpu(array)), None)

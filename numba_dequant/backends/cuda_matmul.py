@@ -34,9 +34,9 @@ class _Operand:
 
     Attributes:
         name: the name of the argument.
-        array: the array, as long as the call must tell its library that it uses it.
-        host: its elements, if they must be sent to the GPU.
-        on_gpu: its memory on the GPU, once it is there.
+        array: the array, until its library need not know any more that the call uses it; then None.
+        host: the elements, if they are on the host and must be copied to the GPU.
+        on_gpu: the memory on the GPU; None until the elements are there.
     """
 
     name: str
@@ -116,12 +116,17 @@ def _operand(name: str, array: Any, call: CallStream) -> _Operand:
 
 
 def _check_fallback(gpu: Gpu, given: ProductJob, x_type: str, reason: str) -> None:
-    """Raise an error if PyTorch cannot multiply the values in place of the tensor cores."""
+    """Raise an error if PyTorch cannot multiply dequantized pieces instead.
+
+    Raises:
+        DeviceError: the program has not imported PyTorch, or PyTorch cannot use a GPU.
+        DtypeError: the GPU does not support the type in which PyTorch would multiply.
+    """
     if not TORCH.can_compute():
         convert = "convert x to float16, or " if x_type == "float32" else ""
         raise DeviceError(
             f"cuda:{gpu.index} cannot multiply this weight while it is compressed, because {reason}; {convert}import "
-            "PyTorch with CUDA, which then multiplies its values"
+            "PyTorch with CUDA before this call, which then multiplies dequantized pieces"
         )
     assert given.dtype is not None
     cuda.check_capability(_computing_type(x_type, given.dtype), given.fmt, gpu)
@@ -177,7 +182,7 @@ class _Task:
         cuda_product.multiply(call.gpu, operands, lambda n_bytes: self._allocate(n_bytes).pointer, call.handle)
 
     def multiply_by_torch(self, x: _Operand, weight: _Operand, bias: _Operand | None) -> None:
-        """Queue kernels that dequantize pieces of the weight, and products of PyTorch's with each."""
+        """Queue kernels that dequantize pieces of the weight, each followed by its product, which PyTorch computes."""
         given, call, gpu = self.given, self.call, self.call.gpu
         n_rows, n_elements, dtype = given.n_rows, given.n_elements, _computing_type(self.x_type, self.dtype)
         blocks = weight.sent(call).pointer
@@ -199,7 +204,7 @@ class _Task:
                 TORCH.write_product(out[:, first:last], columns, values, some)
 
     def write_bias(self, bias: _Operand | None) -> None:
-        """Queue the result where a row of the weight has no elements: the bias, or zeros."""
+        """Queue the result for a weight whose rows have no elements: the bias, or zeros."""
         given, call = self.given, self.call
         if bias is None or self.bias_type is None:
             call.gpu.memset(self.target, 0, call.handle)
@@ -219,14 +224,15 @@ class _Task:
         else:
             if call.handle:
                 call.gpu.refuse_capture(
-                    call.handle, "this product needs temporary memory; capture it with PyTorch, and pass its tensors"
+                    call.handle,
+                    "this product needs temporary memory; capture with PyTorch, and pass tensors of PyTorch",
                 )
             memory = call.gpu.allocate(n_bytes, call.handle, call.keeper)
         self._memory.append(memory)
         return memory
 
     def _aligned(self, memory: DeviceBytes, alignment: int) -> int:
-        """The address of an array; of a copy if it is not aligned."""
+        """The address of an array, or of a copy if the array is not aligned."""
         if memory.pointer % alignment == 0:
             return memory.pointer
         copy = self._allocate(memory.n_bytes)

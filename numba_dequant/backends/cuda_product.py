@@ -33,16 +33,16 @@ WARPS = (4, 5, 6, 7, 8)
 """Warps of a thread block."""
 
 EXPERT_COLUMNS = 8
-"""Columns that a matrix is multiplied with at a time, if there are several matrices."""
+"""Columns that a kernel multiplies at a time if there are experts."""
 
 MOST_COLUMNS = 128
-"""Columns up to which kernels multiply the blocks themselves. With more, cuBLAS wins although it needs the values."""
+"""Maximum number of columns for kernels that multiply blocks. With more, dequantizing first and cuBLAS is faster."""
 
 ROWS_OF_PROCESSOR = 48
-"""With fewer rows for each multiprocessor, too few of them have work if there are more than 32 columns."""
+"""Minimum rows per multiprocessor for more than 32 columns. With fewer rows, some multiprocessors have no work."""
 
 MANY_TILES = 2048
-"""From this number of tiles, thread blocks with memory for one chunk are faster, because more of them fit."""
+"""Number of tiles from which thread blocks with memory for one chunk are faster: more of them fit into an SM."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class Operands:
 
 
 class Experts(NamedTuple):
-    """Which matrices the columns are multiplied with.
+    """Which expert (matrix) each column is multiplied with.
 
     Attributes:
-        number: number of matrices.
-        ids: address of the numbers of the matrices of each column, int64, those of a column together.
-        chosen: matrices of each column.
+        number: number of experts.
+        ids: address of the chosen experts, int64 of shape (columns, `chosen`).
+        chosen: number of experts that each column has.
     """
 
     number: int
@@ -98,9 +98,9 @@ class _Plan(NamedTuple):
 
 
 def why_not(gpu: Gpu, fmt: Format, x_dtype: str, weight: int = 0) -> str | None:
-    """Why the tensor cores of a GPU cannot multiply such weights and columns, or None."""
+    """Why the tensor cores of a GPU cannot multiply such weights and columns; None if they can. Part of an error."""
     if gpu.capability < (8, 0):
-        return f"compute capability 8.0 is needed, the GPU has {gpu.capability[0]}.{gpu.capability[1]}"
+        return f"it needs compute capability 8.0, but the GPU has {gpu.capability[0]}.{gpu.capability[1]}"
     if not has_products(fmt):
         return f"{fmt.name} has no blocks of 32 to 256 elements"
     if x_dtype not in INPUT_TYPES:
@@ -111,7 +111,7 @@ def why_not(gpu: Gpu, fmt: Format, x_dtype: str, weight: int = 0) -> str | None:
 
 
 def is_slower(gpu: Gpu, n_rows: int, n_columns: int) -> bool:
-    """Whether such a product takes longer than to dequantize the weights and to multiply their values by cuBLAS.
+    """Whether the kernels for blocks are slower than dequantizing the weight and multiplying with cuBLAS.
 
     The limits were measured on an H100 (`benchmarks/test_products.py`).
     """
@@ -128,10 +128,10 @@ def multiply(
     Args:
         gpu: the current GPU, for which `why_not` is None.
         given: what to read and write.
-        allocate: gives the address of temporary memory of a number of bytes.
+        allocate: takes a number of bytes, and returns the address of temporary memory.
         stream: the handle of the stream.
-        weight_is_constant: whether the kernel before this one does not write the weights. They may then be read before
-            it has ended.
+        weight_is_constant: whether the preceding kernel on the stream does not write the weights. This kernel may then
+            read them before the preceding one has ended.
     """
     fmt, n_columns = given.fmt, given.n_columns
     if not given.n_rows or not n_columns:
@@ -207,7 +207,7 @@ def _prepare(
     overlaps: bool,
     tile: int = 0,
 ) -> tuple[int, int]:
-    """Queue the kernel that prepares the columns. Returns the address of the columns and that of their powers."""
+    """Queue the kernel that prepares the columns. Returns the addresses of the prepared columns and of their powers."""
     n_bytes, n_groups = column_bytes(given.fmt, given.n_elements), given.n_elements // GROUP
     x = allocate(n_prepared * (n_bytes + 4))
     powers = x + n_prepared * n_bytes
@@ -223,10 +223,10 @@ def _prepare(
 
 
 def multiply_experts(gpu: Gpu, given: Operands, experts: Experts, allocate: Callable[[int], int], stream: int) -> None:
-    """Queue the kernels of products of each column and the matrices of its experts, on the current GPU.
+    """Queue the kernels that multiply each column with the matrices of its experts, on the current GPU.
 
-    `given.weight` holds the matrices of all experts, each of `given.n_rows` rows. The results are those of column 0 and
-    its first expert, of column 0 and its second expert, and so on.
+    `given.weight` holds the matrices of all experts, each of `given.n_rows` rows. The results are in this order: column
+    0 with its first expert, column 0 with its second expert, and so on.
     """
     fmt, n_pairs = given.fmt, given.n_columns * experts.chosen
     if not given.n_rows or not n_pairs:
@@ -275,9 +275,10 @@ def _plan(gpu: Gpu, given: Operands, columns: int, is_aligned: bool, has_experts
 
 
 def product_shape(gpu: Gpu, fmt: Format, tiles: int, n_elements: int, columns: int, is_aligned: bool) -> ProductShape:
-    """The fastest way to divide a product of `tiles` times 16 rows and `columns` columns.
+    """The fastest shape for `tiles` tiles of 16 rows, and `columns` columns.
 
-    It leaves half of the shared memory to another thread block, if possible. The next product can then begin.
+    If possible, a thread block takes only half of the shared memory, so that another one, perhaps of the next product,
+    can start.
     """
     overlaps = gpu.capability >= (9, 0)
     stages_and_parts = ((1, 2), (1, 1)) if tiles >= MANY_TILES else ((2, 2), (2, 1), (1, 1))
@@ -294,7 +295,7 @@ def product_shape(gpu: Gpu, fmt: Format, tiles: int, n_elements: int, columns: i
 
 
 def _warps(n_elements: int, parts: int, columns: int) -> int:
-    """The warps that share a tile: as many as possible, but none should have to wait while others have a chunk more."""
+    """The number of warps that share a tile: as many as possible, with an equal number of chunks if possible."""
     if columns == 32:
         return 4  # more would not have enough registers
     chunks = -(-n_elements // (PART * parts))

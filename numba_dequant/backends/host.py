@@ -80,7 +80,7 @@ class HostBackend(Backend):
         return allocated(lambda: np.empty(job.shape, dtype), job.n_elements * dtype.itemsize, "the result")
 
     def result(self, job: Job, values: NDArray[Any]) -> Any:
-        """The result for the caller, whose values are in this memory, or will be."""
+        """The result for the caller. Its values are in `values`, or will be written there later."""
         return shareable(values) if job.out is None else job.out
 
     def write(
@@ -132,10 +132,10 @@ class ReferenceBackend(HostBackend):
 
 
 class SimulatorBackend(HostBackend):
-    """Runs the kernel in Numba's CUDA simulator. Products are those of the host, with the values of the kernel."""
+    """Runs the kernel in Numba's CUDA simulator. For products, NumPy multiplies the values that the kernel writes."""
 
     def matmul(self, given: ProductJob, stream: Any) -> Any:
-        """The product. Arguments may be results of the simulator."""
+        """The product. Arguments may be `SimulatedTensor`."""
         from numba_dequant.backends.simulator import SimulatedTensor
 
         x, weight, bias = (

@@ -33,7 +33,7 @@ class ProductJob:
     """One product ``x @ weight.T + bias``, on any backend.
 
     Attributes:
-        x: the columns, as passed by the caller; a column is an entry of all dimensions but the last.
+        x: the columns, as passed by the caller. The last dimension is one column; all others count columns.
         weight: the blocks, as passed by the caller.
         fmt: the format of the blocks.
         weight_shape: the shape that came with the blocks, or None.
@@ -101,7 +101,10 @@ class ProductJob:
         if shape is not None and len(shape) != 2:
             raise ShapeError(f"weight has shape {shape}; pass a weight of two dimensions, rows first")
         if shape is not None and shape[1] != n_elements:
-            raise ShapeError(f"x has {n_elements} elements in its last dimension, but a row of weight has {shape[1]}")
+            raise ShapeError(
+                f"x has {n_elements} elements in its last dimension, but a row of weight has {shape[1]}; "
+                "pass an x that is as long as a row"
+            )
         if n_elements % fmt.block_size:
             raise ShapeError(
                 f"a row of {fmt.name} is a whole number of blocks of {fmt.block_size} elements, but the last dimension "
@@ -111,7 +114,7 @@ class ProductJob:
             return shape[0]
         if not n_elements:
             raise ShapeError(
-                "the last dimension of x is 0, so weight must say how many rows it has; pass its shape too"
+                "the last dimension of x is 0, so the number of rows of weight is not known; pass its shape too"
             )
         if total % n_elements:
             raise ShapeError(
@@ -126,13 +129,15 @@ def product_job(x: Any, weight: Any, format: Any, bias: Any, dtype: Any, out: An
 
     Raises:
         UnknownFormatError: there is no such format, or none was given.
-        DataError: `weight` is a tuple other than (data, format, shape), or `format` is another one.
-        DtypeError: there is no such output type, or the weight has no compressed values.
+        DataError: `weight` is a tuple of another length, or contains another format than `format`.
+        DtypeError: there is no such output type, or the weight holds integers or float64.
     """
     shape = None
     if isinstance(weight, tuple):
         if len(weight) not in (2, 3):
-            raise DataError(f"weight is a tuple of {len(weight)}; pass a QuantizedTensor, or (data, format, shape)")
+            raise DataError(
+                f"weight is a tuple of {len(weight)}; pass a QuantizedTensor, (data, format) or (data, format, shape)"
+            )
         weight, own_format, *rest = weight
         fmt, shape = format_named(own_format), rest[0] if rest else None
         if format is not None and format_named(format) is not fmt:
@@ -145,8 +150,8 @@ def product_job(x: Any, weight: Any, format: Any, bias: Any, dtype: Any, out: An
         fmt = format_named(format)
     if fmt.stored_dtype is not None:
         raise DtypeError(
-            f"weight holds {fmt.stored_dtype.name} ({fmt.name}); dequantize it, convert it to float32 and use "
-            "numpy.matmul"
+            f"weight holds {fmt.stored_dtype.name} ({fmt.name}), which matmul does not multiply; dequantize it, "
+            "convert it to float32 and use numpy.matmul"
         )
     output = dtype_name(dtype) if dtype is not None else _type_of_output(out)
     return ProductJob(x, weight, fmt, shape, bias, output, out)
@@ -181,7 +186,7 @@ def host_argument(array: Any, name: str) -> NDArray[Any]:
 
     Raises:
         DataError: it is not an array on the host.
-        DtypeError: it is not the weight, and its elements are not of an output type.
+        DtypeError: it is `x` or the bias, and its elements are not of an output type.
     """
     try:
         return host_array(array) if name == "weight" else _host_floats(array, name)

@@ -97,7 +97,7 @@ def memory_of(array: Any, call: CallStream) -> DeviceBytes:
 
 
 def release(call: CallStream, *, data: Any = None, out: Any = None) -> None:
-    """Let later uses of the arrays of a call, or of their memory once they are dropped, wait for the call."""
+    """Let everything wait for the call that later uses its arrays, or their memory after they are dropped."""
     for array in (data, out):
         if array is None:
             continue

@@ -1,9 +1,10 @@
 """GGUF weights in PyTorch: operators, layers and files.
 
-`dequantize`, `get_rows` and `linear` are registered operators (``torch.ops.numba_dequant``). They run on PyTorch's
-current stream, take memory from its caching allocator, and do not wait for the GPU. `torch.compile`, `torch.export` and
-CUDA graphs accept them. `QuantizedLinear` and `QuantizedEmbedding` are layers whose weights stay compressed.
-`load_file` and `load_model` read files. `ggml` has the functions that other programs expect of a GGML kernel library.
+`dequantize`, `get_rows`, `linear` and `ggml.mul_mat_id` are registered operators (``torch.ops.numba_dequant``). They
+run on PyTorch's current stream, take memory from its caching allocator, and do not wait for the GPU. `torch.compile`,
+`torch.export` and CUDA graphs accept them. `QuantizedLinear` and `QuantizedEmbedding` are layers whose weights stay
+compressed. `QuantizedColwiseParallel` and `QuantizedRowwiseParallel` divide such layers among ranks. `load_file` and
+`load_model` read files. `ggml` has the functions that other programs expect of a GGML kernel library.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ for _each in (QuantizedLinear, QuantizedEmbedding):
 
 
 def __getattr__(name: str) -> Any:
-    # What these need of PyTorch takes long to import, and some builds do not have it.
+    # They import torch.distributed, which is slow to import and missing from some builds of PyTorch.
     if name in ("QuantizedColwiseParallel", "QuantizedRowwiseParallel"):
         from numba_dequant.torch import tensor_parallel
 

@@ -68,7 +68,7 @@ def _dequantize_into(data: Tensor, qtype: Any, dtype: Any, shape: Any, out: Tens
     if result_dtype != out.dtype:
         raise OutputError(f"out holds {out.dtype}, the result is {result_dtype}; pass a tensor of {result_dtype}")
     if shape is not None and tuple(_shape(shape, out.numel())) != tuple(out.shape):
-        raise OutputError(f"out has shape {tuple(out.shape)}, the result has shape {tuple(shape)}")
+        raise OutputError(f"out has shape {tuple(out.shape)}, the result has shape {tuple(shape)}; pass the same shape")
     blocks = _bytes(data)
     check_same_device(blocks, out)
     OPERATORS.dequantize.out(_flat(blocks), name, out=out)
@@ -113,17 +113,18 @@ def linear(
 ) -> Tensor:
     """`torch.nn.functional.linear` with a compressed weight: ``input @ weight.T + bias``.
 
-    On a GPU with tensor cores, up to 32 rows of float16 or bfloat16 are multiplied by a kernel that reads the blocks
-    themselves and adds up in float32. Otherwise the weight is dequantized to the dtype of `input`, in pieces. Backward
-    keeps the blocks, not the dequantized weight, and dequantizes them again. The weight itself gets no gradient.
+    On a GPU with tensor cores, a kernel multiplies the blocks themselves and adds up in float32. It takes up to 128
+    rows of float16 or bfloat16 input, or up to 32 if the weight has few rows. Otherwise the weight is dequantized to
+    the dtype of `input`, in pieces. Backward keeps the blocks, not the dequantized weight, and dequantizes them again.
+    The weight itself gets no gradient.
 
     Args:
         input: floating-point tensor of shape (..., in_features). Under `torch.autocast` it is cast first.
         weight: uint8 of shape (out_features, bytes per row).
         qtype: as for `dequantize`.
         bias: tensor of shape (out_features,), or None.
-        weight_is_constant: pass True if the kernel just before on the stream does not write the weight, as for a
-            parameter that is loaded once. The product may then begin before that kernel has ended.
+        weight_is_constant: pass True if the preceding kernel on the stream does not write to the weight. That is so
+            for a parameter that is loaded once. The product may then begin before that kernel has ended.
 
     Returns:
         Tensor of shape (..., out_features) and the dtype of `input`.
@@ -145,7 +146,7 @@ def linear(
     if blocks.shape[-1] * fmt[1] != input.shape[-1] * fmt[0]:
         raise ShapeError(
             f"input has {input.shape[-1]} features, but a row of weight has {blocks.shape[-1]} bytes, which are "
-            f"{blocks.shape[-1] // fmt[0] * fmt[1]} elements of {name}"
+            f"{blocks.shape[-1] // fmt[0] * fmt[1]} elements of {name}; pass an input that is as long as a row"
         )
     if bias is not None:
         bias = bias.to(input.dtype)
@@ -180,7 +181,7 @@ def _resolve(qtype: Any, dtype: Any) -> tuple[str, torch.dtype]:
     return name, getattr(torch, FORMATS[name].result_dtype(output).name)
 
 
-_resolved_once = lru_cache(maxsize=1024, typed=True)(_resolve)  # True is not the type 1
+_resolved_once = lru_cache(maxsize=1024, typed=True)(_resolve)  # typed: True must not find the entry of format 1
 
 
 @torch.compiler.assume_constant_result

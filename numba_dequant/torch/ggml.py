@@ -43,9 +43,9 @@ def mul_mat_vec(blocks: Tensor, x: Tensor, ggml_type: int, out_features: int) ->
 def mul_mat_id(blocks: Tensor, x: Tensor, ids: Tensor, ggml_type: int, out_features: int) -> Tensor:
     """Each row of `x` times the weights of its experts.
 
-    The host does not wait for `ids`. On a GPU with tensor cores, a kernel reads the blocks of the chosen experts
-    themselves. Otherwise, the blocks of each (row, expert) pair are gathered, if there are not more than experts; if
-    there are more, each expert computes all rows.
+    The host does not wait for `ids`. On a GPU with tensor cores, a kernel multiplies the blocks of the chosen experts
+    themselves, for up to 4096 pairs of a row and an expert. Otherwise the weights are dequantized: those of each pair
+    if there are not more pairs than experts, and those of all experts if there are more.
 
     Args:
         blocks: shape (experts, out_features, bytes per row).

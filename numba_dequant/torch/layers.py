@@ -32,8 +32,11 @@ class QuantizedLinear(nn.Linear):
     """`torch.nn.Linear` with a compressed weight.
 
     The weight is a parameter of dtype uint8 and shape (out_features, bytes per row) that needs no gradient. It is moved
-    between devices, copied and saved like any other; ``.half()`` and ``.to(dtype)`` change only the bias. The values
-    are dequantized to the dtype of the input in each forward, and again in backward, see `linear`.
+    between devices, copied and saved like any other; ``.half()`` and ``.to(dtype)`` change only the bias. `linear`
+    multiplies the blocks, or dequantizes them in each forward; backward dequantizes them again.
+
+    On a GPU, a forward may begin before the preceding kernel on the stream has ended. That kernel must not write to the
+    weight: call ``torch.cuda.synchronize()`` after you change it.
 
     The type of the blocks is not part of the state dict: load a state dict into a layer of the same `qtype`.
 

@@ -1,4 +1,4 @@
-"""The operators ``torch.ops.numba_dequant``: schemas, and implementations for the CPU, CUDA and fake tensors.
+"""The operators ``torch.ops.numba_dequant``: schemas, gradients, and implementations for CPU, CUDA and fake tensors.
 
 Data has the dtype uint8. A row of a tensor is the last dimension of its data, in bytes. `format` is the name of a
 registered format. The functions of `functional` check their arguments and call these operators.
@@ -29,7 +29,7 @@ CPU_PIECE = 1 << 20
 """Number of weights that `linear` dequantizes at a time on the CPU: they stay in its cache."""
 
 MOST_COLUMNS = 128
-"""Number of columns up to which products may read the blocks themselves; `cuda_product.is_slower` decides."""
+"""Maximum number of columns that a kernel for blocks multiplies; for fewer, `cuda_product.is_slower` decides."""
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 """The output types."""
@@ -167,7 +167,9 @@ def _dequantize_out(data: Tensor, format: str, *, out: Tensor) -> None:
     fmt = _format(format)
     _check_dtype(fmt, out.dtype)
     if out.numel() != data.numel() // fmt.type_size * fmt.block_size:
-        raise OutputError(f"out has {out.numel()} elements, the result has {fmt.n_elements(data.numel())}")
+        raise OutputError(
+            f"out has {out.numel()} elements, the result has {fmt.n_elements(data.numel())}; pass a tensor of that size"
+        )
     if not out.is_contiguous():
         raise OutputError("out is not contiguous; pass a contiguous tensor")
     check_same_device(data, out)
@@ -220,7 +222,7 @@ def _linear(
 def _product(
     input: Tensor, weight: Tensor, fmt: Format, bias: Tensor | None, weight_is_constant: bool
 ) -> Tensor | None:
-    """The product by a kernel that reads the blocks themselves, or None if there is none."""
+    """The product by a kernel that multiplies the blocks themselves; None if it cannot, or if it is slower."""
     n_columns = input.numel() // max(input.shape[-1], 1)
     if n_columns > 1 and _cuda_product().is_slower(_gpu_of(weight), weight.shape[0], n_columns):
         return None
@@ -240,7 +242,7 @@ def _product(
 
 
 class _Memory:
-    """Temporary memory from PyTorch's allocator, for the time of a call."""
+    """Temporary memory from PyTorch's allocator, which is kept until the end of a call."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -279,7 +281,7 @@ def _operands(columns: Tensor, weight: Tensor, fmt: Format, bias: Tensor | None,
 
 
 MOST_PAIRS = 4096
-"""Number of pairs of an input and an expert up to which a kernel multiplies them."""
+"""Maximum number of pairs of an input and an expert that a kernel for blocks multiplies."""
 
 
 def _mul_mat_id(input: Tensor, weight: Tensor, ids: Tensor, format: str) -> Tensor:
@@ -299,7 +301,11 @@ def _mul_mat_id(input: Tensor, weight: Tensor, ids: Tensor, format: str) -> Tens
 
 
 def mul_mat_id_in_steps(input: Tensor, weight: Tensor, ids: Tensor, format: str) -> Tensor:
-    """`mul_mat_id` by other operators. The host does not wait for `ids`, so each expert computes all rows."""
+    """`mul_mat_id` by other operators. The host does not wait for `ids`, so it does not know which experts are chosen.
+
+    If there are not more pairs of a row and an expert than experts, the blocks of each pair are gathered. Otherwise
+    each expert computes all rows.
+    """
     (n, k), n_rows = ids.shape, weight.shape[1]
     if n * k <= weight.shape[0]:
         values = OPERATORS.dequantize.default(weight.index_select(0, ids.reshape(-1)), format, input.dtype)

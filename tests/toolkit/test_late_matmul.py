@@ -191,13 +191,15 @@ class TestErrors:
             nd.DeviceError, match=r"because the columns hold float32.*; convert x to float16, or import"
         ):
             nd.matmul(x.astype(np.float32), weight, "Q6_K")
-        with pytest.raises(nd.DeviceError, match=r"because F16 has no blocks.*; import PyTorch with CUDA, which then"):
+        with pytest.raises(nd.DeviceError, match=r"because F16 has no blocks.*; import PyTorch with CUDA before"):
             nd.matmul(x, on_gpu(x), "F16")
         room = on_gpu(np.zeros(blocks.nbytes + 1, np.uint8))
         with pytest.raises(nd.DeviceError, match="because the address of the weights is not a multiple of 2"):
             nd.matmul(x, part_of(room, 1, blocks.nbytes, np.uint8, (blocks.nbytes,)), "Q6_K")
         late.capability = (7, 5)
-        with pytest.raises(nd.DeviceError, match=r"compute capability 8.0 is needed, the GPU has 7.5; import PyTorch"):
+        with pytest.raises(
+            nd.DeviceError, match=r"because it needs compute capability 8.0, but the GPU has 7.5; import PyTorch"
+        ):
             nd.matmul(x, weight, "Q6_K")
         assert not [kernel for kernel in late.loaded[before:] if "product" in kernel.spec.maker]
 
