@@ -23,17 +23,22 @@ THEIRS = PEERS["us and error, by format, shape and columns"]
 INTRODUCTION = f"""\
 # Products with compressed weights: measurements
 
-A few columns of activations times a weight that stays in its blocks. `benchmarks/report_products.py` writes this page;
-its docstring has the commands.
+This page has the times and errors of products of a weight that stays compressed and some columns of activations.
+`benchmarks/report_products.py` writes the page. Its docstring has the commands.
 
-- **Floor**: a kernel of the same run that only reads the bytes of the weight, 16 per access. It is the best of several
-  numbers of thread blocks. Like all launches of others, it begins when the one before it has ended.
-- **Ours**: launches one behind the other. Each reads weights before the one before it has ended. `linear` does so with
-  `weight_is_constant=True`, as `QuantizedLinear` has it. *Apart*: without that.
-- **cuBLAS**: the product in the same run, with weights that are float16 already.
+- **Floor**: the time of a kernel that only reads the bytes of the weight, 16 per access. It was measured in the same
+  run, with several numbers of thread blocks; the shortest time counts. Each launch begins when the preceding one has
+  ended.
+- **Ours**: the time of our kernel in a series of launches, each of which reads weights before the preceding one has
+  ended. `linear` does this with `weight_is_constant=True`, and `QuantizedLinear` always.
+- **Apart**: the time of our kernel if each launch reads weights only after the preceding one has ended.
+- **cuBLAS**: the time of the product with a float16 weight, in the same run.
 - **llama.cpp**: {PEERS["system"]}, on another {PEERS["machine"]}: {PEERS["how"]}.
-- Weights come in turn from more than 400 MB, so that no cache holds them. Columns are float16.
+- The launches use several copies of the weight in turn, more than 400 MB together, so that no cache holds them. The
+  columns are float16. A shape is the number of rows of the weight, and the number of elements of a row.
 """
+
+SPREAD_OF_ALL = "The spread is the distance between the shortest and the longest reading, as a share of the median."
 
 
 def us(seconds):
@@ -56,13 +61,17 @@ def theirs_us(name, shape, n_columns):
 
 def late_note(infos):
     late = sum(info["late"] > 0 for info in infos)
-    return f"Launches came too late in readings of {late} of {len(infos)} measurements." if late else None
+    return (
+        f"{late} of {len(infos)} measurements have readings in which the GPU may have waited for launches."
+        if late
+        else None
+    )
 
 
 def few(results, n_columns):
     """Products with 1 or 8 columns."""
-    head = ["format", "shape", "floor, us", "ours, us", "of the floor", "apart, us", "of the floor"]
-    head += ["llama.cpp, us", "times ours", "cuBLAS, us", "times ours"]
+    head = ["format", "shape", "floor, us", "ours, us", "floor / ours", "apart, us", "floor / apart"]
+    head += ["llama.cpp, us", "llama.cpp / ours", "cuBLAS, us", "cuBLAS / ours"]
     rows, infos = [], []
     for found, info in results.of("test_product", n_columns=n_columns, overlaps=True):
         sizes = {each: found[each] for each in ("n_rows", "n_elements")}
@@ -77,7 +86,7 @@ def few(results, n_columns):
         rows.append(row)
         infos += [each for each in (info, apart, dense) if each]
     error = max(info["error"] for _, info in results.of("test_product", n_columns=n_columns))
-    checked = f"The largest error of a result in float16, against float64, is {error:.1e}."
+    checked = f"The largest relative error of a product with results in float16, compared with float64, is {error:.1e}."
     return [table(head, rows), checked, spread_note(infos), late_note(infos)]
 
 
@@ -95,8 +104,9 @@ def many(results):
         rows.append([name, n_columns, *map(us, seconds), us(theirs), faster])
         infos += [each for each in (fused, whole, dense) if each]
     text = (
-        f"The shape is {shape[0]}x{shape[1]}. *Ours* is the kernels that read the blocks. `linear` and `matmul` use "
-        "them up to 128 columns of such a weight, up to 32 of a weight with few rows, and otherwise dequantize first."
+        f"The weight has the shape {shape[0]}x{shape[1]}. *Ours* is the time of the kernels that multiply the blocks. "
+        "For such a weight, `linear` uses them for up to 128 columns, and for a weight with few rows for up to 32 "
+        "columns. Otherwise it dequantizes first. `matmul` does the same if the program has imported PyTorch."
     )
     return [text, table(head, rows), spread_note(infos), late_note(infos)]
 
@@ -113,8 +123,8 @@ def some_rows(results):
         lines.append(line)
         infos += [info, in_order]
     text = (
-        "`get_rows`: 16384 of 131072 rows of 4096 elements, to FP16. Read and written bytes count. The same number of "
-        "rows that follow each other, by `dequantize`, are the roofline."
+        "`get_rows` dequantizes 16384 of 131072 rows of 4096 elements to FP16. GB/s counts the bytes that are read and "
+        "written. For comparison, `dequantize` does the same with as many consecutive rows."
     )
     return [text, table(head, lines), spread_note(infos), late_note(infos)]
 
@@ -127,10 +137,11 @@ def errors(found):
         theirs = theirs_us(name, f"{n_rows}x{n_elements}", found["columns"])[1]
         rows.append([name, each["weights"], *(f"{each[way]:.1e}" for way in ways), theirs and f"{theirs:.1e}"])
     text = (
-        f"Relative errors against float64, with the values of the blocks: {n_rows}x{n_elements}, {found['columns']} "
-        "columns of normal random float16. Weights are normal random numbers, quantized by gguf-py. Where it cannot "
-        'quantize to a format, the blocks are random. "FP16 weights": the dequantized weights rounded to float16, and '
-        "cuBLAS. llama.cpp quantizes the columns to Q8_1."
+        "These are the relative errors of results, compared with products in float64 of the values of the blocks. The "
+        f"weight has the shape {n_rows}x{n_elements}, and the {found['columns']} columns are normal random numbers in "
+        "float16. The weights are normal random numbers, quantized by gguf-py. If gguf-py cannot quantize to a format, "
+        'the blocks are random. "FP16 weights" means that cuBLAS multiplies the dequantized weights, rounded to '
+        "float16. llama.cpp quantizes the columns to Q8_1."
     )
     head_of_bytes = ["format", *(f"{way}: {what}" for way in ways for what in ("finite", "largest error"))]
     rows_of_bytes = []
@@ -141,9 +152,9 @@ def errors(found):
             row += [None if share is None else f"{share:.2%}", None if largest is None else f"{largest:.1e}"]
         rows_of_bytes.append(row)
     text_of_bytes = (
-        "Blocks of random bytes have huge, tiny and infinite scales. A result counts if its exact value is a normal "
-        "number of the type of the results. This is the share of them that is finite, and the largest error of these, "
-        "as a share of the sum of the sizes of all terms."
+        "Blocks of random bytes have huge, tiny and infinite scales. The next table counts only results whose exact "
+        "value is a normal number in the type of the results. It shows the share of these that is finite, and the "
+        "largest error of the finite ones, divided by the sum of the absolute values of all terms."
     )
     return [text, table(head, rows), text_of_bytes, table(head_of_bytes, rows_of_bytes), described_line(found)]
 
@@ -153,9 +164,9 @@ def decoding(found):
         "way",
         "sequences",
         "tokens per second",
-        "us per token",
+        "us per step",
         "spread",
-        "the floor, of that",
+        "floor / time",
         "difference of logits",
     ]
     rows = [
@@ -171,9 +182,10 @@ def decoding(found):
         for each in found["rows"]
     ]
     text = (
-        f"A model of {found['weights'] / 1e9:.2f} billion weights, {found['bytes'] / 1e6:.0f} MB in blocks; each step "
-        f"is one CUDA graph. Reading the blocks alone takes {us(found['floor s'])} us. The spread is that of all "
-        "readings. The difference of logits is that to FP16 weights."
+        f"The model has {found['weights'] / 1e9:.2f} billion weights, which take {found['bytes'] / 1e6:.0f} MB in "
+        "blocks. Each step writes one token per sequence and is one CUDA graph. The floor, which is the time to read "
+        f"all blocks, is {us(found['floor s'])} us. {SPREAD_OF_ALL} The last column is the difference from the logits "
+        "with FP16 weights."
     )
     return [text, table(head, rows), described_line(found)]
 
@@ -194,8 +206,11 @@ def experts(found):
         ]
         for each in found["rows"]
     ]
-    text = f"`ggml.mul_mat_id`: {found['experts']} experts, of which each token has {found['chosen']}."
-    return [text, table([*head, "of the floor"], rows), late_note(found["rows"]), described_line(found)]
+    text = (
+        f"`ggml.mul_mat_id` multiplies each token with {found['chosen']} of {found['experts']} experts. The floor is "
+        f"the time to read the chosen experts once. {SPREAD_OF_ALL}"
+    )
+    return [text, table([*head, "floor / time"], rows), late_note(found["rows"]), described_line(found)]
 
 
 def page(folder=RESULTS):
