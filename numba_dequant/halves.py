@@ -3,8 +3,8 @@
 As in `bits.py`, each is a plain Python function, which can be stepped through and which runs in Numba's CUDA simulator.
 On a GPU, `kernels/intrinsics_halves.py` and `kernels/intrinsics_mma.py` replace the bodies with machine instructions.
 
-Eight float16 fill four registers, two in each. They are in the order `PACKED`, because masking a word of four bytes
-with 0x00FF00FF takes its bytes 0 and 2.
+Eight float16 fill four registers, two in each. Their order is `PACKED`, because the mask 0x00FF00FF selects the bytes 0
+and 2 of a word of four bytes, which become the two float16 of a register.
 
 A product is computed by the 32 threads of a warp together. `multiply` is the instruction ``mma.sync.m16n8k16``, twice:
 16 rows of weights times up to 8 columns, over 32 elements. Thread `lane` of a warp holds eight elements of row
@@ -66,7 +66,7 @@ def halves_of_signs(byte: int) -> NDArray[np.float16]:
 
 
 def negated(halves: NDArray[np.float16], minus: int) -> NDArray[np.float16]:
-    """Eight float16; those whose bit in `minus` is set change their sign."""
+    """Eight float16, of which those whose bit in `minus` is set are negated."""
     return halves * -halves_of_signs(minus)
 
 
@@ -189,7 +189,7 @@ def _load_looked_up(x: Any, at: int, quarter: int) -> Any:
 LOOKED_UP_NIBBLES = Order(
     tuple(tuple(4 * lane + element for element in (0, 1, 16, 17, 2, 3, 18, 19)) for lane in range(4)), _load_looked_up
 )
-"""As `NIBBLES`, in the order of `halves_of_table`."""
+"""The same elements as in `NIBBLES`, in the order of `halves_of_table`."""
 
 
 def _load_looked_up_16(x: Any, at: int, quarter: int) -> Any:
@@ -236,9 +236,9 @@ def multiply(sums: Any, upper: Any, lower: Any, x: Any, at: int, step: int, thre
     """Add the products of 16 rows and 8 to 64 columns over 32 elements; all threads of a warp call this together.
 
     Args:
-        sums: the results of this thread so far, four for every 8 columns.
-        upper: eight weights of row ``lane // 4``.
-        lower: eight weights of row ``lane // 4 + 8``.
+        sums: float32, the results of this thread so far, four for every 8 columns.
+        upper: eight float16 weights of row ``lane // 4``.
+        lower: eight float16 weights of row ``lane // 4 + 8``.
         x: array with the eight elements of column ``lane // 4``, as float16.
         at: the byte of `x` where they start, a multiple of 16.
         step: bytes to the same elements of the column that is 8 further.
@@ -401,11 +401,11 @@ def copy_pieces_or_zeros(tile: Any, at: int, data: Any, address: int, n_bytes: i
 
 
 def end_group() -> None:
-    """The copies that this thread has begun since the last call are a group."""
+    """Make a group of the copies that this thread has begun since its last call."""
 
 
 def wait_for_groups(n: int) -> None:
-    """Wait until at most `n` groups of this thread's copies are under way."""
+    """Wait until at most `n` groups of copies of this thread have not arrived yet."""
 
 
 def address_of(data: Any) -> int:
@@ -422,12 +422,12 @@ def wait_for_earlier_kernels() -> None:
 
 
 def synchronize_warp(thread: int) -> None:
-    """Wait for the other threads of the warp, and see what they have written to shared memory."""
+    """Wait for the other threads of the warp. What they have written to shared memory can then be read."""
     _exchange(int(thread), None)
 
 
 class _Warp:
-    """The threads of a simulated warp, which are Python threads, exchange values."""
+    """A simulated warp, whose threads are Python threads that exchange values."""
 
     def __init__(self) -> None:
         self.barrier = threading.Barrier(LANES, timeout=60)
@@ -440,11 +440,11 @@ _warps_lock = threading.Lock()
 
 
 def _exchange(thread: int, value: Any) -> list[Any]:
-    """Give `value` to all threads of the warp, and take the values of all."""
+    """Pass `value` to all threads of the warp, and return the values of all threads."""
     with _warps_lock:
         warp = _warps.setdefault(thread // LANES, _Warp())
     lane = thread % LANES
-    # Two lists take turns: who is late still reads one while the others write the next.
+    # Two lists are used in turn: a slow thread may still read one while the others write to the next.
     warp.turns[lane] ^= 1
     items = warp.items[warp.turns[lane]]
     items[lane] = value

@@ -1,12 +1,12 @@
-"""Products of compressed weights and up to eight columns, on the tensor cores.
+"""Products of compressed weights and up to 32 columns, on the tensor cores.
 
-``out[c, r] = sum over k of weight[r, k] * x[c, k]``. The weights are read once, and are not stored in another form.
+``out[c, r] = sum over k of weight[r, k] * x[c, k]``. The weights are read once, and dequantized weights are not stored.
 
 A tile is 16 rows of weights. The warps of a thread block share it: each takes every n-th chunk of 256 or 512 elements.
-A warp copies a chunk to shared memory while it computes an earlier one. Its 32 threads turn the bytes into small exact
-float16 numbers, and the tensor cores multiply them with the columns. The scale of a block multiplies the float32
-results. At the end of a tile, the results of the warps are added in order, so that they do not depend on which warp
-was faster.
+A warp copies a chunk to shared memory while it computes an earlier one. Its 32 threads convert the bytes to small
+float16 numbers, which is exact for most formats, and the tensor cores multiply these with the columns. The scale of a
+block multiplies the float32 results. At the end of a tile, the results of the warps are added in a fixed order, so that
+they are the same in each run.
 """
 
 from __future__ import annotations
@@ -65,13 +65,21 @@ NO_SUMS: dict[int, Callable[[], Any]] = {1: no_sums_8, 8: no_sums_8, 16: no_sums
 def make_product_kernel(fmt: Format, dtype: str, bias: str | None, shape: ProductShape) -> Callable[..., None]:
     """The kernel ``product(data, n_rows, row_bytes, n_groups, x, n_columns, powers, bias, out, routes, chosen)``.
 
-    Its parameters: the blocks; the rows, and the bytes and groups of 32 elements of each; the columns, prepared by
-    `make_prepare_kernel`, or one column of float16; their number; a float32 for each, which multiplies its results;
-    numbers that are added to all columns; and the results, one column after the other.
+    Its parameters:
 
-    With experts, the second dimension of the grid counts matrices of `n_rows` rows. `routes`, made by
-    `make_routes_kernel`, tells which pairs (column, choice) each matrix multiplies; a column has `chosen` choices. A
-    pair has results of its own.
+    * data: the blocks.
+    * n_rows: number of rows.
+    * row_bytes, n_groups: bytes of a row, and its number of groups of 32 elements.
+    * x: the columns as `make_prepare_kernel` writes them, or one column of float16.
+    * n_columns: number of columns.
+    * powers: a float32 for each column, which multiplies its results.
+    * bias: a number for each row, which is added to its results.
+    * out: the results, one column after the other.
+    * routes, chosen: only used with experts.
+
+    With experts, the second dimension of the grid counts matrices of `n_rows` rows. `routes`, which the kernel of
+    `make_routes_kernel` writes, contains the pairs (column, choice) that each matrix multiplies. A column has `chosen`
+    choices. Each pair has its own results.
 
     Args:
         fmt: the format of the weights.
@@ -119,8 +127,8 @@ def make_product_kernel(fmt: Format, dtype: str, bias: str | None, shape: Produc
         n_tiles = int32((n_rows + (ROWS - 1)) // ROWS)
         mine = int32(tile_start + warp * (stages * stage_units) + row * row_units)
 
-        # This warp copies and computes a series of chunks: those of its first tile, those of its next tile, ...
-        # `ahead` is the next one to copy.
+        # This warp copies and computes a series of chunks: those of its first tile, those of its next tile, and so on.
+        # `ahead` is the address of the next chunk to copy.
         ahead_tile, ahead_chunk = tile, warp
         ahead = base + (int64(tile) * ROWS + row) * row_bytes + warp * n_bytes_of_chunk
         to_next_tile = int64(tile_step) * ROWS * row_bytes - chunks * n_bytes_of_chunk
@@ -138,7 +146,7 @@ def make_product_kernel(fmt: Format, dtype: str, bias: str | None, shape: Produc
                 copy_to_tile(shared, table, entry)
             cuda.syncthreads()
         if overlaps and not experts:
-            # Only weights may be read before the results of earlier kernels can be read.
+            # Until here, only weights were read: everything else may be a result of an earlier kernel.
             let_next_kernel_start()
             wait_for_earlier_kernels()
         if one_column:
@@ -210,7 +218,7 @@ def make_product_kernel(fmt: Format, dtype: str, bias: str | None, shape: Produc
             shared, partial = cuda.shared.array(0, unit, alignment=16), cuda.shared.array(0, result_type, alignment=16)
         if experts:
             if overlaps:
-                # Nothing can be read ahead: the routes are results of an earlier kernel.
+                # No weight can be read before this: the routes, which select it, are results of an earlier kernel.
                 let_next_kernel_start()
                 wait_for_earlier_kernels()
             expert = int64(cuda.blockIdx.y)
@@ -237,14 +245,14 @@ def make_product_kernel(fmt: Format, dtype: str, bias: str | None, shape: Produc
 
 @lru_cache  # kernels of several formats share the compiled functions
 def _results_writers(dtype: str, bias: str | None, shape: ProductShape) -> tuple[Callable[..., None], ...]:
-    """Functions that put the results of a thread into shared memory, and that add and write those of all warps."""
+    """Two functions: one puts the results of a thread into shared memory, the other adds those of all warps."""
     warps, threads, one_column, experts = shape.warps, shape.threads, shape.columns == 1, shape.experts
     n_results, n_items = ROWS * shape.columns, shape.columns // 2
     store, add_bias = OUTPUT_TYPES[dtype].store, bias_adder(bias)
 
     def put_results(partial: Any, results: int, sums: Any, warp: int, row: int, quarter: int) -> None:
         first = int32(results + warp * n_results + row)
-        if one_column:  # all columns of the tensor core are equal
+        if one_column:  # all eight columns of the tensor core are equal
             partial[first] = item(sums, 0)
             partial[first + 8] = item(sums, 2)
         else:
@@ -277,9 +285,9 @@ def _results_writers(dtype: str, bias: str | None, shape: ProductShape) -> tuple
 
 
 def chunk_fetcher(fmt: Format, shape: ProductShape | WideShape | TileShape) -> Callable[..., None]:
-    """A function with which a warp begins to copy a chunk of each of its 16 rows; each thread copies of two rows.
+    """A function with which a warp begins to copy a chunk of each of its 16 rows; each thread copies parts of two rows.
 
-    What is beyond the end of a row, or in a row that does not exist, becomes 0.
+    Bytes after the end of a row, and rows that do not exist, become 0.
     """
     n_bytes_of_chunk = shape.parts * part_bytes(fmt)
     is_always_aligned = shape.is_aligned and n_bytes_of_chunk % 16 == 0

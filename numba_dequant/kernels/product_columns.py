@@ -1,4 +1,4 @@
-"""Columns of a product in the order in which the tensor cores take them."""
+"""Kernels and functions that write the columns of a product in the order in which the tensor cores take them."""
 
 from __future__ import annotations
 
@@ -36,13 +36,16 @@ float32: Any = np.float32
 def make_prepare_kernel(fmt: Format, dtype: str, overlaps: bool = False, tile: int = 0) -> Callable[..., None]:
     """The kernel ``prepare(x, n_columns, n_groups, out, powers)``; a column has a thread block for each 256 runs.
 
-    Its parameters: columns of type `dtype`, one after the other; their number, and their groups of 32 elements; the
-    prepared columns, of which those that `x` does not have become 0; and the float32 number for each, by which the
-    results of its products must be multiplied.
+    Its parameters:
 
-    A float16 is taken as it is. A column of bfloat16 is multiplied by a power of two that brings its largest element
-    near 2**14. As float16 it is then exact, except for elements that are 2**24 times smaller than the largest. Its
-    thread blocks each look for the largest element.
+    * x: columns of type `dtype`, one after the other.
+    * n_columns, n_groups: number of columns, and of groups of 32 elements in a column.
+    * out: the prepared columns. If the grid has more columns than `x`, the others become 0.
+    * powers: a float32 for each column, which must multiply the results of its products.
+
+    A float16 is copied unchanged. A column of bfloat16 is multiplied by a power of two, so that its largest element is
+    near 2**14, and then converted to float16. This is exact, except for elements that are at least 2**24 times smaller
+    than the largest. Each thread block of a column looks for the largest element.
 
     Args:
         fmt: the format of the weights.
@@ -100,10 +103,10 @@ def make_prepare_kernel(fmt: Format, dtype: str, overlaps: bool = False, tile: i
 
 
 def make_routes_kernel(overlaps: bool = False) -> Callable[..., None]:
-    """The kernel ``find(ids, n_pairs, n_experts, routes)``, one thread block: which pairs each expert has.
+    """The kernel ``find(ids, n_pairs, n_experts, routes)`` for one thread block: it finds the pairs of each expert.
 
-    Pair number k has the expert ``ids[k]``. `routes` is the number of pairs of earlier experts, for each expert and
-    for one more; then the numbers of the pairs, those of an expert together and in order.
+    Pair number k has the expert ``ids[k]``. `routes` begins with ``n_experts + 1`` numbers: entry e is the number of
+    pairs whose expert is less than e. Then come the numbers of the pairs, sorted by expert.
     """
 
     def find(ids: Any, n_pairs: int, n_experts: int, routes: Any) -> None:
@@ -128,10 +131,10 @@ def make_routes_kernel(overlaps: bool = False) -> Callable[..., None]:
 
 @lru_cache  # kernels of several formats share the compiled function
 def column_preparer(order: Order, minimum_size: int | None, dtype: str, tile: int) -> Callable[..., None]:
-    """A function that writes a column in the order of the tensor cores, and the sums of its elements behind it.
+    """A function that writes a column in the order of the tensor cores, and the sums of its elements.
 
-    The elements of `n_given` groups from byte `start` of `x`, times `factor`, go to byte `at` of `out`, and the sums to
-    byte `sums_start`. The column is filled up with zeros to a whole number of parts.
+    It multiplies the elements of `n_given` groups from byte `start` of `x` by `factor`, and writes them from byte `at`
+    of `out`, and the sums from byte `sums_start`. Zeros fill the column to a whole number of parts.
     """
     load = order.load
     has_minima, elements_of_sum = minimum_size is not None, minimum_size or GROUP
@@ -176,7 +179,7 @@ def column_preparer(order: Order, minimum_size: int | None, dtype: str, tile: in
         n_runs = (n_groups + (PART // GROUP - 1)) // (PART // GROUP) * (PART // 8)
         run = thread
         while run < n_runs:
-            # Four loads are in flight together. The threads of a warp stay together, too.
+            # Four loads are in flight at a time. All threads of a warp must take part in the sums of `put`.
             first = load_run_or_zeros(x, start, n_given, run)
             second = load_run_or_zeros(x, start, n_given, run + threads)
             third = load_run_or_zeros(x, start, n_given, run + 2 * threads)

@@ -27,14 +27,14 @@ if not IS_SIMULATED:
 
 
 def register_functions(*functions: Callable[..., Any] | None) -> None:
-    """Let the kernels call functions; they are compiled when called."""
+    """Let kernels call these functions. Numba compiles a function at its first call."""
     for function in functions:
         if function is not None and not IS_SIMULATED:
             register_decode(intrinsics_cuda.target, function)
 
 
 def factors_of(fmt: Format) -> Factors:
-    """The factors of a format; by default, its values rounded to float16, and a scale of 1."""
+    """The factors of a format. If it has none, the quants are its values rounded to float16, and the scale is 1."""
     if fmt.factors is not None:
         return fmt.factors
     decode = fmt.decode
@@ -102,11 +102,11 @@ def product_of_tile(fmt: Format, no_sums: Callable[[], Any], columns: int) -> Ca
 
 
 def product_of_part(fmt: Format, no_sums: Callable[[], Any]) -> Callable[..., Any]:
-    """A function that adds the products of one part to the four results of a thread.
+    """A function that adds the products of one part to the results of a thread, which are four for every 8 columns.
 
-    ``part_product(sums, tile, upper, lower, quarter, x, at, sums_at, step, thread)``: `upper` and `lower` are the bytes
-    of `tile` where the part starts in the two rows of this thread. `at` and `sums_at` are the bytes of `x` where its
-    elements and its sums of this part of the column start, and `step` the bytes to the column that is 8 further.
+    It is ``part_product(sums, tile, upper, lower, quarter, x, at, sums_at, step, thread)``. In the two rows of this
+    thread, the part starts at the bytes `upper` and `lower` of `tile`. In `x`, the elements of this part of the column
+    start at byte `at`, and their sums at byte `sums_at`. `step` is the number of bytes to the column that is 8 further.
     """
     factors = _functions(fmt)
     every_group = _product_of_groups(fmt, factors, no_sums)
@@ -144,7 +144,7 @@ def _functions(fmt: Format) -> Factors:
 
 def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:
     def with_plain_integers(block: Any, *numbers: Any) -> Any:
-        # The integers of the kernel are NumPy's, which overflow. Infinite and NaN scales have defined results.
+        # The simulated kernel passes integers of NumPy, which would overflow. Infinite and NaN scales are allowed.
         with np.errstate(all="ignore"):
             return function(block, *map(int, numbers))
 
@@ -154,7 +154,7 @@ def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:
 def _product_of_groups(fmt: Format, factors: Factors, no_sums: Callable[[], Any]) -> Callable[..., Any]:
     """A function that adds the products of the quants of the eight groups of 32 elements of a part.
 
-    Its state are the results, and the products of the current block before they are scaled.
+    Its state is a pair: the results, and the products of the current block before they are scaled.
     """
     quants, scale = factors.quants, factors.scale
     groups_of_block, type_size = fmt.block_size // GROUP, fmt.type_size
@@ -175,7 +175,7 @@ def _product_of_groups(fmt: Format, factors: Factors, no_sums: Callable[[], Any]
     def every_group(
         sums: Any, tile: Any, upper: int, lower: int, quarter: int, x: Any, at: int, step: int, thread: int
     ) -> Any:
-        # Straight code: the compiler does not unroll so long a loop.
+        # Written out, because the compiler does not unroll such a long loop.
         state = (sums, no_sums())
         state = of_group(state, tile, upper, lower, quarter, x, at, step, thread, 0)
         state = of_group(state, tile, upper, lower, quarter, x, at, step, thread, 1)

@@ -20,10 +20,10 @@ GROUP = 32
 """Elements that the tensor cores multiply together."""
 
 PART = 256
-"""Elements of a part: a whole number of blocks."""
+"""Elements of a part, which is a whole number of blocks."""
 
 PREPARE_THREADS = 256
-"""Threads that prepare a column."""
+"""Threads of a thread block that prepares a column."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class ProductShape:
 
     Attributes:
         warps: warps of a thread block. Each takes every n-th chunk of the tile.
-        stages: chunks of each warp that fit into shared memory.
+        stages: chunks of each warp that are in shared memory at a time.
         parts: parts of 256 elements in a chunk.
         columns: columns that it multiplies, one of `WIDTHS`; or one column of float16, which it copies to shared
             memory.
         is_aligned: whether all rows start at multiples of 16 bytes.
-        overlaps: whether the kernel may start before the one before it has ended.
-        experts: whether there are several matrices, and routes that tell which columns each multiplies.
+        overlaps: whether the kernel may start before the preceding kernel has ended.
+        experts: whether there are several matrices, and routes that say which columns each matrix multiplies.
     """
 
     warps: int
@@ -66,7 +66,7 @@ class WideShape:
 
     Attributes:
         is_aligned: whether all rows start at multiples of 16 bytes.
-        overlaps: whether the kernel may start before the one before it has ended.
+        overlaps: whether the kernel may start before the preceding kernel has ended.
     """
 
     is_aligned: bool
@@ -119,7 +119,7 @@ def part_bytes(fmt: Format) -> int:
 
 
 def sum_bytes(fmt: Format) -> int:
-    """Bytes of the sums over 256 elements of a column: two TF32 numbers for each minimum."""
+    """Bytes of the sums of a part of a column: two TF32 numbers for each minimum; 0 if the format has no minima."""
     factors = fmt.factors
     return 0 if factors is None or factors.minimum is None else PART // factors.minimum_size * 8
 
@@ -146,7 +146,7 @@ def row_stride(fmt: Format, shape: ProductShape | WideShape | TileShape) -> int:
 
 
 def result_bytes(shape: ProductShape) -> int:
-    """Bytes of the results of the warps: twice, so that one barrier per tile is enough."""
+    """Bytes of the results of all warps. They have two places, used in turn, so that one barrier per tile is enough."""
     return 2 * shape.warps * ROWS * shape.columns * 4
 
 

@@ -1,8 +1,8 @@
 """Products of compressed weights and 64 columns, on the tensor cores.
 
-``out[c, r] = sum over k of weight[r, k] * x[c, k]``. Each of four warps has a tile of 16 rows of its own, and goes
-through all their elements. The warps share the columns: they copy 256 elements of each to shared memory, while they
-multiply those before. So the columns are read from the L2 cache once for 64 rows.
+``out[c, r] = sum over k of weight[r, k] * x[c, k]``. Each of four warps has its own tile of 16 rows, and multiplies all
+elements of these rows. The warps share the columns: they copy the next 256 elements of each column to shared memory
+while they multiply the ones before. So a column is read from the L2 cache once for 64 rows.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ int64: Any = np.int64
 def make_wide_kernel(fmt: Format, dtype: str, bias: str | None, shape: WideShape) -> Callable[..., None]:
     """The kernel ``product(data, n_rows, row_bytes, n_groups, x, n_columns, powers, bias, out)``.
 
-    Its parameters are those of `make_product_kernel`. The second dimension of the grid counts times 64 columns.
+    Its parameters are those of `make_product_kernel`. The second dimension of the grid counts groups of 64 columns.
 
     Args:
         fmt: the format of the weights.
@@ -119,7 +119,7 @@ def make_wide_kernel(fmt: Format, dtype: str, bias: str | None, shape: WideShape
             for entry in range(thread, n_table_items, threads):
                 copy_to_tile(shared, table, entry)
         if overlaps:
-            # Only weights may be read before the results of earlier kernels can be read.
+            # Until here, only weights were read: everything else may be a result of an earlier kernel.
             let_next_kernel_start()
             wait_for_earlier_kernels()
         for stage in range(stages):
@@ -153,7 +153,7 @@ def make_wide_kernel(fmt: Format, dtype: str, bias: str | None, shape: WideShape
             end_group()
             stage = int32(stage + 1) if stage + 1 < stages else int32(0)
 
-        # No copy is under way, and all warps have read what was copied: its place is that of the results now.
+        # All copies have arrived and all warps have read them, so the results can take their place.
         results = 4 * x_start
         put_results(partial, int32(results + warp * ROWS + row), sums, quarter)
         cuda.syncthreads()
@@ -165,7 +165,7 @@ def make_wide_kernel(fmt: Format, dtype: str, bias: str | None, shape: WideShape
 
 
 def results_writers(dtype: str, bias: str | None, rows: int, columns: int) -> tuple[Callable[..., None], ...]:
-    """Functions that put the results of a thread into shared memory, and that write those of all.
+    """Two functions: one puts the results of a thread into shared memory, the other writes those of all threads.
 
     Args:
         dtype: the output type.
@@ -192,7 +192,7 @@ def results_writers(dtype: str, bias: str | None, rows: int, columns: int) -> tu
         register_functions(both)
         return both
 
-    # Straight code for all results: with an index that is computed, they would be in local memory.
+    # Written out for all results: with a computed index, the compiler would keep them in local memory.
     putters = [putter(index) for index in range(columns // 2)]
     while len(putters) > 1:
         putters = [one_after_the_other(*putters[k : k + 2]) for k in range(0, len(putters), 2)]
