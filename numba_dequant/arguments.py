@@ -75,7 +75,7 @@ class Job:
             raise OutputError(f"out holds {actual}, the result is {expected.name}; pass an array of {expected.name}")
         if shape != self.shape or math.prod(shape) != self.n_elements:
             expected_shape = f"{self.n_elements} elements" if shape == self.shape else f"shape {self.shape}"
-            raise OutputError(f"out has shape {shape}, the result has {expected_shape}")
+            raise OutputError(f"out has shape {shape}, the result has {expected_shape}; pass an array of that size")
 
 
 def parse_tensors(tensors: Any, dtype: Any, out: Any) -> list[Job]:
@@ -256,12 +256,13 @@ def result_shape(shape: Any, n_elements: int, out: Any) -> tuple[int, ...]:
             return (n_elements,)
     extents = shape if type(shape) is tuple and all(type(extent) is int for extent in shape) else _extents(shape)
     if len(extents) > MAX_DIMENSIONS:
-        raise ShapeError(f"shape has {len(extents)} dimensions; an array has {MAX_DIMENSIONS} at most")
+        raise ShapeError(f"shape has {len(extents)} dimensions, but an array has {MAX_DIMENSIONS} at most; pass fewer")
     if extents.count(-1) == 1:
         rest = -math.prod(extents)
         if rest <= 0 or n_elements % rest:
             raise ShapeError(
-                f"no number in place of -1 gives shape {shown(extents)} the {n_elements} elements of the data"
+                f"no number in place of -1 gives shape {shown(extents)} the {n_elements} elements of the data; pass "
+                "another shape"
             )
         extents = tuple(n_elements // rest if extent == -1 else extent for extent in extents)
     if math.prod(extents) != n_elements or min(extents, default=0) < 0:
@@ -269,7 +270,9 @@ def result_shape(shape: Any, n_elements: int, out: Any) -> tuple[int, ...]:
             f"shape {shown(extents)} does not have as many elements as the data, {n_elements}; pass a shape that does"
         )
     if not n_elements and math.prod(max(extent, 1) for extent in extents) >= 2**60:
-        raise ShapeError(f"shape {shown(extents)} is larger than any array, although it has no elements")
+        raise ShapeError(
+            f"shape {shown(extents)} has no elements, but its other extents are too large; pass smaller ones"
+        )
     return extents
 
 

@@ -83,15 +83,16 @@ class Factors:
     float32 results.
 
     Attributes:
-        quants: ``quants(block, at, run)``: eight float16, see `halves.py`. ``run = 4 * group + lane``, where group
-            counts groups of 32 elements. The elements are those of `order`.
-        scale: ``scale(block, at)``: one float32 for the block.
-        order: which elements of a group each lane holds.
-        minimum: ``minimum(block, at, number)``: a float32 for `minimum_size` elements of the block. None if there are
-            no minima.
-        minimum_size: 16 or 32.
-        offset: ``offset(block, at)``: one float32 for the block. None means 1.
-        table: the table that `quants` reads with `lookup_in_tile`.
+        quants: ``quants(block, at, run)`` returns eight float16; see `halves.py`. ``run = 4 * group + lane``, where
+            ``group`` is the number of a group of 32 elements, and ``lane`` is 0 to 3. `order` says which elements of
+            the group they are.
+        scale: ``scale(block, at)`` returns one float32 for the block.
+        order: which eight elements of a group each lane holds.
+        minimum: ``minimum(block, at, number)`` returns a float32 for `minimum_size` elements of the block. None if
+            there are no minima.
+        minimum_size: number of elements that share a minimum, 16 or 32.
+        offset: ``offset(block, at)`` returns one float32 for the block. None means 1.
+        table: the table that `quants` reads with `lookup_in_tile`; None if there is none.
     """
 
     quants: Decode
@@ -117,7 +118,8 @@ class Format:
             ``(n, block_size)`` out. None for a type that is returned as it is stored.
         decode: the same values, written to be compiled: ``decode(block, at, run)`` returns the eight float32
             elements ``8 * run`` to ``8 * run + 7`` of the block whose bytes start at ``at``.
-        factors: the same values for products; None means that products round the values of `decode` to float16.
+        factors: the same values, as products need them. None means that products round the values of `decode` to
+            float16.
     """
 
     name: str
@@ -220,7 +222,9 @@ class Format:
             ShapeError: the format has no blocks.
         """
         if self.dequantize is None or self.block_size == 1:
-            raise ShapeError(f"{self.name} has no blocks: each element is stored separately")
+            raise ShapeError(
+                f"{self.name} has no blocks, because each element is stored separately; choose a format of blocks"
+            )
         from numba_dequant.explain.bit_map import bit_map
 
         return bit_map(self.layout, self.block_size, self.dequantize)

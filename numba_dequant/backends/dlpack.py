@@ -35,7 +35,9 @@ class Bfloat16Array(np.ndarray[Any, Any]):
             if options.get("copy"):
                 bits = bits.copy()
             if options.get("dl_device") not in (None, self.__dlpack_device__()):
-                raise BufferError("the array is on the CPU and cannot be exported to another device") from None
+                raise BufferError(
+                    "the array is on the CPU and cannot be exported to another device; copy it there first"
+                ) from None
             capsule = bits.__dlpack__(stream=options.get("stream"))
         patch_dlpack_dtype(capsule)
         return capsule

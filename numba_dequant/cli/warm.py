@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
 def _capability(arch: str) -> tuple[int, int]:
     match = re.fullmatch(r"(?:sm_)?([0-9]{1,3})([0-9])", arch)
     if match is None:
-        raise nd.DeviceError(f"unknown architecture {arch!r}; expected something like sm_90")
+        raise nd.DeviceError(f"unknown architecture {arch!r}; pass a name such as sm_90")
     return int(match[1]), int(match[2])
 
 

@@ -170,7 +170,7 @@ def explain(data: Any, format: str | int | Format, block: int = 0, element: int 
     """
     fmt = format_named(format)
     if fmt.dequantize is None:
-        raise DataError(f"{fmt.name} is stored as it is: there is nothing to explain")
+        raise DataError(f"{fmt.name} is stored as it is, so there is nothing to explain; pass a format of blocks")
     raw = host_bytes(data)
     # Plain arrays are explained in runs of eight elements.
     size, n_bytes = (fmt.block_size, fmt.type_size) if fmt.block_size > 1 else (RUN, RUN * fmt.type_size)

@@ -70,7 +70,10 @@ def register(new: Format) -> Format:
         raise OptionError(f"register takes a Format, got {shown(new)}")
     for known in _formats.values():
         if known.name.upper() == new.name.upper() or known.ggml_id == new.ggml_id:
-            raise OptionError(f"{new.name} (ggml id {new.ggml_id}) clashes with {known.name} (ggml id {known.ggml_id})")
+            raise OptionError(
+                f"{new.name} (ggml id {new.ggml_id}) clashes with {known.name} (ggml id {known.ggml_id}); "
+                "choose another name or id"
+            )
     everything = sorted([*_formats.values(), new], key=lambda each: each.ggml_id)
     _formats.clear()
     _formats.update((each.name, each) for each in everything)

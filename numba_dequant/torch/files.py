@@ -124,7 +124,7 @@ def _index(device: torch.device) -> int:
 
 @dataclass
 class _Place:
-    """A parameter or a buffer of a module; tied ones have several owners."""
+    """A parameter or a buffer of a module. If it is tied, it has several owners."""
 
     tensor: Tensor
     owners: list[tuple[nn.Module, str]]
@@ -242,7 +242,7 @@ def _translation(names: Any) -> Callable[[str], str | None]:
         return names.get
     if not callable(names):
         raise OptionError(
-            f"names must be a mapping or a function, name in the file -> name in the model, got {shown(names)}"
+            f"names must be a mapping or a function, name in the file -> name in the module, got {shown(names)}"
         )
     translate: Callable[[str], str | None] = names
     return translate
@@ -256,10 +256,13 @@ def _check_shape(tensor: TensorInfo, place: _Place) -> None:
         if tensor.format.name != module.qtype or tensor.shape != (shape[0], expected):
             raise ShapeError(
                 f"tensor {tensor.name!r} is {tensor.format.name} of shape {tensor.shape}, but the layer is "
-                f"{module.qtype} of shape {(shape[0], expected)}"
+                f"{module.qtype} of shape {(shape[0], expected)}; make a layer of that format and shape"
             )
     elif tensor.shape != shape:
-        raise ShapeError(f"tensor {tensor.name!r} has shape {tensor.shape}, but the parameter has shape {shape}")
+        raise ShapeError(
+            f"tensor {tensor.name!r} has shape {tensor.shape}, but the parameter has shape {shape}; correct names "
+            "or the module"
+        )
 
 
 def _wanted(tensor: TensorInfo, place: _Place, dtype: torch.dtype | None, kept: bool) -> torch.dtype | None:

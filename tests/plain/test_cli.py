@@ -240,7 +240,7 @@ def test_bar(share, text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arch", "hopper"], "unknown architecture 'hopper'; expected something like sm_90"),
+        (["--arch", "hopper"], "unknown architecture 'hopper'; pass a name such as sm_90"),
         (["--cpu", "--formats", "Q4_J"], "unknown format 'Q4_J'"),
         ([], "no GPU, says the test; pass --arch or --cpu"),
     ],
