@@ -246,7 +246,7 @@ WRONG = [
     ({"format": "Q9_Z"}, nd.UnknownFormatError, "Q9_Z"),
     ({"weight": (1, 2, 3, 4)}, nd.DataError, "weight is a tuple of 4; pass a QuantizedTensor"),
     ({"weight": TENSOR, "format": "Q4_0"}, nd.DataError, "the format Q8_0, but format is 'Q4_0'; omit format"),
-    ({"weight": bytes(8), "format": "F64"}, nd.DtypeError, r"weight holds float64 \(F64\); dequantize it"),
+    ({"weight": bytes(8), "format": "F64"}, nd.DtypeError, r"weight holds float64 \(F64\), which matmul does not"),
     ({"weight": "text"}, nd.DataError, "weight: cannot read bytes from 'text'; pass bytes"),
     ({"weight": None}, nd.DataError, "weight: cannot read bytes from None"),
     ({"weight": WEIGHT[1:]}, nd.DataError, "weight: Q8_0 data comes in blocks of 34 bytes, but 203 bytes were given"),
