@@ -105,7 +105,7 @@ def make_tile_kernel(fmt: Format, dtype: str, bias: str | None, shape: TileShape
         if thread == 0:
             for stage in range(stages):
                 make_barrier(shared, int64(barriers + 8 * stage))
-        # Only weights may be read before the results of earlier kernels can be read.
+        # Until here, only weights were read: everything else may be a result of an earlier kernel.
         let_next_kernel_start()
         wait_for_earlier_kernels()
         if thread == 0:
@@ -144,7 +144,7 @@ def make_tile_kernel(fmt: Format, dtype: str, bias: str | None, shape: TileShape
                 parity ^= int32(1)
             stage_ahead = int32(stage_ahead + 1) if stage_ahead + 1 < stages else int32(0)
 
-        # No copy is under way. When all warps have read what was copied, its place is that of the results.
+        # All copies have arrived. When all warps have read them, the results can take their place.
         cuda.syncthreads()
         results = 32 * x_start
         put_results(partial, int32(results + warp * ROWS + row), sums, quarter)
