@@ -11,10 +11,10 @@ from torch import Tensor
 
 from numba_dequant.arguments import output_type
 from numba_dequant.arguments import result_shape as checked_shape
-from numba_dequant.errors import DataError, DtypeError, OutputError, ShapeError, UnknownFormatError, shown
+from numba_dequant.errors import DataError, DtypeError, OutputError, UnknownFormatError, shown
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, format_named
-from numba_dequant.torch.ops import OPERATORS, check_same_device
+from numba_dequant.torch.ops import OPERATORS, check_product, check_same_device
 
 
 def dequantize(
@@ -132,8 +132,9 @@ def linear(
     Raises:
         UnknownFormatError: there is no such format.
         DtypeError: `input` is not of a floating-point type.
-        DataError: `weight` is not a matrix of whole blocks.
-        ShapeError: the last dimension of `input` is not the number of elements in a row of `weight`.
+        DataError: `weight` is not a matrix of whole blocks, or a tensor is on another device than `input`.
+        ShapeError: the last dimension of `input` is not the number of elements in a row of `weight`, or `bias` has not
+            one number for each row.
     """
     device = input.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
@@ -142,14 +143,10 @@ def linear(
         raise DtypeError(f"input holds {input.dtype}; pass a floating-point tensor")
     name, _ = resolved(qtype, torch.float32)
     blocks = _matrix(_bytes(weight), "weight")
-    fmt = _sizes(name)
-    if blocks.shape[-1] * fmt[1] != input.shape[-1] * fmt[0]:
-        raise ShapeError(
-            f"input has {input.shape[-1]} features, but a row of weight has {blocks.shape[-1]} bytes, which are "
-            f"{blocks.shape[-1] // fmt[0] * fmt[1]} elements of {name}; pass an input that is as long as a row"
-        )
     if bias is not None:
         bias = bias.to(input.dtype)
+    if torch.compiler.is_compiling():  # otherwise the operator itself does it
+        check_product(input, blocks, bias, name, _sizes(name))
     values: Tensor = OPERATORS.linear.default(input, blocks, name, bias, weight_is_constant)
     return values
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from numba_dequant import api
 from numba_dequant.bits import RUN
-from numba_dequant.errors import DataError, DeviceError, DtypeError, OutputError
+from numba_dequant.errors import DataError, DeviceError, DtypeError, OutputError, ShapeError
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, format_named
 from numba_dequant.interop import TORCH
@@ -198,6 +198,45 @@ def _get_rows(data: Tensor, indices: Tensor, format: str, dtype: torch.dtype) ->
     return _dequantize(rows, format, dtype).view(*indices.shape, n_elements)
 
 
+def check_product(input: Tensor, weight: Tensor, bias: Tensor | None, name: str, sizes: tuple[int, int]) -> None:
+    """Raise an error unless a kernel may read all that a product needs.
+
+    Args:
+        input: the columns.
+        weight: the blocks of the weights.
+        bias: a number for each row of weights, or None.
+        name: the name of the format.
+        sizes: its bytes and its elements per block.
+    """
+    if not input.dim():
+        raise ShapeError("input has no dimension; pass a tensor whose last dimension is in_features")
+    n_bytes, (type_size, block_size) = weight.shape[-1], sizes
+    if n_bytes % type_size:
+        raise DataError(
+            f"a row of {name} is a whole number of blocks of {type_size} bytes, but the last dimension of weight is "
+            f"{n_bytes}; pass whole rows"
+        )
+    n_elements = n_bytes // type_size * block_size
+    if input.shape[-1] != n_elements:
+        raise ShapeError(
+            f"input has {input.shape[-1]} features, but a row of weight has {n_bytes} bytes, which are {n_elements} "
+            f"elements of {name}; pass an input that is as long as a row"
+        )
+    if weight.device != input.device:
+        raise DataError(f"weight is on {weight.device}, but input is on {input.device}; pass both on the same device")
+    if bias is None:
+        return
+    if bias.dim() != 1 or bias.shape[0] != weight.shape[-2]:
+        raise ShapeError(
+            f"bias has shape {tuple(bias.shape)}, but weight has {weight.shape[-2]} rows; pass a number for each row"
+        )
+    if bias.device != input.device or bias.dtype != input.dtype:
+        raise DataError(
+            f"bias is a tensor of {bias.dtype} on {bias.device}, but input is one of {input.dtype} on {input.device}; "
+            "pass a bias of the same dtype on the same device"
+        )
+
+
 def _linear(
     input: Tensor, weight: Tensor, format: str, bias: Tensor | None, weight_is_constant: bool = False
 ) -> Tensor:
@@ -205,6 +244,7 @@ def _linear(
         with torch.autocast(input.device.type, enabled=False):
             return _linear(input, weight, format, bias, weight_is_constant)
     fmt = _format(format)
+    check_product(input, weight, bias, fmt.name, (fmt.type_size, fmt.block_size))
     if input.is_cuda and input.numel() <= MOST_COLUMNS * input.shape[-1]:
         out = _product(input, weight, fmt, bias, weight_is_constant)
         if out is not None:
@@ -285,11 +325,12 @@ MOST_PAIRS = 4096
 
 
 def _mul_mat_id(input: Tensor, weight: Tensor, ids: Tensor, format: str) -> Tensor:
-    (n, k), n_rows = ids.shape, weight.shape[1]
+    (n, k), n_rows, fmt = ids.shape, weight.shape[1], _format(format)
+    check_product(input, weight, None, fmt.name, (fmt.type_size, fmt.block_size))
     out = input.new_empty(n, k, n_rows)
     if input.is_cuda and 0 < ids.numel() <= MOST_PAIRS:
         columns, numbers = _columns(input), ids.to(torch.int64).contiguous()
-        given = _operands(columns, weight, _format(format), None, out)
+        given = _operands(columns, weight, fmt, None, out)
         if given is not None:
             gpu, operands = given
             cuda, memory = _cuda_product(), _Memory(input.device)

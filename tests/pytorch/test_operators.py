@@ -295,6 +295,10 @@ def test_autocast(device):
         ({"input": torch.zeros(2, 511)}, nd.ShapeError, "input has 511 features, but a row of weight"),
         ({"input": torch.zeros(2, 512, dtype=torch.int32)}, nd.DtypeError, "floating-point"),
         ({"weight": torch.zeros(1152, dtype=torch.uint8)}, nd.DataError, "weight must have 2 dimensions"),
+        ({"input": torch.tensor(1.0)}, nd.ShapeError, "input has no dimension"),
+        ({"input": torch.zeros(2, 384), "weight": torch.zeros(4, 216, dtype=torch.uint8)}, nd.DataError, "whole rows"),
+        ({"bias": torch.zeros(3)}, nd.ShapeError, r"bias has shape \(3,\), but weight has 4 rows"),
+        ({"bias": torch.zeros(4, 1)}, nd.ShapeError, r"bias has shape \(4, 1\), but weight has 4 rows"),
         ({"qtype": "Q4_L"}, nd.UnknownFormatError, "Did you mean"),
     ],
 )
@@ -302,3 +306,26 @@ def test_wrong_arguments_of_linear(change, error, message):
     arguments = {"input": torch.zeros(2, 512), "weight": blocks_of("Q4_K", "cpu"), "qtype": "Q4_K"} | change
     with pytest.raises(error, match=message):
         nt.linear(**arguments)
+
+
+def test_operators_read_nothing_that_does_not_belong_to_their_arguments(device):
+    """A kernel would read beyond a row, a weight or a bias, or another row than the one that is meant."""
+    blocks, input = blocks_of("Q4_K", device), torch.zeros(2, 512, device=device)
+    cut, short = blocks[:, :216].contiguous(), torch.zeros(3, device=device)
+    ids = torch.zeros(2, 1, dtype=torch.int64, device=device)
+    for wrong in (lambda: OPERATORS.linear(input[:, :384].contiguous(), cut, "Q4_K", None),
+                  lambda: OPERATORS.linear(input[:, :256].contiguous(), blocks, "Q4_K", None),
+                  lambda: OPERATORS.linear(input, blocks, "Q4_K", short),
+                  lambda: OPERATORS.linear(input, blocks, "Q4_K", torch.zeros(4, device=device).half()),
+                  lambda: OPERATORS.mul_mat_id(input[:, :384].contiguous(), cut[None], ids, "Q4_K"),
+                  lambda: OPERATORS.mul_mat_id(input[:, :256].contiguous(), blocks[None], ids, "Q4_K")):  # fmt: skip
+        with pytest.raises((nd.DataError, nd.ShapeError)):
+            wrong()
+
+
+@pytest.mark.gpu
+def test_operators_take_tensors_of_one_device():
+    blocks, input = blocks_of("Q4_K", "cpu"), torch.zeros(2, 512)
+    for given in ((input.cuda(), blocks), (input, blocks.cuda())):
+        with pytest.raises(nd.DataError, match="pass both on the same device"):
+            OPERATORS.linear(*given, "Q4_K", None)
