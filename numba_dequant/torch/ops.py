@@ -17,6 +17,7 @@ from torch import Tensor
 
 from numba_dequant import api
 from numba_dequant.bits import RUN
+from numba_dequant.dtypes import OUTPUT_TYPES
 from numba_dequant.errors import DataError, DeviceError, DtypeError, OutputError, ShapeError
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, format_named
@@ -31,7 +32,7 @@ CPU_PIECE = 1 << 20
 MOST_COLUMNS = 128
 """Maximum number of columns that a kernel for blocks multiplies; for fewer, `cuda_product.is_slower` decides."""
 
-DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+DTYPES = {getattr(torch, name): name for name in OUTPUT_TYPES}
 """The output types."""
 
 LIBRARY = torch.library.Library("numba_dequant", "DEF")
