@@ -245,7 +245,7 @@ def kernels(formats, capability=(9, 0), shared_memory=227 << 10, processors=132)
     for name in formats:
         many = [SHAPE_OF_MANY] if name in MANY_FORMATS else []
         for dtype, shapes, counts in (
-            ("float16", SHAPES, (1, 8)), ("float32", SHAPES_OF_FLOATS, (8,)), ("float16", many, (16, 32, 64))
+            ("float16", SHAPES, (1, 8)), ("float32", SHAPES_OF_FLOATS, (8,)), ("float16", many, (16, 32, 64, 128))
         ):  # fmt: skip
             for (n_rows, n_elements), count in product(shapes, counts):
                 sizes = 256, n_rows, n_elements, 256, "float16", count, 256, dtype
