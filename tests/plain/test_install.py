@@ -133,7 +133,7 @@ def test_the_cpu_computes_where_numba_is_told_not_to_compile(name, monkeypatch):
     monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
     monkeypatch.setattr(cpu._compile, "_made", {})
     monkeypatch.setattr(cpu._compile, "_make", None)
-    data = random_blocks(name, 9)
+    data = random_blocks(name, 2)
     found = nd.dequantize(data, name, device="cpu")
     monkeypatch.undo()
     assert_same_bits(found, nd.dequantize(data, name, device="cpu"))
