@@ -5,6 +5,7 @@ It prints a line of JSON for each scenario.
 
 import json
 import os
+import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -38,7 +39,7 @@ def planned(world, stages=1):
     return lambda model: plan(model.tensors.values(), world, RULES, stages=stages)
 
 
-def load(rank, world, folder, scenario):  # noqa: PLR0912 one branch per scenario
+def load(rank, world, folder, scenario):  # noqa: PLR0912, PLR0915 one branch per scenario
     path, options = folder / "model.gguf", {"plan": planned(world)}
     if scenario == "blocks":
         options["keep_quantized"] = True
@@ -78,6 +79,8 @@ def load(rank, world, folder, scenario):  # noqa: PLR0912 one branch per scenari
         distributed._read_part = read
     elif scenario == "dead" and rank == 1:
         os._exit(3)
+    elif scenario == "cable" and rank == 2:  # all ranks are connected by now
+        subprocess.run(["ip", "link", "set", os.environ["RANKS_CABLE"], "down"], check=True)
     elif scenario == "select":
         options["select"] = "*"
     dtype = torch.int8 if scenario == "dtype" and rank == 1 else torch.float32
@@ -100,9 +103,8 @@ def of_mesh(scenario, folder, mesh):
 
 def main():
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world, timeout=timedelta(seconds=20)
-    )
+    group = os.environ.get("RANKS_GROUP", f"file://{folder}/group")
+    dist.init_process_group("gloo", init_method=group, rank=rank, world_size=world, timeout=timedelta(seconds=20))
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])] if world == 4 else []
     mesh = init_device_mesh("cpu", (world,))
     for scenario in sys.argv[4:]:
