@@ -29,8 +29,8 @@ class QuantizedColwiseParallel(ParallelStyle):
     Args:
         unit: number of outputs that stay together, such as those of an attention head. The layer that takes the outputs
             needs the same unit, which must be a multiple of the block size of its format.
-        gather_output: whether each rank returns all outputs. If False, each rank returns its own outputs. Use True for
-            inference only: gradients are then wrong.
+        gather_output: whether each rank returns all outputs. If False, each rank returns its own outputs. If True, all
+            ranks must compute the same loss from them.
 
     Raises:
         OptionError: `parallelize_module` raises it if a layer is not a `QuantizedLinear`, `unit` is less than 1, or the
@@ -45,21 +45,15 @@ class QuantizedColwiseParallel(ParallelStyle):
         layer = _quantized(module)
         start, stop = _range_of(layer.out_features, self.unit, device_mesh, f"{layer.out_features} outputs")
         group = device_mesh.get_group()
-        sizes = [_cut(layer.out_features, self.unit, rank, device_mesh.size()) for rank in range(device_mesh.size())]
+        ranges = [_cut(layer.out_features, self.unit, rank, device_mesh.size()) for rank in range(device_mesh.size())]
         layer.weight = nn.Parameter(layer.weight[start:stop].clone(), requires_grad=False)
         if layer.bias is not None:
             layer.bias = nn.Parameter(layer.bias.detach()[start:stop].clone(), layer.bias.requires_grad)
         layer.out_features = stop - start
         layer.register_forward_pre_hook(lambda _, inputs: (_GradientsAdded.apply(inputs[0], group), *inputs[1:]))
         if self.gather_output:
-            largest = max(stop - start for start, stop in sizes)
-
-            def gather(_: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-                padded = nn.functional.pad(output, (0, largest - output.shape[-1]))
-                every = collectives.all_gather_tensor(padded.unsqueeze(0).contiguous(), 0, group)
-                return torch.cat([every[rank, ..., : stop - start] for rank, (start, stop) in enumerate(sizes)], -1)
-
-            layer.register_forward_hook(gather)
+            rank = device_mesh.get_local_rank()
+            layer.register_forward_hook(lambda _, inputs, output: _Gathered.apply(output, group, ranges, rank))
         return layer
 
 
@@ -149,6 +143,28 @@ class _GradientsAdded(torch.autograd.Function):
         return _sum(gradients[0], context.group), None
 
 
+class _Gathered(torch.autograd.Function):
+    """The outputs of all ranks, side by side. Each rank gets the gradient of its own outputs."""
+
+    @staticmethod
+    def forward(context: Any, value: Tensor, group: Any, ranges: list[tuple[int, int]], rank: int) -> Tensor:
+        context.range = ranges[rank]
+        largest = max(stop - start for start, stop in ranges)
+        padded = nn.functional.pad(value, (0, largest - value.shape[-1])).unsqueeze(0).contiguous()
+        every = _wait(_gather(padded, 0, group))
+        return torch.cat([every[other, ..., : stop - start] for other, (start, stop) in enumerate(ranges)], -1)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        start, stop = context.range
+        return gradients[0][..., start:stop].contiguous(), None, None, None
+
+
+_wait: Callable[[Tensor], Tensor] = collectives.wait_tensor
+_gather: Callable[[Tensor, int, Any], Tensor] = getattr(collectives, "all_gather_single", None) or (
+    collectives.all_gather_tensor  # its name in older versions of PyTorch
+)
+
+
 def _sum(value: Tensor, group: Any) -> Tensor:
-    wait: Callable[[Tensor], Tensor] = collectives.wait_tensor
-    return wait(collectives.all_reduce(value.contiguous(), "sum", group))
+    return _wait(collectives.all_reduce(value.contiguous(), "sum", group))

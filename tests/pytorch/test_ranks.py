@@ -215,7 +215,8 @@ def test_divided_layers_compute_what_one_does(tmp_path):
     """Forward, gradients and compiled, with 768 inner elements in three units of 256."""
     outputs, codes = start(SUPPORT.with_name("parallel_layers.py"), tmp_path, 2)
     assert codes == [0, 0], outputs
-    for rank, (out, _) in enumerate(outputs):
+    for rank, (out, errors) in enumerate(outputs):
+        assert "FutureWarning" not in errors
         found = json.loads(out.splitlines()[-1])
         units = 2 - rank
         assert found["Q4_K"][0] == [[256 * units, 144], [40, 210 * units], rank == 1]

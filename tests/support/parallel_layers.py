@@ -40,7 +40,7 @@ def network(first, second):
 
 
 def difference(found, expected):
-    return float((found - expected).norm() / expected.norm())
+    return float((found - expected).detach().norm() / expected.detach().norm())
 
 
 def main():
@@ -63,12 +63,22 @@ def main():
         with torch.no_grad():
             of_compiled = difference(compiled(x), expected)
         found[first] = [shapes, difference(result, expected), difference(y.grad, x.grad), of_compiled]
-    whole = layer("Q8_0", 50, 64, 4)[0]
-    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(5))
-    expected = whole(x)
-    gathered = parallelize_module(layer("Q8_0", 50, 64, 4)[0], mesh, nt.QuantizedColwiseParallel(gather_output=True))
-    split = parallelize_module(layer("Q8_0", 50, 64, 4)[0], mesh, nt.QuantizedRowwiseParallel(split_input=True))
-    found["alone"] = [difference(gathered(x), expected), difference(split(x), expected)]
+    found["alone"] = []
+    for style in (nt.QuantizedColwiseParallel(gather_output=True), nt.QuantizedRowwiseParallel(split_input=True)):
+        whole = layer("Q8_0", 51, 64, 4)[0]
+        divided = parallelize_module(layer("Q8_0", 51, 64, 4)[0], mesh, style)
+        x = torch.randn(3, 64, generator=torch.Generator().manual_seed(5), requires_grad=True)
+        expected = whole(x)
+        expected.square().sum().backward()
+        of_bias = whole.bias.grad.split(26)[rank] if divided.out_features < 51 else whole.bias.grad
+        for module in (divided, torch.compile(divided, backend="aot_eager", fullgraph=True)):
+            y = x.detach().clone().requires_grad_()
+            divided.zero_grad()
+            result = module(y)
+            result.square().sum().backward()
+            found["alone"] += [difference(result, expected), difference(y.grad, x.grad)]
+            if divided.bias is not None:
+                found["alone"].append(difference(divided.bias.grad, of_bias))
     found["errors"] = []
     for module, style in (
         (nn.Linear(4, 4), nt.QuantizedColwiseParallel()),
