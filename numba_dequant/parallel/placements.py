@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from numba_dequant.arguments import flag_option, whole_option
 from numba_dequant.errors import OptionError, shown
+from numba_dequant.format import whole_number
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Shard:
         overlaps: whether two ranks may hold the same unit. If the group is cut inside a unit, both hold that unit.
 
     Raises:
-        OptionError: `unit` is less than 1, or `overlaps` is True without a `group`.
+        OptionError: an argument has a wrong type, `unit` is less than 1, or `overlaps` is True without a `group`.
     """
 
     dim: int
@@ -31,8 +33,16 @@ class Shard:
     overlaps: bool = False
 
     def __post_init__(self) -> None:
-        if self.unit < 1:
-            raise OptionError(f"unit is {self.unit}, but must be 1 or more")
+        dim = whole_number(self.dim)
+        if dim is None:
+            raise OptionError(
+                f"dim must be a whole number, such as 0 for rows or -1 for columns, got {shown(self.dim)}"
+            )
+        if not isinstance(self.group, (str, type(None))):
+            raise OptionError(f"group must be a name or None, got {shown(self.group)}")
+        object.__setattr__(self, "dim", dim)
+        object.__setattr__(self, "unit", whole_option("unit", self.unit, 1))
+        object.__setattr__(self, "overlaps", flag_option("overlaps", self.overlaps))
         if self.overlaps and self.group is None:
             raise OptionError("overlaps is True, but the tensor has no group; pass group, or omit overlaps")
 
@@ -45,6 +55,25 @@ class Replicate:
 Placement: TypeAlias = "Shard | Replicate"
 Rule: TypeAlias = "tuple[str, Placement]"
 """A glob for tensor names, such as ``"*.ffn_up.weight"``, and the placement of these tensors."""
+
+
+def checked_rules(rules: Any) -> list[Rule]:
+    """The rules as a list.
+
+    Raises:
+        OptionError: they are not pairs of a pattern and a placement.
+    """
+    if not isinstance(rules, Iterable):
+        raise OptionError(f"rules must be a list of pairs (pattern, placement), got {shown(rules)}")
+    found = list(rules)
+    for rule in found:
+        is_pair = isinstance(rule, (tuple, list)) and len(rule) == 2
+        if not (is_pair and isinstance(rule[0], str) and isinstance(rule[1], (Shard, Replicate))):
+            raise OptionError(
+                f"a rule is {shown(rule)}, but must be a pair (pattern, placement); pass a glob for names and a Shard "
+                "or Replicate of numba_dequant.parallel"
+            )
+    return found
 
 
 def llama_rules(metadata: Mapping[str, Any]) -> list[Rule]:
@@ -61,8 +90,10 @@ def llama_rules(metadata: Mapping[str, Any]) -> list[Rule]:
         The rules for `plan`.
 
     Raises:
-        OptionError: the metadata does not contain the length of an attention head.
+        OptionError: `metadata` is not a mapping, or does not contain the length of an attention head.
     """
+    if not isinstance(metadata, Mapping):
+        raise OptionError(f"metadata must be that of a model, such as model.metadata, got {shown(metadata)}")
     head = _head_length(metadata)
     heads, shared_heads = Shard(0, head, "heads"), Shard(0, head, "heads", overlaps=True)
     rules: list[Rule] = []

@@ -10,9 +10,10 @@ from fnmatch import fnmatchcase
 from math import lcm, prod
 from typing import Literal
 
-from numba_dequant.errors import OptionError, ShapeError
+from numba_dequant.arguments import whole_option
+from numba_dequant.errors import OptionError, ShapeError, shown
 from numba_dequant.gguf.tensors import TensorInfo
-from numba_dequant.parallel.placements import Placement, Replicate, Rule, Shard
+from numba_dequant.parallel.placements import Placement, Replicate, Rule, Shard, checked_rules
 
 LAYER = re.compile(r"(?:^|\.)blk\.(\d+)\.")
 OF_FIRST_STAGE = ("token_embd", "position_embd", "token_types")
@@ -142,19 +143,24 @@ def plan(
         The plan. ``print(plan)`` shows the bytes of each rank.
 
     Raises:
-        OptionError: `world` or `stages` is less than 1, `world` is not a multiple of `stages`, or `uneven` is wrong.
+        OptionError: an argument has a wrong type, `world` or `stages` is less than 1, `world` is not a multiple of
+            `stages`, or `uneven` is wrong.
         ShapeError: a tensor cannot be divided as its rule says, or cannot be divided equally (``"refuse"``).
     """
-    if uneven not in ("allow", "refuse"):
-        raise OptionError(f"uneven is {uneven!r}; pass 'allow' or 'refuse'")
-    if world < 1 or stages < 1 or world % stages:
-        raise OptionError(
-            f"{world} ranks cannot be divided into {stages} stages; pass as world a multiple of stages, both 1 or more"
-        )
+    if not isinstance(uneven, str) or uneven not in ("allow", "refuse"):
+        raise OptionError(f"uneven is {shown(uneven)}; pass 'allow' or 'refuse'")
+    world, stages = whole_option("world", world, 1), whole_option("stages", stages, 1)
+    if world % stages:
+        raise OptionError(f"{world} ranks cannot be divided into {stages} stages; pass as world a multiple of stages")
+    rules = checked_rules(rules)
+    every = list(tensors) if isinstance(tensors, Iterable) else [tensors]
+    wrong = next((each for each in every if not isinstance(each, TensorInfo)), None)
+    if wrong is not None:
+        raise OptionError(f"tensors must be those of a model, such as model.tensors.values(), but has {shown(wrong)}")
     width = world // stages
     ranks = tuple(RankPlan(rank, rank // width) for rank in range(world))
     notes: dict[str, None] = {}
-    for stage, group in enumerate(_stages(list(tensors), stages, notes)):
+    for stage, group in enumerate(_stages(every, stages, notes)):
         _Divider(ranks[stage * width : (stage + 1) * width], rules, notes, refuses=uneven == "refuse").divide(group)
     return Plan(ranks, tuple(notes))
 
@@ -261,7 +267,8 @@ class _Divider:
         placement = next((each for pattern, each in self._rules if fnmatchcase(tensor.name, pattern)), Replicate())
         if isinstance(placement, Shard) and not -len(tensor.shape) <= placement.dim < len(tensor.shape):
             raise ShapeError(
-                f"{tensor.name} of shape {tensor.shape} has no dimension {placement.dim}; change the rule for it"
+                f"{tensor.name} of shape {tensor.shape} has no dimension {placement.dim}; pass another dim in the "
+                "placement for it"
             )
         return placement
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from numba_dequant.arguments import flag_option, whole_option
 from numba_dequant.errors import OptionError, ShapeError
 from numba_dequant.formats import FORMATS
 from numba_dequant.torch.layers import QuantizedLinear
@@ -33,13 +34,14 @@ class QuantizedColwiseParallel(ParallelStyle):
             ranks must compute the same loss from them.
 
     Raises:
-        OptionError: `parallelize_module` raises it if a layer is not a `QuantizedLinear`, `unit` is less than 1, or the
+        OptionError: an argument is wrong. `parallelize_module` raises it if a layer is not a `QuantizedLinear`, or the
             mesh has more than one dimension.
         ShapeError: `parallelize_module` raises it if there are fewer units than ranks.
     """
 
     def __init__(self, *, unit: int = 1, gather_output: bool = False) -> None:
-        self.unit, self.gather_output = unit, gather_output
+        self.unit = whole_option("unit", unit, 1)
+        self.gather_output = flag_option("gather_output", gather_output)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         layer = _quantized(module)
@@ -72,7 +74,8 @@ class QuantizedRowwiseParallel(ParallelStyle):
     """
 
     def __init__(self, *, unit: int = 1, split_input: bool = False) -> None:
-        self.unit, self.split_input = unit, split_input
+        self.unit = whole_option("unit", unit, 1)
+        self.split_input = flag_option("split_input", split_input)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         layer = _quantized(module)
@@ -109,8 +112,6 @@ def _cut(extent: int, unit: int, rank: int, count: int) -> tuple[int, int]:
 
 
 def _range_of(extent: int, unit: int, mesh: DeviceMesh, what: str) -> tuple[int, int]:
-    if unit < 1:
-        raise OptionError(f"unit is {unit}, but must be 1 or more")
     if mesh.ndim != 1:
         raise OptionError(f"the mesh has {mesh.ndim} dimensions, not 1; pass one of them, such as mesh['tp']")
     if -(-extent // unit) < mesh.size():

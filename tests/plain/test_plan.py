@@ -1,9 +1,11 @@
 """Plans: which rank holds what."""
 
 import random
+import re
 from itertools import combinations, islice, pairwise
 from math import prod
 
+import numpy as np
 import pytest
 
 import numba_dequant as nd
@@ -236,25 +238,63 @@ def test_any_model(seed):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"world": 0}, "0 ranks cannot be divided into 1 stages"),
+        ({"world": 0}, "world must be a whole number, 1 or more, got 0"),
+        ({"world": "two"}, "world must be a whole number, 1 or more, got 'two'"),
+        ({"world": 2.0}, "world must be a whole number, 1 or more, got 2.0"),
+        ({"stages": True}, "stages must be a whole number, 1 or more, got True"),
         ({"world": 4, "stages": 3}, "4 ranks cannot be divided into 3 stages; pass as world a multiple of stages"),
-        ({"world": 2, "uneven": "no"}, "uneven is 'no'; pass 'allow' or 'refuse'"),
+        ({"uneven": "no"}, "uneven is 'no'; pass 'allow' or 'refuse'"),
+        ({"uneven": []}, "uneven is []; pass 'allow' or 'refuse'"),
+        ({"tensors": 3}, "tensors must be those of a model, such as model.tensors.values(), but has 3"),
+        ({"tensors": {"w": 1}}, "tensors must be those of a model, such as model.tensors.values(), but has 'w'"),
+        ({"rules": 3}, "rules must be a list of pairs (pattern, placement), got 3"),
+        ({"rules": {"*": Shard(0)}}, "a rule is '*', but must be a pair (pattern, placement); pass a glob for names"),
+        ({"rules": ["ab"]}, "a rule is 'ab', but must be a pair (pattern, placement); pass a glob for names"),
+        ({"rules": [(1, Shard(0))]}, "a rule is (1, Shard("),
+        ({"rules": [("w", 0)]}, "a rule is ('w', 0), but must be a pair (pattern, placement); pass a glob for names"),
+        ({"rules": [("w", Shard)]}, "a rule is ('w', <class 'numba_dequant.parallel.placements.Shard'>), but must be"),
     ],
 )
-def test_wrong_numbers(arguments, message):
-    with pytest.raises(nd.OptionError, match=message):
-        plan(tensors_of({"w": ("F32", (4, 8))}), rules=[], **arguments)
+def test_wrong_arguments(arguments, message):
+    right = {"tensors": tensors_of({"w": ("F32", (4, 8))}), "world": 2, "rules": []}
+    with pytest.raises(nd.OptionError, match=re.escape(message)):
+        plan(**right | arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"unit": 0}, "unit must be a whole number, 1 or more, got 0"),
+        ({"unit": 1.5}, "unit must be a whole number, 1 or more, got 1.5"),
+        ({"unit": True}, "unit must be a whole number, 1 or more, got True"),
+        ({"unit": "a"}, "unit must be a whole number, 1 or more, got 'a'"),
+        ({"dim": None}, "dim must be a whole number, such as 0 for rows or -1 for columns, got None"),
+        ({"dim": False}, "dim must be a whole number, such as 0 for rows or -1 for columns, got False"),
+        ({"group": ["ffn"]}, "group must be a name or None, got ['ffn']"),
+        ({"overlaps": 1, "group": "ffn"}, "overlaps must be True or False, got 1"),
+        ({"overlaps": True}, "overlaps is True, but the tensor has no group; pass group, or omit overlaps"),
+    ],
+)
+def test_wrong_placements(arguments, message):
+    with pytest.raises(nd.OptionError, match=re.escape(message)):
+        Shard(**{"dim": 0} | arguments)
+
+
+def test_numbers_and_rules_of_other_types():
+    tensors = tensors_of({"a": ("F32", (4, 8)), "b": ("F32", (4, 8))})
+    placement = Shard(np.int64(0), np.uint8(2))
+    assert type(placement.dim) is type(placement.unit) is int
+    found = plan(iter(tensors), np.int32(2), iter([("*", placement)]), stages=np.int8(1))
+    assert found == plan(tensors, 2, [["*", Shard(0, 2)]])
 
 
 def test_wrong_rules():
     tensors = tensors_of({"blk.0.a": ("F32", (4, 8)), "blk.0.b": ("F32", (6, 8)), "c": ("F32", (8,))})
-    with pytest.raises(nd.ShapeError, match=r"c of shape \(8,\) has no dimension 1; change the rule for it"):
+    with pytest.raises(nd.ShapeError, match=r"c of shape \(8,\) has no dimension 1; pass another dim in the"):
         plan(tensors, 2, [("c", Shard(1))])
     with pytest.raises(nd.ShapeError, match=r"blk\.0\.a has 4 elements along the dimension to cut, but another tensor"):
         plan(tensors, 2, [("blk.*", Shard(0, group="g"))])
-    with pytest.raises(nd.OptionError, match="unit is 0, but must be 1 or more"):
-        Shard(0, unit=0)
-    with pytest.raises(nd.OptionError, match="overlaps is True, but the tensor has no group"):
-        Shard(0, overlaps=True)
     with pytest.raises(nd.OptionError, match="does not contain the length of an attention head; write your own rules"):
         llama_rules({"general.architecture": "t5"})
+    with pytest.raises(nd.OptionError, match=r"metadata must be that of a model, such as model\.metadata, got None"):
+        llama_rules(None)

@@ -227,8 +227,19 @@ def test_divided_layers_compute_what_one_does(tmp_path):
         assert found["errors"] == [
             "this style is for a QuantizedLinear, but the layer is a Linear; use a style of PyTorch",
             "256 inputs (Q4_K has blocks of 256), in units of 256, are too few for 2 ranks; use fewer ranks",
-            "unit is 0, but must be 1 or more",
         ]
+
+
+@pytest.mark.parametrize(("style", "flag"), [("Colwise", "gather_output"), ("Rowwise", "split_input")])
+def test_wrong_arguments_of_styles(style, flag):
+    from numba_dequant import torch as nt
+
+    made = getattr(nt, f"Quantized{style}Parallel")
+    for unit in (0, 1.5, True, "a"):
+        with pytest.raises(nd.OptionError, match=rf"unit must be a whole number, 1 or more, got {unit!r}"):
+            made(unit=unit)
+    with pytest.raises(nd.OptionError, match=rf"{flag} must be True or False, got 'no'"):
+        made(**{flag: "no"})
 
 
 def test_the_page_runs(tmp_path):

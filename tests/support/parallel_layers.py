@@ -83,7 +83,6 @@ def main():
     for module, style in (
         (nn.Linear(4, 4), nt.QuantizedColwiseParallel()),
         (layer("Q4_K", 4, 256, 0)[0], nt.QuantizedRowwiseParallel()),
-        (layer("Q4_K", 4, 256, 0)[0], nt.QuantizedColwiseParallel(unit=0)),
     ):
         try:
             parallelize_module(module, mesh, style)
