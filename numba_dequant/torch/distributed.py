@@ -1,15 +1,15 @@
 """Load GGUF files on several ranks of `torch.distributed`. Each rank reads its part, and shared tensors are read once.
 
-No rank reads a tensor before all ranks have agreed on the file and the plan. No rank sends before all have read, and no
-rank returns before all have dequantized. So an error on one rank becomes an error on all ranks, and no rank waits for
-another one that has failed.
+No rank reads a tensor before all ranks have agreed on the file and the plan. No rank sends before all have read and
+have memory for their parts, and no rank returns before all have dequantized. So an error on one rank becomes an error
+on all ranks, and no rank waits for another one that has failed.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -21,9 +21,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from numba_dequant.errors import DeviceError, NumbaDequantError, OptionError, ReadError, ShapeError, shown
-from numba_dequant.format import Format
-from numba_dequant.formats import FORMATS
+from numba_dequant.errors import DeviceError, OptionError, ReadError, ShapeError, shown
+from numba_dequant.formats import FORMATS, format_named
 from numba_dequant.loading.chunks import Chunk, TensorSlice
 from numba_dequant.loading.files import OpenFiles, check_complete
 from numba_dequant.loading.requests import dtype_resolver
@@ -63,7 +62,7 @@ class _Share:
 
     @property
     def n_bytes(self) -> int:
-        return FORMATS[self.format].n_bytes(self.shape)
+        return format_named(self.format).n_bytes(self.shape)
 
 
 def load_sharded(
@@ -162,8 +161,8 @@ class _Ranks:
             return function(*arguments, **options)
         except RuntimeError as error:  # of PyTorch's: DistError and what the backends raise
             raise DeviceError(
-                f"rank {self.rank} of {self.count} cannot communicate with the other ranks: "
-                f"{str(error).splitlines()[0]}; look for the first error that another rank printed"
+                f"rank {self.rank} of {self.count} cannot communicate with the other ranks: {_told(error)}; look for "
+                "the first error that another rank printed"
             ) from error
 
     def global_rank(self, rank: int) -> int:
@@ -174,12 +173,19 @@ class _Ranks:
         """A context. If it raises an error on one rank, all other ranks raise a DeviceError that quotes it."""
         try:
             yield
-        except (NumbaDequantError, RuntimeError, MemoryError) as error:
-            self.gather(f"{type(error).__name__}: {error}")
+        except Exception as error:
+            with suppress(DeviceError):  # if the others cannot be told, this rank still raises its own error
+                self.gather(_told(error))
             raise
         for rank, sentence in enumerate(self.gather(None)):
             if sentence is not None:
                 raise DeviceError(f"rank {rank} could not {what}: {sentence}")
+
+
+def _told(error: Exception) -> str:
+    """An error for other ranks: its type and the first line of its message, if it has one."""
+    lines = str(error).split("\n")
+    return f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
 
 
 def _agree(ranks: _Ranks, path: Any, planner: Planner) -> tuple[Model | None, list[list[_Share]], list[bool]]:
@@ -191,24 +197,21 @@ def _agree(ranks: _Ranks, path: Any, planner: Planner) -> tuple[Model | None, li
         ReadError: the files of two ranks differ.
         OptionError: the plan is for another number of ranks, or the plans of two ranks differ.
     """
-    model, shares, error, where = None, None, None, ""
-    try:
-        model = open_model(path)
-        shares = _shares(planner if isinstance(planner, Plan) else planner(model), ranks.count)
-        where = next((tensor.path for tensor in model.tensors.values()), "the model")
-    except FileNotFoundError as missing:
-        error = missing
-    except Exception as other:  # the other ranks must get the message before this one raises the error
-        ranks.gather((None, None, f"{type(other).__name__}: {other}"))
-        raise
-    said = ranks.gather((None if model is None else _digest(model), shares, None))
-    for rank, (_, _, sentence) in enumerate(said):
-        if sentence is not None:
-            raise DeviceError(f"rank {rank} could not open the file or use its plan: {sentence}")
-    holders = [rank for rank, (digest, _, _) in enumerate(said) if digest is not None]
+    model, digest, shares, missing, where = None, None, None, None, "the model"
+    with ranks.all_or_none("open the file or use its plan"):
+        try:
+            model = open_model(path)
+        except FileNotFoundError as error:
+            missing = error
+        if model is not None:
+            digest = _digest(model)
+            shares = _shares(planner if isinstance(planner, Plan) else planner(model), ranks.count)
+            where = next((tensor.path for tensor in model.tensors.values()), where)
+    said = ranks.gather((digest, shares))
+    holders = [rank for rank, (digest, _) in enumerate(said) if digest is not None]
     if not holders:
-        assert error is not None
-        raise error
+        assert missing is not None
+        raise missing
     first = said[holders[0]]
     for rank in holders[1:]:
         if said[rank][0] != first[0]:
@@ -217,7 +220,7 @@ def _agree(ranks: _Ranks, path: Any, planner: Planner) -> tuple[Model | None, li
             )
         if said[rank][1] != first[1]:
             raise OptionError(f"the plans of rank {holders[0]} and rank {rank} differ; make the same plan on all ranks")
-    return model, first[1], [digest is not None for digest, _, _ in said]
+    return model, first[1], [digest is not None for digest, _ in said]
 
 
 def _digest(model: Model) -> str:
@@ -337,44 +340,51 @@ class _Routes:
         """The piece of a whole tensor that is read for a rank: its first byte and its size."""
         if not self._has_file[rank]:
             return 0, share.n_bytes
-        holders = self._holders[share.name]
-        each = -(-share.n_bytes // len(holders))
-        first = min(holders.index(rank) * each, share.n_bytes)
+        each = self._length(share)
+        first = min(self._holders[share.name].index(rank) * each, share.n_bytes)
         return first, min(each, share.n_bytes - first)
 
     def exchange(self, raw: dict[tuple[int, str], NDArray[np.uint8]]) -> dict[str, Tensor]:
         """The bytes of all shares of this rank."""
-        ranks, rank = self._ranks, self._ranks.rank
+        ranks, rank, found = self._ranks, self._ranks.rank, {}
+        # All memory is allocated before a rank sends, because no rank may fail while others wait for it.
+        with ranks.all_or_none("get memory for its part"):
+            for share in self._shares[rank]:
+                if self.source_of(rank) != rank:
+                    found[share.name] = self._empty(share.n_bytes)
+                elif self._is_gathered(share):
+                    found[share.name] = self._empty(self._length(share) * len(self._holders[share.name]))
+                else:
+                    found[share.name] = torch.from_numpy(raw.pop((rank, share.name)))
+            shared = [(reader, share) for reader, share in self.read_by(rank) if (reader, share.name) in raw]
+            sizes = [self._length(share) if reader == rank else share.n_bytes for reader, share in shared]
+            piece = self._empty(max(sizes, default=0))
         groups = self._groups()
-        found = {}
-        for other, of_rank in enumerate(self._shares):
-            source = self.source_of(other)
-            for share in of_rank:
-                if source == other:
-                    if other == rank:
-                        found[share.name] = self._gathered(share, raw.pop((rank, share.name)), groups)
-                elif rank == source:
-                    data = torch.from_numpy(raw.pop((other, share.name))).to(self._device)
-                    ranks.call(dist.send, data, ranks.global_rank(other), group=ranks.group)
-                elif rank == other:
-                    data = torch.empty(share.n_bytes, dtype=torch.uint8, device=self._device)
-                    ranks.call(dist.recv, data, ranks.global_rank(source), group=ranks.group)
-                    found[share.name] = data
+        for other, share in ((other, share) for other, of_rank in enumerate(self._shares) for share in of_rank):
+            source, size = self.source_of(other), share.n_bytes
+            if rank == source and (other, share.name) in raw:
+                data = raw.pop((other, share.name))
+                piece[: data.size].copy_(torch.from_numpy(data))
+                if rank != other:
+                    ranks.call(dist.send, piece[:size], ranks.global_rank(other), group=ranks.group)
+                else:
+                    group, length = groups[self._holders[share.name]], self._length(share)
+                    ranks.call(dist.all_gather_into_tensor, found[share.name], piece[:length], group=group)
+                    found[share.name] = found[share.name][:size]
+            elif rank == other != source:
+                ranks.call(dist.recv, found[share.name], ranks.global_rank(source), group=ranks.group)
         return found
 
-    def _gathered(
-        self, share: _Share, data: NDArray[np.uint8], groups: dict[tuple[int, ...], dist.ProcessGroup | None]
-    ) -> Tensor:
-        own = torch.from_numpy(data).to(self._device)
-        holders = self._holders[share.name]
-        if share.dim is not None or len(holders) == 1 or not share.n_bytes:
-            return own
-        each = -(-share.n_bytes // len(holders))
-        together = torch.empty(each * len(holders), dtype=torch.uint8, device=self._device)
-        padded = torch.zeros(each, dtype=torch.uint8, device=self._device)
-        padded[: own.numel()] = own
-        self._ranks.call(dist.all_gather_into_tensor, together, padded, group=groups[holders])
-        return together[: share.n_bytes]
+    def _empty(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+    def _is_gathered(self, share: _Share) -> bool:
+        """Whether the ranks that have the file and hold a tensor read a piece each."""
+        return share.dim is None and len(self._holders[share.name]) > 1 and share.n_bytes > 0
+
+    def _length(self, share: _Share) -> int:
+        """The length of the longest piece of a whole tensor."""
+        return -(-share.n_bytes // len(self._holders[share.name]))
 
     def _groups(self) -> dict[tuple[int, ...], dist.ProcessGroup | None]:
         """A process group for each set of ranks that gather a tensor and that contains this rank."""
@@ -393,7 +403,7 @@ class _Routes:
 def _values(
     share: _Share, raw: Tensor, device: torch.device, type_of: Callable[[str], Any], *, keep_quantized: bool
 ) -> Tensor:
-    fmt: Format = FORMATS[share.format]
+    fmt = format_named(share.format)
     row_bytes = fmt.n_bytes(share.shape[-1:])
     blocks = raw.view(*share.shape[:-1], row_bytes).to(device)
     if keep_quantized and fmt.block_size > 1:

@@ -123,6 +123,11 @@ def two(folder):
         "plan",
         "memory",
         "unreadable",
+        "type",
+        "header",
+        "no room",
+        "planner",
+        "silent",
     )
     found, codes, errors = run(folder, 2, *scenarios, "select", "dead")
     assert codes == [0, 3], errors
@@ -195,6 +200,29 @@ def test_a_rank_without_the_file_receives(two, folder):
             ["equally among 2 ranks, but a DTensor needs equal parts; pass plan instead of device_mesh"] * 2,
         ),
         ("dtensor wrong", ["OptionError: the placement of '*.rows' is 1; pass a Shard or a Replicate of torch"] * 2),
+        ("type", ["DeviceError: rank 1 could not dequantize its part: TypeError", "TypeError"]),
+        (
+            "header",
+            [
+                "DeviceError: rank 1 could not open the file or use its plan: OSError: the disk has failed",
+                "OSError: the disk has failed",
+            ],
+        ),
+        (
+            "no room",
+            [
+                "DeviceError: rank 1 could not get memory for its part: RuntimeError: no memory is left",
+                "RuntimeError: no memory is left",
+            ],
+        ),
+        (
+            "planner",
+            [
+                "DeviceError: rank 1 could not open the file or use its plan: FileNotFoundError: [Errno 2]",
+                "FileNotFoundError: [Errno 2]",
+            ],
+        ),
+        ("silent", [f"DeviceError: rank {rank} of 2 cannot communicate with the other" for rank in range(2)]),
         ("dtype", ["DeviceError: rank 1 could not use its arguments: DtypeError", "DtypeError"]),
         ("no plan", ["OptionError: plan must be a Plan or a function that returns one for a model, got {}"] * 2),
         (

@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -23,6 +25,15 @@ from numba_dequant.parallel import plan
 from numba_dequant.torch import distributed
 
 RULES = [("*.rows", parallel.Shard(0)), ("*.columns", parallel.Shard(-1)), ("*.experts", parallel.Shard(0))]
+
+FAULTS = {
+    "memory": (distributed, "dequantize", MemoryError("no memory is left")),
+    "type": (distributed, "dequantize", TypeError()),
+    "unreadable": (distributed, "_read_part", nd.ReadError("model.gguf", "b.rows", 0, "the disk has failed", 5)),
+    "header": (distributed, "_digest", OSError("the disk has failed")),
+    "no room": (torch, "from_numpy", RuntimeError("no memory is left\non this GPU")),
+}
+"""What fails on rank 1, and its error."""
 
 
 def described(tensors):
@@ -65,18 +76,18 @@ def load(rank, world, folder, scenario):  # noqa: PLR0912, PLR0915 one branch pe
         path = path if rank else folder / "damaged.gguf"
     elif scenario == "plan":
         options["plan"] = planned(world + (rank == 0))
-    elif scenario == "memory" and rank == 1:
-
-        def dequantize(*_):
-            raise MemoryError("no memory is left")
-
-        distributed.dequantize = dequantize
-    elif scenario == "unreadable" and rank == 1:
-
-        def read(*_):
-            raise nd.ReadError("model.gguf", "b.rows", 0, "the disk has failed", 5)
-
-        distributed._read_part = read
+    elif scenario == "planner" and rank == 1:
+        options["plan"] = lambda model: (folder / "rules.txt").read_text()
+    elif scenario == "device" and rank == 1:
+        options["device"] = "gpu"
+    elif scenario == "flag" and rank == 1:
+        options["keep_quantized"] = "no"
+    elif scenario == "group":
+        options = {"group": dist.group.WORLD}
+    elif scenario == "wrong group":
+        options["group"] = "gloo"
+    elif scenario == "other model":
+        options["plan"] = planned(world)(nd.open(folder / "other.gguf"))
     elif scenario == "dead" and rank == 1:
         os._exit(3)
     elif scenario == "cable" and rank == 2:  # all ranks are connected by now
@@ -84,7 +95,16 @@ def load(rank, world, folder, scenario):  # noqa: PLR0912, PLR0915 one branch pe
     elif scenario == "select":
         options["select"] = "*"
     dtype = torch.int8 if scenario == "dtype" and rank == 1 else torch.float32
-    return nt.load_file(path, dtype=dtype, **options)
+    with ExitStack() as patches:
+        if scenario in FAULTS and rank == 1:
+            owner, name, error = FAULTS[scenario]
+            patches.enter_context(mock.patch.object(owner, name, side_effect=error))
+        elif scenario == "silent":
+            patches.enter_context(mock.patch.object(dist, "all_gather_object", side_effect=RuntimeError))
+        elif scenario == "nccl":
+            patches.enter_context(mock.patch.object(dist, "get_backend_config", return_value="cuda:nccl"))
+            patches.enter_context(mock.patch.object(torch.cuda, "is_available", return_value=False))
+        return nt.load_file(path, dtype=dtype, **options)
 
 
 def of_mesh(scenario, folder, mesh):
@@ -94,6 +114,12 @@ def of_mesh(scenario, folder, mesh):
         placements = {"*.rows": Shard(0)}
     elif scenario == "dtensor wrong":
         placements = {"*.rows": 1}
+    elif scenario == "dtensor dimension":
+        placements = {"blk.0.norm": Shard(3)}
+    elif scenario == "dtensor list":
+        placements = [("*.rows", Shard(0))] if mesh.get_local_rank() else {}
+    elif scenario == "dtensor mesh":
+        mesh = mesh.size()
     shapes = Path(folder) / "even.gguf" if scenario == "dtensor" else Path(folder) / "model.gguf"
     found = nt.load_file(shapes, dtype=torch.float32, device_mesh=mesh, placements=placements)
     assert all(isinstance(tensor, DTensor) for tensor in found.values())
@@ -108,20 +134,16 @@ def main():
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])] if world == 4 else []
     mesh = init_device_mesh("cpu", (world,))
     for scenario in sys.argv[4:]:
-        kept = distributed.dequantize, distributed._read_part
         try:
             if scenario.startswith("dtensor"):
                 found = of_mesh(scenario, folder, mesh)
-            elif scenario == "pairs":
-                path = folder / "model.gguf"
-                found = described(nt.load_file(path, dtype=torch.float32, plan=planned(2, 2), group=pairs[rank // 2]))
+            elif scenario in ("pairs", "strangers"):
+                path, group = folder / "model.gguf", pairs[rank // 2 if scenario == "pairs" else 0]
+                found = described(nt.load_file(path, dtype=torch.float32, plan=planned(2, 2), group=group))
             else:
                 found = described(load(rank, world, folder, scenario))
-        except nd.NumbaDequantError as error:
+        except Exception as error:
             found = f"{type(error).__name__}: {error}"
-        except MemoryError as error:
-            found = f"MemoryError: {error}"
-        distributed.dequantize, distributed._read_part = kept
         print(json.dumps([scenario, found]), flush=True)
     if "dead" not in sys.argv:
         dist.destroy_process_group()
