@@ -21,6 +21,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from numba_dequant.arguments import flag_option
 from numba_dequant.errors import DeviceError, OptionError, ReadError, ShapeError, shown
 from numba_dequant.formats import FORMATS, format_named
 from numba_dequant.loading.chunks import Chunk, TensorSlice
@@ -66,21 +67,26 @@ class _Share:
 
 
 def load_sharded(
-    path: Any,
-    device: torch.device,
-    dtype: Any,
-    planner: Planner,
-    group: dist.ProcessGroup | None,
-    *,
-    keep_quantized: bool,
+    path: Any, device: Any, dtype: Any, planner: Any, group: Any, *, select: Any = None, keep_quantized: Any
 ) -> dict[str, Tensor]:
-    """The tensors of this rank by the plan; see `load_file`."""
+    """The tensors of this rank by the plan; see `load_file`. A wrong argument of one rank is an error on all ranks."""
     if not dist.is_available() or not dist.is_initialized():
         raise OptionError("a plan needs a process group; call torch.distributed.init_process_group first")
     ranks = _Ranks(group)
     with ranks.all_or_none("use its arguments"):
+        if planner is None:
+            raise OptionError(
+                "group is passed without plan, so nothing says which rank holds what; pass plan, or omit group to load "
+                "all tensors on this rank"
+            )
         if not isinstance(planner, Plan) and not callable(planner):
             raise OptionError(f"plan must be a Plan or a function that returns one for a model, got {shown(planner)}")
+        if select is not None:
+            raise OptionError(
+                "select cannot be combined with plan, which says which tensors each rank holds; omit select"
+            )
+        kept = flag_option("keep_quantized", keep_quantized)
+        device = _usable(device)
         type_of = dtype_resolver(dtype)
     model, shares, has_file = _agree(ranks, path, planner)
     routes = _Routes(ranks, shares, has_file, device)
@@ -89,9 +95,19 @@ def load_sharded(
     blocks = routes.exchange(raw)
     with ranks.all_or_none("dequantize its part"):
         return {
-            share.name: _values(share, blocks.pop(share.name), device, type_of, keep_quantized=keep_quantized)
+            share.name: _values(share, blocks.pop(share.name), device, type_of, keep_quantized=kept)
             for share in shares[ranks.rank]
         }
+
+
+def _usable(device: Any) -> torch.device:
+    """The device as PyTorch's. Raises DeviceError if PyTorch cannot use it."""
+    try:
+        return torch.empty(0, device=torch.device(device)).device
+    except Exception as error:  # the error depends on how PyTorch was built
+        raise DeviceError(
+            f"device {shown(device)} cannot be used: {_told(error)}; pass 'cpu' or a device that PyTorch finds"
+        ) from error
 
 
 def load_dtensors(
@@ -141,8 +157,13 @@ def _placement(pattern: str, given: Any) -> Placement:
 class _Ranks:
     """The ranks of a process group: communication, and errors that all of them raise."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group = group
+    def __init__(self, group: Any) -> None:
+        if group is not None and not isinstance(group, dist.ProcessGroup):  # new_group returns a number to other ranks
+            raise OptionError(
+                f"group must be a process group to which this rank belongs, got {shown(group)}; call load_file only on "
+                "the ranks of the group"
+            )
+        self.group: dist.ProcessGroup | None = group
         self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
 
     def gather(self, thing: Any) -> list[Any]:

@@ -59,7 +59,7 @@ def load_file(
             `group` must call `load_file`, and each gets its part. If several ranks hold a whole tensor, each reads a
             piece of it, and they exchange the compressed pieces. If `path` does not exist on a rank, another rank reads
             for it. With the backend "nccl", `device` must be a GPU.
-        group: the process group of the plan; None means the default group.
+        group: the process group of the plan; None means the default group. Without `plan`, it is an error.
         device_mesh: a mesh of one dimension. The results are DTensors on this mesh, and `device` is not used. Pass
             `placements`, too, but no `plan`.
         placements: glob -> `Shard` or `Replicate` of `torch.distributed.tensor`. The first glob that matches is used.
@@ -74,17 +74,13 @@ def load_file(
         GgufError, ReadError: the file is damaged or cannot be read.
         DeviceError: the device cannot be used, or another rank has failed.
     """
-    kept = flag_option("keep_quantized", keep_quantized)
     if device_mesh is not None or placements is not None:
         if device_mesh is None or placements is None or plan is not None or group is not None or select is not None:
             raise OptionError("device_mesh and placements must be passed together, and without plan, group and select")
-        return load_dtensors(path, dtype, device_mesh, placements, keep_quantized=kept)
-    if plan is not None:
-        if select is not None:
-            raise OptionError(
-                "select cannot be combined with plan, which says which tensors each rank holds; omit select"
-            )
-        return load_sharded(path, torch.device(device), dtype, plan, group, keep_quantized=kept)
+        return load_dtensors(path, dtype, device_mesh, placements, keep_quantized=keep_quantized)
+    if plan is not None or group is not None:
+        return load_sharded(path, device, dtype, plan, group, select=select, keep_quantized=keep_quantized)
+    kept = flag_option("keep_quantized", keep_quantized)
     model = open_model(path)
     type_of = dtype_resolver(dtype)
     wanted: dict[str, torch.dtype | None] = {}

@@ -127,7 +127,11 @@ def two(folder):
         "header",
         "no room",
         "planner",
+        "device",
+        "flag",
         "silent",
+        "group",
+        "wrong group",
     )
     found, codes, errors = run(folder, 2, *scenarios, "select", "dead")
     assert codes == [0, 3], errors
@@ -159,12 +163,14 @@ def test_dtensors_are_the_whole_together(two, folder):
 
 
 def test_four_ranks_hold_their_parts(folder):
-    found, codes, errors = run(folder, 4, "values", "blocks", "stages", "missing", "pairs")
+    found, codes, errors = run(folder, 4, "values", "blocks", "stages", "missing", "pairs", "strangers")
     assert codes == [0] * 4, errors
     assert found["values"] == found["missing"] == expected_parts(folder, 4)
     assert found["blocks"] == expected_parts(folder, 4, blocks=True)
     assert found["stages"] == expected_parts(folder, 4, stages=2)
     assert found["pairs"] == expected_parts(folder, 2, stages=2) * 2, "two groups, each with a model of its own"
+    assert found["strangers"][:2] == found["pairs"][:2]
+    assert all("group must be a process group to which this rank belongs" in each for each in found["strangers"][2:])
 
 
 def test_a_rank_without_the_file_receives(two, folder):
@@ -222,7 +228,23 @@ def test_a_rank_without_the_file_receives(two, folder):
                 "FileNotFoundError: [Errno 2]",
             ],
         ),
+        (
+            "device",
+            [
+                "DeviceError: rank 1 could not use its arguments: DeviceError: device 'gpu' cannot be used",
+                "DeviceError: device 'gpu' cannot be used: RuntimeError",
+            ],
+        ),
+        (
+            "flag",
+            [
+                "DeviceError: rank 1 could not use its arguments: OptionError: keep_quantized must be",
+                "OptionError: keep_quantized must be True or False, got 'no'",
+            ],
+        ),
         ("silent", [f"DeviceError: rank {rank} of 2 cannot communicate with the other" for rank in range(2)]),
+        ("group", ["OptionError: group is passed without plan, so nothing says which rank holds what; pass plan"] * 2),
+        ("wrong group", ["OptionError: group must be a process group to which this rank belongs, got 'gloo'"] * 2),
         ("dtype", ["DeviceError: rank 1 could not use its arguments: DtypeError", "DtypeError"]),
         ("no plan", ["OptionError: plan must be a Plan or a function that returns one for a model, got {}"] * 2),
         (
