@@ -165,6 +165,7 @@ class _Ranks:
             )
         self.group: dist.ProcessGroup | None = group
         self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
+        _device_of(group, torch.device("cpu"))  # without such a device, no rank can tell the others anything
 
     def gather(self, thing: Any) -> list[Any]:
         """The objects that all ranks pass, by rank."""
@@ -322,6 +323,28 @@ def _read_part(files: OpenFiles, part: Part) -> NDArray[np.uint8]:
     return found.reshape(-1)
 
 
+def _device_of(group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
+    """The device from which a group sends the bytes of tensors on `device`, by the backends of the group.
+
+    NCCL sends from GPU to GPU, so each piece crosses the bus between host and GPU only once. Without NCCL, and for
+    tensors on the host, the ranks send from the host, unless their backends send only from GPUs.
+
+    Raises:
+        DeviceError: the backends send only from GPUs, but this rank can use none.
+    """
+    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+    is_direct = device.type == "cuda" and backends.get("cuda") == "nccl"
+    if "cpu" in backends and not is_direct:
+        return torch.device("cpu")
+    kind = "cuda" if "cuda" in backends else next(iter(backends))
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"rank {dist.get_rank(group)} can use no GPU, but the backend {backends[kind]} needs one; make a GPU "
+            "visible to each rank, or pass 'gloo' to init_process_group"
+        )
+    return torch.device(kind)
+
+
 class _Routes:
     """Which rank reads which bytes, and sends them to which rank.
 
@@ -338,8 +361,7 @@ class _Routes:
 
     def __init__(self, ranks: _Ranks, shares: list[list[_Share]], has_file: list[bool], device: torch.device) -> None:
         self._ranks, self._shares, self._has_file = ranks, shares, has_file
-        # NCCL sends from GPU to GPU, so each piece crosses the bus between host and GPU only once.
-        self._device = device if dist.get_backend(ranks.group) == "nccl" else torch.device("cpu")
+        self._device = _device_of(ranks.group, device)
         self._holders: dict[str, tuple[int, ...]] = {}
         for rank, of_rank in enumerate(shares):
             for share in of_rank:

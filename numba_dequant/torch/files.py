@@ -58,7 +58,7 @@ def load_file(
         plan: a `numba_dequant.parallel.Plan`, or a function that takes the `Model` and returns one. All ranks of
             `group` must call `load_file`, and each gets its part. If several ranks hold a whole tensor, each reads a
             piece of it, and they exchange the compressed pieces. If `path` does not exist on a rank, another rank reads
-            for it. With the backend "nccl", `device` must be a GPU.
+            for it. With the backend "nccl", the ranks exchange them through the current CUDA device of each.
         group: the process group of the plan; None means the default group. Without `plan`, it is an error.
         device_mesh: a mesh of one dimension. The results are DTensors on this mesh, and `device` is not used. Pass
             `placements`, too, but no `plan`.

@@ -130,6 +130,7 @@ def two(folder):
         "device",
         "flag",
         "silent",
+        "nccl",
         "group",
         "wrong group",
     )
@@ -243,6 +244,7 @@ def test_a_rank_without_the_file_receives(two, folder):
             ],
         ),
         ("silent", [f"DeviceError: rank {rank} of 2 cannot communicate with the other" for rank in range(2)]),
+        ("nccl", [f"DeviceError: rank {rank} can use no GPU, but the backend nccl needs one; m" for rank in range(2)]),
         ("group", ["OptionError: group is passed without plan, so nothing says which rank holds what; pass plan"] * 2),
         ("wrong group", ["OptionError: group must be a process group to which this rank belongs, got 'gloo'"] * 2),
         ("dtype", ["DeviceError: rank 1 could not use its arguments: DtypeError", "DtypeError"]),
@@ -314,3 +316,23 @@ def test_a_plan_needs_a_group(folder):
 
     with pytest.raises(nd.OptionError, match=r"call torch\.distributed\.init_process_group first"):
         nt.load_file(folder / "model.gguf", plan=ranks.planned(2))
+
+
+@pytest.mark.parametrize(
+    ("backends", "device", "expected"),
+    [
+        ("cpu:gloo,cuda:gloo", "cpu", "cpu"),
+        ("cpu:gloo,cuda:gloo", "cuda:1", "cpu"),
+        ("cuda:nccl", "cpu", "cuda"),
+        ("cuda:nccl", "cuda:1", "cuda"),
+        ("cpu:gloo,cuda:nccl", "cpu", "cpu"),
+        ("cpu:gloo,cuda:nccl", "cuda:1", "cuda"),
+        ("xpu:xccl", "cpu", "xpu"),
+    ],
+)
+def test_ranks_communicate_through_a_device_of_the_backend(monkeypatch, backends, device, expected):
+    from numba_dequant.torch import distributed
+
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert distributed._device_of(None, torch.device(device)) == torch.device(expected)
