@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +30,8 @@ from numba_dequant.loading.requests import dtype_resolver
 from numba_dequant.model import Model
 from numba_dequant.model import open as open_model
 from numba_dequant.parallel import Part, Placement, Plan, Replicate, Shard, plan
+from numba_dequant.parallel.placements import checked_rules
 from numba_dequant.torch.functional import dequantize, resolved
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 Planner = Plan | Callable[[Model], Plan]
 
@@ -110,26 +108,30 @@ def _usable(device: Any) -> torch.device:
         ) from error
 
 
-def load_dtensors(
-    path: Any, dtype: Any, mesh: DeviceMesh, placements: Mapping[str, Any], *, keep_quantized: bool
-) -> dict[str, Tensor]:
+def load_dtensors(path: Any, dtype: Any, mesh: Any, placements: Any, *, keep_quantized: Any) -> dict[str, Tensor]:
     """The tensors as DTensors of a mesh; see `load_file`."""
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
+    if not isinstance(mesh, DeviceMesh):
+        raise OptionError(
+            f"device_mesh must be a DeviceMesh of one dimension, got {shown(mesh)}; pass the result of init_device_mesh"
+        )
     if mesh.ndim != 1:
         raise OptionError(f"the mesh has {mesh.ndim} dimensions, not 1; pass one of them, such as mesh['tp']")
-    rules = [(pattern, _placement(pattern, given)) for pattern, given in placements.items()]
+    group = mesh.get_group()
+    with _Ranks(group).all_or_none("use its arguments"):
+        if not isinstance(placements, Mapping):
+            raise OptionError(f"placements must be a mapping, glob -> Shard or Replicate, got {shown(placements)}")
+        rules = checked_rules((pattern, _placement(pattern, given)) for pattern, given in placements.items())
 
     def equal_parts(model: Model) -> Plan:
-        try:
-            return plan(model.tensors.values(), mesh.size(), rules, uneven="refuse")
-        except ShapeError as error:
-            reason = str(error).partition(";")[0]
-            raise ShapeError(f"{reason}, but a DTensor needs equal parts; pass plan instead of device_mesh") from error
+        found = plan(model.tensors.values(), mesh.size(), rules)
+        if found.notes:  # they say which tensors have unequal parts
+            raise ShapeError(f"{found.notes[0]}, but a DTensor needs equal parts; pass plan instead of device_mesh")
+        return found
 
-    place = torch.device(mesh.device_type)
-    device = torch.device(place.type, torch.cuda.current_device()) if place.type == "cuda" else place
-    found = load_sharded(path, device, dtype, equal_parts, mesh.get_group(), keep_quantized=keep_quantized)
+    found = load_sharded(path, mesh.device_type, dtype, equal_parts, group, keep_quantized=keep_quantized)
 
     def wrapped(name: str, local: Tensor) -> Tensor:
         placement = next((each for pattern, each in rules if fnmatchcase(name, pattern)), Replicate())

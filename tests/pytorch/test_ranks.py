@@ -133,6 +133,9 @@ def two(folder):
         "nccl",
         "group",
         "wrong group",
+        "dtensor dimension",
+        "dtensor list",
+        "dtensor mesh",
     )
     found, codes, errors = run(folder, 2, *scenarios, "select", "dead")
     assert codes == [0, 3], errors
@@ -207,6 +210,18 @@ def test_a_rank_without_the_file_receives(two, folder):
             ["equally among 2 ranks, but a DTensor needs equal parts; pass plan instead of device_mesh"] * 2,
         ),
         ("dtensor wrong", ["OptionError: the placement of '*.rows' is 1; pass a Shard or a Replicate of torch"] * 2),
+        (
+            "dtensor dimension",
+            ["ShapeError: blk.0.norm of shape (7,) has no dimension 3; pass another dim in the placement for it"] * 2,
+        ),
+        (
+            "dtensor list",
+            [
+                "DeviceError: rank 1 could not use its arguments: OptionError: placements must be a mapping",
+                "OptionError: placements must be a mapping, glob -> Shard or Replicate, got [",
+            ],
+        ),
+        ("dtensor mesh", ["OptionError: device_mesh must be a DeviceMesh of one dimension, got 2"] * 2),
         ("type", ["DeviceError: rank 1 could not dequantize its part: TypeError", "TypeError"]),
         (
             "header",
