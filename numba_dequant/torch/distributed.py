@@ -219,7 +219,7 @@ def _agree(ranks: _Ranks, path: Any, planner: Planner) -> tuple[Model | None, li
         NumbaDequantError: the file is damaged here, or no rank has it.
         DeviceError: another rank could not open the file or use its plan.
         ReadError: the files of two ranks differ.
-        OptionError: the plan is for another number of ranks, or the plans of two ranks differ.
+        OptionError: the plan is for another number of ranks or another model, or the plans of two ranks differ.
     """
     model, digest, shares, missing, where = None, None, None, None, "the model"
     with ranks.all_or_none("open the file or use its plan"):
@@ -229,7 +229,7 @@ def _agree(ranks: _Ranks, path: Any, planner: Planner) -> tuple[Model | None, li
             missing = error
         if model is not None:
             digest = _digest(model)
-            shares = _shares(planner if isinstance(planner, Plan) else planner(model), ranks.count)
+            shares = _shares(planner if isinstance(planner, Plan) else planner(model), model, ranks.count)
             where = next((tensor.path for tensor in model.tensors.values()), where)
     said = ranks.gather((digest, shares))
     holders = [rank for rank, (digest, _) in enumerate(said) if digest is not None]
@@ -264,11 +264,18 @@ def _digest(model: Model) -> str:
     return digest.hexdigest()
 
 
-def _shares(given: Any, count: int) -> list[list[_Share]]:
+def _shares(given: Any, model: Model, count: int) -> list[list[_Share]]:
     if not isinstance(given, Plan):
         raise OptionError(f"the function that was passed as plan returned {shown(given)}, but must return a Plan")
     if len(given.ranks) != count:
         raise OptionError(f"the plan is for {len(given.ranks)} ranks, but the group has {count}; pass {count} as world")
+    for part in (part for rank in given.ranks for part in rank.parts.values()):
+        planned, own = part.tensor, model.tensors.get(part.tensor.name)
+        if own is None or (own.format, own.shape) != (planned.format, planned.shape):
+            raise OptionError(
+                f"the plan is for another model: it has {planned.name} as {planned.format.name} of shape "
+                f"{planned.shape}; make it with the tensors of this model"
+            )
     return [
         [
             _Share(name, part.tensor.format.name, part.shape, part.dim, part.start, part.stop)

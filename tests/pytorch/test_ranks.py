@@ -133,6 +133,7 @@ def two(folder):
         "nccl",
         "group",
         "wrong group",
+        "other model",
         "dtensor dimension",
         "dtensor list",
         "dtensor mesh",
@@ -262,6 +263,10 @@ def test_a_rank_without_the_file_receives(two, folder):
         ("nccl", [f"DeviceError: rank {rank} can use no GPU, but the backend nccl needs one; m" for rank in range(2)]),
         ("group", ["OptionError: group is passed without plan, so nothing says which rank holds what; pass plan"] * 2),
         ("wrong group", ["OptionError: group must be a process group to which this rank belongs, got 'gloo'"] * 2),
+        (
+            "other model",
+            ["OptionError: the plan is for another model: it has blk.0.norm as F32 of shape (8,); make it with"] * 2,
+        ),
         ("dtype", ["DeviceError: rank 1 could not use its arguments: DtypeError", "DtypeError"]),
         ("no plan", ["OptionError: plan must be a Plan or a function that returns one for a model, got {}"] * 2),
         (
