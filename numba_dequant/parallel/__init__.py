@@ -7,9 +7,16 @@
     print(found)
     for name, part in found.ranks[0].parts.items():
         print(name, part.shape, part.n_bytes)
+
+`predict` says how long a plan takes to load on a `Machine`, from rates and bytes.
 """
 
+from numba_dequant.parallel.cost import Prediction, RankCost, Stage, predict
+from numba_dequant.parallel.machine import Machine
 from numba_dequant.parallel.placements import Placement, Replicate, Rule, Shard, llama_rules
 from numba_dequant.parallel.plan import Part, Plan, RankPlan, plan
 
-__all__ = ["Part", "Placement", "Plan", "RankPlan", "Replicate", "Rule", "Shard", "llama_rules", "plan"]
+__all__ = [
+    "Machine", "Part", "Placement", "Plan", "Prediction", "RankCost", "RankPlan", "Replicate", "Rule", "Shard", "Stage",
+    "llama_rules", "plan", "predict",
+]  # fmt: skip
