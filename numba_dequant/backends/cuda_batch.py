@@ -213,7 +213,7 @@ def _steps(tasks: list[_Task], call: CallStream) -> tuple[list[Step], DeviceByte
     for group, kernel, (directory, n_tiles) in zip(groups, kernels, directories, strict=True):
         threads = launch_shape("tile", group[0].job.fmt).threads
         # The directory has absolute addresses, so both base addresses are 0.
-        steps.append(partial(gpu.launch, kernel, n_tiles, threads, (0, start, len(group), 0)))
+        steps.append(gpu.launcher(kernel, n_tiles, threads, (0, start, len(group), 0)))
         start += directory.nbytes
     return steps, memory
 

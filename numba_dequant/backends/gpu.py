@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache, cached_property, lru_cache
 from typing import Any
@@ -258,6 +258,20 @@ class Gpu:
             launch(stream_on(self.index, stream), config, kernel, *arguments)
         except Exception as error:
             raise _driver_error(error) from error
+
+    def launcher(
+        self, kernel: Kernel, thread_blocks: int, threads: int, arguments: tuple[int, ...]
+    ) -> Callable[[int], None]:
+        """A function that queues one kernel again and again, on the stream that it is given; faster than `launch`."""
+        index, config = self.index, _launch_config(thread_blocks, threads)
+
+        def launch_again(stream: int) -> None:
+            try:
+                launch(stream_on(index, stream), config, kernel, *arguments)
+            except Exception as error:
+                raise _driver_error(error) from error
+
+        return launch_again
 
     # Streams
 

@@ -176,13 +176,23 @@ def results_writers(dtype: str, bias: str | None, rows: int, columns: int) -> tu
     store, add_bias = OUTPUT_TYPES[dtype].store, bias_adder(bias)
 
     def putter(index: int) -> Callable[..., None]:
-        place = ((index >> 2) * 8 + (index & 1)) * rows + (index & 2) * 4
+        place, next_columns = (index >> 2) * 8 * rows, 8 * rows
+        i1, i2, i3, i4, i5, i6, i7 = range(index + 1, index + 8)
 
-        def put_one(partial: Any, first: int, sums: Any) -> None:
-            partial[first + place] = item(sums, index)
+        def put_eight(partial: Any, start: int, sums: Any) -> None:
+            first = start + place
+            second = first + next_columns
+            partial[first] = item(sums, index)
+            partial[first + rows] = item(sums, i1)
+            partial[first + 8] = item(sums, i2)
+            partial[first + rows + 8] = item(sums, i3)
+            partial[second] = item(sums, i4)
+            partial[second + rows] = item(sums, i5)
+            partial[second + 8] = item(sums, i6)
+            partial[second + rows + 8] = item(sums, i7)
 
-        register_functions(put_one)
-        return put_one
+        register_functions(put_eight)
+        return put_eight
 
     def one_after_the_other(first: Callable[..., None], second: Callable[..., None]) -> Callable[..., None]:
         def both(partial: Any, start: int, sums: Any) -> None:
@@ -193,7 +203,7 @@ def results_writers(dtype: str, bias: str | None, rows: int, columns: int) -> tu
         return both
 
     # Written out for all results: with a computed index, the compiler would keep them in local memory.
-    putters = [putter(index) for index in range(columns // 2)]
+    putters = [putter(index) for index in range(0, columns // 2, 8)]
     while len(putters) > 1:
         putters = [one_after_the_other(*putters[k : k + 2]) for k in range(0, len(putters), 2)]
     put_all = putters[0]

@@ -12,6 +12,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from faults import n_threads_of_this_process
@@ -234,6 +235,9 @@ class LateGpu:
 
         # It is a launch's own business which memory the table names; here, all of it must be there.
         self.queue(stream, dequantize, (arguments[1], table.nbytes), *self.ranges_of(table, fmt, dtype, stream))
+
+    def launcher(self, kernel, thread_blocks, threads, arguments):
+        return partial(self.launch, kernel, thread_blocks, threads, arguments)
 
     def ranges_of(self, table, fmt, dtype, stream):
         self.run(stream)  # what fills the table
