@@ -5,7 +5,7 @@ before it is written, and whatever is dropped too early is overwritten at once.
 """
 
 import gc
-import time
+import threading
 import weakref
 
 import numpy as np
@@ -19,6 +19,8 @@ pytestmark = pytest.mark.gpu
 torch = pytest.importorskip("torch")
 
 if why_no_cuda() is None and not is_simulated():
+    from cuda.bindings import driver
+
     from numba_dequant.backends import gpu
     from numba_dequant.backends.gpu import Gpu, gpu_at
 
@@ -54,6 +56,28 @@ def assert_right(found, expected):
 
 def busy():
     torch.cuda._sleep(BUSY)
+
+
+class Gate:
+    """Holds a stream up until the end of a ``with`` block, or for five seconds if the host waits for the stream."""
+
+    def __init__(self, stream):
+        self.flag = torch.zeros(1, dtype=torch.int32).pin_memory()
+        self.timer = threading.Timer(5, self.flag.fill_, (1,))
+        wait_until_it_is = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ
+        (code,) = driver.cuStreamWaitValue32(stream.cuda_stream, self.flag.data_ptr(), 1, wait_until_it_is)
+        assert not code
+
+    def is_open(self):
+        return bool(self.flag[0])
+
+    def __enter__(self):
+        self.timer.start()
+        return self
+
+    def __exit__(self, *error):
+        self.timer.cancel()
+        self.flag.fill_(1)
 
 
 @pytest.fixture(params=["with out", "without out"])
@@ -271,17 +295,15 @@ class TestPinnedTensors:
             with torch.cuda.stream(stream):
                 nd.dequantize(data, "Q8_0", device="cuda")
                 stream.synchronize()
-                for _ in range(20):
-                    busy()
-                start = time.perf_counter()
-                monkeypatch.setattr(Gpu, "synchronize", lambda *_: pytest.fail("waited for the stream"))
-                if many:
-                    found = nd.dequantize_many({"a": (data, "Q8_0")}, device="cuda")["a"]
-                else:
-                    found = nd.dequantize(data, "Q8_0", device="cuda")
-                monkeypatch.undo()
-                assert time.perf_counter() - start < 0.01
-                assert not stream.query()
+                with Gate(stream) as gate:
+                    monkeypatch.setattr(Gpu, "synchronize", lambda *_: pytest.fail("waited for the stream"))
+                    if many:
+                        found = nd.dequantize_many({"a": (data, "Q8_0")}, device="cuda")["a"]
+                    else:
+                        found = nd.dequantize(data, "Q8_0", device="cuda")
+                    monkeypatch.undo()
+                    assert not gate.is_open()
+                    assert not stream.query()
                 del data
                 others = [torch.full_like(torch.from_numpy(OTHER), 0x5A).pin_memory() for _ in range(3)]
                 seen = torch.from_dlpack(found).clone()
