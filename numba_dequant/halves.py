@@ -373,6 +373,35 @@ def add_scaled(sums: Any, more: Any, upper: Any, lower: Any) -> NDArray[np.float
         return np.array(sums + more * scales, np.float32)
 
 
+def store_sums(out: Any, at: int, sums: Any, step: int) -> None:
+    """Store all results of this thread, each `step` bytes after the one before."""
+    for index, result in enumerate(sums):
+        out.view(np.uint8)[at + index * step : at + index * step + 4] = np.array([result]).view(np.uint8)
+
+
+def add_stored_sums(sums: Any, data: Any, at: int, step: int) -> NDArray[np.float32]:
+    """Add results that another thread block has stored with `store_sums`."""
+    starts = range(at, at + step * len(sums), step)
+    others = [data.view(np.uint8)[start : start + 4].view(np.float32)[0] for start in starts]
+    with np.errstate(all="ignore"):
+        return np.array(sums + np.array(others), np.float32)
+
+
+def raise_flag(flags: Any, index: int) -> None:
+    """Set a uint32 in device memory to 1. Whoever sees it also sees what this thread block wrote before a barrier."""
+    flags.view(np.uint32)[index] = 1
+
+
+def wait_for_flag(flags: Any, index: int) -> None:
+    """Wait until a flag is raised. Here it must be, because thread blocks run one after the other."""
+    if not flags.view(np.uint32)[index]:
+        raise RuntimeError("a thread block waits for one that has not run")
+
+
+def let_copies_overwrite() -> None:
+    """Order the accesses of this thread to shared memory before the copies that one thread begins after a barrier."""
+
+
 def item(sums: Any, index: int) -> np.float32:
     """One of the results."""
     return np.float32(sums[index])

@@ -38,8 +38,17 @@ EXPERT_COLUMNS = 8
 MOST_COLUMNS = 128
 """Maximum number of columns for kernels that multiply blocks. With more, dequantizing first and cuBLAS is faster."""
 
+FEW_COLUMNS = 16
+"""With more columns, the tensor cores of compute capability 9.0 read the columns from shared memory."""
+
 ROWS_OF_PROCESSOR = 48
-"""Minimum rows per multiprocessor for more than 32 columns. With fewer rows, some multiprocessors have no work."""
+"""Minimum rows per multiprocessor for more than 32 columns on other GPUs, where thread blocks do not share rows."""
+
+LEAST_PARTS = 2
+"""Parts of 256 elements that a thread block at least has, if thread blocks share rows."""
+
+RESERVED = 1024
+"""Bytes of shared memory that CUDA reserves for each thread block."""
 
 MANY_TILES = 2048
 """Number of tiles from which thread blocks with memory for one chunk are faster: more of them fit into an SM."""
@@ -117,7 +126,7 @@ def is_slower(gpu: Gpu, n_rows: int, n_columns: int) -> bool:
     """
     if n_columns <= WIDTHS[-1]:
         return False
-    return n_columns > MOST_COLUMNS or n_rows < ROWS_OF_PROCESSOR * gpu.processors
+    return n_columns > MOST_COLUMNS or (not has_tiles(gpu) and n_rows < ROWS_OF_PROCESSOR * gpu.processors)
 
 
 def multiply(
@@ -138,7 +147,7 @@ def multiply(
         return
     row_bytes, n_groups = given.n_elements // fmt.block_size * fmt.type_size, given.n_elements // GROUP
     is_aligned = given.weight % 16 == 0 and row_bytes % 16 == 0
-    if n_columns > WIDTHS[-1] and _multiply_wide(
+    if n_columns > (FEW_COLUMNS if has_tiles(gpu) else WIDTHS[-1]) and _multiply_wide(
         gpu, given, row_bytes, is_aligned, allocate, stream, weight_is_constant
     ):
         return
@@ -172,13 +181,22 @@ def _multiply_wide(
     kernel = gpu.kernels.get(key)
     if kernel is None:
         kernel = gpu.kernels[key] = gpu.load_kernel(wide_kernel(fmt, given.dtype, bias, shape), gpu.shared_memory)
+    more: tuple[int, ...] = ()
     times = -(-given.n_columns // shape.columns)
-    x, powers = _prepare(gpu, given, times * shape.columns, allocate, stream, shape.overlaps, shape.tile)
+    thread_blocks: int | tuple[int, int] = (-(-given.n_rows // shape.rows), times)
+    if isinstance(shape, TileShape):
+        n_parts = -(-given.n_rows // shape.rows) * times * -(-given.n_elements // PART)
+        resident = min(shape.resident, (gpu.shared_memory + RESERVED) // (n_shared + RESERVED))
+        thread_blocks = min(gpu.processors * resident, -(-n_parts // LEAST_PARTS))
+    n_flags = thread_blocks if isinstance(thread_blocks, int) else 0
+    n_prepared = times * shape.columns
+    x, powers = _prepare(gpu, given, n_prepared, allocate, stream, shape.overlaps, shape.tile, n_flags)
+    if n_flags:
+        more = allocate(n_flags * shape.rows * shape.columns * 4), powers + 4 * n_prepared
     arguments = (
         given.weight, given.n_rows, row_bytes, given.n_elements // GROUP, x, given.n_columns, powers, given.bias,
-        given.out,
+        given.out, *more,
     )  # fmt: skip
-    thread_blocks = -(-given.n_rows // shape.rows), times
     overlaps = shape.overlaps and weight_is_constant
     gpu.launch(kernel, thread_blocks, shape.threads, arguments, stream, n_shared, overlaps)
     return True
@@ -194,8 +212,8 @@ def wide_shape(gpu: Gpu, fmt: Format, n_columns: int, is_aligned: bool) -> WideS
     if not has_tiles(gpu):
         return WideShape(is_aligned, overlaps=gpu.capability >= (9, 0))
     width = next((width for width in TILE_WIDTHS if width >= n_columns), TILE_WIDTHS[-1])
-    shapes = [TileShape(width, stages, is_aligned) for stages in (3, 2)]
-    return next((shape for shape in shapes if wide_shared_bytes(fmt, shape) <= gpu.shared_memory), shapes[-1])
+    # Two thread blocks of a multiprocessor hide each other's waits, if there are enough registers.
+    return TileShape(width, is_aligned, 128, 1) if width == TILE_WIDTHS[-1] else TileShape(width, is_aligned, 64, 2)
 
 
 def _prepare(
@@ -206,17 +224,22 @@ def _prepare(
     stream: int,
     overlaps: bool,
     tile: int = 0,
+    n_flags: int = 0,
 ) -> tuple[int, int]:
-    """Queue the kernel that prepares the columns. Returns the addresses of the prepared columns and of their powers."""
+    """Queue the kernel that prepares the columns.
+
+    Returns:
+        The addresses of the prepared columns, and of their powers, which are followed by the flags.
+    """
     n_bytes, n_groups = column_bytes(given.fmt, given.n_elements), given.n_elements // GROUP
-    x = allocate(n_prepared * (n_bytes + 4))
+    x = allocate(n_prepared * (n_bytes + 4) + 4 * n_flags)
     powers = x + n_prepared * n_bytes
     key = given.fmt, given.x_dtype, "columns", tile
     kernel = gpu.kernels.get(key)
     if kernel is None:
         kernel = gpu.kernels[key] = gpu.load_kernel(prepare_kernel(given.fmt, given.x_dtype, overlaps, tile))
     slices = -(-n_groups * 4 // PREPARE_THREADS)
-    arguments = given.x, given.n_columns, n_groups, x, powers
+    arguments = given.x, given.n_columns, n_groups, x, powers, n_flags
     # It reads nothing before earlier kernels have ended.
     gpu.launch(kernel, (n_prepared, slices), PREPARE_THREADS, arguments, stream, overlaps=overlaps)
     return x, powers

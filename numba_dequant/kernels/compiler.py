@@ -88,17 +88,22 @@ def product_kernel(fmt: Format, dtype: str, bias: str | None, shape: ProductShap
 
 
 def wide_kernel(fmt: Format, dtype: str, bias: str | None, shape: WideShape | TileShape) -> KernelSpec:
-    """The kernel of a product with many columns; `product_wide.make_wide_kernel` describes its parameters."""
+    """The kernel of a product with many columns; `make_wide_kernel` and `make_tile_kernel` describe its parameters."""
     flags = f"{'-aligned' * shape.is_aligned}{'-overlaps' * shape.overlaps}"
     parameters = ("data", "number", "number", "number", "data", "number", "data", "data", "data")
     options = fmt, dtype, bias, shape
     if isinstance(shape, WideShape):
         label = f"{fmt.name}-{dtype}-wide-{bias or 'no'}-bias{flags}"
         return KernelSpec(label, "product_wide.make_wide_kernel", options, parameters, (shape.threads, 2))
-    label = f"{fmt.name}-{dtype}-tiles-{bias or 'no'}-bias-{shape.columns}x{shape.stages}{flags}"
-    bounds = shape.threads, 1
+    layout = f"{shape.rows}x{shape.columns}x{shape.resident}"
+    label = f"{fmt.name}-{dtype}-tiles-{bias or 'no'}-bias-{layout}{flags}"
     return KernelSpec(
-        label, "product_tile.make_tile_kernel", options, parameters, bounds, is_architecture_specific=True
+        label,
+        "product_tile.make_tile_kernel",
+        options,
+        (*parameters, "data", "data"),
+        (shape.threads, shape.resident),
+        is_architecture_specific=True,
     )
 
 
@@ -110,8 +115,8 @@ def routes_kernel(overlaps: bool) -> KernelSpec:
 
 
 def prepare_kernel(fmt: Format, dtype: str, overlaps: bool, tile: int = 0) -> KernelSpec:
-    """The kernel that prepares columns: ``kernel(x, n_columns, n_groups, out, powers)``."""
-    parameters = "data", "number", "number", "data", "data"
+    """The kernel that prepares columns: ``kernel(x, n_columns, n_groups, out, powers, n_flags)``."""
+    parameters = "data", "number", "number", "data", "data", "number"
     label = f"{fmt.name}-prepare-{dtype}{'-overlaps' * overlaps}{f'-tiles-{tile}' * bool(tile)}"
     return KernelSpec(label, "product_columns.make_prepare_kernel", (fmt, dtype, overlaps, tile), parameters)
 

@@ -167,6 +167,51 @@ def _add_scaled(context: Any, builder: ir.IRBuilder, signature: Any, arguments: 
     return sums
 
 
+def _store_sums(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    out, at, sums, step = arguments
+    base = intrinsics.data_pointer(context, builder, signature.args[0], out)
+    for k in range(4 * signature.args[2].tiles):
+        place = pointer_at(builder, base, builder.add(at, builder.mul(step, LONG(k))), FLOAT)
+        builder.store(builder.extract_element(sums, WORD(k)), place, align=4)
+    return context.get_dummy_value()
+
+
+def _add_stored_sums(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    sums, data, at, step = arguments
+    start = builder.add(builder.ptrtoint(intrinsics.data_pointer(context, builder, signature.args[1], data), LONG), at)
+    # All loads are begun before the first sum. They pass by the L1 cache, which does not see other multiprocessors.
+    function = ir.FunctionType(FLOAT, [LONG])
+    others = [
+        builder.asm(
+            function, "ld.global.cg.f32 $0, [$1];", "=f,l,~{memory}",
+            [builder.add(start, builder.mul(step, LONG(k)))], side_effect=True,
+        )
+        for k in range(4 * signature.args[0].tiles)
+    ]  # fmt: skip
+    return _packed(
+        builder, [builder.fadd(result, other) for result, other in zip(_unpacked(builder, sums), others, strict=True)]
+    )
+
+
+def _flag(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    flags, index = arguments
+    base = builder.ptrtoint(intrinsics.data_pointer(context, builder, signature.args[0], flags), LONG)
+    return builder.add(base, builder.mul(index, LONG(4)))
+
+
+def _raise_flag(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    place = _flag(context, builder, signature, arguments)
+    _effect(builder, "st.release.gpu.global.u32 [$0], 1;", "l,~{memory}", [place])
+    return context.get_dummy_value()
+
+
+def _wait_for_flag(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    place = _flag(context, builder, signature, arguments)
+    wait = "ld.acquire.gpu.global.u32 seen, [$0]; setp.eq.u32 is_down, seen, 0; @is_down bra again;"
+    _effect(builder, "{ .reg .pred is_down; .reg .u32 seen; again: " + wait + " }", "l,~{memory}", [place])
+    return context.get_dummy_value()
+
+
 def _item(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
     return builder.extract_element(arguments[0], arguments[1])
 
@@ -337,6 +382,11 @@ for _function, _result, _kinds, _codegen in (
     (halves.plus_lane, types.float32, (types.float32, types.int32, types.int64), _plus_lane),
     (halves.store_sum, types.none, (None, types.int64, types.float32), _store_sum),
     (halves.add_scaled, _like_sums, (None, None, types.float32, types.float32), _add_scaled),
+    (halves.store_sums, types.none, (None, types.int64, None, types.int64), _store_sums),
+    (halves.add_stored_sums, _like_sums, (None, None, types.int64, types.int64), _add_stored_sums),
+    (halves.raise_flag, types.none, (None, types.int64), _raise_flag),
+    (halves.wait_for_flag, types.none, (None, types.int64), _wait_for_flag),
+    (halves.let_copies_overwrite, types.none, (), _plain_effect("fence.proxy.async.shared::cta;")),
     (halves.item, types.float32, (None, types.int32), _item),
     (halves.repeated, EIGHT, (types.float32,), _repeated),
     (halves.copy_pieces, types.none, (None, types.int64, None, types.int64, types.int32, types.int32), _copy_pieces),

@@ -34,14 +34,15 @@ float32: Any = np.float32
 
 
 def make_prepare_kernel(fmt: Format, dtype: str, overlaps: bool = False, tile: int = 0) -> Callable[..., None]:
-    """The kernel ``prepare(x, n_columns, n_groups, out, powers)``; a column has a thread block for each 256 runs.
+    """The kernel ``prepare(x, n_columns, n_groups, out, powers, n_flags)``.
 
-    Its parameters:
+    A column has a thread block for each 256 runs. The kernel's parameters:
 
     * x: columns of type `dtype`, one after the other.
     * n_columns, n_groups: number of columns, and of groups of 32 elements in a column.
     * out: the prepared columns. If the grid has more columns than `x`, the others become 0.
-    * powers: a float32 for each column, which must multiply the results of its products.
+    * powers: a float32 for each column, which must multiply the results of its products. Flags of 4 bytes follow.
+    * n_flags: number of flags, which become 0.
 
     A float16 is copied unchanged. A column of bfloat16 is multiplied by a power of two, so that its largest element is
     near 2**14, and then converted to float16. This is exact, except for elements that are at least 2**24 times smaller
@@ -60,7 +61,7 @@ def make_prepare_kernel(fmt: Format, dtype: str, overlaps: bool = False, tile: i
     n_bytes_of_part, n_bytes_of_sums = column_bytes(fmt, PART), sum_bytes(fmt)
     largest_type = np.dtype(np.int32)
 
-    def prepare(x: Any, n_columns: int, n_groups: int, out: Any, powers: Any) -> None:
+    def prepare(x: Any, n_columns: int, n_groups: int, out: Any, powers: Any, n_flags: int) -> None:
         largest = cuda.shared.array(1, largest_type)
         thread, column = int32(cuda.threadIdx.x), int64(cuda.blockIdx.x)
         first = int32(cuda.blockIdx.y * PREPARE_THREADS + thread)
@@ -97,6 +98,11 @@ def make_prepare_kernel(fmt: Format, dtype: str, overlaps: bool = False, tile: i
         prepare_column(x, start, n_groups, n_given, factor, out, at, sums_at, first, step)
         if first == 0:
             store_float32(powers, column, repeated(inverse), int64(1))
+        if column == 0:
+            flag = first
+            while flag < n_flags:
+                store_float32(powers, int64(cuda.gridDim.x) + flag, repeated(float32(0)), int64(1))
+                flag = int32(flag + step)
 
     prepare.__name__ = prepare.__qualname__ = f"prepare_{dtype}"
     return prepare

@@ -13,7 +13,7 @@ ROWS = 16
 WIDTHS = (8, 16, 32)
 """Columns that a kernel multiplies at a time."""
 
-TILE_WIDTHS = (64, 128)
+TILE_WIDTHS = (32, 64, 128)
 """Columns that the kernel for many columns multiplies at a time on compute capability 9.0."""
 
 GROUP = 32
@@ -21,6 +21,9 @@ GROUP = 32
 
 PART = 256
 """Elements of a part, which is a whole number of blocks."""
+
+RESULT_PADDING = 4
+"""Numbers after the results of a column in shared memory."""
 
 PREPARE_THREADS = 256
 """Threads of a thread block that prepares a column."""
@@ -89,18 +92,24 @@ class TileShape:
 
     Attributes:
         columns: the columns that it multiplies at a time, one of `TILE_WIDTHS`.
-        stages: the parts of all rows and columns that fit into shared memory.
         is_aligned: whether all rows start at multiples of 16 bytes.
+        rows: rows that it multiplies at a time, a multiple of 64.
+        resident: thread blocks that a multiprocessor must have registers for.
     """
 
     columns: int
-    stages: int
     is_aligned: bool
+    rows: int
+    resident: int
 
-    rows = 128
-    threads = 256
     overlaps = True
+    stages = 2
     parts = 1
+
+    @property
+    def threads(self) -> int:
+        """Threads of a thread block: a warp for 16 rows."""
+        return 2 * self.rows
 
     @property
     def tile(self) -> int:
@@ -150,6 +159,11 @@ def result_bytes(shape: ProductShape) -> int:
     return 2 * shape.warps * ROWS * shape.columns * 4
 
 
+def many_result_bytes(shape: WideShape | TileShape) -> int:
+    """Bytes of the results of a kernel for many columns. Four numbers after each column avoid conflicts of banks."""
+    return shape.columns * (shape.rows + RESULT_PADDING) * 4
+
+
 def table_bytes(fmt: Format) -> int:
     """Bytes of the table at the start of shared memory."""
     return 0 if fmt.factors is None or fmt.factors.table is None else fmt.factors.table.items.nbytes
@@ -169,14 +183,18 @@ def tile_bytes(fmt: Format, columns: int) -> int:
     return columns * column_bytes(fmt, PART)
 
 
+def stage_bytes(fmt: Format, shape: TileShape) -> int:
+    """Bytes of a part of all rows and columns in shared memory, or of all results, which take the same place."""
+    weights = -(-shape.rows * row_stride(fmt, shape) // 128) * 128
+    return max(tile_bytes(fmt, shape.columns) + weights, -(-many_result_bytes(shape) // 128) * 128)
+
+
 def wide_shared_bytes(fmt: Format, shape: WideShape | TileShape) -> int:
     """Bytes of shared memory of a thread block that multiplies many columns."""
-    weights = shape.rows * row_stride(fmt, shape)
-    if shape.tile:
+    if isinstance(shape, TileShape):
         # Everything starts at a multiple of 128 bytes; 128 bytes are for the barriers.
         start = -(-table_bytes(fmt) // 128) * 128 + 128
-        stage = tile_bytes(fmt, shape.columns) + -(-weights // 128) * 128
-    else:
-        start, stage = table_bytes(fmt), weights + shape.columns * column_stride(fmt)
+        return start + shape.stages * stage_bytes(fmt, shape) + 16
+    start, stage = table_bytes(fmt), shape.rows * row_stride(fmt, shape) + shape.columns * column_stride(fmt)
     # Unaligned loads read up to eight bytes after the last row.
-    return start + max(shape.stages * stage + 16, shape.rows * shape.columns * 4)
+    return start + max(shape.stages * stage + 16, many_result_bytes(shape))

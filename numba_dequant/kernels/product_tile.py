@@ -1,4 +1,4 @@
-"""Products of compressed weights and 64 or 128 columns, by the tensor cores of compute capability 9.0.
+"""Products of compressed weights and 32 to 128 columns, by the tensor cores of compute capability 9.0.
 
 ``out[c, r] = sum over k of weight[r, k] * x[c, k]``. Each of eight warps has 16 rows. The threads turn the bytes into
 float16 in registers. The tensor cores read the columns from shared memory themselves, and multiply while the threads
@@ -14,22 +14,28 @@ import numpy as np
 
 from numba_dequant.format import Format
 from numba_dequant.halves import (
+    add_stored_sums,
     address_of,
     begin_copy,
     copy_to_tile,
     end_group,
+    let_copies_overwrite,
     let_next_kernel_start,
     make_barrier,
+    no_sums_32,
     no_sums_64,
     no_sums_128,
+    raise_flag,
+    store_sums,
     wait_for_copy,
     wait_for_earlier_kernels,
+    wait_for_flag,
     wait_for_groups,
 )
 from numba_dequant.kernels.dequantize import IS_SIMULATED
 from numba_dequant.kernels.numba_cuda import cuda
 from numba_dequant.kernels.product import chunk_fetcher
-from numba_dequant.kernels.product_of_part import factors_of, product_of_tile
+from numba_dequant.kernels.product_of_part import factors_of, product_of_tile, register_functions
 from numba_dequant.kernels.product_shape import (
     GROUP,
     PART,
@@ -37,6 +43,7 @@ from numba_dequant.kernels.product_shape import (
     TileShape,
     part_bytes,
     row_stride,
+    stage_bytes,
     sum_bytes,
     table_bytes,
     tile_bytes,
@@ -44,16 +51,24 @@ from numba_dequant.kernels.product_shape import (
 from numba_dequant.kernels.product_wide import results_writers
 
 int32: Any = np.int32
+uint32: Any = np.uint32
 int64: Any = np.int64
 
-NO_SUMS: dict[int, Callable[[], Any]] = {64: no_sums_64, 128: no_sums_128}
+NO_SUMS: dict[int, Callable[[], Any]] = {32: no_sums_32, 64: no_sums_64, 128: no_sums_128}
 
 
 def make_tile_kernel(fmt: Format, dtype: str, bias: str | None, shape: TileShape) -> Callable[..., None]:
-    """The kernel ``product(data, n_rows, row_bytes, n_groups, x, n_columns, powers, bias, out)``.
+    """The kernel ``product(data, n_rows, row_bytes, n_groups, x, n_columns, powers, bias, out, stored, flags)``.
 
-    Its parameters are those of `make_product_kernel`, but the columns are prepared as tiles. The second dimension of
-    the grid counts tiles.
+    Its first parameters are those of `make_product_kernel`, but the columns are prepared as tiles. The others:
+
+    * stored: memory for the results of each thread block, `shape.rows` times `shape.columns` float32.
+    * flags: a uint32 for each thread block, which is 0.
+
+    The work is a series of parts: all parts of the first rows and the first tile of columns, then of the same rows and
+    the next tile, and so on. Each thread block takes an equal share of the series. Where a share ends within some rows,
+    the thread block that has their first part adds the results of the others, always in the same order. It waits for
+    thread blocks with a smaller number, which a GPU starts earlier.
 
     Args:
         fmt: the format of the weights.
@@ -67,7 +82,7 @@ def make_tile_kernel(fmt: Format, dtype: str, bias: str | None, shape: TileShape
     n_bytes_of_part, n_bytes_of_tile, n_bytes_of_sums = part_bytes(fmt), tile_bytes(fmt, width), sum_bytes(fmt)
     stride = row_stride(fmt, shape)
     # Places in shared memory are counted in units of 128 bytes, as the tensor cores want the columns.
-    stage_units = n_bytes_of_tile // 128 + -(-rows * stride // 128)
+    stage_units = stage_bytes(fmt, shape) // 128
     barriers = -(-table_bytes(fmt) // 128) * 128
     x_start = barriers // 128 + 1
     unit, result_type = np.dtype(f"u{fmt.alignment}"), np.dtype(np.float32)
@@ -77,9 +92,55 @@ def make_tile_kernel(fmt: Format, dtype: str, bias: str | None, shape: TileShape
     tile_product = product_of_tile(fmt, no_sums, width)
     put_results, write_results = results_writers(dtype, bias, rows, width)
 
+    def quotient(number: int, divisor: int) -> Any:
+        # A division of 64 bits, or of signed numbers, would take as long as a part.
+        return int32(uint32(number) // uint32(divisor))
+
+    def start_of_share(share: int, n_all: int, n_shares: int) -> Any:
+        size = quotient(n_all, n_shares)
+        return int32(share * size + min(share, n_all - size * n_shares))
+
+    def row_address(data: Any, first_row: int, row_bytes: int, thread: int) -> Any:
+        """The address of the upper row of a thread."""
+        return address_of(data) + (first_row + (thread >> 5) * ROWS + ((thread & 31) >> 2)) * row_bytes
+
+    def begin_weights(
+        shared: Any, stage: int, data: Any, state: tuple[Any, Any, Any, Any], n_parts: int, n_rows: int,
+        row_bytes: int, thread: int,
+    ) -> None:  # fmt: skip
+        address, part, _, first_row = state
+        warp, lane = int32(thread >> 5), int32(thread & 31)
+        of_warp = int32(quotient(first_row, ROWS) + warp)
+        at = (int64(x_start + stage * stage_units) << 7) + n_bytes_of_tile
+        at += (warp * ROWS + (lane >> 2)) * stride + 16 * (lane & 3)
+        fetch(shared, at, data, address, of_warp, part, n_parts, n_rows, row_bytes, lane)
+
+    def begin_columns(shared: Any, stage: int, x: Any, address: int) -> None:
+        at = int64(x_start + stage * stage_units) << 7
+        begin_copy(shared, at, x, address, int32(n_bytes_of_tile), int64(barriers + 8 * stage))
+
+    def next_weights(
+        state: tuple[Any, Any, Any, Any], data: Any, n_parts: int, n_tiles: int, row_bytes: int, thread: int
+    ) -> Any:
+        address, part, tile, first_row = state
+        part, address = int32(part + 1), address + n_bytes_of_part
+        if part == n_parts:
+            part, tile = int32(0), int32(tile + 1)
+            if tile == n_tiles:
+                tile, first_row = int32(0), int32(first_row + rows)
+            address = row_address(data, first_row, row_bytes, thread)
+        return address, part, tile, first_row
+
+    def next_columns(address: int, x: Any, n_bytes: int) -> Any:
+        address += n_bytes_of_tile
+        return address if address < address_of(x) + n_bytes else address_of(x)
+
+    register_functions(quotient, start_of_share, row_address, begin_weights, begin_columns, next_weights, next_columns)
+
     def product(
-        data: Any, n_rows: int, row_bytes: int, n_groups: int, x: Any, n_columns: int, powers: Any, bias: Any, out: Any
-    ) -> None:
+        data: Any, n_rows: int, row_bytes: int, n_groups: int, x: Any, n_columns: int, powers: Any, bias: Any, out: Any,
+        stored: Any, flags: Any,
+    ) -> None:  # fmt: skip
         if IS_SIMULATED:
             shared, partial = cuda.shared.array(0, unit), cuda.shared.array(0, result_type)
         else:
@@ -88,16 +149,26 @@ def make_tile_kernel(fmt: Format, dtype: str, bias: str | None, shape: TileShape
         thread = int32(cuda.threadIdx.x)
         warp, lane = int32(thread >> 5), int32(thread & 31)
         row, quarter = int32(lane >> 2), int32(lane & 3)
-        n_parts = int32((n_groups + (PART // GROUP - 1)) // (PART // GROUP))
-        tile = int32(cuda.blockIdx.x * (rows // ROWS) + warp)
-        base = address_of(data) + (int64(tile) * ROWS + row) * row_bytes
         mine = n_bytes_of_tile + (warp * ROWS + row) * stride
-        columns = address_of(x) + int64(cuda.blockIdx.y) * n_parts * n_bytes_of_tile
+        n_parts = int32((n_groups + (PART // GROUP - 1)) // (PART // GROUP))
+        n_tiles = int32((n_columns + (width - 1)) // width)
+        n_bytes_of_columns = int64(n_tiles) * n_parts * n_bytes_of_tile
+        n_all, n_shares = int32((n_rows + (rows - 1)) // rows * n_tiles * n_parts), int32(cuda.gridDim.x)
+        share = int32(n_shares - 1 - int32(cuda.blockIdx.x))
+        first = start_of_share(share, n_all, n_shares)
+        n_mine = int32(start_of_share(int32(share + 1), n_all, n_shares) - first)
 
+        # The share starts at a part of some rows and a tile of columns.
+        number = quotient(first, n_parts)
+        of_rows, part = quotient(number, n_tiles), int32(first - number * n_parts)
+        tile = int32(number - of_rows * n_tiles)
+        weights = row_address(data, int32(of_rows * rows), row_bytes, thread) + part * n_bytes_of_part
+        current = ahead = weights, part, tile, int32(of_rows * rows)
+        columns = address_of(x) + (int64(tile) * n_parts + part) * n_bytes_of_tile
         for stage in range(stages - 1):
-            if stage < n_parts:
-                at = (int64(x_start + stage * stage_units) << 7) + mine + 16 * quarter
-                fetch(shared, at, data, base + stage * n_bytes_of_part, tile, stage, n_parts, n_rows, row_bytes, lane)
+            if stage < n_mine:
+                begin_weights(shared, stage, data, ahead, n_parts, n_rows, row_bytes, thread)
+                ahead = next_weights(ahead, data, n_parts, n_tiles, row_bytes, thread)
             end_group()
         if n_table_items:
             for entry in range(thread, n_table_items, threads):
@@ -108,49 +179,67 @@ def make_tile_kernel(fmt: Format, dtype: str, bias: str | None, shape: TileShape
         # Until here, only weights were read: everything else may be a result of an earlier kernel.
         let_next_kernel_start()
         wait_for_earlier_kernels()
-        if thread == 0:
-            for stage in range(min(stages - 1, n_parts)):
-                at = int64(x_start + stage * stage_units) << 7
-                start = columns + stage * n_bytes_of_tile
-                begin_copy(shared, at, x, start, int32(n_bytes_of_tile), int64(barriers + 8 * stage))
+        for stage in range(min(stages - 1, n_mine)):
+            if thread == 0:
+                begin_columns(shared, stage, x, columns)
+            columns = next_columns(columns, x, n_bytes_of_columns)
         cuda.syncthreads()
 
         sums, stage, stage_ahead, parity = no_sums(), int32(0), int32(stages - 1), int32(0)
-        for part in range(n_parts):
+        for index in range(n_mine):
             wait_for_groups(stages - 2)
             wait_for_copy(shared, int64(barriers + 8 * stage), parity)
             cuda.syncthreads()
             # All warps have read the stage before this one, which is the next to be filled.
-            ahead = int32(part + (stages - 1))
-            if ahead < n_parts:
-                at = int64(x_start + stage_ahead * stage_units) << 7
+            if int32(index + (stages - 1)) < n_mine:
                 if thread == 0:
-                    start = columns + ahead * n_bytes_of_tile
-                    begin_copy(shared, at, x, start, int32(n_bytes_of_tile), int64(barriers + 8 * stage_ahead))
-                at += mine + 16 * quarter
-                fetch(shared, at, data, base + ahead * n_bytes_of_part, tile, ahead, n_parts, n_rows, row_bytes, lane)
+                    begin_columns(shared, stage_ahead, x, columns)
+                begin_weights(shared, stage_ahead, data, ahead, n_parts, n_rows, row_bytes, thread)
             end_group()
+            weights, part, tile, first_row = current
             at = int64(x_start + stage * stage_units) << 7
             upper = at + mine
             lower = upper + 8 * stride
             if not is_always_aligned:
-                source = int32(base + part * n_bytes_of_part)
-                upper += source & 15
-                lower += (source + 8 * row_bytes) & 15
+                upper += int32(weights) & 15
+                lower += int32(weights + 8 * row_bytes) & 15
             sums_at = at + width * (2 * PART) + row * n_bytes_of_sums + 16 * quarter
             sums = tile_product(sums, shared, upper, lower, quarter, shared, at, sums_at, thread)
+
+            columns = next_columns(columns, x, n_bytes_of_columns)
+            ahead = next_weights(ahead, data, n_parts, n_tiles, row_bytes, thread)
+            current = next_weights(current, data, n_parts, n_tiles, row_bytes, thread)
+            if part == n_parts - 1 or index == n_mine - 1:
+                if index < part:
+                    # The thread block that has the first part adds these results.
+                    store_sums(stored, (int64(share) * (rows * width) + thread) * 4, sums, int64(4 * threads))
+                    cuda.syncthreads()
+                    if thread == 0:
+                        raise_flag(flags, int64(share))
+                else:
+                    end, other = int32(first + index + (n_parts - part)), int32(share + 1)
+                    while other < n_shares and start_of_share(other, n_all, n_shares) < end:
+                        if thread == 0:
+                            wait_for_flag(flags, int64(other))
+                        cuda.syncthreads()
+                        stored_at = (int64(other) * (rows * width) + thread) * 4
+                        sums = add_stored_sums(sums, stored, stored_at, int64(4 * threads))
+                        other = int32(other + 1)
+                    # All warps have read this stage. The results take its place.
+                    cuda.syncthreads()
+                    results = 32 * int32(x_start + stage * stage_units)
+                    put_results(partial, int32(results + warp * ROWS + row), sums, quarter)
+                    cuda.syncthreads()
+                    first_column = int64(tile) * width
+                    write_results(
+                        partial, results, int64(first_row), first_column, thread, n_rows, n_columns, powers, bias, out
+                    )
+                    let_copies_overwrite()
+                sums = no_sums()
             stage = int32(stage + 1) if stage + 1 < stages else int32(0)
             if stage == 0:
                 parity ^= int32(1)
             stage_ahead = int32(stage_ahead + 1) if stage_ahead + 1 < stages else int32(0)
-
-        # All copies have arrived. When all warps have read them, the results can take their place.
-        cuda.syncthreads()
-        results = 32 * x_start
-        put_results(partial, int32(results + warp * ROWS + row), sums, quarter)
-        cuda.syncthreads()
-        first_row, first_column = int64(cuda.blockIdx.x) * rows, int64(cuda.blockIdx.y) * width
-        write_results(partial, results, first_row, first_column, thread, n_rows, n_columns, powers, bias, out)
 
     product.__name__ = product.__qualname__ = f"product_{fmt.name}"
     return product

@@ -34,6 +34,7 @@ from numba_dequant.kernels.product_of_part import factors_of, product_of_part, r
 from numba_dequant.kernels.product_shape import (
     GROUP,
     PART,
+    RESULT_PADDING,
     ROWS,
     WideShape,
     column_bytes,
@@ -173,23 +174,23 @@ def results_writers(dtype: str, bias: str | None, rows: int, columns: int) -> tu
         rows: rows of a thread block, which has two threads for each.
         columns: its columns.
     """
-    store, add_bias = OUTPUT_TYPES[dtype].store, bias_adder(bias)
+    store, add_bias, stride = OUTPUT_TYPES[dtype].store, bias_adder(bias), rows + RESULT_PADDING
 
     def putter(index: int) -> Callable[..., None]:
-        place, next_columns = (index >> 2) * 8 * rows, 8 * rows
+        place, next_columns = (index >> 2) * 8 * stride, 8 * stride
         i1, i2, i3, i4, i5, i6, i7 = range(index + 1, index + 8)
 
         def put_eight(partial: Any, start: int, sums: Any) -> None:
             first = start + place
             second = first + next_columns
             partial[first] = item(sums, index)
-            partial[first + rows] = item(sums, i1)
+            partial[first + stride] = item(sums, i1)
             partial[first + 8] = item(sums, i2)
-            partial[first + rows + 8] = item(sums, i3)
+            partial[first + stride + 8] = item(sums, i3)
             partial[second] = item(sums, i4)
-            partial[second + rows] = item(sums, i5)
+            partial[second + stride] = item(sums, i5)
             partial[second + 8] = item(sums, i6)
-            partial[second + rows + 8] = item(sums, i7)
+            partial[second + stride + 8] = item(sums, i7)
 
         register_functions(put_eight)
         return put_eight
@@ -209,18 +210,42 @@ def results_writers(dtype: str, bias: str | None, rows: int, columns: int) -> tu
     put_all = putters[0]
 
     def put_results(partial: Any, start: int, sums: Any, quarter: int) -> None:
-        put_all(partial, int32(start + 2 * quarter * rows), sums)
+        put_all(partial, int32(start + 2 * quarter * stride), sums)
+
+    def scaled(partial: Any, place: int, powers: Any, powers_at: int) -> Any:
+        return partial[place] * single(load_u32(powers, powers_at))
+
+    def put_result(out: Any, place: int, result: Any, is_there: bool) -> None:
+        if is_there:
+            store(out, place, repeated(result), int64(1))
 
     def write_results(
         partial: Any, results: int, first_row: int, first_column: int, thread: int, n_rows: int, n_columns: int,
         powers: Any, bias: Any, out: Any,
     ) -> None:  # fmt: skip
         row = first_row + thread % rows
-        for number in range(thread, rows * columns, 2 * rows):
-            column = first_column + number // rows
-            if row < n_rows and column < n_columns:
-                total = partial[results + number] * single(load_u32(powers, 4 * column))
-                store(out, column * n_rows + row, repeated(add_bias(total, bias, row)), int64(1))
+        if row < n_rows:
+            for column in range(thread // rows, columns, 16):
+                # Eight loads are in flight at a time. There is a power for each column of a thread block.
+                place, powers_at = results + column * stride + thread % rows, 4 * (first_column + column)
+                first = add_bias(scaled(partial, place, powers, powers_at), bias, row)
+                second = add_bias(scaled(partial, place + 2 * stride, powers, powers_at + 8), bias, row)
+                third = add_bias(scaled(partial, place + 4 * stride, powers, powers_at + 16), bias, row)
+                fourth = add_bias(scaled(partial, place + 6 * stride, powers, powers_at + 24), bias, row)
+                fifth = add_bias(scaled(partial, place + 8 * stride, powers, powers_at + 32), bias, row)
+                sixth = add_bias(scaled(partial, place + 10 * stride, powers, powers_at + 40), bias, row)
+                seventh = add_bias(scaled(partial, place + 12 * stride, powers, powers_at + 48), bias, row)
+                eighth = add_bias(scaled(partial, place + 14 * stride, powers, powers_at + 56), bias, row)
+                number, n_left = first_column + column, n_columns - (first_column + column)
+                put_result(out, number * n_rows + row, first, n_left > 0)
+                put_result(out, (number + 2) * n_rows + row, second, n_left > 2)
+                put_result(out, (number + 4) * n_rows + row, third, n_left > 4)
+                put_result(out, (number + 6) * n_rows + row, fourth, n_left > 6)
+                put_result(out, (number + 8) * n_rows + row, fifth, n_left > 8)
+                put_result(out, (number + 10) * n_rows + row, sixth, n_left > 10)
+                put_result(out, (number + 12) * n_rows + row, seventh, n_left > 12)
+                put_result(out, (number + 14) * n_rows + row, eighth, n_left > 14)
 
+    register_functions(scaled, put_result)
     register_functions(put_results, write_results)
     return put_results, write_results

@@ -25,45 +25,51 @@ from numba_dequant.kernels.product_wide import make_wide_kernel
 pytestmark = pytest.mark.skipif(not is_simulated(), reason="runs under NUMBA_ENABLE_CUDASIM=1")
 
 
-def prepare(fmt, x, n_prepared, thread_blocks_of_column=2, tile=0):
-    """The prepared columns and their powers."""
+def prepare(fmt, x, n_prepared, thread_blocks_of_column=2, tile=0, n_flags=0):
+    """The prepared columns and their powers, and flags."""
     n_columns, n_elements = x.shape
     prepared = cuda.to_device(np.full(n_prepared * column_bytes(fmt, n_elements), 99, np.uint8))
-    factors = cuda.to_device(np.zeros(n_prepared, np.float32))
+    factors = cuda.to_device(np.full(n_prepared + n_flags, 99, np.float32))
     kernel = cuda.jit(make_prepare_kernel(fmt, "float16" if x.dtype == np.float16 else "bfloat16", tile=tile))
     given = cuda.to_device(x.view(np.uint8).reshape(-1))
     kernel[(n_prepared, thread_blocks_of_column), PREPARE_THREADS](
-        given, n_columns, n_elements // 32, prepared, factors
+        given, n_columns, n_elements // 32, prepared, factors, n_flags
     )
-    return prepared, cuda.to_device(factors.copy_to_host().view(np.uint8))
+    powers, flags = np.split(factors.copy_to_host(), [n_prepared])
+    assert not flags.any()
+    return prepared, cuda.to_device(powers.view(np.uint8)), cuda.to_device(flags.view(np.uint8))
 
 
-def wide_product(name, blocks, x, shape, make_kernel, bias=None):
-    """As `product`, by a kernel for many columns."""
+def wide_product(name, blocks, x, shape, make_kernel, n_shares, bias=None):
+    """As `product`, by a kernel for many columns; thread blocks have equal shares of the work, or their own rows."""
     fmt = nd.FORMATS[name]
     (n_rows, row_bytes), (n_columns, n_elements) = blocks.shape, x.shape
     times = -(-n_columns // shape.columns)
-    prepared, powers = prepare(fmt, x, times * shape.columns, 1, shape.tile)
+    prepared, powers, flags = prepare(fmt, x, times * shape.columns, 1, shape.tile, n_shares)
     out = cuda.to_device(np.full(n_columns * n_rows, 77, np.float32))
     added = cuda.to_device(np.zeros(0, np.uint8) if bias is None else bias.view(np.uint8))
     kernel = cuda.jit(make_kernel(fmt, "float32", None if bias is None else "float16", shape))
-    kernel[(-(-n_rows // shape.rows), times), shape.threads, 0, wide_shared_bytes(fmt, shape)](
-        cuda.to_device(blocks.reshape(-1)), n_rows, row_bytes, n_elements // 32, prepared, n_columns, powers, added, out
-    )
+    arguments = [cuda.to_device(blocks.reshape(-1)), n_rows, row_bytes, n_elements // 32, prepared, n_columns, powers]
+    arguments += [added, out]
+    if n_shares:
+        arguments += [cuda.to_device(np.full(n_shares * shape.rows * shape.columns * 4, 99, np.uint8)), flags]
+    grid = n_shares or (-(-n_rows // shape.rows), times)
+    kernel[grid, shape.threads, 0, wide_shared_bytes(fmt, shape)](*arguments)
     return out.copy_to_host().reshape(n_columns, n_rows)
 
 
 @pytest.mark.parametrize(
-    ("name", "n_rows", "n_elements", "n_columns", "shape", "make_kernel"),
+    ("name", "n_rows", "n_elements", "n_columns", "shape", "make_kernel", "n_shares"),
     [
-        ("Q4_K", 17, 256, 3, WideShape(is_aligned=True, overlaps=False), make_wide_kernel),
-        ("Q4_1", 17, 288, 3, TileShape(64, stages=2, is_aligned=False), make_tile_kernel),
+        ("Q4_K", 17, 256, 3, WideShape(is_aligned=True, overlaps=False), make_wide_kernel, 0),
+        # Of three products of two parts, two thread blocks have one product and half of another.
+        ("Q4_1", 17, 288, 67, TileShape(32, is_aligned=False, rows=64, resident=2), make_tile_kernel, 2),
     ],
 )
-def test_many_columns(name, n_rows, n_elements, n_columns, shape, make_kernel):
+def test_many_columns(name, n_rows, n_elements, n_columns, shape, make_kernel, n_shares):
     blocks, values = weights(name, n_rows, n_elements)
     x, bias = columns(n_columns, n_elements), columns(1, n_rows, seed=1)[0]
-    found = wide_product(name, blocks, x, shape, make_kernel, bias)
+    found = wide_product(name, blocks, x, shape, make_kernel, n_shares, bias)
     assert error(found, x.astype(np.float64) @ values.T + bias) < bound(name)
 
 
@@ -74,7 +80,7 @@ def product(name, blocks, x, shape, bias=None, thread_blocks=1):
     out = cuda.to_device(np.full(n_columns * n_rows, 77, np.float32))
     prepared, powers = cuda.to_device(x.view(np.uint8).reshape(-1)), cuda.to_device(np.zeros(0, np.uint8))
     if shape.columns > 1:
-        prepared, powers = prepare(fmt, x, shape.columns, 2 if shape.columns == 8 else 1)
+        prepared, powers, _ = prepare(fmt, x, shape.columns, 2 if shape.columns == 8 else 1)
     added = cuda.to_device(np.zeros(0, np.uint8) if bias is None else bias.view(np.uint8))
     kernel = cuda.jit(make_product_kernel(fmt, "float32", None if bias is None else "float16", shape))
     kernel[thread_blocks, shape.threads, 0, shared_bytes(fmt, shape, n_elements)](

@@ -250,7 +250,8 @@ class LateGpu:
         """What the kernels of products read and write, in a simple layout of prepared columns."""
         fmt, dtype = spec.options[:2]
         if spec.maker == "product_columns.make_prepare_kernel":
-            x, n_columns, n_groups, out, powers = arguments
+            x, n_columns, n_groups, out, powers, n_flags = arguments
+            assert n_flags == 0
             assert x % 16 == 0
             n_prepared, _ = thread_blocks
             assert n_prepared >= n_columns
