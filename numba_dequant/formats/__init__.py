@@ -145,7 +145,9 @@ def format_named(name: Any) -> Format:
         if named is not None and named.ggml_id != ggml_id:
             raise UnknownFormatError(f"{shown(name)} has the name of {named.name}, but its id is {named.ggml_id}")
     if not 0 <= ggml_id < 2**32:
-        raise UnknownFormatError(f"unknown ggml type {shown(ggml_id)}")
+        raise UnknownFormatError(
+            f"a ggml id is a number from 0 to 2**32 - 1, got {shown(ggml_id)}; pass the id or the name of a format"
+        )
     return format_with_id(ggml_id)
 
 
@@ -208,7 +210,7 @@ def format_with_id(ggml_id: int) -> Format:
 
 
 def _origin(ggml_id: int) -> str:
-    """Which project uses an unknown id, and what to do; empty if no project is known."""
+    """Which project uses an unknown id, if one is known, and what to do."""
     removed, bitnet = REMOVED_IDS.get(ggml_id), BITNET_IDS.get(ggml_id)
     if bitnet:
         return (
@@ -222,7 +224,7 @@ def _origin(ggml_id: int) -> str:
         if first <= ggml_id < first + len(listed):
             name = listed[ggml_id - first]
             return f" ({name} of ik_llama.cpp, a fork of llama.cpp; only programs made for that fork read it)"
-    return ""
+    return "; install a newer numba_dequant, or register a Format with this id"
 
 
 for _module in pkgutil.iter_modules(__path__):

@@ -86,7 +86,7 @@ class TestFormat:
             (["Q8_0"], r"a ggml id or a Format, got \['Q8_0'\]"),
             (b"Q8_0", "a ggml id or a Format, got b'Q8_0'"),
             (8.0, r"a ggml id or a Format, got 8\.0"),
-            pytest.param(10**5000, "unknown ggml type an int of 16610 bits", id="huge"),
+            pytest.param(10**5000, "got an int of 16610 bits; pass the id or the name", id="huge"),
         ],
     )
     def test_what_is_none_gets_no_wrong_hint(self, format, message):

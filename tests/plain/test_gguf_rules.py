@@ -196,7 +196,7 @@ def test_an_array_of_more_items_than_ggml_takes_is_refused(tmp_path):
         (230, "BF16_R16 of ik_llama.cpp"),
         (340, "IQ5_K_R4 of ik_llama.cpp"),
         (399, "Q8_K_R8 of ik_llama.cpp"),
-        (159, "unknown ggml type 159"),
+        (159, "unknown ggml type 159; install a newer numba_dequant"),
         (400, "unknown ggml type 400"),
     ],
 )
