@@ -34,7 +34,8 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "warm",
         help="compile ahead of time",
-        description="Compile kernels ahead of time: for the first GPU, for other GPU architectures, or for the CPU.",
+        description="Compile the code of dequantize and dequantize_many ahead of time: for the first GPU, for other "
+        "GPU architectures, or for the CPU. All other kernels are compiled at their first use.",
     )
     parser.add_argument(
         "--arch", action="append", default=[], metavar="sm_90", help="a GPU architecture; may be repeated"
