@@ -84,7 +84,8 @@ def dequantize(
     Args:
         data: whole blocks, as bytes, a memoryview, a NumPy array, a PyTorch tensor, or a GPU array that has
             `__cuda_array_interface__` or `__dlpack__` (CuPy, Numba). Only the bytes of an array are used, not its
-            dtype or shape. On the device, contiguous data is read in place; strided data is copied first.
+            dtype or shape. On the device, contiguous data is read in place; strided data is copied first. Of strided
+            arrays on a GPU, only those of PyTorch and CuPy are accepted.
         format: a name in `FORMATS`, in upper or lower case; a ggml id (also as a member of gguf-py's
             `GGMLQuantizationType`); or a `Format`.
         dtype: type of the result: "float16", "bfloat16", "float32", an alias ("fp16", "half", "bf16", "fp32", ...), or
@@ -101,7 +102,8 @@ def dequantize(
             parameter; autograd notices the new values, but records no computation.
         stream: CUDA stream to compute on: a handle (int), a stream of PyTorch, CuPy or Numba, or an object with
             `__cuda_stream__`. The default is the current stream of PyTorch or CuPy if `data` or `out` belongs to that
-            library, otherwise the legacy default stream. The host does not wait for the stream.
+            library, otherwise the legacy default stream. The host does not wait for the stream; docs/streams.md lists
+            the exceptions.
         mapping: how a CUDA kernel divides the work: "tile", or "block" for one thread block per quant block.
 
     Returns:
@@ -167,7 +169,8 @@ def prepare_many(
 
     Use it for weights that stay compressed and are dequantized whenever they are needed. A run checks nothing and
     allocates nothing. On a GPU it costs only the launches, and a CUDA graph can capture it. (Exception: if the address
-    of an output is not a multiple of 16, each run allocates temporary memory for its values.)
+    of an output on a GPU is not a multiple of 16, or if data on the CPU is strided, each run allocates temporary memory
+    for them.)
 
     >>> import numpy as np, numba_dequant as nd
     >>> data = np.zeros(34, np.uint8)
@@ -244,10 +247,11 @@ def matmul(
 ) -> Any:
     """Multiply with a weight that stays compressed: ``x @ W.T + bias``, where `W` are the values of `weight`.
 
-    On a GPU with tensor cores, kernels multiply the blocks themselves. With many columns, PyTorch multiplies
-    dequantized pieces of at most 2**28 elements, if the program has imported it. The CPU dequantizes a few rows at a
-    time. The kernels and the CPU add up in float32; for PyTorch, its own settings of precision apply. Its autograd does
-    not record the product; `numba_dequant.torch.linear` has gradients.
+    On a GPU of compute capability 8.0 or higher, kernels multiply the blocks themselves, on the tensor cores. With many
+    columns, PyTorch multiplies dequantized pieces of at most 2**28 elements, if the program has imported it and the
+    result has the type of `x`. The CPU dequantizes a few rows at a time. The kernels and the CPU add up in float32; for
+    PyTorch, its own settings of precision apply. Its autograd does not record the product;
+    `numba_dequant.torch.linear` has gradients.
 
     >>> import numpy as np, numba_dequant as nd
     >>> block = np.float16(0.5).tobytes() + bytes(range(32))
@@ -280,8 +284,9 @@ def matmul(
         DtypeError: the type of `x`, `weight` or `bias` cannot be multiplied, or there is no such `dtype`.
         ShapeError: the shapes of `x`, `weight` and `bias` do not match.
         DeviceError: `device` or `stream` cannot be used, or there is not enough memory. On a GPU, some products need
-            PyTorch, which the program must have imported: those on a GPU without tensor cores, with an `x` of float32,
-            and with an F32, F16 or BF16 weight.
+            PyTorch, which the program must have imported: those on a GPU of compute capability below 8.0, with an `x`
+            of float32, with an F32, F16 or BF16 weight, with blocks at an address that is not a multiple of
+            `Format.alignment`, and with a format of your own whose blocks do not have 32, 64, 128 or 256 elements.
     """
     given = product_job(x, weight, format, bias, dtype, out)
     on_gpu = next((array for array in (given.x, given.weight, given.bias) if is_on_gpu(array)), None)

@@ -22,11 +22,11 @@ class DataError(NumbaDequantError, ValueError):
 
 
 class ShapeError(NumbaDequantError, ValueError):
-    """A shape that does not match the number of elements."""
+    """A shape, a slice of rows or an index that does not fit the data."""
 
 
 class DtypeError(NumbaDequantError, TypeError):
-    """An output type other than float16, bfloat16 and float32."""
+    """An output type that does not exist or that the GPU does not support, or an array of a wrong type."""
 
 
 class OutputError(NumbaDequantError, ValueError):

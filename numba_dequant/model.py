@@ -68,11 +68,11 @@ if TYPE_CHECKING:
 class Model:
     """An open GGUF model: one file, or all shards of a split. Only the header has been read.
 
-    Loading fails if the file was replaced or its size has changed since. If only its time stamp has changed, the header
-    is compared: if it is the same, the file is used, with one warning.
+    Loading fails if the file was replaced or its size has changed since; only an incomplete file may grow. If only its
+    time stamp has changed, the header is compared: if it is the same, the file is used, with one warning.
 
     Attributes:
-        metadata: the key-value pairs of the file. Arrays and long strings are read on first access;
+        metadata: the key-value pairs of the file. Arrays and long strings are read on access;
             ``json.dumps(dict(model.metadata))`` reads all of them.
         tensors: name -> `TensorInfo` (format, shape, offset in the file), in file order.
     """
@@ -142,7 +142,7 @@ class Model:
             stream: CUDA stream, as for `dequantize`.
             rows: slice of the first dimension. Only the bytes of these rows are read.
             keep_quantized: return the compressed bytes, on the device, as a `QuantizedTensor`. Its data is `out` if
-                given, then an array of uint8 with one dimension.
+                given. Such an `out` is an array of uint8 with one dimension.
             threads: number of threads that read, 1 or more. The default is the number of cores plus two on the CPU,
                 and the number of cores, at most 12, for a GPU.
 
@@ -219,7 +219,8 @@ class Model:
             name -> result as from `load`, in file order.
 
         Raises:
-            TensorNotFoundError: a name or a pattern matches no tensor.
+            TensorNotFoundError: a name or a pattern matches no tensor, or `out` has the name of a tensor that is not
+                loaded.
             DtypeError: no pattern in `dtype` matches a tensor.
             OutputError, OptionError: `out` or another argument is wrong. Nothing has been read.
             GgufError, ReadError, DeviceError: as for `load`. Nothing is returned, but outputs may have changed.
@@ -374,7 +375,8 @@ def open(source: Any, *, offset: int = 0, allow_truncated: bool = False, orig_sh
             contents in any order. `bytes` without a NUL byte are a path.
         offset: byte position where the GGUF file begins, in the file or in memory.
         allow_truncated: accept a file without all of its tensor data, and a split without its later shards. `tensors`
-            lists missing tensors too; loading them fails.
+            also lists tensors whose data is not complete; loading them fails until the file has grown. It does not list
+            the tensors of missing shards.
         orig_shapes: restore the original shapes of tensors that ComfyUI-GGUF reshaped, which are in the metadata as
             ``comfy.gguf.orig_shape.NAME``.
 

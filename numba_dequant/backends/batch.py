@@ -31,7 +31,10 @@ class Batch(Generic[Key]):
         self._work = work
 
     def run(self) -> dict[Key, Array]:
-        """Compute all results. On a GPU this queues one launch per format on the stream, and does not wait.
+        """Compute all results. On a GPU this queues one launch per format on the stream.
+
+        The host does not wait for the GPU. Exception: the first run on another stream than that of `prepare_many` waits
+        for the copies that `prepare_many` has queued.
 
         Returns:
             `results`.

@@ -248,7 +248,7 @@ class Gpu:
             arguments: addresses and numbers.
             stream: the handle of the stream.
             shared_bytes: bytes of dynamic shared memory per thread block.
-            overlaps: let the kernel start before the kernel before it has ended. It must wait by itself.
+            overlaps: let the kernel start before the preceding kernel has ended. It must wait by itself.
 
         Raises:
             DeviceError: the driver refuses the launch.

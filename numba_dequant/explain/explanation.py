@@ -165,7 +165,7 @@ def explain(data: Any, format: str | int | Format, block: int = 0, element: int 
 
     Raises:
         UnknownFormatError: `format` is unknown.
-        DataError: `data` is not whole blocks on the host.
+        DataError: `data` is not whole blocks on the host, or `format` is a type that is returned as it is stored.
         ShapeError: `block` or `element` is out of range.
     """
     fmt = format_named(format)

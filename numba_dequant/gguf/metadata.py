@@ -77,8 +77,9 @@ class LongString:
 class MetadataArray(list[Any]):
     """A read-only list: an array of the metadata, read from the file on access.
 
-    Reading an item or a slice reads only that from the file. Operations on all items, such as iterating, read and keep
-    all. Strings keep their NULs; invalid UTF-8 becomes U+FFFD.
+    Reading an item or a slice reads only that from the file. After several such accesses, an array of up to
+    `MAX_KEPT_ITEMS` items is read whole and kept. Operations on all items, such as iterating, do so at once. Strings
+    keep their NULs; invalid UTF-8 becomes U+FFFD.
 
     `json.dumps` accepts it. orjson and ujson read the memory of a list directly: pass them `to_list()`.
 

@@ -230,10 +230,11 @@ class Source:
     def is_unchanged(self, file: io.RawIOBase) -> bool:
         """Whether an open file is still the one whose header was read.
 
-        The file has changed if its size differs, or if both its modification time and its inode differ. If only one of
-        the two differs, the header is read again and compared, because some mounts change the time without a write,
-        and some network file systems assign new inodes. A new modification time causes one warning. Tensor data that
-        is overwritten in place is not detected: it causes only this warning.
+        The file has changed if its size differs, or if both its modification time and its inode differ. Only a file
+        that was incomplete may have grown. If only the time or the inode differs, the header is read again and
+        compared, because some mounts change the time without a write, and some network file systems assign new inodes.
+        A new modification time causes one warning. Tensor data that is overwritten in place is not detected: it causes
+        only this warning.
 
         Raises:
             OSError: the header cannot be read.

@@ -75,7 +75,7 @@ def dequantize_gguf_tensor(tensor: Tensor) -> Tensor:
 
 
 def forward_native(layer: Any, inputs: Tensor) -> Tensor:
-    """`GGUFLinear.forward_native`: the weight is dequantized to the compute dtype, and backward keeps the blocks."""
+    """`GGUFLinear.forward_native`, by `numba_dequant.torch.linear` if possible; backward then keeps the blocks."""
     weight, dtype = layer.weight, layer.compute_dtype
     is_packed = hasattr(weight, "quant_type") and is_supported(weight)
     if is_packed and (inputs.dtype == dtype or torch.is_autocast_enabled(inputs.device.type)):

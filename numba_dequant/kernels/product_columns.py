@@ -45,13 +45,13 @@ def make_prepare_kernel(fmt: Format, dtype: str, overlaps: bool = False, tile: i
     * n_flags: number of flags, which become 0.
 
     A float16 is copied unchanged. A column of bfloat16 is multiplied by a power of two, so that its largest element is
-    near 2**14, and then converted to float16. This is exact, except for elements that are at least 2**24 times smaller
+    near 2**14, and then converted to float16. This is exact, except for elements that are more than 2**31 times smaller
     than the largest. Each thread block of a column looks for the largest element.
 
     Args:
         fmt: the format of the weights.
         dtype: the type of the columns.
-        overlaps: whether the kernel may start before the one before it has ended.
+        overlaps: whether the kernel may start before the preceding kernel has ended.
         tile: the columns of a tile, as `make_tile_kernel` takes them; 0 means one column after the other.
     """
     is_bfloat16 = dtype == "bfloat16"

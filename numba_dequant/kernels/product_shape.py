@@ -88,7 +88,7 @@ class WideShape:
 
 @dataclass(frozen=True)
 class TileShape:
-    """The same of the kernel for compute capability 9.0, whose tensor cores read the columns from shared memory.
+    """The work of a thread block on compute capability 9.0, whose tensor cores read the columns from shared memory.
 
     Attributes:
         columns: the columns that it multiplies at a time, one of `TILE_WIDTHS`.

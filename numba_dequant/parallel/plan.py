@@ -51,7 +51,7 @@ class Part:
     def byte_ranges(self) -> Iterator[tuple[int, int]]:
         """The position in the file and the number of bytes of each contiguous piece, in the order of the file.
 
-        A part of rows is one piece. A part of columns has one piece for each row.
+        A part of rows is one piece. A part of columns has one piece for each row, unless it has all columns.
         """
         tensor = self.tensor
         if not self.n_bytes:

@@ -48,7 +48,7 @@ def load_file(
     >>> tensors = numba_dequant.torch.load_file("model.gguf", "cuda", torch.bfloat16)  # doctest: +SKIP
 
     Args:
-        path: a file, or any shard of a split model.
+        path: a file, or the first shard of a split model.
         device: device of the tensors.
         dtype: torch.float16, torch.bfloat16 or torch.float32, or a mapping from globs to these, as for
             `Model.load_all`. None means PyTorch's default dtype. Integers and F64 keep their type.
@@ -72,7 +72,8 @@ def load_file(
         TensorNotFoundError, DtypeError, OptionError: an argument is wrong. Without `plan`, no tensor has been read.
         ShapeError: a tensor cannot be divided equally for `device_mesh`. No tensor has been read.
         GgufError, ReadError: the file is damaged or cannot be read.
-        DeviceError: the device cannot be used, or another rank has failed.
+        DeviceError: this package cannot use the GPU, or another rank has failed. If PyTorch cannot use the device, this
+            is a DeviceError with `plan`, and PyTorch's own error without.
     """
     if device_mesh is not None or placements is not None:
         if device_mesh is None or placements is None or plan is not None or group is not None or select is not None:
@@ -178,7 +179,7 @@ def load_model(
     Args:
         model: the module. New tensors are on the device of the old ones, or on PyTorch's default device if the old ones
             are on the meta device.
-        path: a file, or any shard of a split model.
+        path: a file, or the first shard of a split model.
         names: name in the file -> name in ``model.state_dict()``, as a mapping or as a function, which returns None
             for a tensor to leave out. If you omit `names`, the names must be the same.
         keep_quantized: whether weights may stay compressed.

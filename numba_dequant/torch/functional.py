@@ -113,10 +113,10 @@ def linear(
 ) -> Tensor:
     """`torch.nn.functional.linear` with a compressed weight: ``input @ weight.T + bias``.
 
-    On a GPU with tensor cores, a kernel multiplies the blocks themselves and adds up in float32. It takes up to 128
-    rows of float16 or bfloat16 input, or up to 32 if the weight has few rows. Otherwise the weight is dequantized to
-    the dtype of `input`, in pieces. Backward keeps the blocks, not the dequantized weight, and dequantizes them again.
-    The weight itself gets no gradient.
+    On a GPU of compute capability 8.0 or higher, a kernel multiplies the blocks themselves, on the tensor cores, and
+    adds up in float32. It takes up to 128 rows of float16 or bfloat16 input, or up to 32 if the weight has few rows.
+    Otherwise the weight is dequantized to the dtype of `input`, in pieces. Backward keeps the blocks, not the
+    dequantized weight, and dequantizes them again. The weight itself gets no gradient.
 
     Args:
         input: floating-point tensor of shape (..., in_features). Under `torch.autocast` it is cast first.

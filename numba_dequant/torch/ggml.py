@@ -2,7 +2,8 @@
 
 `dequantize`, `get_rows`, `mul_mat_vec`, `mul_mat_id`, `GEMV_TYPES` and `MAX_GEMV_ROWS` are those of the kernel
 "ggml-org/ggml-quantization", which transformers calls. `ggml_dequantize` is the operator of vLLM, sglang and diffusers.
-Blocks are uint8 of shape (..., rows, bytes per row), and `ggml_type` is the number of a format.
+Blocks are uint8 of shape (..., rows, bytes per row), and `ggml_type` is the number of a format. `get_rows`,
+`mul_mat_vec` and `mul_mat_id` take all sizes from the blocks: they do not use `cols` and `out_features`.
 
 Source: transformers 5.24, integrations/gguf/kernels.py and utils.py; vllm-gguf-plugin 0.0.5, ops.py; diffusers 0.42,
 quantizers/gguf/utils.py.
@@ -43,14 +44,15 @@ def mul_mat_vec(blocks: Tensor, x: Tensor, ggml_type: int, out_features: int) ->
 def mul_mat_id(blocks: Tensor, x: Tensor, ids: Tensor, ggml_type: int, out_features: int) -> Tensor:
     """Each row of `x` times the weights of its experts.
 
-    The host does not wait for `ids`. On a GPU with tensor cores, a kernel multiplies the blocks of the chosen experts
-    themselves, for up to 4096 pairs of a row and an expert. Otherwise the weights are dequantized: those of each pair
-    if there are not more pairs than experts, and those of all experts if there are more.
+    The host does not wait for `ids`. On a GPU of compute capability 8.0 or higher, a kernel multiplies the blocks of
+    the chosen experts themselves, for up to 4096 pairs of a row and an expert, if `x` needs no gradient. Otherwise the
+    weights are dequantized: those of each pair if there are not more pairs than experts, and those of all experts if
+    there are more.
 
     Args:
         blocks: shape (experts, out_features, bytes per row).
         x: shape (n, in_features).
-        ids: numbers of experts, of shape (n, k).
+        ids: numbers of experts, of shape (n, k), on the device of `blocks`.
         ggml_type: the number of the format.
         out_features: rows of each expert.
 
@@ -58,7 +60,10 @@ def mul_mat_id(blocks: Tensor, x: Tensor, ids: Tensor, ggml_type: int, out_featu
         Tensor of shape (n, k, out_features) and the dtype of `x`.
 
     Raises:
-        ShapeError: `blocks` does not have 3 dimensions, or `ids` does not have a row for each row of `x`.
+        UnknownFormatError: there is no such format.
+        ShapeError: `blocks` does not have 3 dimensions, `ids` does not have a row for each row of `x`, or a row of `x`
+            is not as long as a row of an expert.
+        DataError: a row of `blocks` is not a whole number of blocks, or `blocks` is on another device than `x`.
     """
     if blocks.dim() != 3 or ids.dim() != 2 or ids.shape[0] != x.shape[0]:
         raise ShapeError(
