@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_dequant.errors import OptionError
+
 RUN = 8
 """Elements that one call of `decode` returns."""
 
@@ -89,7 +91,9 @@ def single(bits: int) -> np.float32:
 
 
 def to_float(number: int) -> np.float32:
-    """An integer as a float32."""
+    """An integer as a float32, from ``-2**31`` to ``2**31 - 1``: compiled code has 32 bits for it."""
+    if not -(2**31) <= number < 2**31:
+        raise OverflowError(f"to_float takes integers of 32 bits, not {number}; divide it before, or take it apart")
     return np.float32(number)
 
 
@@ -104,7 +108,9 @@ def signed_bytes(eight: int) -> NDArray[np.float32]:
 
 
 def centred_bytes(eight: int, centre: int) -> NDArray[np.float32]:
-    """Eight unsigned bytes, packed in an integer, as eight float32, with `centre` subtracted from each."""
+    """Eight unsigned bytes, packed in an integer, as eight float32, less `centre`, which is 0 to ``2**23 - 1``."""
+    if not 0 <= centre < 2**23:
+        raise OverflowError(f"the centre is 0 to {2**23 - 1}, not {centre}; use unsigned_bytes, and subtract it")
     return unsigned_bytes(eight) - np.float32(centre)
 
 
@@ -175,9 +181,18 @@ def stop_unless(condition: bool) -> None:
 
 
 class LookupTable:
-    """A constant table of signed integers for decodes; it must be a global of the module that uses it."""
+    """A constant table of signed integers for decodes; it must be a global of the module that uses it.
+
+    Raises:
+        OptionError: the items are not signed integers. Compiled code would read them as such.
+    """
 
     def __init__(self, items: NDArray[Any]) -> None:
+        if items.dtype.kind != "i":
+            raise OptionError(
+                f"a LookupTable holds signed integers, not {items.dtype}; view the items as signed integers, and mask "
+                "what `lookup` returns"
+            )
         self.items = items
         self.name = f"table_{hashlib.sha256(items.dtype.str.encode() + items.tobytes()).hexdigest()[:16]}"
 

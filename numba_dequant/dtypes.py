@@ -48,6 +48,9 @@ OUTPUT_TYPES = {
 
 NAMES = tuple(OUTPUT_TYPES)
 
+PRODUCT_TYPES = ("float16", "bfloat16", "float32")
+"""The types of the activations and of the bias of a product."""
+
 DEFAULT = "float16"
 
 _SPELLINGS = {spelling: name for name, each in OUTPUT_TYPES.items() for spelling in (name, *each.spellings)}

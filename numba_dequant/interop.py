@@ -140,8 +140,9 @@ class Torch:
                     problem = "it is the result of a computation that keeps gradients; pass out.detach()"
                 if problem is None:
                     plain = self._torch.Tensor.detach(array)
-                    if name == "bfloat16":
-                        return plain.view(self._torch.int16).numpy().view(dtype)  # type: ignore[no-any-return]
+                    if dtype.isbuiltin != 1:  # PyTorch's `numpy` takes only types of NumPy itself
+                        integer = getattr(self._torch, f"int{8 * dtype.itemsize}")
+                        return plain.view(integer).numpy().view(dtype)  # type: ignore[no-any-return]
                     return plain.numpy()  # type: ignore[no-any-return]
         except Exception as error:  # a subclass of tensors may fail in any way
             problem = _first_line(error)

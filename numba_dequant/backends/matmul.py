@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.arguments import Job, host_array, result_shape
-from numba_dequant.dtypes import NAMES, dtype_name, numpy_dtype
+from numba_dequant.dtypes import PRODUCT_TYPES, dtype_name, numpy_dtype
 from numba_dequant.errors import (
     DataError,
     DtypeError,
@@ -166,14 +166,14 @@ def _type_of_output(out: Any) -> str | None:
 
 def float_type(dtype: np.dtype[Any], name: str) -> str:
     """The name of the type of an argument. Raises DtypeError if it is not one of the output types."""
-    if dtype.name in NAMES and dtype.isnative:
+    if dtype.name in PRODUCT_TYPES and dtype.isnative:
         return dtype.name
     actual = dtype.name if dtype.isnative else f"{dtype.name} of the other byte order"
     raise _wrong_type(actual, name)
 
 
 def _wrong_type(actual: str, name: str) -> DtypeError:
-    return DtypeError(f"{name} holds {actual}; convert it to {', '.join(NAMES[:-1])} or {NAMES[-1]}")
+    return DtypeError(f"{name} holds {actual}; convert it to {', '.join(PRODUCT_TYPES[:-1])} or {PRODUCT_TYPES[-1]}")
 
 
 def with_argument_name(error: NumbaDequantError, name: str) -> NumbaDequantError:
@@ -197,7 +197,7 @@ def host_argument(array: Any, name: str) -> NDArray[Any]:
 def _host_floats(array: Any, name: str) -> NDArray[Any]:
     if library_of(array) is TORCH:
         type_name = str(array.dtype).removeprefix("torch.")
-        if type_name not in NAMES:
+        if type_name not in PRODUCT_TYPES:
             raise _wrong_type(type_name, name)
         return TORCH.host_array(array).view(numpy_dtype(type_name))
     if isinstance(array, np.ma.MaskedArray):

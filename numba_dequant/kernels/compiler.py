@@ -28,7 +28,7 @@ class KernelSpec(NamedTuple):
     """A kernel to compile.
 
     Attributes:
-        label: the name of its code in the cache.
+        label: what it is, in file names of the cache and in errors.
         maker: "module.function" in this folder, which creates the kernel; imported only if there is no cached code.
         options: the arguments of `maker`.
         parameters: the types of the kernel's parameters: "data", "table" or "number".
@@ -49,6 +49,12 @@ class KernelSpec(NamedTuple):
         module, _, function = self.maker.partition(".")
         kernel: Callable[..., None] = getattr(import_module(f"numba_dequant.kernels.{module}"), function)(*self.options)
         return kernel
+
+    @property
+    def identity(self) -> str:
+        """Text that is the same only for kernels with the same code."""
+        options = [option.name if isinstance(option, Format) else option for option in self.options]
+        return repr((self.maker, options, self.parameters, self.bounds, self.is_architecture_specific))
 
     @property
     def is_kept(self) -> bool:
@@ -138,7 +144,7 @@ def cubin(kernel: KernelSpec, capability: tuple[int, int]) -> tuple[str, bytes]:
         DeviceError: the CUDA toolkit is missing, or does not support the compute capability.
     """
     label = f"sm{capability[0]}{capability[1]}-{kernel.label}"
-    entry = disk_cache.cache_key(label, disk_cache.versions(*TOOLCHAIN))
+    entry = disk_cache.cache_key(label, kernel.identity, disk_cache.versions(*TOOLCHAIN))
     kept = disk_cache.read(entry) if kernel.is_kept else None
     if kept is None or b"\0\x7fELF" not in kept:
         try:

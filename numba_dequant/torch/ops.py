@@ -182,7 +182,16 @@ def _dequantize_out(data: Tensor, format: str, *, out: Tensor) -> None:
         TORCH.written(out)
 
 
+def _check_numbers(what: str, numbers: Tensor, data: Tensor) -> None:
+    """Raise an error unless `numbers` are integers on the device of `data`."""
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype is torch.bool:
+        raise DtypeError(f"{what} hold {numbers.dtype}, not integers; pass a tensor of torch.int64")
+    if numbers.device != data.device:
+        raise DataError(f"{what} are on {numbers.device}, but the data is on {data.device}; pass both on one device")
+
+
 def _get_rows(data: Tensor, indices: Tensor, format: str, dtype: torch.dtype) -> Tensor:
+    _check_numbers("indices", indices, data)
     fmt, name = _format(format), DTYPES.get(dtype)
     n_elements = result_shape(data, fmt)[-1]
     if data.is_cuda and name is not None and fmt.decode is not None and n_elements % RUN == 0:
@@ -328,6 +337,13 @@ MOST_PAIRS = 4096
 def _mul_mat_id(input: Tensor, weight: Tensor, ids: Tensor, format: str) -> Tensor:
     (n, k), n_rows, fmt = ids.shape, weight.shape[1], _format(format)
     check_product(input, weight, None, fmt.name, (fmt.type_size, fmt.block_size))
+    _check_numbers("ids", ids, input)
+    if not input.is_floating_point():
+        raise DtypeError(f"input holds {input.dtype}; pass a tensor of floating-point numbers")
+    if ids.device.type == "cpu" and ids.numel():
+        first, last, n_experts = int(ids.min()), int(ids.max()), weight.shape[0]
+        if not 0 <= first <= last < n_experts:
+            raise ShapeError(f"ids are from {first} to {last}, but there is no expert outside 0 to {n_experts - 1}")
     out = input.new_empty(n, k, n_rows)
     if input.is_cuda and 0 < ids.numel() <= MOST_PAIRS:
         columns, numbers = _columns(input), ids.to(torch.int64).contiguous()

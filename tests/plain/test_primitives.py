@@ -2,11 +2,13 @@
 
 import inspect
 
+import numpy as np
 import pytest
 from blocks import assert_same_bits
 from numba import njit
 from primitives import ALIGNMENTS, CASES, compiled_outcome, outcome
 
+import numba_dequant as nd
 from numba_dequant import bits
 from numba_dequant.kernels import intrinsics_cpu
 
@@ -28,3 +30,22 @@ def test_every_primitive_has_its_case():
     of_kernels = {"copy_16_bytes", "copy_byte", "is_aligned", "store_float32_in_pairs", "stop_unless", "helper"}
     there = {name for name, value in vars(bits).items() if inspect.isfunction(value) and not name.startswith("_")}
     assert there - of_kernels == {name for name in CASES if " " not in name} - {"arithmetic"}
+
+
+@pytest.mark.parametrize("number", [2**31, -(2**31) - 1, 2**32 - 1])
+def test_an_integer_that_compiled_code_would_cut_is_an_error(number):
+    with pytest.raises(OverflowError, match="32 bits"):
+        bits.to_float(number)
+    assert bits.to_float(2**31 - 1) == 2.0**31
+
+
+@pytest.mark.parametrize("centre", [-1, 2**23])
+def test_a_centre_that_a_kernel_would_make_another_number_is_an_error(centre):
+    with pytest.raises(OverflowError, match="centre"):
+        bits.centred_bytes(0, centre)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u4", "f4", "?"])
+def test_a_table_that_compiled_code_would_misread_is_an_error(dtype):
+    with pytest.raises(nd.OptionError, match="signed integers"):
+        bits.LookupTable(np.zeros(16, dtype))

@@ -213,6 +213,38 @@ def test_rows_out_of_range():
         nt.get_rows(blocks_of("Q4_K", "cpu"), torch.tensor([4]), "Q4_K")
 
 
+mul_mat_id = torch.ops.numba_dequant.mul_mat_id.default
+
+
+def test_numbers_of_rows_and_experts_are_integers_on_the_same_device(device):
+    """A kernel would read an address of the other device."""
+    blocks = blocks_of("Q4_K", device, n_columns=256)
+    x = torch.ones(1, 256, device=device)
+    for wrong in (torch.tensor([[0.0]], device=device), torch.tensor([[True]], device=device)):
+        with pytest.raises(nd.DtypeError, match="integers"):
+            nt.get_rows(blocks, wrong, "Q4_K")
+        with pytest.raises(nd.DtypeError, match="integers"):
+            mul_mat_id(x, blocks[None], wrong, "Q4_K")
+    if device == "cuda":
+        with pytest.raises(nd.DataError, match="one device"):
+            nt.get_rows(blocks, torch.tensor([[0]]), "Q4_K")
+        with pytest.raises(nd.DataError, match="one device"):
+            mul_mat_id(x, blocks[None], torch.tensor([[0]]), "Q4_K")
+
+
+@pytest.mark.parametrize("numbers", [[[7], [7], [7]], [[7]], [[-1]]])
+def test_experts_that_do_not_exist(numbers):
+    x = torch.ones(len(numbers), 256)
+    with pytest.raises(nd.ShapeError, match="no expert outside 0 to 0"):
+        mul_mat_id(x, blocks_of("Q4_K", "cpu", n_columns=256)[None], torch.tensor(numbers), "Q4_K")
+
+
+def test_integers_are_not_multiplied_by_experts():
+    x = torch.ones(1, 256, dtype=torch.int32)
+    with pytest.raises(nd.DtypeError, match="floating-point"):
+        mul_mat_id(x, blocks_of("Q4_K", "cpu", n_columns=256)[None], torch.tensor([[0]]), "Q4_K")
+
+
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_linear(name, device):
     blocks = blocks_of(name, device, 24)

@@ -9,7 +9,7 @@ FUSED = [name for name, fmt in nd.FORMATS.items() if fmt.decode is not None and 
 """The formats of which there are products on the tensor cores."""
 
 WITH_FACTORS = [name for name in FUSED if nd.FORMATS[name].factors is not None]
-"""Of the others, products round the values to float16. Those of TQ1_0 are float16 numbers already."""
+"""Of the others, products round the values to float16. The values of TQ1_0 are float16 numbers already."""
 
 
 def weights(name, n_rows, n_elements):
@@ -33,8 +33,8 @@ def error(found, expected):
     return float(np.sqrt((difference**2).sum() / (expected**2).sum()))
 
 
-ROUNDED = {"Q6_K", "IQ4_XS"}
-"""The formats whose quants, times the scale of their sub-block, need more bits than a float16 has."""
+ROUNDED = {"Q6_K", "IQ4_XS"} | set(FUSED) - set(WITH_FACTORS) - {"TQ1_0"}
+"""The formats whose quants, times the scale of their sub-block, or whose values need more bits than a float16 has."""
 
 
 def bound(name):

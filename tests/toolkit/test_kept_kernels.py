@@ -58,3 +58,10 @@ def test_a_sound_entry_that_is_no_code_for_a_gpu_is_compiled_anew(empty_store, c
     (name,) = disk_cache.entries()
     disk_cache.write(name, content)
     assert compile_kernel()[1] == first[1] == b"\x7fELF"
+
+
+def test_kernels_of_one_label_do_not_share_their_code(empty_store):
+    first = compiler.KernelSpec("same", "copy.make_copy_kernel", (1, 128, 0))
+    second = compiler.KernelSpec("same", "copy.make_copy_kernel", (2, 128, 0))
+    assert compiler.cubin(first, (9, 0)) != compiler.cubin(second, (9, 0))
+    assert compiler.cubin(first, (9, 0)) != compiler.cubin(first._replace(bounds=(128, 8)), (9, 0))
