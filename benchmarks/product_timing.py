@@ -21,7 +21,7 @@ import torch
 import numba_dequant as nd
 from numba_dequant.backends import cuda_product
 from numba_dequant.kernels import compiler
-from numba_dequant.kernels.product_shape import column_bytes, has_products
+from numba_dequant.kernels.product_shape import has_products
 
 UNCACHED = 400 << 20
 """Bytes of buffers that are used in turn, at least; an H100's cache has 50 MB."""
@@ -186,6 +186,24 @@ class Reader:
         return self._clock.seconds(read)
 
 
+class Scratch:
+    """Temporary memory. One product after another uses the same."""
+
+    def __init__(self):
+        self._tensors, self._number = {}, 0
+
+    def restart(self):
+        self._number = 0
+        return self
+
+    def __call__(self, n_bytes):
+        self._number += 1
+        key = self._number, n_bytes
+        if key not in self._tensors:
+            self._tensors[key] = torch.empty(n_bytes, dtype=torch.uint8, device="cuda")
+        return self._tensors[key].data_ptr()
+
+
 class Product:
     """A product of the weights in several buffers, used in turn, with the same columns."""
 
@@ -193,9 +211,7 @@ class Product:
         self.fmt, self.buffers, self.x = fmt, buffers, x
         (n_columns, n_elements), n_rows = x.shape, buffers[0].shape[0]
         self.out = torch.empty(n_columns, n_rows, dtype=dtype, device="cuda")
-        memory = torch.empty(n_columns * (column_bytes(fmt, n_elements) + 4) + 16, dtype=torch.uint8, device="cuda")
-        self._gpu, self._stream, self._overlaps, self._kept = gpu, stream, overlaps, memory
-        self._allocate = lambda n_bytes: memory.data_ptr()
+        self._gpu, self._stream, self._overlaps, self._scratch = gpu, stream, overlaps, Scratch()
         names = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
         self._given = [
             cuda_product.Operands(
@@ -209,12 +225,16 @@ class Product:
     def __call__(self):
         """Queue the product with the next buffer."""
         given = next(self._turns)
-        cuda_product.multiply(self._gpu, given, self._allocate, self._stream, weight_is_constant=self._overlaps)
+        self._multiply(given, overlaps=self._overlaps)
+
+    def _multiply(self, given, *, overlaps):
+        memory = self._scratch.restart()
+        cuda_product.multiply(self._gpu, given, memory, self._stream, weight_is_constant=overlaps)
 
     def error(self, n_rows=16):
         """The error of the first and the last rows against float64, with the first buffer."""
         torch.cuda.synchronize()
-        cuda_product.multiply(self._gpu, self._given[0], self._allocate, self._stream)
+        self._multiply(self._given[0], overlaps=False)
         torch.cuda.synchronize()
         x, blocks, found = self.x.double(), self.buffers[0], []
         for rows in (slice(0, n_rows), slice(-n_rows, None)):

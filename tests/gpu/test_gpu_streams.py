@@ -391,7 +391,9 @@ class TestGraphs:
         ready = nd.dequantize(blocks, "Q8_0")
         ours = nd.dequantize(HOST.view(np.int8), "I8", device="cuda")
         pinned = torch.from_numpy(HOST).pin_memory()
-        named = torch.cuda.Stream()
+        # PyTorch hands out 32 streams in turn: a stream created earlier could be the one that captures.
+        capturing, named = torch.cuda.Stream(), torch.cuda.Stream()
+        assert capturing != named
         attempts = {
             "data on the host": lambda: nd.dequantize(HOST, "Q8_0", out=out),
             "host cannot": lambda: nd.dequantize(pinned, "Q8_0", out=out),
@@ -403,7 +405,7 @@ class TestGraphs:
             "use the capturing stream": lambda: nd.dequantize(data, "Q8_0", out=out, stream=named),
         }
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=capturing):
             for message, attempt in attempts.items():
                 with pytest.raises(nd.DeviceError, match=message):
                     attempt()
@@ -419,6 +421,7 @@ class TestGraphs:
         shared = [torch.from_dlpack(each) for each in dropped]
         out = poisoned()
         graph = torch.cuda.CUDAGraph()
+        gc.collect()  # what other tests have left must not be freed during the capture
         with torch.cuda.graph(graph, stream=stream):
             dropped.clear()
             shared.clear()
