@@ -12,8 +12,8 @@ from numba_dequant.gguf.tensors import TensorInfo
 from numba_dequant.parallel.machine import Machine
 from numba_dequant.parallel.plan import Plan
 
-AGREEMENTS = 8
-"""Collectives of every load: ranks exchange objects four times, each time first the sizes and then the bytes."""
+AGREEMENTS = 12
+"""Collectives of every load: ranks exchange objects six times, each time first the sizes and then the bytes."""
 
 
 @dataclass(frozen=True)

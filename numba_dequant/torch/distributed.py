@@ -175,6 +175,12 @@ class _Ranks:
         self.call(dist.all_gather_object, found, thing, group=self.group)
         return found
 
+    def broadcast(self, thing: Any, source: int) -> Any:
+        """The object that the rank `source` passes."""
+        found = [thing]
+        self.call(dist.broadcast_object_list, found, self.global_rank(source), group=self.group)
+        return found[0]
+
     def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call a function of `torch.distributed`.
 
@@ -231,7 +237,7 @@ def _agree(ranks: _Ranks, path: Any, planner: Planner) -> tuple[Model | None, li
             digest = _digest(model)
             shares = _shares(planner if isinstance(planner, Plan) else planner(model), model, ranks.count)
             where = next((tensor.path for tensor in model.tensors.values()), where)
-    said = ranks.gather((digest, shares))
+    said = ranks.gather((digest, None if shares is None else hashlib.blake2b(repr(shares).encode()).digest()))
     holders = [rank for rank, (digest, _) in enumerate(said) if digest is not None]
     if not holders:
         assert missing is not None
@@ -244,7 +250,10 @@ def _agree(ranks: _Ranks, path: Any, planner: Planner) -> tuple[Model | None, li
             )
         if said[rank][1] != first[1]:
             raise OptionError(f"the plans of rank {holders[0]} and rank {rank} differ; make the same plan on all ranks")
-    return model, first[1], [digest is not None for digest, _ in said]
+    if len(holders) < ranks.count:
+        shares = ranks.broadcast(shares, holders[0])
+    assert shares is not None
+    return model, shares, [digest is not None for digest, _ in said]
 
 
 def _digest(model: Model) -> str:

@@ -8,6 +8,7 @@ from test_plan import LLAMA, llama, tensors_of
 
 import numba_dequant as nd
 from numba_dequant.parallel import Machine, Part, Plan, RankPlan, Replicate, Shard, llama_rules, plan, predict
+from numba_dequant.parallel.cost import AGREEMENTS
 
 LATENCY = 1e-3
 MACHINE = Machine(page_cache=100.0, bus=40.0, nvlink=200.0, network=20.0, memory=2000.0, gpus_per_host=2)
@@ -34,7 +35,9 @@ def test_one_rank_is_bound_by_the_slower_of_file_and_bus():
     for page_cache, bus in ((1e9, 2e9), (2e9, 1e9)):
         machine = Machine(page_cache, bus, nvlink=1e9, network=1e9, memory=1e12, latency=LATENCY)
         prediction = predict(found, machine)
-        assert prediction.overlapped_seconds == pytest.approx(bytes_of(tensors) / min(page_cache, bus) + 8 * LATENCY)
+        assert prediction.overlapped_seconds == pytest.approx(
+            bytes_of(tensors) / min(page_cache, bus) + AGREEMENTS * LATENCY
+        )
         assert prediction.bottleneck == ("page cache" if page_cache < bus else "bus")
         assert not any(sum(moved(prediction, f"{link} in")) for link in ("NVLink", "network"))
 
@@ -68,16 +71,22 @@ def test_a_whole_tensor_by_hand():
     """Each of four ranks on two hosts reads a quarter. In the ring, each then receives three quarters."""
     (tensor,) = tensors_of({"w": ("F32", (40, 1))})
     found = plan([tensor], 4, [("w", Replicate())])
-    prediction = predict(found, replace(MACHINE, latency=0.5))
+    prediction = predict(found, replace(MACHINE, latency=0.25))
     assert moved(prediction, "file") == moved(prediction, "bus") == [40] * 4
     assert moved(prediction, "NVLink in") == [0, 120, 0, 120]
     assert moved(prediction, "NVLink out") == [120, 0, 120, 0]
     assert moved(prediction, "network in") == [120, 0, 120, 0]
     assert moved(prediction, "network out") == [0, 120, 0, 120]
-    expected = {"read": 0.8, "copy": 1.0, "exchange": 6.0, "dequantize": (160 + 80) / 2000, "wait": 9 * 0.5}
+    expected = {
+        "read": 0.8,
+        "copy": 1.0,
+        "exchange": 6.0,
+        "dequantize": (160 + 80) / 2000,
+        "wait": (AGREEMENTS + 1) * 0.25,
+    }
     assert seconds(prediction) == pytest.approx(expected)
     assert prediction.seconds == pytest.approx(sum(expected.values()))
-    assert prediction.overlapped_seconds == pytest.approx(6.0 + 4.5)
+    assert prediction.overlapped_seconds == pytest.approx(6.0 + (AGREEMENTS + 1) * 0.25)
     assert prediction.bottleneck == "network"
     one_host = predict(found, replace(MACHINE, gpus_per_host=4))
     assert moved(one_host, "NVLink in") == [120] * 4
