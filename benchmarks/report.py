@@ -16,10 +16,11 @@ from report_torch import operators, stacks, transformers
 from tables import Results, factor, machine_line, spread, spread_note, table
 
 import numba_dequant as nd
-from numba_dequant.dtypes import NAMES as DTYPES
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+DTYPES = ("float16", "bfloat16", "float32")
+"""The output types of the tables."""
 RUNS = {
     "loading": "h100-loading.json",
     "steps": "h100-steps.json",

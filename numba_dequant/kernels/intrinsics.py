@@ -64,7 +64,7 @@ class NumbaTarget:
     half_to_float: Emit
     """i16 -> float."""
     rounds: dict[str, Emit]
-    """For each output type but float32: <8 x float> -> <n x i32>, the rounded values one after the other."""
+    """As `ROUNDS`, for output types to which the target rounds in its own way."""
     lookup_nibbles: Callable[[ir.IRBuilder, bits.LookupTable, Any], Any]
     """i64 with a nibble per byte -> i64 with their table entries."""
     table_address_space: int
@@ -291,7 +291,7 @@ def register_primitives(target: NumbaTarget) -> None:
         register_primitive(target, load_eight, EIGHT, (None, types.int64), eight_loads_codegen(target, item, widen))
     for name, output_type in OUTPUT_TYPES.items():
         kinds = (None, types.int64, EIGHT, types.int64)
-        words = _bits_of_floats if name == "float32" else target.rounds[name]
+        words = target.rounds.get(name) or ROUNDS[name]
         register_primitive(target, output_type.store, types.none, kinds, store_codegen(words, target.store_alignment))
     for sign, operation in ((operator.mul, "fmul"), (operator.add, "fadd"), (operator.sub, "fsub")):
         _register_operator(target, sign, arithmetic_codegen(operation))
@@ -299,6 +299,13 @@ def register_primitives(target: NumbaTarget) -> None:
 
 def _bits_of_floats(builder: ir.IRBuilder, values: Any) -> Any:
     return builder.bitcast(values, EIGHT_WORDS)
+
+
+ROUNDS: dict[str, Emit] = {"float32": _bits_of_floats}
+"""For output types, the rounding that targets share: <8 x float> -> <n x i32>, the rounded values in order.
+
+Make the words of words. A GPU would store a vector of bytes, seen as words, in several pieces.
+"""
 
 
 def spread_bits(builder: ir.IRBuilder, number: Any) -> Any:

@@ -19,14 +19,15 @@ OPERATORS = torch.ops.numba_dequant
 
 def bits_of(tensor):
     values = tensor.cpu()
-    return values.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else values.numpy()
+    if values.dtype in (torch.float16, torch.float32, torch.float64) or not values.is_floating_point():
+        return values.numpy()
+    return values.view(getattr(torch, f"int{8 * values.itemsize}")).numpy().view(f"u{values.itemsize}")
 
 
 def assert_exact(tensor, values, dtype):
     """The float32 `values`, rounded once."""
     expected = rounded(values, dtype)
-    found = bits_of(tensor).view(expected.dtype) if dtype == "bfloat16" else bits_of(tensor)
-    assert_same_bits(found, expected)
+    assert_same_bits(bits_of(tensor).view(expected.dtype), expected)
 
 
 def blocks_of(name, device, n_rows=4, n_columns=512, seed=0):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from numba_dequant import bits
-from numba_dequant.dtypes import numpy_dtype
+from numba_dequant.dtypes import OUTPUT_TYPES, numpy_dtype
 
 N = 64
 """Calls of a primitive, and bytes from one to the next read: 32."""
@@ -116,9 +116,7 @@ CASES = {
     "load_8_floats": (_eight_of_block(bits.load_8_floats), "float32", 8 * N),
     "load_8_halves": (_eight_of_block(bits.load_8_halves), "float32", 8 * N),
     "load_8_bf16": (_eight_of_block(bits.load_8_bf16), "float32", 8 * N),
-    "store_float16": (_store(bits.store_float16), "float16", 8 * N),
-    "store_bfloat16": (_store(bits.store_bfloat16), "bfloat16", 8 * N),
-    "store_float32": (_store(bits.store_float32), "float32", 8 * N),
+    **{each.store.__name__: (_store(each.store), each.name, 8 * N) for each in OUTPUT_TYPES.values()},
     "lookup": (_lookup(TABLE), "int64", N),
     "lookup of 64 bits": (_lookup(WIDE_TABLE), "int64", N),
     "lookup_nibbles": (_lookup_nibbles, "int64", N),
@@ -144,7 +142,7 @@ def outcome(run, itemsize, dtype, size, seed):
 
 
 def compiled_outcome(compiled, itemsize, dtype, size, seed):
-    """What it writes as compiled code, which takes floats of 16 bits as bits."""
+    """What it writes as compiled code, which takes small floats as bits."""
     out = empty(dtype, size)
-    compiled(block(itemsize, seed), numbers(seed), out.view(np.uint16) if out.itemsize == 2 else out)
+    compiled(block(itemsize, seed), numbers(seed), out.view(f"u{out.itemsize}") if out.itemsize < 4 else out)
     return out
