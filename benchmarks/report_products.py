@@ -105,9 +105,9 @@ def many(results):
         infos += [each for each in (fused, whole, dense) if each]
     text = (
         f"The weight has the shape {shape[0]}x{shape[1]}. *Ours* is the time of the kernels that multiply the blocks. "
-        "`linear` uses them for up to 128 columns. On GPUs other than those of compute capability 9.0, it uses them for "
-        "up to 32 columns if the weight has few rows. Otherwise it dequantizes first. `matmul` does the same if the "
-        "program has imported PyTorch."
+        "`linear` uses them for up to 128 columns. On GPUs other than those of compute capability 9.0, it uses them "
+        "for up to 32 columns if the weight has few rows. Otherwise it dequantizes first. `matmul` does the same if "
+        "the program has imported PyTorch."
     )
     return [text, table(head, rows), spread_note(infos), late_note(infos)]
 

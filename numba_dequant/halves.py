@@ -259,41 +259,41 @@ def multiply(sums: Any, upper: Any, lower: Any, x: Any, at: int, step: int, thre
         return np.array(sums + products.sum(axis=3).reshape(-1), np.float32)
 
 
-def multiply_tile(sums: Any, upper: Any, lower: Any, x: Any, at: int, thread: int) -> NDArray[np.float32]:
+def multiply_panel(sums: Any, upper: Any, lower: Any, x: Any, at: int, thread: int) -> NDArray[np.float32]:
     """Begin to add the products of 64 rows and 64 or 128 columns over 32 elements; four warps call this together.
 
-    The results may be read after `wait_for_tiles`. Until then, the elements must stay as they are.
+    The results may be read after `wait_for_panels`. Until then, the elements must stay as they are.
 
     Args:
         sums: the results of this thread so far, four for every 8 columns.
         upper: eight weights of row ``lane // 4`` of the warp.
         lower: eight weights of row ``lane // 4 + 8`` of the warp.
-        x: array in shared memory with the elements of the columns, as `store_in_tile` puts them.
+        x: array in shared memory with the elements of the columns, as `store_in_panel` puts them.
         at: the byte of `x` where they start, a multiple of 128.
         thread: the number of this thread.
     """
     lanes = _exchange(int(thread), (upper, lower))
-    row, pair, n_tiles = thread % LANES // 4, thread % 4, len(sums) // 4
+    row, pair, n_eights = thread % LANES // 4, thread % 4, len(sums) // 4
     weights = np.concatenate([lanes[4 * row + quarter] for quarter in range(4)], axis=1, dtype=np.float32)
-    tile = x.view(np.uint8)[at : at + n_tiles * 512].view(np.float16).reshape(4, n_tiles, 8, 4, 2)
-    elements = tile.transpose(1, 2, 3, 0, 4).reshape(n_tiles, 8, 32)[:, 2 * pair : 2 * pair + 2].astype(np.float32)
+    panel = x.view(np.uint8)[at : at + n_eights * 512].view(np.float16).reshape(4, n_eights, 8, 4, 2)
+    elements = panel.transpose(1, 2, 3, 0, 4).reshape(n_eights, 8, 32)[:, 2 * pair : 2 * pair + 2].astype(np.float32)
     with np.errstate(all="ignore"):
         products = weights[None, :, None] * elements[:, None]
         return np.array(sums + products.sum(axis=3).reshape(-1), np.float32)
 
 
-def multiply_first_tile(sums: Any, upper: Any, lower: Any, x: Any, at: int, thread: int) -> NDArray[np.float32]:
-    """As `multiply_tile`, with as many results, which are 0 so far."""
-    return multiply_tile(np.zeros(len(sums), np.float32), upper, lower, x, at, thread)
+def multiply_first_panel(sums: Any, upper: Any, lower: Any, x: Any, at: int, thread: int) -> NDArray[np.float32]:
+    """As `multiply_panel`, with as many results, which are 0 so far."""
+    return multiply_panel(np.zeros(len(sums), np.float32), upper, lower, x, at, thread)
 
 
-def wait_for_tiles(sums: Any) -> NDArray[np.float32]:
+def wait_for_panels(sums: Any) -> NDArray[np.float32]:
     """The results, after all products that this thread has begun are added."""
     return np.array(sums, np.float32)
 
 
-def store_in_tile(out: Any, at: int, halves: NDArray[np.float16], step: int) -> None:
-    """Store four pairs of float16, each `step` bytes after the one before: 16 bytes for each column of the tile."""
+def store_in_panel(out: Any, at: int, halves: NDArray[np.float16], step: int) -> None:
+    """Store four pairs of float16, each `step` bytes after the one before: 16 bytes for each column of the panel."""
     for pair, words in enumerate(halves.view(np.uint8).reshape(4, 4)):
         out.view(np.uint8)[at + pair * step : at + pair * step + 4] = words
 

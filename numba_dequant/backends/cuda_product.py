@@ -12,13 +12,13 @@ from numba_dequant.format import Format
 from numba_dequant.kernels.compiler import prepare_kernel, product_kernel, routes_kernel, wide_kernel
 from numba_dequant.kernels.product_shape import (
     GROUP,
+    PANEL_WIDTHS,
     PART,
     PREPARE_THREADS,
     ROWS,
-    TILE_WIDTHS,
     WIDTHS,
+    PanelShape,
     ProductShape,
-    TileShape,
     WideShape,
     column_bytes,
     has_products,
@@ -126,7 +126,7 @@ def is_slower(gpu: Gpu, n_rows: int, n_columns: int) -> bool:
     """
     if n_columns <= WIDTHS[-1]:
         return False
-    return n_columns > MOST_COLUMNS or (not has_tiles(gpu) and n_rows < ROWS_OF_PROCESSOR * gpu.processors)
+    return n_columns > MOST_COLUMNS or (not has_panels(gpu) and n_rows < ROWS_OF_PROCESSOR * gpu.processors)
 
 
 def multiply(
@@ -147,7 +147,7 @@ def multiply(
         return
     row_bytes, n_groups = given.n_elements // fmt.block_size * fmt.type_size, given.n_elements // GROUP
     is_aligned = given.weight % 16 == 0 and row_bytes % 16 == 0
-    if n_columns > (FEW_COLUMNS if has_tiles(gpu) else WIDTHS[-1]) and _multiply_wide(
+    if n_columns > (FEW_COLUMNS if has_panels(gpu) else WIDTHS[-1]) and _multiply_wide(
         gpu, given, row_bytes, is_aligned, allocate, stream, weight_is_constant
     ):
         return
@@ -184,13 +184,13 @@ def _multiply_wide(
     more: tuple[int, ...] = ()
     times = -(-given.n_columns // shape.columns)
     thread_blocks: int | tuple[int, int] = (-(-given.n_rows // shape.rows), times)
-    if isinstance(shape, TileShape):
+    if isinstance(shape, PanelShape):
         n_parts = -(-given.n_rows // shape.rows) * times * -(-given.n_elements // PART)
         resident = min(shape.resident, (gpu.shared_memory + RESERVED) // (n_shared + RESERVED))
         thread_blocks = min(gpu.processors * resident, -(-n_parts // LEAST_PARTS))
     n_flags = thread_blocks if isinstance(thread_blocks, int) else 0
     n_prepared = times * shape.columns
-    x, powers = _prepare(gpu, given, n_prepared, allocate, stream, shape.overlaps, shape.tile, n_flags)
+    x, powers = _prepare(gpu, given, n_prepared, allocate, stream, shape.overlaps, shape.panel, n_flags)
     if n_flags:
         more = allocate(n_flags * shape.rows * shape.columns * 4), powers + 4 * n_prepared
     arguments = (
@@ -202,18 +202,18 @@ def _multiply_wide(
     return True
 
 
-def has_tiles(gpu: Gpu) -> bool:
+def has_panels(gpu: Gpu) -> bool:
     """Whether the tensor cores read columns from shared memory. Later GPUs do it with other instructions."""
     return gpu.capability == (9, 0)
 
 
-def wide_shape(gpu: Gpu, fmt: Format, n_columns: int, is_aligned: bool) -> WideShape | TileShape:
+def wide_shape(gpu: Gpu, fmt: Format, n_columns: int, is_aligned: bool) -> WideShape | PanelShape:
     """The fastest way to divide a product of many columns."""
-    if not has_tiles(gpu):
+    if not has_panels(gpu):
         return WideShape(is_aligned, overlaps=gpu.capability >= (9, 0))
-    width = next((width for width in TILE_WIDTHS if width >= n_columns), TILE_WIDTHS[-1])
+    width = next((width for width in PANEL_WIDTHS if width >= n_columns), PANEL_WIDTHS[-1])
     # Two thread blocks of a multiprocessor hide each other's waits, if there are enough registers.
-    return TileShape(width, is_aligned, 128, 1) if width == TILE_WIDTHS[-1] else TileShape(width, is_aligned, 64, 2)
+    return PanelShape(width, is_aligned, 128, 1) if width == PANEL_WIDTHS[-1] else PanelShape(width, is_aligned, 64, 2)
 
 
 def _prepare(
@@ -223,7 +223,7 @@ def _prepare(
     allocate: Callable[[int], int],
     stream: int,
     overlaps: bool,
-    tile: int = 0,
+    panel: int = 0,
     n_flags: int = 0,
 ) -> tuple[int, int]:
     """Queue the kernel that prepares the columns.
@@ -234,10 +234,10 @@ def _prepare(
     n_bytes, n_groups = column_bytes(given.fmt, given.n_elements), given.n_elements // GROUP
     x = allocate(n_prepared * (n_bytes + 4) + 4 * n_flags)
     powers = x + n_prepared * n_bytes
-    key = given.fmt, given.x_dtype, "columns", tile
+    key = given.fmt, given.x_dtype, "columns", panel
     kernel = gpu.kernels.get(key)
     if kernel is None:
-        kernel = gpu.kernels[key] = gpu.load_kernel(prepare_kernel(given.fmt, given.x_dtype, overlaps, tile))
+        kernel = gpu.kernels[key] = gpu.load_kernel(prepare_kernel(given.fmt, given.x_dtype, overlaps, panel))
     slices = -(-n_groups * 4 // PREPARE_THREADS)
     arguments = given.x, given.n_columns, n_groups, x, powers, n_flags
     # It reads nothing before earlier kernels have ended.

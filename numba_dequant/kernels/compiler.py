@@ -18,7 +18,7 @@ from numba_dequant.format import Format
 from numba_dequant.formats import is_built_in
 from numba_dequant.kernels.gpu_packages import install_command
 from numba_dequant.kernels.launch_shape import launch_shape
-from numba_dequant.kernels.product_shape import ProductShape, TileShape, WideShape
+from numba_dequant.kernels.product_shape import PanelShape, ProductShape, WideShape
 from numba_dequant.locks import compile_lock
 
 TOOLCHAIN = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink", "cuda-core")
@@ -93,8 +93,8 @@ def product_kernel(fmt: Format, dtype: str, bias: str | None, shape: ProductShap
     )
 
 
-def wide_kernel(fmt: Format, dtype: str, bias: str | None, shape: WideShape | TileShape) -> KernelSpec:
-    """The kernel of a product with many columns; `make_wide_kernel` and `make_tile_kernel` describe its parameters."""
+def wide_kernel(fmt: Format, dtype: str, bias: str | None, shape: WideShape | PanelShape) -> KernelSpec:
+    """The kernel of a product with many columns; `make_wide_kernel` and `make_panel_kernel` describe its parameters."""
     flags = f"{'-aligned' * shape.is_aligned}{'-overlaps' * shape.overlaps}"
     parameters = ("data", "number", "number", "number", "data", "number", "data", "data", "data")
     options = fmt, dtype, bias, shape
@@ -102,10 +102,10 @@ def wide_kernel(fmt: Format, dtype: str, bias: str | None, shape: WideShape | Ti
         label = f"{fmt.name}-{dtype}-wide-{bias or 'no'}-bias{flags}"
         return KernelSpec(label, "product_wide.make_wide_kernel", options, parameters, (shape.threads, 2))
     layout = f"{shape.rows}x{shape.columns}x{shape.resident}"
-    label = f"{fmt.name}-{dtype}-tiles-{bias or 'no'}-bias-{layout}{flags}"
+    label = f"{fmt.name}-{dtype}-panels-{bias or 'no'}-bias-{layout}{flags}"
     return KernelSpec(
         label,
-        "product_tile.make_tile_kernel",
+        "product_panel.make_panel_kernel",
         options,
         (*parameters, "data", "data"),
         (shape.threads, shape.resident),
@@ -120,11 +120,11 @@ def routes_kernel(overlaps: bool) -> KernelSpec:
     return KernelSpec(label, "product_columns.make_routes_kernel", (overlaps,), parameters)
 
 
-def prepare_kernel(fmt: Format, dtype: str, overlaps: bool, tile: int = 0) -> KernelSpec:
+def prepare_kernel(fmt: Format, dtype: str, overlaps: bool, panel: int = 0) -> KernelSpec:
     """The kernel that prepares columns: ``kernel(x, n_columns, n_groups, out, powers, n_flags)``."""
     parameters = "data", "number", "number", "data", "data", "number"
-    label = f"{fmt.name}-prepare-{dtype}{'-overlaps' * overlaps}{f'-tiles-{tile}' * bool(tile)}"
-    return KernelSpec(label, "product_columns.make_prepare_kernel", (fmt, dtype, overlaps, tile), parameters)
+    label = f"{fmt.name}-prepare-{dtype}{'-overlaps' * overlaps}{f'-panels-{panel}' * bool(panel)}"
+    return KernelSpec(label, "product_columns.make_prepare_kernel", (fmt, dtype, overlaps, panel), parameters)
 
 
 def copy_kernel(stores: int, threads: int, stage: int) -> KernelSpec:

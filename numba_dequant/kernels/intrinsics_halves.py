@@ -327,7 +327,7 @@ def _store_halves(context: Any, builder: ir.IRBuilder, signature: Any, arguments
     return context.get_dummy_value()
 
 
-def _store_in_tile(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+def _store_in_panel(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
     out, at, vector, step = arguments
     base = intrinsics.data_pointer(context, builder, signature.args[0], out)
     for pair, word in enumerate(words_of(builder, vector)):
@@ -367,7 +367,7 @@ for _function, _result, _kinds, _codegen in (
     (halves.load_two_fours, HALVES, (None, types.int64, types.int64), _load_two_fours),
     (halves.packed, HALVES, (HALVES,), _packed),
     (halves.store_halves, types.none, (None, types.int64, HALVES), _store_halves),
-    (halves.store_in_tile, types.none, (None, types.int64, HALVES, types.int64), _store_in_tile),
+    (halves.store_in_panel, types.none, (None, types.int64, HALVES, types.int64), _store_in_panel),
     (halves.sum_of_halves, types.float32, (HALVES,), _sum_of_halves),
 ):
     intrinsics.register_primitive(target, _function, _result, _kinds, _codegen)

@@ -73,7 +73,7 @@ def _mma(builder: ir.IRBuilder, sums: Any, tile: int, weights: Sequence[Any], co
     return sums
 
 
-def _wgmma(builder: ir.IRBuilder, sums: list[Any], weights: Sequence[Any], tile: Any, is_first: bool) -> list[Any]:
+def _wgmma(builder: ir.IRBuilder, sums: list[Any], weights: Sequence[Any], panel: Any, is_first: bool) -> list[Any]:
     """Add the products of 64 rows and all columns over 16 elements to the results, or to 0."""
     n, first = len(sums), len(sums) if is_first else 2 * len(sums)
     results = ",".join(f"${k}" for k in range(n))
@@ -83,7 +83,7 @@ def _wgmma(builder: ir.IRBuilder, sums: list[Any], weights: Sequence[Any], tile:
         f"{{.reg .pred adds; setp.ne.b32 adds, {int(not is_first)}, 0; "
         f"{product} {{{results}}}, {{{a}}}, ${first + 4}, adds, 1, 1, 0;}}"
     )
-    given = [*([] if is_first else sums), *weights, tile]
+    given = [*([] if is_first else sums), *weights, panel]
     constraints = ",".join(["=f"] * n + [str(k) for k in range(first - n)] + ["r"] * 4 + ["l"])
     function = ir.FunctionType(ir.LiteralStructType([FLOAT] * n), [argument.type for argument in given])
     after = builder.asm(function, text, f"{constraints},~{{memory}}", given, side_effect=True)
@@ -101,8 +101,8 @@ def _unpacked(builder: ir.IRBuilder, vector: Any) -> list[Any]:
     return [builder.extract_element(vector, WORD(k)) for k in range(vector.type.count)]
 
 
-def _tile_multiplier(is_first: bool) -> intrinsics.Codegen:
-    def multiply_tile(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+def _panel_multiplier(is_first: bool) -> intrinsics.Codegen:
+    def multiply_panel(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         sums, upper, lower, x, at, _ = arguments
         sums, above, below = _unpacked(builder, sums), words_of(builder, upper), words_of(builder, lower)
         start = builder.ptrtoint(_shared(context, builder, signature.args[3], x, at), WORD)
@@ -110,18 +110,18 @@ def _tile_multiplier(is_first: bool) -> intrinsics.Codegen:
         # bytes away, and the next 8 elements `step`.
         step = 16 * 2 * len(sums)
         layout = step >> 4 << 16 | 128 >> 4 << 32
-        tile = builder.or_(builder.lshr(builder.zext(start, LONG), LONG(4)), LONG(layout))
+        panel = builder.or_(builder.lshr(builder.zext(start, LONG), LONG(4)), LONG(layout))
         _effect(builder, "wgmma.fence.sync.aligned;")
         for first in (0, 2):
             weights = above[first], below[first], above[first + 1], below[first + 1]
-            sums = _wgmma(builder, sums, weights, builder.add(tile, LONG(first * step >> 4)), is_first and not first)
+            sums = _wgmma(builder, sums, weights, builder.add(panel, LONG(first * step >> 4)), is_first and not first)
         _effect(builder, "wgmma.commit_group.sync.aligned;")
         return _packed(builder, sums)
 
-    return multiply_tile
+    return multiply_panel
 
 
-def _wait_for_tiles(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+def _wait_for_panels(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
     before = _unpacked(builder, arguments[0])
     n = len(before)
     function = ir.FunctionType(ir.LiteralStructType([FLOAT] * n), [FLOAT] * n)
@@ -353,7 +353,7 @@ def _like_sums(sums: Any, *others: Any) -> Any:
     return sums(sums, *others)
 
 
-TILE_PARAMETERS = (None, HALVES, HALVES, None, types.int64, types.int64)
+PANEL_PARAMETERS = (None, HALVES, HALVES, None, types.int64, types.int64)
 
 for _function, _result, _kinds, _codegen in (
     (halves.no_sums_8, Sums(1), (), _no_sums),
@@ -368,9 +368,9 @@ for _function, _result, _kinds, _codegen in (
         (None, FOUR_NUMBERS, None, types.int64, types.int64, types.int64),
         _multiply_sums,
     ),
-    (halves.multiply_tile, _like_sums, TILE_PARAMETERS, _tile_multiplier(is_first=False)),
-    (halves.multiply_first_tile, _like_sums, TILE_PARAMETERS, _tile_multiplier(is_first=True)),
-    (halves.wait_for_tiles, _like_sums, (None,), _wait_for_tiles),
+    (halves.multiply_panel, _like_sums, PANEL_PARAMETERS, _panel_multiplier(is_first=False)),
+    (halves.multiply_first_panel, _like_sums, PANEL_PARAMETERS, _panel_multiplier(is_first=True)),
+    (halves.wait_for_panels, _like_sums, (None,), _wait_for_panels),
     (halves.make_barrier, types.none, (None, types.int64), _make_barrier),
     (
         halves.begin_copy,

@@ -44,8 +44,8 @@ from numba_dequant.kernels.product_shape import (
     GROUP,
     PART,
     ROWS,
+    PanelShape,
     ProductShape,
-    TileShape,
     WideShape,
     column_bytes,
     part_bytes,
@@ -109,7 +109,7 @@ def make_product_kernel(fmt: Format, dtype: str, bias: str | None, shape: Produc
     put_results, write_results = _results_writers(dtype, bias, shape)
     fetch = chunk_fetcher(fmt, shape)
     factors = factors_of(fmt)
-    prepare = column_preparer(factors.order, factors.minimum_size if factors.minimum else None, "float16", tile=0)
+    prepare = column_preparer(factors.order, factors.minimum_size if factors.minimum else None, "float16", panel=0)
     part_product = product_of_part(fmt, no_sums)
     table: Any = factors.table
     n_table_items = 0 if table is None else len(table.items)
@@ -284,7 +284,7 @@ def _results_writers(dtype: str, bias: str | None, shape: ProductShape) -> tuple
     return put_results, write_results
 
 
-def chunk_fetcher(fmt: Format, shape: ProductShape | WideShape | TileShape) -> Callable[..., None]:
+def chunk_fetcher(fmt: Format, shape: ProductShape | WideShape | PanelShape) -> Callable[..., None]:
     """A function with which a warp begins to copy a chunk of each of its 16 rows; each thread copies parts of two rows.
 
     Bytes after the end of a row, and rows that do not exist, become 0.

@@ -19,7 +19,7 @@ from numba_dequant.halves import (
     repeated,
     scaled_bfloat16,
     store_halves,
-    store_in_tile,
+    store_in_panel,
     store_sum,
     sum_of_halves,
     wait_for_earlier_kernels,
@@ -33,7 +33,7 @@ int64: Any = np.int64
 float32: Any = np.float32
 
 
-def make_prepare_kernel(fmt: Format, dtype: str, overlaps: bool = False, tile: int = 0) -> Callable[..., None]:
+def make_prepare_kernel(fmt: Format, dtype: str, overlaps: bool = False, panel: int = 0) -> Callable[..., None]:
     """The kernel ``prepare(x, n_columns, n_groups, out, powers, n_flags)``.
 
     A column has a thread block for each 256 runs. The kernel's parameters:
@@ -52,12 +52,12 @@ def make_prepare_kernel(fmt: Format, dtype: str, overlaps: bool = False, tile: i
         fmt: the format of the weights.
         dtype: the type of the columns.
         overlaps: whether the kernel may start before the preceding kernel has ended.
-        tile: the columns of a tile, as `make_tile_kernel` takes them; 0 means one column after the other.
+        panel: the columns of a panel, as `make_panel_kernel` takes them; 0 means one column after the other.
     """
     is_bfloat16 = dtype == "bfloat16"
     factors = factors_of(fmt)
     load = factors.order.load
-    prepare_column = column_preparer(factors.order, factors.minimum_size if factors.minimum else None, dtype, tile)
+    prepare_column = column_preparer(factors.order, factors.minimum_size if factors.minimum else None, dtype, panel)
     n_bytes_of_part, n_bytes_of_sums = column_bytes(fmt, PART), sum_bytes(fmt)
     largest_type = np.dtype(np.int32)
 
@@ -85,11 +85,11 @@ def make_prepare_kernel(fmt: Format, dtype: str, overlaps: bool = False, tile: i
                 power = min(int64(127 + 14) - exponent, int64(126))
                 factor, inverse = single((power + 127) << 23), single((127 - power) << 23)
         n_parts = (n_groups + (PART // GROUP - 1)) // (PART // GROUP)
-        if tile:
-            # A tile is a part of several columns: their elements, then their sums.
-            number = column % tile
+        if panel:
+            # A panel is a part of several columns: their elements, then their sums.
+            number = column % panel
             at = (column - number) * n_parts * n_bytes_of_part
-            sums_at = at + tile * (2 * PART) + number * n_bytes_of_sums
+            sums_at = at + panel * (2 * PART) + number * n_bytes_of_sums
             at += number * 16
         else:
             at = column * n_parts * n_bytes_of_part
@@ -136,7 +136,7 @@ def make_routes_kernel(overlaps: bool = False) -> Callable[..., None]:
 
 
 @lru_cache  # kernels of several formats share the compiled function
-def column_preparer(order: Order, minimum_size: int | None, dtype: str, tile: int) -> Callable[..., None]:
+def column_preparer(order: Order, minimum_size: int | None, dtype: str, panel: int) -> Callable[..., None]:
     """A function that writes a column in the order of the tensor cores, and the sums of its elements.
 
     It multiplies the elements of `n_given` groups from byte `start` of `x` by `factor`, and writes them from byte `at`
@@ -145,7 +145,7 @@ def column_preparer(order: Order, minimum_size: int | None, dtype: str, tile: in
     load = order.load
     has_minima, elements_of_sum = minimum_size is not None, minimum_size or GROUP
     sums_of_part = PART // elements_of_sum
-    n_bytes_of_tile = tile * (2 * PART + (8 * sums_of_part if has_minima else 0))
+    n_bytes_of_panel = panel * (2 * PART + (8 * sums_of_part if has_minima else 0))
     is_bfloat16 = dtype == "bfloat16"
 
     def load_run_or_zeros(x: Any, start: int, n_given: int, run: int) -> Any:
@@ -157,10 +157,10 @@ def column_preparer(order: Order, minimum_size: int | None, dtype: str, tile: in
     def put(elements: Any, factor: Any, out: Any, at: int, sums_start: int, run: int, thread: int) -> None:
         if is_bfloat16:
             elements = scaled_bfloat16(elements, factor)
-        if tile:
+        if panel:
             part, group = run // (PART // 8), (run >> 2) % (PART // GROUP)
-            store_in_tile(
-                out, at + part * n_bytes_of_tile + group * (64 * tile) + (run & 3) * 4, elements, int64(16 * tile)
+            store_in_panel(
+                out, at + part * n_bytes_of_panel + group * (64 * panel) + (run & 3) * 4, elements, int64(16 * panel)
             )
         else:
             store_halves(out, at + 16 * run, elements)
@@ -172,8 +172,8 @@ def column_preparer(order: Order, minimum_size: int | None, dtype: str, tile: in
                 number = run >> 2
             # Eight sums take 64 bytes: 16 for the numbers k and k + 4, as `multiply_sums` loads them.
             if run & (elements_of_sum // 8 - 1) == 0:
-                if tile:
-                    sums_start += number // sums_of_part * n_bytes_of_tile
+                if panel:
+                    sums_start += number // sums_of_part * n_bytes_of_panel
                     number = number % sums_of_part
                 place = (number >> 3) * 64 + (number & 3) * 16 + ((number >> 2) & 1) * 4
                 store_sum(out, sums_start + place, total)

@@ -12,11 +12,11 @@ from numba_dequant.format import Factors, Format
 from numba_dequant.halves import (
     add_scaled,
     multiply,
-    multiply_first_tile,
+    multiply_first_panel,
+    multiply_panel,
     multiply_sums,
-    multiply_tile,
     rounded_halves,
-    wait_for_tiles,
+    wait_for_panels,
 )
 from numba_dequant.kernels.dequantize import IS_SIMULATED
 from numba_dequant.kernels.product_shape import GROUP, PART, sum_bytes
@@ -50,10 +50,10 @@ def factors_of(fmt: Format) -> Factors:
     return Factors(quants, scale)
 
 
-def product_of_tile(fmt: Format, no_sums: Callable[[], Any], columns: int) -> Callable[..., Any]:
+def product_of_panel(fmt: Format, no_sums: Callable[[], Any], columns: int) -> Callable[..., Any]:
     """A function that adds the products of one part and one tile of columns to the results of a thread.
 
-    ``tile_product(sums, tile, upper, lower, quarter, x, at, sums_at, thread)``: as `product_of_part`, but `at` is the
+    ``panel_product(sums, tile, upper, lower, quarter, x, at, sums_at, thread)``: as `product_of_part`, but `at` is the
     byte of `x` where the tile of columns starts.
     """
     factors = _functions(fmt)
@@ -71,18 +71,18 @@ def product_of_tile(fmt: Format, no_sums: Callable[[], Any], columns: int) -> Ca
         # The tensor cores multiply one group while this thread computes the weights of the next.
         sums, of_block, above, below = state
         if group % groups_of_block:
-            of_block = multiply_tile(of_block, above, below, x, at + group * bytes_of_group, thread)
+            of_block = multiply_panel(of_block, above, below, x, at + group * bytes_of_group, thread)
         else:
-            of_block = multiply_first_tile(of_block, above, below, x, at + group * bytes_of_group, thread)
+            of_block = multiply_first_panel(of_block, above, below, x, at + group * bytes_of_group, thread)
         if group + 1 < PART // GROUP:
             above, below = weights_of(tile, upper, quarter, group + 1), weights_of(tile, lower, quarter, group + 1)
         if group % groups_of_block == groups_of_block - 1:
             block = group // groups_of_block * type_size
-            of_block = wait_for_tiles(of_block)
+            of_block = wait_for_panels(of_block)
             sums = add_scaled(sums, of_block, scale(tile, upper + block), scale(tile, lower + block))
         return sums, of_block, above, below
 
-    def tile_product(
+    def panel_product(
         sums: Any, tile: Any, upper: int, lower: int, quarter: int, x: Any, at: int, sums_at: int, thread: int
     ) -> Any:
         above, below = weights_of(tile, upper, quarter, 0), weights_of(tile, lower, quarter, 0)
@@ -97,8 +97,8 @@ def product_of_tile(fmt: Format, no_sums: Callable[[], Any], columns: int) -> Ca
         sums = next_group(state, tile, upper, lower, quarter, x, at, thread, 7)[0]
         return add_minima(sums, tile, upper, lower, quarter, x, sums_at, sums_step, thread)
 
-    register_functions(weights_of, next_group, tile_product)
-    return tile_product
+    register_functions(weights_of, next_group, panel_product)
+    return panel_product
 
 
 def product_of_part(fmt: Format, no_sums: Callable[[], Any]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ ROWS = 16
 WIDTHS = (8, 16, 32)
 """Columns that a kernel multiplies at a time."""
 
-TILE_WIDTHS = (32, 64, 128)
+PANEL_WIDTHS = (32, 64, 128)
 """Columns that the kernel for many columns multiplies at a time on compute capability 9.0."""
 
 GROUP = 32
@@ -78,7 +78,7 @@ class WideShape:
     rows = 64
     threads = 128
     columns = 64
-    tile = 0
+    panel = 0
     """The columns are prepared one after the other."""
     stages = 2
     """The parts of all rows and columns that fit into shared memory."""
@@ -87,11 +87,11 @@ class WideShape:
 
 
 @dataclass(frozen=True)
-class TileShape:
+class PanelShape:
     """The work of a thread block on compute capability 9.0, whose tensor cores read the columns from shared memory.
 
     Attributes:
-        columns: the columns that it multiplies at a time, one of `TILE_WIDTHS`.
+        columns: the columns that it multiplies at a time, one of `PANEL_WIDTHS`.
         is_aligned: whether all rows start at multiples of 16 bytes.
         rows: rows that it multiplies at a time, a multiple of 64.
         resident: thread blocks that a multiprocessor must have registers for.
@@ -112,8 +112,8 @@ class TileShape:
         return 2 * self.rows
 
     @property
-    def tile(self) -> int:
-        """The columns are prepared in tiles of so many: a part of all of them, then their next part, and so on."""
+    def panel(self) -> int:
+        """The columns are prepared in panels of so many: a part of all of them, then their next part, and so on."""
         return self.columns
 
 
@@ -144,7 +144,7 @@ def column_stride(fmt: Format) -> int:
     return n_bytes + (64 - n_bytes) % 128
 
 
-def row_stride(fmt: Format, shape: ProductShape | WideShape | TileShape) -> int:
+def row_stride(fmt: Format, shape: ProductShape | WideShape | PanelShape) -> int:
     """Bytes between the rows of a chunk in shared memory, chosen so that eight rows are in different banks."""
     n_bytes = shape.parts * part_bytes(fmt)
     load_bytes = 8 if fmt.factors is None or fmt.factors.order is RUNS else 4
@@ -159,7 +159,7 @@ def result_bytes(shape: ProductShape) -> int:
     return 2 * shape.warps * ROWS * shape.columns * 4
 
 
-def many_result_bytes(shape: WideShape | TileShape) -> int:
+def many_result_bytes(shape: WideShape | PanelShape) -> int:
     """Bytes of the results of a kernel for many columns. Four numbers after each column avoid conflicts of banks."""
     return shape.columns * (shape.rows + RESULT_PADDING) * 4
 
@@ -178,20 +178,20 @@ def shared_bytes(fmt: Format, shape: ProductShape, n_elements: int) -> int:
     )
 
 
-def tile_bytes(fmt: Format, columns: int) -> int:
-    """Bytes of a tile: one part of some columns."""
+def panel_bytes(fmt: Format, columns: int) -> int:
+    """Bytes of a panel: one part of some columns."""
     return columns * column_bytes(fmt, PART)
 
 
-def stage_bytes(fmt: Format, shape: TileShape) -> int:
+def stage_bytes(fmt: Format, shape: PanelShape) -> int:
     """Bytes of a part of all rows and columns in shared memory, or of all results, which take the same place."""
     weights = -(-shape.rows * row_stride(fmt, shape) // 128) * 128
-    return max(tile_bytes(fmt, shape.columns) + weights, -(-many_result_bytes(shape) // 128) * 128)
+    return max(panel_bytes(fmt, shape.columns) + weights, -(-many_result_bytes(shape) // 128) * 128)
 
 
-def wide_shared_bytes(fmt: Format, shape: WideShape | TileShape) -> int:
+def wide_shared_bytes(fmt: Format, shape: WideShape | PanelShape) -> int:
     """Bytes of shared memory of a thread block that multiplies many columns."""
-    if isinstance(shape, TileShape):
+    if isinstance(shape, PanelShape):
         # Everything starts at a multiple of 128 bytes; 128 bytes are for the barriers.
         start = -(-table_bytes(fmt) // 128) * 128 + 128
         return start + shape.stages * stage_bytes(fmt, shape) + 16

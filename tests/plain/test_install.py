@@ -121,7 +121,7 @@ print(*sorted(needed))
         *("cuda", "cuda_batch", "device_tensor", "foreign", "gpu", "gpu_memory", "simulator", "streams"),
         *("cuda_matmul", "cuda_product"),
         *("copy", "dequantize", "intrinsics_cuda", "intrinsics_halves", "intrinsics_mma", "numba_cuda"),
-        *("product", "product_columns", "product_of_part", "product_tile", "product_wide"),
+        *("product", "product_columns", "product_of_part", "product_panel", "product_wide"),
         *("gpu_buffers", "gpu_loader", "native_threads", "measure"),
     }
 

@@ -55,7 +55,7 @@ def always_by_kernels(request, monkeypatch):
     from numba_dequant.backends import cuda_product
 
     if not request.param:
-        monkeypatch.setattr(cuda_product, "has_tiles", lambda _: False)
+        monkeypatch.setattr(cuda_product, "has_panels", lambda _: False)
     monkeypatch.setattr(cuda_product, "is_slower", lambda *_: False)
     monkeypatch.setattr(ops, "MOST_COLUMNS", 1000)
 
@@ -86,10 +86,10 @@ def test_nothing_around_many_columns_is_read_or_written(name, always_by_kernels)
 @pytest.mark.gpu
 def test_which_products_cublas_computes():
     """Where thread blocks do not share rows, a kernel for many columns of few rows leaves multiprocessors idle."""
-    has_tiles = torch.cuda.get_device_capability() == (9, 0)
+    has_panels = torch.cuda.get_device_capability() == (9, 0)
     for n_rows, n_columns, is_fused in (
         (256, 32, True),
-        (256, 33, has_tiles),
+        (256, 33, has_panels),
         (48 * 200, 128, True),
         (48 * 200, 129, False),
     ):

@@ -9,28 +9,28 @@ import numba_dequant as nd
 from numba_dequant.backends.devices import is_simulated
 from numba_dequant.kernels.product import make_product_kernel
 from numba_dequant.kernels.product_columns import make_prepare_kernel, make_routes_kernel
+from numba_dequant.kernels.product_panel import make_panel_kernel
 from numba_dequant.kernels.product_shape import (
     PREPARE_THREADS,
+    PanelShape,
     ProductShape,
-    TileShape,
     WideShape,
     column_bytes,
     has_products,
     shared_bytes,
     wide_shared_bytes,
 )
-from numba_dequant.kernels.product_tile import make_tile_kernel
 from numba_dequant.kernels.product_wide import make_wide_kernel
 
 pytestmark = pytest.mark.skipif(not is_simulated(), reason="runs under NUMBA_ENABLE_CUDASIM=1")
 
 
-def prepare(fmt, x, n_prepared, thread_blocks_of_column=2, tile=0, n_flags=0):
+def prepare(fmt, x, n_prepared, thread_blocks_of_column=2, panel=0, n_flags=0):
     """The prepared columns and their powers, and flags."""
     n_columns, n_elements = x.shape
     prepared = cuda.to_device(np.full(n_prepared * column_bytes(fmt, n_elements), 99, np.uint8))
     factors = cuda.to_device(np.full(n_prepared + n_flags, 99, np.float32))
-    kernel = cuda.jit(make_prepare_kernel(fmt, "float16" if x.dtype == np.float16 else "bfloat16", tile=tile))
+    kernel = cuda.jit(make_prepare_kernel(fmt, "float16" if x.dtype == np.float16 else "bfloat16", panel=panel))
     given = cuda.to_device(x.view(np.uint8).reshape(-1))
     kernel[(n_prepared, thread_blocks_of_column), PREPARE_THREADS](
         given, n_columns, n_elements // 32, prepared, factors, n_flags
@@ -45,7 +45,7 @@ def wide_product(name, blocks, x, shape, make_kernel, n_shares, bias=None):
     fmt = nd.FORMATS[name]
     (n_rows, row_bytes), (n_columns, n_elements) = blocks.shape, x.shape
     times = -(-n_columns // shape.columns)
-    prepared, powers, flags = prepare(fmt, x, times * shape.columns, 1, shape.tile, n_shares)
+    prepared, powers, flags = prepare(fmt, x, times * shape.columns, 1, shape.panel, n_shares)
     out = cuda.to_device(np.full(n_columns * n_rows, 77, np.float32))
     added = cuda.to_device(np.zeros(0, np.uint8) if bias is None else bias.view(np.uint8))
     kernel = cuda.jit(make_kernel(fmt, "float32", None if bias is None else "float16", shape))
@@ -63,7 +63,7 @@ def wide_product(name, blocks, x, shape, make_kernel, n_shares, bias=None):
     [
         ("Q4_K", 17, 256, 3, WideShape(is_aligned=True, overlaps=False), make_wide_kernel, 0),
         # Of three products of two parts, two thread blocks have one product and half of another.
-        ("Q4_1", 17, 288, 67, TileShape(32, is_aligned=False, rows=64, resident=2), make_tile_kernel, 2),
+        ("Q4_1", 17, 288, 67, PanelShape(32, is_aligned=False, rows=64, resident=2), make_panel_kernel, 2),
     ],
 )
 def test_many_columns(name, n_rows, n_elements, n_columns, shape, make_kernel, n_shares):
@@ -150,7 +150,7 @@ def test_experts():
     prepared = cuda.to_device(np.zeros(10 * column_bytes(fmt, 256), np.uint8))
     powers, out = cuda.to_device(np.zeros(10, np.float32)), cuda.to_device(np.full(20 * n_rows, 77, np.float32))
     given = cuda.to_device(x.view(np.uint8).reshape(-1))
-    cuda.jit(make_prepare_kernel(fmt, "float16"))[(10, 1), PREPARE_THREADS](given, 10, 8, prepared, powers)
+    cuda.jit(make_prepare_kernel(fmt, "float16"))[(10, 1), PREPARE_THREADS](given, 10, 8, prepared, powers, 0)
     kernel = cuda.jit(make_product_kernel(fmt, "float32", None, shape))
     kernel[(1, n_experts), shape.threads, 0, shared_bytes(fmt, shape, 256)](
         cuda.to_device(blocks.reshape(-1)), n_rows, blocks.shape[1], 8, prepared, 10,

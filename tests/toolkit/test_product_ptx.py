@@ -8,7 +8,7 @@ from ptx_rules import SLOW
 
 import numba_dequant as nd
 from numba_dequant.kernels import compiler
-from numba_dequant.kernels.product_shape import ProductShape, TileShape, WideShape
+from numba_dequant.kernels.product_shape import PanelShape, ProductShape, WideShape
 
 FAST = ProductShape(8, 2, 2, 1, True, True)
 
@@ -41,7 +41,7 @@ def test_many_columns(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "waits"), [("Q4_K", TileShape(32, True, 64, 2), 1), ("Q8_0", TileShape(128, True, 128, 1), 8)]
+    ("name", "shape", "waits"), [("Q4_K", PanelShape(32, True, 64, 2), 1), ("Q8_0", PanelShape(128, True, 128, 1), 8)]
 )
 def test_tensor_cores_of_compute_capability_9_0(name, shape, waits):
     """They read the columns from shared memory, and are waited for only where a block ends."""

@@ -35,18 +35,18 @@ from numba_dequant.halves import (
 from numba_dequant.kernels.dequantize import IS_SIMULATED
 from numba_dequant.kernels.numba_cuda import cuda
 from numba_dequant.kernels.product import chunk_fetcher
-from numba_dequant.kernels.product_of_part import factors_of, product_of_tile, register_functions
+from numba_dequant.kernels.product_of_part import factors_of, product_of_panel, register_functions
 from numba_dequant.kernels.product_shape import (
     GROUP,
     PART,
     ROWS,
-    TileShape,
+    PanelShape,
+    panel_bytes,
     part_bytes,
     row_stride,
     stage_bytes,
     sum_bytes,
     table_bytes,
-    tile_bytes,
 )
 from numba_dequant.kernels.product_wide import results_writers
 
@@ -57,18 +57,18 @@ int64: Any = np.int64
 NO_SUMS: dict[int, Callable[[], Any]] = {32: no_sums_32, 64: no_sums_64, 128: no_sums_128}
 
 
-def make_tile_kernel(fmt: Format, dtype: str, bias: str | None, shape: TileShape) -> Callable[..., None]:
+def make_panel_kernel(fmt: Format, dtype: str, bias: str | None, shape: PanelShape) -> Callable[..., None]:
     """The kernel ``product(data, n_rows, row_bytes, n_groups, x, n_columns, powers, bias, out, stored, flags)``.
 
-    Its first parameters are those of `make_product_kernel`, but the columns are prepared as tiles. The others:
+    Its first parameters are those of `make_product_kernel`, but the columns are prepared as panels. The others:
 
     * stored: memory for the results of each thread block, `shape.rows` times `shape.columns` float32.
     * flags: a uint32 for each thread block, which is 0.
 
-    The work is a series of parts: all parts of the first rows and the first tile of columns, then of the same rows and
-    the next tile, and so on. Each thread block takes an equal share of the series. Where a share ends within some rows,
-    the thread block that has their first part adds the results of the others, always in the same order. It waits for
-    thread blocks with a smaller number, which a GPU starts earlier.
+    The work is a series of parts: all parts of the first rows and the first panel of columns, then of the same rows and
+    the next panel, and so on. Each thread block takes an equal share of the series. Where a share ends within some
+    rows, the thread block that has their first part adds the results of the others, always in the same order. It waits
+    for thread blocks with a smaller number, which a GPU starts earlier.
 
     Args:
         fmt: the format of the weights.
@@ -79,7 +79,7 @@ def make_tile_kernel(fmt: Format, dtype: str, bias: str | None, shape: TileShape
     rows, width, stages, threads = shape.rows, shape.columns, shape.stages, shape.threads
     no_sums = NO_SUMS[width]
     is_always_aligned = shape.is_aligned and part_bytes(fmt) % 16 == 0
-    n_bytes_of_part, n_bytes_of_tile, n_bytes_of_sums = part_bytes(fmt), tile_bytes(fmt, width), sum_bytes(fmt)
+    n_bytes_of_part, n_bytes_of_panel, n_bytes_of_sums = part_bytes(fmt), panel_bytes(fmt, width), sum_bytes(fmt)
     stride = row_stride(fmt, shape)
     # Places in shared memory are counted in units of 128 bytes, as the tensor cores want the columns.
     stage_units = stage_bytes(fmt, shape) // 128
@@ -89,7 +89,7 @@ def make_tile_kernel(fmt: Format, dtype: str, bias: str | None, shape: TileShape
     table: Any = factors_of(fmt).table
     n_table_items = 0 if table is None else len(table.items)
     fetch = chunk_fetcher(fmt, shape)
-    tile_product = product_of_tile(fmt, no_sums, width)
+    panel_product = product_of_panel(fmt, no_sums, width)
     put_results, write_results = results_writers(dtype, bias, rows, width)
 
     def quotient(number: int, divisor: int) -> Any:
@@ -111,28 +111,28 @@ def make_tile_kernel(fmt: Format, dtype: str, bias: str | None, shape: TileShape
         address, part, _, first_row = state
         warp, lane = int32(thread >> 5), int32(thread & 31)
         of_warp = int32(quotient(first_row, ROWS) + warp)
-        at = (int64(x_start + stage * stage_units) << 7) + n_bytes_of_tile
+        at = (int64(x_start + stage * stage_units) << 7) + n_bytes_of_panel
         at += (warp * ROWS + (lane >> 2)) * stride + 16 * (lane & 3)
         fetch(shared, at, data, address, of_warp, part, n_parts, n_rows, row_bytes, lane)
 
     def begin_columns(shared: Any, stage: int, x: Any, address: int) -> None:
         at = int64(x_start + stage * stage_units) << 7
-        begin_copy(shared, at, x, address, int32(n_bytes_of_tile), int64(barriers + 8 * stage))
+        begin_copy(shared, at, x, address, int32(n_bytes_of_panel), int64(barriers + 8 * stage))
 
     def next_weights(
-        state: tuple[Any, Any, Any, Any], data: Any, n_parts: int, n_tiles: int, row_bytes: int, thread: int
+        state: tuple[Any, Any, Any, Any], data: Any, n_parts: int, n_panels: int, row_bytes: int, thread: int
     ) -> Any:
-        address, part, tile, first_row = state
+        address, part, panel, first_row = state
         part, address = int32(part + 1), address + n_bytes_of_part
         if part == n_parts:
-            part, tile = int32(0), int32(tile + 1)
-            if tile == n_tiles:
-                tile, first_row = int32(0), int32(first_row + rows)
+            part, panel = int32(0), int32(panel + 1)
+            if panel == n_panels:
+                panel, first_row = int32(0), int32(first_row + rows)
             address = row_address(data, first_row, row_bytes, thread)
-        return address, part, tile, first_row
+        return address, part, panel, first_row
 
     def next_columns(address: int, x: Any, n_bytes: int) -> Any:
-        address += n_bytes_of_tile
+        address += n_bytes_of_panel
         return address if address < address_of(x) + n_bytes else address_of(x)
 
     register_functions(quotient, start_of_share, row_address, begin_weights, begin_columns, next_weights, next_columns)
@@ -149,26 +149,26 @@ def make_tile_kernel(fmt: Format, dtype: str, bias: str | None, shape: TileShape
         thread = int32(cuda.threadIdx.x)
         warp, lane = int32(thread >> 5), int32(thread & 31)
         row, quarter = int32(lane >> 2), int32(lane & 3)
-        mine = n_bytes_of_tile + (warp * ROWS + row) * stride
+        mine = n_bytes_of_panel + (warp * ROWS + row) * stride
         n_parts = int32((n_groups + (PART // GROUP - 1)) // (PART // GROUP))
-        n_tiles = int32((n_columns + (width - 1)) // width)
-        n_bytes_of_columns = int64(n_tiles) * n_parts * n_bytes_of_tile
-        n_all, n_shares = int32((n_rows + (rows - 1)) // rows * n_tiles * n_parts), int32(cuda.gridDim.x)
+        n_panels = int32((n_columns + (width - 1)) // width)
+        n_bytes_of_columns = int64(n_panels) * n_parts * n_bytes_of_panel
+        n_all, n_shares = int32((n_rows + (rows - 1)) // rows * n_panels * n_parts), int32(cuda.gridDim.x)
         share = int32(n_shares - 1 - int32(cuda.blockIdx.x))
         first = start_of_share(share, n_all, n_shares)
         n_mine = int32(start_of_share(int32(share + 1), n_all, n_shares) - first)
 
-        # The share starts at a part of some rows and a tile of columns.
+        # The share starts at a part of some rows and a panel of columns.
         number = quotient(first, n_parts)
-        of_rows, part = quotient(number, n_tiles), int32(first - number * n_parts)
-        tile = int32(number - of_rows * n_tiles)
+        of_rows, part = quotient(number, n_panels), int32(first - number * n_parts)
+        panel = int32(number - of_rows * n_panels)
         weights = row_address(data, int32(of_rows * rows), row_bytes, thread) + part * n_bytes_of_part
-        current = ahead = weights, part, tile, int32(of_rows * rows)
-        columns = address_of(x) + (int64(tile) * n_parts + part) * n_bytes_of_tile
+        current = ahead = weights, part, panel, int32(of_rows * rows)
+        columns = address_of(x) + (int64(panel) * n_parts + part) * n_bytes_of_panel
         for stage in range(stages - 1):
             if stage < n_mine:
                 begin_weights(shared, stage, data, ahead, n_parts, n_rows, row_bytes, thread)
-                ahead = next_weights(ahead, data, n_parts, n_tiles, row_bytes, thread)
+                ahead = next_weights(ahead, data, n_parts, n_panels, row_bytes, thread)
             end_group()
         if n_table_items:
             for entry in range(thread, n_table_items, threads):
@@ -196,7 +196,7 @@ def make_tile_kernel(fmt: Format, dtype: str, bias: str | None, shape: TileShape
                     begin_columns(shared, stage_ahead, x, columns)
                 begin_weights(shared, stage_ahead, data, ahead, n_parts, n_rows, row_bytes, thread)
             end_group()
-            weights, part, tile, first_row = current
+            weights, part, panel, first_row = current
             at = int64(x_start + stage * stage_units) << 7
             upper = at + mine
             lower = upper + 8 * stride
@@ -204,11 +204,11 @@ def make_tile_kernel(fmt: Format, dtype: str, bias: str | None, shape: TileShape
                 upper += int32(weights) & 15
                 lower += int32(weights + 8 * row_bytes) & 15
             sums_at = at + width * (2 * PART) + row * n_bytes_of_sums + 16 * quarter
-            sums = tile_product(sums, shared, upper, lower, quarter, shared, at, sums_at, thread)
+            sums = panel_product(sums, shared, upper, lower, quarter, shared, at, sums_at, thread)
 
             columns = next_columns(columns, x, n_bytes_of_columns)
-            ahead = next_weights(ahead, data, n_parts, n_tiles, row_bytes, thread)
-            current = next_weights(current, data, n_parts, n_tiles, row_bytes, thread)
+            ahead = next_weights(ahead, data, n_parts, n_panels, row_bytes, thread)
+            current = next_weights(current, data, n_parts, n_panels, row_bytes, thread)
             if part == n_parts - 1 or index == n_mine - 1:
                 if index < part:
                     # The thread block that has the first part adds these results.
@@ -230,7 +230,7 @@ def make_tile_kernel(fmt: Format, dtype: str, bias: str | None, shape: TileShape
                     results = 32 * int32(x_start + stage * stage_units)
                     put_results(partial, int32(results + warp * ROWS + row), sums, quarter)
                     cuda.syncthreads()
-                    first_column = int64(tile) * width
+                    first_column = int64(panel) * width
                     write_results(
                         partial, results, int64(first_row), first_column, thread, n_rows, n_columns, powers, bias, out
                     )
