@@ -21,7 +21,7 @@ from numba_dequant.formats import FORMATS
 from numba_dequant.integrations.devices import require_supported
 from numba_dequant.integrations.patching import Replacement
 from numba_dequant.torch import functional
-from numba_dequant.torch.ops import DTYPES
+from numba_dequant.torch.checks import DTYPES
 
 NAMES = ("dequantize_tensor", "dequantize", "dequantize_functions", "is_quantized")
 """What the module has whose functions are replaced."""

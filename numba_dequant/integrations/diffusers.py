@@ -15,7 +15,7 @@ import numba_dequant.torch as ours
 from numba_dequant.formats import FORMATS
 from numba_dequant.integrations.devices import has_other_accelerator, is_supported
 from numba_dequant.integrations.patching import Replacement, require_version
-from numba_dequant.torch.ops import DTYPES
+from numba_dequant.torch.checks import DTYPES
 
 REQUIREMENT = ("diffusers", "0.38", "0.42")
 

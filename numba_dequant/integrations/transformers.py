@@ -23,7 +23,7 @@ from numba_dequant.formats import FORMATS
 from numba_dequant.integrations import gguf
 from numba_dequant.integrations.devices import has_other_accelerator, is_supported
 from numba_dequant.integrations.patching import Replacement, require_version
-from numba_dequant.torch.ops import DTYPES
+from numba_dequant.torch.checks import DTYPES
 
 REQUIREMENT = ("transformers", "5.5", "5.24")
 

@@ -18,10 +18,10 @@ from numba_dequant.loading.requests import Select, dtype_resolver, select_tensor
 from numba_dequant.model import Model
 from numba_dequant.model import open as open_model
 from numba_dequant.parallel import Plan
+from numba_dequant.torch.checks import DTYPES
 from numba_dequant.torch.distributed import load_dtensors, load_sharded
 from numba_dequant.torch.functional import resolved
 from numba_dequant.torch.layers import QuantizedEmbedding, QuantizedLinear, keep_blocks
-from numba_dequant.torch.ops import DTYPES
 
 if TYPE_CHECKING:  # PyTorch may be built without it
     from torch.distributed import ProcessGroup

@@ -14,7 +14,8 @@ from numba_dequant.arguments import result_shape as checked_shape
 from numba_dequant.errors import DataError, DtypeError, OutputError, UnknownFormatError, shown
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, format_named
-from numba_dequant.torch.ops import OPERATORS, check_product, check_same_device
+from numba_dequant.torch.checks import check_product, check_same_device
+from numba_dequant.torch.ops import OPERATORS
 
 
 def dequantize(

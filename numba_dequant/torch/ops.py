@@ -17,11 +17,18 @@ from torch import Tensor
 
 from numba_dequant import api
 from numba_dequant.bits import RUN
-from numba_dequant.dtypes import OUTPUT_TYPES
-from numba_dequant.errors import DataError, DeviceError, DtypeError, OutputError, ShapeError
+from numba_dequant.errors import DeviceError, DtypeError, OutputError, ShapeError
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, format_named
 from numba_dequant.interop import TORCH
+from numba_dequant.torch.checks import (
+    DTYPES,
+    check_dtype,
+    check_numbers,
+    check_product,
+    check_same_device,
+    result_shape,
+)
 
 PIECE = 1 << 28
 """Number of weights that `linear` dequantizes at a time on a GPU; it bounds the temporary memory."""
@@ -31,9 +38,6 @@ CPU_PIECE = 1 << 20
 
 MOST_COLUMNS = 128
 """Maximum number of columns that a kernel for blocks multiplies; for fewer, `cuda_product.is_slower` decides."""
-
-DTYPES = {getattr(torch, name): name for name in OUTPUT_TYPES}
-"""The output types."""
 
 LIBRARY = torch.library.Library("numba_dequant", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -51,39 +55,8 @@ _define("linear(Tensor input, Tensor weight, str format, Tensor? bias, bool weig
 _define("mul_mat_id(Tensor input, Tensor weight, Tensor ids, str format) -> Tensor")
 
 
-def result_shape(data: Tensor, fmt: Format) -> list[Any]:
-    """The shape of the values of `data`: the last dimension in elements instead of bytes.
-
-    Raises:
-        DataError: a row is not a whole number of blocks.
-    """
-    *rows, n_bytes = data.shape or [None]
-    if n_bytes is None:
-        raise DataError(f"data has no dimension; pass a tensor of rows, each a whole number of {fmt.name} blocks")
-    type_size = fmt.type_size
-    if n_bytes % type_size:
-        raise DataError(
-            f"a row of {fmt.name} is a whole number of blocks of {type_size} bytes, but the last dimension of data is "
-            f"{n_bytes}; pass whole rows, or pass shape"
-        )
-    rows.append(n_bytes // type_size * fmt.block_size)
-    return rows
-
-
 def _format(name: str) -> Format:
     return FORMATS.get(name) or format_named(name)
-
-
-def _check_dtype(fmt: Format, dtype: torch.dtype) -> None:
-    """Raise DtypeError if the values of a format cannot have that dtype."""
-    if dtype not in DTYPES if fmt.stored_dtype is None else dtype is not _stored(fmt):
-        possible = ", ".join(map(str, DTYPES)) if fmt.stored_dtype is None else str(_stored(fmt))
-        raise DtypeError(f"values of {fmt.name} cannot be {dtype}; choose {possible}")
-
-
-def _stored(fmt: Format) -> torch.dtype:
-    stored: torch.dtype = getattr(torch, fmt.result_dtype("float16").name)
-    return stored
 
 
 @cache
@@ -149,7 +122,7 @@ def _launch(data: Tensor, fmt: Format, dtype: str, n_elements: int, out: int) ->
 def _dequantize(data: Tensor, format: str, dtype: torch.dtype) -> Tensor:
     fmt, name = _format(format), DTYPES.get(dtype)
     if name is None or fmt.decode is None:
-        _check_dtype(fmt, dtype)
+        check_dtype(fmt, dtype)
     out = data.new_empty(result_shape(data, fmt), dtype=dtype)
     if name is not None and fmt.decode is not None and data.is_cuda:
         _launch(data, fmt, name, out.numel(), out.data_ptr())
@@ -158,15 +131,9 @@ def _dequantize(data: Tensor, format: str, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def check_same_device(data: Tensor, out: Tensor) -> None:
-    """Raise OutputError if `out` is on a device other than `data`."""
-    if out.device != data.device:
-        raise OutputError(f"out is on {out.device}, but data is on {data.device}; pass tensors on the same device")
-
-
 def _dequantize_out(data: Tensor, format: str, *, out: Tensor) -> None:
     fmt = _format(format)
-    _check_dtype(fmt, out.dtype)
+    check_dtype(fmt, out.dtype)
     if out.numel() != data.numel() // fmt.type_size * fmt.block_size:
         raise OutputError(
             f"out has {out.numel()} elements, the result has {fmt.n_elements(data.numel())}; pass a tensor of that size"
@@ -182,16 +149,8 @@ def _dequantize_out(data: Tensor, format: str, *, out: Tensor) -> None:
         TORCH.written(out)
 
 
-def _check_numbers(what: str, numbers: Tensor, data: Tensor) -> None:
-    """Raise an error unless `numbers` are integers on the device of `data`."""
-    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype is torch.bool:
-        raise DtypeError(f"{what} hold {numbers.dtype}, not integers; pass a tensor of torch.int64")
-    if numbers.device != data.device:
-        raise DataError(f"{what} are on {numbers.device}, but the data is on {data.device}; pass both on one device")
-
-
 def _get_rows(data: Tensor, indices: Tensor, format: str, dtype: torch.dtype) -> Tensor:
-    _check_numbers("indices", indices, data)
+    check_numbers("indices", indices, data)
     fmt, name = _format(format), DTYPES.get(dtype)
     n_elements = result_shape(data, fmt)[-1]
     if data.is_cuda and name is not None and fmt.decode is not None and n_elements % RUN == 0:
@@ -206,45 +165,6 @@ def _get_rows(data: Tensor, indices: Tensor, format: str, dtype: torch.dtype) ->
         return out
     rows = data.index_select(0, indices.reshape(-1))
     return _dequantize(rows, format, dtype).view(*indices.shape, n_elements)
-
-
-def check_product(input: Tensor, weight: Tensor, bias: Tensor | None, name: str, sizes: tuple[int, int]) -> None:
-    """Raise an error unless a kernel may read all that a product needs.
-
-    Args:
-        input: the columns.
-        weight: the blocks of the weights.
-        bias: a number for each row of weights, or None.
-        name: the name of the format.
-        sizes: its bytes and its elements per block.
-    """
-    if not input.dim():
-        raise ShapeError("input has no dimension; pass a tensor whose last dimension is in_features")
-    n_bytes, (type_size, block_size) = weight.shape[-1], sizes
-    if n_bytes % type_size:
-        raise DataError(
-            f"a row of {name} is a whole number of blocks of {type_size} bytes, but the last dimension of weight is "
-            f"{n_bytes}; pass whole rows"
-        )
-    n_elements = n_bytes // type_size * block_size
-    if input.shape[-1] != n_elements:
-        raise ShapeError(
-            f"input has {input.shape[-1]} features, but a row of weight has {n_bytes} bytes, which are {n_elements} "
-            f"elements of {name}; pass an input that is as long as a row"
-        )
-    if weight.device != input.device:
-        raise DataError(f"weight is on {weight.device}, but input is on {input.device}; pass both on the same device")
-    if bias is None:
-        return
-    if bias.dim() != 1 or bias.shape[0] != weight.shape[-2]:
-        raise ShapeError(
-            f"bias has shape {tuple(bias.shape)}, but weight has {weight.shape[-2]} rows; pass a number for each row"
-        )
-    if bias.device != input.device or bias.dtype != input.dtype:
-        raise DataError(
-            f"bias is a tensor of {bias.dtype} on {bias.device}, but input is one of {input.dtype} on {input.device}; "
-            "pass a bias of the same dtype on the same device"
-        )
 
 
 def _linear(
@@ -337,7 +257,7 @@ MOST_PAIRS = 4096
 def _mul_mat_id(input: Tensor, weight: Tensor, ids: Tensor, format: str) -> Tensor:
     (n, k), n_rows, fmt = ids.shape, weight.shape[1], _format(format)
     check_product(input, weight, None, fmt.name, (fmt.type_size, fmt.block_size))
-    _check_numbers("ids", ids, input)
+    check_numbers("ids", ids, input)
     if not input.is_floating_point():
         raise DtypeError(f"input holds {input.dtype}; pass a tensor of floating-point numbers")
     if ids.device.type == "cpu" and ids.numel():

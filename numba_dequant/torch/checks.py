@@ -1,0 +1,99 @@
+"""Checks of the tensors that operators take. The messages are those of the functions, too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from numba_dequant.dtypes import OUTPUT_TYPES
+from numba_dequant.errors import DataError, DtypeError, OutputError, ShapeError
+from numba_dequant.format import Format
+
+DTYPES = {getattr(torch, name): name for name in OUTPUT_TYPES}
+"""The output types."""
+
+
+def result_shape(data: Tensor, fmt: Format) -> list[Any]:
+    """The shape of the values of `data`: the last dimension in elements instead of bytes.
+
+    Raises:
+        DataError: a row is not a whole number of blocks.
+    """
+    *rows, n_bytes = data.shape or [None]
+    if n_bytes is None:
+        raise DataError(f"data has no dimension; pass a tensor of rows, each a whole number of {fmt.name} blocks")
+    type_size = fmt.type_size
+    if n_bytes % type_size:
+        raise DataError(
+            f"a row of {fmt.name} is a whole number of blocks of {type_size} bytes, but the last dimension of data is "
+            f"{n_bytes}; pass whole rows, or pass shape"
+        )
+    rows.append(n_bytes // type_size * fmt.block_size)
+    return rows
+
+
+def check_dtype(fmt: Format, dtype: torch.dtype) -> None:
+    """Raise DtypeError if the values of a format cannot have that dtype."""
+    if dtype not in DTYPES if fmt.stored_dtype is None else dtype is not _stored(fmt):
+        possible = ", ".join(map(str, DTYPES)) if fmt.stored_dtype is None else str(_stored(fmt))
+        raise DtypeError(f"values of {fmt.name} cannot be {dtype}; choose {possible}")
+
+
+def _stored(fmt: Format) -> torch.dtype:
+    stored: torch.dtype = getattr(torch, fmt.result_dtype("float16").name)
+    return stored
+
+
+def check_same_device(data: Tensor, out: Tensor) -> None:
+    """Raise OutputError if `out` is on a device other than `data`."""
+    if out.device != data.device:
+        raise OutputError(f"out is on {out.device}, but data is on {data.device}; pass tensors on the same device")
+
+
+def check_numbers(what: str, numbers: Tensor, data: Tensor) -> None:
+    """Raise an error unless `numbers` are integers on the device of `data`."""
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype is torch.bool:
+        raise DtypeError(f"{what} hold {numbers.dtype}, not integers; pass a tensor of torch.int64")
+    if numbers.device != data.device:
+        raise DataError(f"{what} are on {numbers.device}, but the data is on {data.device}; pass both on one device")
+
+
+def check_product(input: Tensor, weight: Tensor, bias: Tensor | None, name: str, sizes: tuple[int, int]) -> None:
+    """Raise an error unless a kernel may read all that a product needs.
+
+    Args:
+        input: the columns.
+        weight: the blocks of the weights.
+        bias: a number for each row of weights, or None.
+        name: the name of the format.
+        sizes: its bytes and its elements per block.
+    """
+    if not input.dim():
+        raise ShapeError("input has no dimension; pass a tensor whose last dimension is in_features")
+    n_bytes, (type_size, block_size) = weight.shape[-1], sizes
+    if n_bytes % type_size:
+        raise DataError(
+            f"a row of {name} is a whole number of blocks of {type_size} bytes, but the last dimension of weight is "
+            f"{n_bytes}; pass whole rows"
+        )
+    n_elements = n_bytes // type_size * block_size
+    if input.shape[-1] != n_elements:
+        raise ShapeError(
+            f"input has {input.shape[-1]} features, but a row of weight has {n_bytes} bytes, which are {n_elements} "
+            f"elements of {name}; pass an input that is as long as a row"
+        )
+    if weight.device != input.device:
+        raise DataError(f"weight is on {weight.device}, but input is on {input.device}; pass both on the same device")
+    if bias is None:
+        return
+    if bias.dim() != 1 or bias.shape[0] != weight.shape[-2]:
+        raise ShapeError(
+            f"bias has shape {tuple(bias.shape)}, but weight has {weight.shape[-2]} rows; pass a number for each row"
+        )
+    if bias.device != input.device or bias.dtype != input.dtype:
+        raise DataError(
+            f"bias is a tensor of {bias.dtype} on {bias.device}, but input is one of {input.dtype} on {input.device}; "
+            "pass a bias of the same dtype on the same device"
+        )
