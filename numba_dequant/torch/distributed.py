@@ -8,11 +8,13 @@ on all ranks, and no rank waits for another one that has failed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from torch import Tensor
 from numba_dequant.arguments import flag_option
 from numba_dequant.errors import DeviceError, OptionError, ReadError, ShapeError, shown
 from numba_dequant.formats import FORMATS, format_named
+from numba_dequant.gguf.tensors import TensorInfo
 from numba_dequant.loading.chunks import Chunk, TensorSlice
 from numba_dequant.loading.files import OpenFiles, check_complete
 from numba_dequant.loading.requests import dtype_resolver
@@ -63,6 +66,16 @@ class _Share:
     def n_bytes(self) -> int:
         return format_named(self.format).n_bytes(self.shape)
 
+    @property
+    def has_columns(self) -> bool:
+        """Whether its bytes are not contiguous in the file."""
+        return self.dim is not None and self.dim > 0
+
+    @property
+    def n_rows(self) -> int:
+        """The number of its pieces that are contiguous in the file, if it has columns."""
+        return prod(self.shape[: self.dim])
+
 
 def load_sharded(
     path: Any, device: Any, dtype: Any, planner: Any, group: Any, *, select: Any = None, keep_quantized: Any
@@ -86,8 +99,8 @@ def load_sharded(
         kept = flag_option("keep_quantized", keep_quantized)
         device = _usable(device)
         type_of = dtype_resolver(dtype)
-    model, shares, has_file = _agree(ranks, path, planner)
-    routes = _Routes(ranks, shares, has_file, device)
+    model, shares, hosts = _agree(ranks, path, planner)
+    routes = _Routes(ranks, shares, hosts, device)
     with ranks.all_or_none("read its part"):
         raw = {} if model is None else _read(model, ranks.rank, routes)
     blocks = routes.exchange(raw)
@@ -218,8 +231,10 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
 
 
-def _agree(ranks: _Ranks, path: Any, planner: Planner) -> tuple[Model | None, list[list[_Share]], list[bool]]:
-    """The model (None if this rank does not have the file), what each rank holds, and which ranks have the file.
+def _agree(ranks: _Ranks, path: Any, planner: Planner) -> tuple[Model | None, list[list[_Share]], list[str | None]]:
+    """The model (None if this rank does not have the file), what each rank holds, and where each rank has the file.
+
+    The last is the host of each rank; None for ranks that do not have the file.
 
     Raises:
         NumbaDequantError: the file is damaged here, or no rank has it.
@@ -237,8 +252,9 @@ def _agree(ranks: _Ranks, path: Any, planner: Planner) -> tuple[Model | None, li
             digest = _digest(model)
             shares = _shares(planner if isinstance(planner, Plan) else planner(model), model, ranks.count)
             where = next((tensor.path for tensor in model.tensors.values()), where)
-    said = ranks.gather((digest, None if shares is None else hashlib.blake2b(repr(shares).encode()).digest()))
-    holders = [rank for rank, (digest, _) in enumerate(said) if digest is not None]
+    of_shares = None if shares is None else hashlib.blake2b(repr(shares).encode()).digest()
+    said = ranks.gather((digest, of_shares, _host()))
+    holders = [rank for rank, (digest, _, _) in enumerate(said) if digest is not None]
     if not holders:
         assert missing is not None
         raise missing
@@ -253,7 +269,15 @@ def _agree(ranks: _Ranks, path: Any, planner: Planner) -> tuple[Model | None, li
     if len(holders) < ranks.count:
         shares = ranks.broadcast(shares, holders[0])
     assert shares is not None
-    return model, shares, [digest is not None for digest, _ in said]
+    return model, shares, [None if digest is None else host for digest, _, host in said]
+
+
+def _host() -> str:
+    """Text that is the same for processes that see the same disks: the name of the host, and when it was started."""
+    boot = ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    return f"{platform.node()} {boot}"
 
 
 def _digest(model: Model) -> str:
@@ -301,8 +325,11 @@ def _read(model: Model, rank: int, routes: _Routes) -> dict[tuple[int, str], NDA
         for reader, share in routes.read_by(rank):
             tensor = model.tensors[share.name]
             check_complete(tensor)
-            if share.dim is not None:
-                data = _read_part(files, Part(tensor, share.dim, share.start, share.stop))
+            if reader == rank and routes.is_divided(rank, share):
+                data = _read_columns(files, tensor, routes.rows(rank, share), routes.columns(rank, share))
+            elif share.dim is not None:
+                part = Part(tensor, share.dim, share.start, share.stop)
+                data = _read_part(files, part)
             else:
                 first, size = routes.piece(reader, share)
                 is_big = tensor.byte_order == "big"  # a piece of a block cannot be swapped
@@ -329,16 +356,27 @@ def _read_part(files: OpenFiles, part: Part) -> NDArray[np.uint8]:
     if dim == 0:
         ((offset, size),) = part.byte_ranges()
         return _read_range(files, tensor, offset, size)
-    times = prod(tensor.shape[:dim])
-    step, size = tensor.n_bytes // times, part.n_bytes // times
-    first = step * part.start // tensor.shape[dim]
-    found = np.empty((times, size), np.uint8)
-    rows = max(SLAB // step, 1)
-    for row in range(0, times, rows):
-        count = min(rows, times - row)
-        slab = _read_range(files, tensor, tensor.offset + row * step, count * step).reshape(count, step)
-        found[row : row + count] = slab[:, first : first + size]
-    return found.reshape(-1)
+    return _read_columns(files, tensor, range(prod(tensor.shape[:dim])), [(dim, part.start, part.stop)])
+
+
+def _read_columns(
+    files: OpenFiles, tensor: TensorInfo, rows: range, columns: Sequence[tuple[int, int, int]]
+) -> NDArray[np.uint8]:
+    """The bytes of each of some columns (dimension, start, stop) of some rows, one after the other.
+
+    It reads whole rows, a few megabytes at a time.
+    """
+    dim = columns[0][0]
+    step = tensor.n_bytes // prod(tensor.shape[:dim])
+    edges = [(step * start // tensor.shape[dim], step * stop // tensor.shape[dim]) for _, start, stop in columns]
+    found = [np.empty((len(rows), stop - start), np.uint8) for start, stop in edges]
+    n_rows = max(SLAB // step, 1)
+    for first in range(0, len(rows), n_rows):
+        count = min(n_rows, len(rows) - first)
+        slab = _read_range(files, tensor, tensor.offset + rows[first] * step, count * step).reshape(count, step)
+        for target, (start, stop) in zip(found, edges, strict=True):
+            target[first : first + count] = slab[:, start:stop]
+    return np.concatenate([each.reshape(-1) for each in found])
 
 
 def _device_of(group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
@@ -367,29 +405,59 @@ class _Routes:
     """Which rank reads which bytes, and sends them to which rank.
 
     A rank that has the file reads its own parts. If several such ranks hold a whole tensor, each reads a piece of equal
-    size, and the pieces are then gathered. If a rank does not have the file, another rank reads its parts and sends
-    them.
+    size, and the pieces are then gathered. If several such ranks of a host hold columns of a tensor, each reads some
+    rows, and sends to each of the others its columns of them. If a rank does not have the file, another rank reads its
+    parts and sends them.
 
     Args:
         ranks: the ranks.
         shares: what each rank holds.
-        has_file: which ranks have the file.
+        hosts: the host of each rank that has the file; None for the others.
         device: the device of this rank.
     """
 
-    def __init__(self, ranks: _Ranks, shares: list[list[_Share]], has_file: list[bool], device: torch.device) -> None:
-        self._ranks, self._shares, self._has_file = ranks, shares, has_file
+    def __init__(
+        self, ranks: _Ranks, shares: list[list[_Share]], hosts: list[str | None], device: torch.device
+    ) -> None:
+        self._ranks, self._shares, self._hosts = ranks, shares, hosts
         self._device = _device_of(ranks.group, device)
-        self._holders: dict[str, tuple[int, ...]] = {}
+        self._holders: dict[tuple[str, str | None], dict[int, _Share]] = {}
         for rank, of_rank in enumerate(shares):
             for share in of_rank:
-                if has_file[rank]:
-                    self._holders[share.name] = (*self._holders.get(share.name, ()), rank)
+                if hosts[rank] is not None and (share.dim is None or share.has_columns):
+                    self._holders.setdefault(self._key(rank, share), {})[rank] = share
+
+    def _key(self, rank: int, share: _Share) -> tuple[str, str | None]:
+        """Whole tensors are gathered by the ranks of all hosts; columns are divided among those of one host."""
+        return share.name, self._hosts[rank] if share.has_columns else None
+
+    def holders(self, rank: int, share: _Share) -> tuple[int, ...]:
+        """The ranks that read a share together with a rank."""
+        return tuple(self._holders.get(self._key(rank, share), ()))
+
+    def is_divided(self, rank: int, share: _Share) -> bool:
+        """Whether several ranks of a host read the rows of the columns that they hold."""
+        return share.has_columns and share.n_rows > 0 and len(self.holders(rank, share)) > 1
+
+    def rows(self, rank: int, share: _Share) -> range:
+        """The rows that a rank reads of columns that are divided."""
+        holders = self.holders(rank, share)
+        index = holders.index(rank)
+        return range(*(share.n_rows * edge // len(holders) for edge in (index, index + 1)))
+
+    def columns(self, rank: int, share: _Share) -> list[tuple[int, int, int]]:
+        """The columns (dimension, start, stop) of each rank that reads them together with a rank."""
+        found = self._holders[self._key(rank, share)].values()
+        return [(each.dim or 0, each.start, each.stop) for each in found]
+
+    def _row_bytes(self, rank: int, share: _Share) -> list[int]:
+        """The bytes of the columns in a row, for each rank that reads them together with a rank."""
+        return [each.n_bytes // share.n_rows for each in self._holders[self._key(rank, share)].values()]
 
     def source_of(self, rank: int) -> int:
         """The rank that reads the parts of a rank."""
-        sources = [each for each, has in enumerate(self._has_file) if has]
-        return rank if self._has_file[rank] else sources[rank % len(sources)]
+        sources = [each for each, host in enumerate(self._hosts) if host is not None]
+        return rank if self._hosts[rank] is not None else sources[rank % len(sources)]
 
     def read_by(self, rank: int) -> Iterator[tuple[int, _Share]]:
         """The shares that a rank reads, each with the rank that needs it."""
@@ -399,10 +467,10 @@ class _Routes:
 
     def piece(self, rank: int, share: _Share) -> tuple[int, int]:
         """The piece of a whole tensor that is read for a rank: its first byte and its size."""
-        if not self._has_file[rank]:
+        if self._hosts[rank] is None:
             return 0, share.n_bytes
-        each = self._length(share)
-        first = min(self._holders[share.name].index(rank) * each, share.n_bytes)
+        each = self._length(rank, share)
+        first = min(self.holders(rank, share).index(rank) * each, share.n_bytes)
         return first, min(each, share.n_bytes - first)
 
     def exchange(self, raw: dict[tuple[int, str], NDArray[np.uint8]]) -> dict[str, Tensor]:
@@ -411,47 +479,56 @@ class _Routes:
         # All memory is allocated before a rank sends, because no rank may fail while others wait for it.
         with ranks.all_or_none("get memory for its part"):
             for share in self._shares[rank]:
-                if self.source_of(rank) != rank:
+                if self.source_of(rank) != rank or self.is_divided(rank, share):
                     found[share.name] = self._empty(share.n_bytes)
-                elif self._is_gathered(share):
-                    found[share.name] = self._empty(self._length(share) * len(self._holders[share.name]))
+                elif self._is_gathered(rank, share):
+                    found[share.name] = self._empty(self._length(rank, share) * len(self.holders(rank, share)))
                 else:
                     found[share.name] = torch.from_numpy(raw.pop((rank, share.name)))
-            shared = [(reader, share) for reader, share in self.read_by(rank) if (reader, share.name) in raw]
-            sizes = [self._length(share) if reader == rank else share.n_bytes for reader, share in shared]
+            sizes = [data.size for data in raw.values()]
+            sizes += [self._length(rank, share) for share in self._shares[rank] if self._is_gathered(rank, share)]
             piece = self._empty(max(sizes, default=0))
         groups = self._groups()
         for other, share in ((other, share) for other, of_rank in enumerate(self._shares) for share in of_rank):
-            source, size = self.source_of(other), share.n_bytes
+            source = self.source_of(other)
             if rank == source and (other, share.name) in raw:
                 data = raw.pop((other, share.name))
                 piece[: data.size].copy_(torch.from_numpy(data))
                 if rank != other:
-                    ranks.call(dist.send, piece[:size], ranks.global_rank(other), group=ranks.group)
+                    ranks.call(dist.send, piece[: data.size], ranks.global_rank(other), group=ranks.group)
+                elif share.has_columns:
+                    self._divide(found[share.name], piece[: data.size], share, groups[self.holders(rank, share)])
                 else:
-                    group, length = groups[self._holders[share.name]], self._length(share)
+                    group, length = groups[self.holders(rank, share)], self._length(rank, share)
                     ranks.call(dist.all_gather_into_tensor, found[share.name], piece[:length], group=group)
-                    found[share.name] = found[share.name][:size]
+                    found[share.name] = found[share.name][: share.n_bytes]
             elif rank == other != source:
                 ranks.call(dist.recv, found[share.name], ranks.global_rank(source), group=ranks.group)
         return found
 
+    def _divide(self, found: Tensor, data: Tensor, share: _Share, group: dist.ProcessGroup | None) -> None:
+        """Send the columns of others that this rank has read, and receive its own, which come in the order of rows."""
+        rank, n_rows = self._ranks.rank, len(self.rows(self._ranks.rank, share))
+        holders, of_row = self.holders(rank, share), self._row_bytes(rank, share)
+        mine = of_row[holders.index(rank)]
+        received = [len(self.rows(other, share)) * mine for other in holders]
+        self._ranks.call(dist.all_to_all_single, found, data, received, [n_rows * each for each in of_row], group=group)
+
     def _empty(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
-    def _is_gathered(self, share: _Share) -> bool:
-        """Whether the ranks that have the file and hold a tensor read a piece each."""
-        return share.dim is None and len(self._holders[share.name]) > 1 and share.n_bytes > 0
+    def _is_gathered(self, rank: int, share: _Share) -> bool:
+        """Whether the ranks that have the file and hold a whole tensor read a piece each."""
+        return share.dim is None and len(self.holders(rank, share)) > 1 and share.n_bytes > 0
 
-    def _length(self, share: _Share) -> int:
+    def _length(self, rank: int, share: _Share) -> int:
         """The length of the longest piece of a whole tensor."""
-        return -(-share.n_bytes // len(self._holders[share.name]))
+        return -(-share.n_bytes // len(self.holders(rank, share)))
 
     def _groups(self) -> dict[tuple[int, ...], dist.ProcessGroup | None]:
-        """A process group for each set of ranks that gather a tensor and that contains this rank."""
+        """A process group for each set of ranks that read a tensor together and that contains this rank."""
         ranks, found = self._ranks, {}
-        names = {share.name for of_rank in self._shares for share in of_rank if share.dim is None}
-        for holders in sorted({self._holders[name] for name in names if name in self._holders}):
+        for holders in sorted({tuple(each) for each in self._holders.values()}):
             if len(holders) == ranks.count:
                 found[holders] = ranks.group
             elif len(holders) > 1 and ranks.rank in holders:
