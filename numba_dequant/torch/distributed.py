@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -421,11 +422,12 @@ class _Routes:
     ) -> None:
         self._ranks, self._shares, self._hosts = ranks, shares, hosts
         self._device = _device_of(ranks.group, device)
-        self._holders: dict[tuple[str, str | None], dict[int, _Share]] = {}
-        for rank, of_rank in enumerate(shares):
-            for share in of_rank:
-                if hosts[rank] is not None and (share.dim is None or share.has_columns):
-                    self._holders.setdefault(self._key(rank, share), {})[rank] = share
+        self._sources = [rank for rank, host in enumerate(hosts) if host is not None]
+        self._holders: dict[tuple[str, str | None], dict[int, _Share]] = defaultdict(dict)
+        for rank in self._sources:
+            for share in shares[rank]:
+                if share.dim is None or share.has_columns:
+                    self._holders[self._key(rank, share)][rank] = share
 
     def _key(self, rank: int, share: _Share) -> tuple[str, str | None]:
         """Whole tensors are gathered by the ranks of all hosts; columns are divided among those of one host."""
@@ -456,13 +458,18 @@ class _Routes:
 
     def source_of(self, rank: int) -> int:
         """The rank that reads the parts of a rank."""
-        sources = [each for each, host in enumerate(self._hosts) if host is not None]
-        return rank if self._hosts[rank] is not None else sources[rank % len(sources)]
+        return rank if self._hosts[rank] is not None else self._sources[rank % len(self._sources)]
 
     def read_by(self, rank: int) -> Iterator[tuple[int, _Share]]:
         """The shares that a rank reads, each with the rank that needs it."""
         for other, of_rank in enumerate(self._shares):
             if self.source_of(other) == rank:
+                yield from ((other, share) for share in of_rank)
+
+    def _exchanged_by(self, rank: int) -> Iterator[tuple[int, _Share]]:
+        """The shares that a rank needs or reads, each with the rank that needs it, in an order that all ranks keep."""
+        for other, of_rank in enumerate(self._shares):
+            if rank in (other, self.source_of(other)):
                 yield from ((other, share) for share in of_rank)
 
     def piece(self, rank: int, share: _Share) -> tuple[int, int]:
@@ -489,8 +496,10 @@ class _Routes:
             sizes += [self._length(rank, share) for share in self._shares[rank] if self._is_gathered(rank, share)]
             piece = self._empty(max(sizes, default=0))
         groups = self._groups()
-        for other, share in ((other, share) for other, of_rank in enumerate(self._shares) for share in of_rank):
+        for other, share in self._exchanged_by(rank):
             source = self.source_of(other)
+            if not share.n_bytes:
+                continue
             if rank == source and (other, share.name) in raw:
                 data = raw.pop((other, share.name))
                 piece[: data.size].copy_(torch.from_numpy(data))
