@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from math import prod
 from typing import Literal
+
+import numpy as np
 
 from numba_dequant.errors import OptionError, shown
 from numba_dequant.gguf.tensors import TensorInfo
 from numba_dequant.parallel.machine import Machine
-from numba_dequant.parallel.plan import Plan
+from numba_dequant.parallel.plan import Part, Plan
 
 AGREEMENTS = 12
 """Collectives of every load: ranks exchange objects six times, each time first the sizes and then the bytes."""
+BROADCAST = 2
+"""The same for the plan, which one rank sends to all others if any of them lacks the file."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,10 @@ def predict(
 ) -> Prediction:
     """Predict the time of ``load_file(plan=...)`` with one GPU per rank and the backend ``"nccl"``.
 
-    The model knows rates and bytes alone. It leaves out: opening the file and making the plan; the exchange of the plan
-    among the ranks, whose bytes grow with the square of their number; the allocation of memory; launches of kernels;
-    rates that are lower for small pieces, or while other links are busy; latencies that grow with the number of ranks.
+    The model knows rates and bytes alone. It leaves out: opening the file; making the plan and its digest; the bytes of
+    these digests, and of the plan that a rank without the file receives; the first connection between two ranks; the
+    allocation of memory; launches of kernels; rates that are lower for small pieces, or while other links are busy;
+    latencies that grow with the number of ranks; a rank that waits while the rank that reads for it sends to others.
     A collective is a ring in the order of the ranks. So most predictions are a lower limit of the time.
 
     Args:
@@ -106,68 +110,115 @@ def predict(
         raise OptionError(f"value_bytes is {shown(value_bytes)}, but must be a whole number, 0 or more")
     hosts = [rank // machine.gpus_per_host for rank in range(len(plan.ranks))]
     n_readers = len(hosts) if files == "every host" else hosts.count(0)
-    moved, distinct = _moved(plan, hosts, n_readers, value_bytes)
-    return Prediction(_costs(moved, distinct, hosts, machine), tuple(distinct))
+    traffic = _traffic(plan, hosts, n_readers, value_bytes)
+    distinct = traffic.distinct
+    return Prediction(_costs(traffic.moved, distinct, hosts, machine), tuple(distinct))
 
 
-def _moved(plan: Plan, hosts: list[int], n_readers: int, value_bytes: int) -> tuple[list[Counter[str]], list[int]]:
-    """The bytes that each rank moves, and how many different bytes of the file each host reads.
+class _Traffic:
+    """What the ranks of a plan move, counted. It follows `numba_dequant.torch.distributed`.
 
-    It follows `numba_dequant.torch.distributed`. The first `n_readers` ranks have the file.
+    Args:
+        hosts: the host of each rank.
+        calls: the collectives in which every rank takes part.
+
+    Attributes:
+        moved: for each rank the bytes over each link, as in `RankCost`, and the number of its ``"calls"``.
     """
-    moved = [Counter(calls=AGREEMENTS) for _ in hosts]
-    spans: dict[tuple[int, str], set[tuple[int, int]]] = defaultdict(set)
+
+    def __init__(self, hosts: list[int], calls: int) -> None:
+        self._hosts = hosts
+        self.moved: list[Counter[str]] = [Counter(calls=calls) for _ in hosts]
+        self._spans: dict[tuple[int, str], set[tuple[int, int]]] = defaultdict(set)
+
+    @property
+    def distinct(self) -> list[int]:
+        """How many different bytes of the file each host reads."""
+        found = [0] * (self._hosts[-1] + 1)
+        for (host, _), spans in self._spans.items():
+            found[host] += _union(spans)
+        return found
+
+    def send(self, source: int, target: int, n_bytes: int) -> None:
+        """One rank sends bytes to another one."""
+        link = "NVLink" if self._hosts[source] == self._hosts[target] else "network"
+        self.moved[source][f"{link} out"] += n_bytes
+        self.moved[target][f"{link} in"] += n_bytes
+
+    def part(self, source: int, rank: int, part: Part, n_bytes: int) -> None:
+        """A rank reads what it holds of a tensor, or another rank reads it and sends it."""
+        tensor, first, size = part.tensor, 0, part.tensor.n_bytes
+        if part.dim == 0:  # the bytes of columns are not contiguous, so whole rows are read
+            first, size = size * part.start // tensor.shape[0], n_bytes
+        self._spans[self._hosts[source], tensor.name].add((first, first + size))
+        of_source = self.moved[source]
+        of_source["file"] += size
+        of_source["bus"] += n_bytes
+        if source != rank:
+            self.send(source, rank, n_bytes)
+            of_source["calls"] += 1
+            self.moved[rank]["calls"] += 1
+
+    def gather(self, ranks: tuple[int, ...], tensors: list[TensorInfo]) -> None:
+        """Ranks that hold the same whole tensors read a piece of equal size each, and gather the pieces in a ring."""
+        count, sizes = len(ranks), np.array([tensor.n_bytes for tensor in tensors], np.int64)
+        longest = -(-sizes // count)
+        edges = np.minimum(np.arange(count + 1)[:, np.newaxis] * longest, sizes)
+        pieces = np.diff(edges, axis=0)
+        # The bytes of a big-endian piece are swapped after whole blocks were read: the loader reads the whole tensor.
+        is_big = np.array([tensor.byte_order == "big" for tensor in tensors])
+        n_read = np.where(is_big, sizes, pieces).sum(1).tolist()
+        n_sent = int(longest.sum()) * (count - 1)
+        for index, (rank, n_bytes) in enumerate(zip(ranks, pieces.sum(1).tolist(), strict=True)):
+            self.moved[rank]["file"] += n_read[index]
+            self.moved[rank]["bus"] += n_bytes
+            if count > 1:
+                self.send(rank, ranks[(index + 1) % count], n_sent)
+                self.moved[rank]["calls"] += len(tensors)
+        # The ranks of a host are neighbours in the ring, so their pieces are one span.
+        of_hosts = Counter(self._hosts[rank] for rank in ranks)
+        begin = 0
+        for host, n_ranks in of_hosts.items():
+            firsts = np.where(is_big, 0, edges[begin])
+            begin += n_ranks
+            ends = np.where(is_big, sizes, edges[begin])
+            for tensor, first, end in zip(tensors, firsts.tolist(), ends.tolist(), strict=True):
+                self._spans[host, tensor.name].add((first, end))
+
+
+def _traffic(plan: Plan, hosts: list[int], n_readers: int, value_bytes: int) -> _Traffic:
+    """What the ranks move. The first `n_readers` ranks have the file."""
+    found = _Traffic(hosts, AGREEMENTS + (n_readers < len(hosts)) * BROADCAST)
     holders: dict[str, list[int]] = defaultdict(list)
-
-    def send(source: int, target: int, n_bytes: int) -> None:
-        link = "NVLink" if hosts[source] == hosts[target] else "network"
-        moved[source][f"{link} out"] += n_bytes
-        moved[target][f"{link} in"] += n_bytes
-
-    def read(source: int, tensor: TensorInfo, first: int, size: int) -> None:
-        spans[hosts[source], tensor.name].add((first, size))
-        moved[source]["file"] += size
-
     for rank, of_rank in enumerate(plan.ranks):
         source = rank % n_readers  # a rank that has the file reads for itself
+        memory = 0
         for name, part in of_rank.parts.items():
-            tensor, n_bytes = part.tensor, part.n_bytes
+            n_bytes = part.n_bytes
+            if not n_bytes:
+                continue
             if value_bytes:
-                moved[rank]["memory"] += n_bytes + value_bytes * prod(part.shape)
+                memory += n_bytes + value_bytes * (part.tensor.n_elements * n_bytes // part.tensor.n_bytes)
             if source == rank and part.dim is None:
                 holders[name].append(rank)
-            elif n_bytes:
-                first, size = 0, tensor.n_bytes
-                if part.dim == 0:  # the bytes of columns are not contiguous, so whole rows are read
-                    first, size = size * part.start // tensor.shape[0], n_bytes
-                read(source, tensor, first, size)
-                moved[source]["bus"] += n_bytes
-                if source != rank:
-                    send(source, rank, n_bytes)
-                    moved[source]["calls"] += 1
-                    moved[rank]["calls"] += 1
-    for name, of_tensor in holders.items():
-        tensor = plan.ranks[of_tensor[0]].parts[name].tensor
-        each = -(-tensor.n_bytes // len(of_tensor))
-        for index, rank in enumerate(of_tensor):
-            first, end = (min(edge * each, tensor.n_bytes) for edge in (index, index + 1))
-            read(rank, tensor, first, end - first)
-            moved[rank]["bus"] += end - first
-            if len(of_tensor) > 1:
-                send(rank, of_tensor[(index + 1) % len(of_tensor)], each * (len(of_tensor) - 1))
-                moved[rank]["calls"] += 1
-    distinct = [0] * (hosts[-1] + 1)
-    for (host, _), of_tensor_of_host in spans.items():
-        distinct[host] += _union(of_tensor_of_host)
-    return moved, distinct
+            else:
+                found.part(source, rank, part, n_bytes)
+        found.moved[rank]["memory"] = memory
+    together: dict[tuple[int, ...], list[TensorInfo]] = defaultdict(list)
+    for name, ranks in holders.items():
+        together[tuple(ranks)].append(plan.ranks[ranks[0]].parts[name].tensor)
+    for of_tensors, tensors in together.items():
+        found.gather(of_tensors, tensors)
+    return found
 
 
 def _union(spans: set[tuple[int, int]]) -> int:
-    """The number of bytes in the union of spans (first byte, number of bytes)."""
-    total = end = 0
-    for first, size in sorted(spans):
-        total += max(first + size - max(first, end), 0)
-        end = max(end, first + size)
+    """The number of bytes in the union of spans (first byte, end)."""
+    total = reached = 0
+    for first, end in sorted(spans):
+        if end > reached:
+            total += end - max(first, reached)
+            reached = end
     return total
 
 

@@ -45,8 +45,18 @@ class Part:
 
     @property
     def n_bytes(self) -> int:
-        """The number of bytes of compressed data."""
-        return self.tensor.n_bytes if self.dim is None else self.tensor.format.n_bytes(self.shape)
+        """The number of bytes of compressed data.
+
+        Raises:
+            ShapeError: the part ends within a block.
+        """
+        tensor, dim = self.tensor, self.dim
+        if dim is None:
+            return tensor.n_bytes
+        extent, count = tensor.shape[dim], self.stop - self.start
+        if extent and (dim < len(tensor.shape) - 1 or count % tensor.format.block_size == 0):
+            return tensor.n_bytes * count // extent
+        return tensor.format.n_bytes(self.shape)
 
     def byte_ranges(self) -> Iterator[tuple[int, int]]:
         """The position in the file and the number of bytes of each contiguous piece, in the order of the file.
@@ -318,7 +328,7 @@ class _Divider:
         each, more = divmod(n_units, count)
         if more or (whole % unit and count > 1):
             self._note_uneven(tensors, n_units, unit, count)
-        least = sorted(range(count), key=lambda rank: (self._sizes[rank], rank))[:more]
+        least = set(sorted(range(count), key=lambda rank: (self._sizes[rank], rank))[:more])
         found, start = [], 0
         for rank in range(count):
             stop = start + each + (rank in least)

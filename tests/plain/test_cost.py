@@ -8,7 +8,7 @@ from test_plan import LLAMA, llama, tensors_of
 
 import numba_dequant as nd
 from numba_dequant.parallel import Machine, Part, Plan, RankPlan, Replicate, Shard, llama_rules, plan, predict
-from numba_dequant.parallel.cost import AGREEMENTS
+from numba_dequant.parallel.cost import AGREEMENTS, BROADCAST
 
 LATENCY = 1e-3
 MACHINE = Machine(page_cache=100.0, bus=40.0, nvlink=200.0, network=20.0, memory=2000.0, gpus_per_host=2)
@@ -103,6 +103,20 @@ def test_one_host_reads_for_the_others():
     assert moved(prediction, "NVLink in") == [20, 20, 0, 0]
     assert prediction.distinct_bytes == (200, 0)
     assert seconds(prediction)["exchange"] == 160 / 20
+    late = predict(plan(tensors, 4, [("w", Shard(0))]), replace(MACHINE, latency=1.0), files="one host")
+    gather, sends = 1, 2
+    assert [rank.stages[-1].seconds for rank in late.ranks] == [
+        AGREEMENTS + BROADCAST + calls for calls in (gather + sends, gather + sends, sends, sends)
+    ]
+
+
+def test_empty_parts_are_not_sent():
+    """Ranks 2 and 3 get no row, and there is an empty tensor."""
+    tensors = tensors_of({"w": ("F32", (2, 1)), "b": ("F32", (0,))})
+    found = plan(tensors, 4, [("w", Shard(0))])
+    for files, broadcast in (("every host", 0), ("one host", BROADCAST)):
+        prediction = predict(found, replace(MACHINE, latency=1.0), files=files)
+        assert [rank.stages[-1].seconds for rank in prediction.ranks] == [AGREEMENTS + broadcast] * 4
 
 
 def test_stages_of_a_pipeline_gather_among_themselves():

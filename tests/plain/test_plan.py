@@ -10,7 +10,7 @@ import pytest
 
 import numba_dequant as nd
 from numba_dequant.gguf.tensors import TensorInfo
-from numba_dequant.parallel import Replicate, Shard, llama_rules, plan
+from numba_dequant.parallel import Part, Replicate, Shard, llama_rules, plan
 
 LLAMA = {"general.architecture": "llama", "llama.embedding_length": 4096, "llama.attention.head_count": 32}
 SMALL_LLAMA = {"general.architecture": "llama", "llama.attention.key_length": 64}
@@ -286,6 +286,19 @@ def test_numbers_and_rules_of_other_types():
     assert type(placement.dim) is type(placement.unit) is int
     found = plan(iter(tensors), np.int32(2), iter([("*", placement)]), stages=np.int8(1))
     assert found == plan(tensors, 2, [["*", Shard(0, 2)]])
+
+
+@pytest.mark.parametrize("shape", [(6, 512), (3, 4, 256), (0, 256), (4, 0)])
+def test_the_bytes_of_a_part(shape):
+    (tensor,) = tensors_of({"w": ("Q4_K", shape)})
+    for dim, extent in enumerate(shape):
+        step = 256 if dim == len(shape) - 1 else 1
+        for start, stop in combinations(range(0, extent + 1, step), 2):
+            part = Part(tensor, dim, start, stop)
+            assert part.n_bytes == nd.FORMATS["Q4_K"].n_bytes(part.shape)
+    assert Part(tensor, len(shape) - 1, 0, 0).n_bytes == 0
+    with pytest.raises(nd.ShapeError, match="a row of a Q4_K tensor is a whole number of blocks of 256 elements"):
+        _ = Part(tensor, len(shape) - 1, 0, 128).n_bytes
 
 
 def test_wrong_rules():
