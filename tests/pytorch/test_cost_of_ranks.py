@@ -1,0 +1,164 @@
+"""The cost model counts what the loader for ranks really reads, copies, sends and receives."""
+
+import json
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from blocks import random_blocks, write_model
+
+import numba_dequant as nd
+from numba_dequant.parallel import Machine, Part, Plan, RankPlan, plan, predict
+from numba_dequant.parallel.cost import AGREEMENTS, BROADCAST
+
+torch = pytest.importorskip("torch")
+if not torch.distributed.is_available():
+    pytest.skip("PyTorch was built without torch.distributed", allow_module_level=True)
+
+import counted_ranks  # noqa: E402 it needs PyTorch
+from counted_ranks import HOST, RULES  # noqa: E402
+from test_ranks import start  # noqa: E402
+
+from numba_dequant.loading import files as loading_files  # noqa: E402
+from numba_dequant.torch import distributed  # noqa: E402
+
+MACHINE = Machine(page_cache=1e9, bus=1e9, nvlink=1e9, network=1e9, memory=1e9, gpus_per_host=HOST, latency=1.0)
+SHAPES = {
+    "rows": ("Q8_0", (10, 64)), "columns": ("Q4_K", (6, 1024)), "stack": ("Q8_0", (3, 4, 32)),
+    "whole": ("Q8_0", (5, 32)), "norm": ("Q8_0", (1, 32)), "empty": ("F32", (0,)),
+}  # fmt: skip
+WAYS = {"rows": ["rows", "stack"], "columns": ["columns"], "whole": ["whole", "norm", "empty"], "all": list(SHAPES)}
+
+
+def write(path, names=SHAPES):
+    """A file of random blocks."""
+    found = {}
+    for name in names:
+        fmt, shape = SHAPES[name]
+        found[name] = fmt, shape, random_blocks(fmt, nd.FORMATS[fmt].n_bytes(shape) // nd.FORMATS[fmt].type_size)
+    return write_model(path, found)
+
+
+def n_calls(rank):
+    """The collectives, sends and receives of a rank: the latency is one second."""
+    return rank.stages[-1].seconds
+
+
+class Recorder:
+    """A rank of a group that only counts what it would send and receive, by link."""
+
+    def __init__(self, rank, count):
+        self.rank, self.count, self.group, self.found = rank, count, None, Counter()
+        self._members = {None: tuple(range(count))}
+
+    def all_or_none(self, what):
+        return nullcontext()
+
+    def global_rank(self, rank):
+        return rank
+
+    def _count(self, other, way, n_bytes):
+        link = "NVLink" if other // HOST == self.rank // HOST else "network"
+        self.found[f"{link} {way}"] += n_bytes
+
+    def call(self, function, *arguments, group=None, **options):
+        if function is torch.distributed.new_group:
+            self._members[len(self._members)] = tuple(arguments[0])
+            return len(self._members) - 1
+        self.found["calls"] += 1
+        if function is torch.distributed.send:
+            self._count(arguments[1], "out", arguments[0].nbytes)
+        elif function is torch.distributed.recv:
+            self._count(arguments[1], "in", arguments[0].nbytes)
+        else:
+            assert function is torch.distributed.all_gather_into_tensor
+            members = self._members[group]
+            gathered, piece = (tensor.nbytes for tensor in arguments)
+            assert gathered == piece * len(members)
+            place = members.index(self.rank)
+            self._count(members[(place + 1) % len(members)], "out", gathered - piece)
+            self._count(members[place - 1], "in", gathered - piece)
+        return None
+
+
+def counted(model, found, n_readers, monkeypatch):
+    """What each rank would read, copy, send and receive, by the loader."""
+    read_into, world = loading_files.read_into, len(found.ranks)
+    shares = distributed._shares(found, model, world)
+    has_file = [rank < n_readers for rank in range(world)]
+    for rank in range(world):
+        recorder = Recorder(rank, world)
+
+        def counting(file, buffer, offset, recorder=recorder):
+            recorder.found["file"] += buffer.nbytes
+            return read_into(file, buffer, offset)
+
+        monkeypatch.setattr(loading_files, "read_into", counting)
+        routes = distributed._Routes(recorder, shares, has_file, torch.device("cpu"))
+        raw = distributed._read(model, rank, routes) if has_file[rank] else {}
+        recorder.found["bus"] = sum(data.nbytes for data in raw.values())
+        routes.exchange(raw)
+        yield recorder.found
+
+
+def assert_predicted(model, found, files, monkeypatch):
+    world = len(found.ranks)
+    n_readers = world if files == "every host" else min(HOST, world)
+    prediction = predict(found, MACHINE, files=files, value_bytes=0)
+    agreements = AGREEMENTS + (BROADCAST if n_readers < world else 0)
+    for rank, counts in zip(prediction.ranks, counted(model, found, n_readers, monkeypatch), strict=True):
+        assert n_calls(rank) == counts.pop("calls", 0) + agreements
+        assert rank.moved == counts
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "_device_of", lambda group, device: device)
+    with nd.open(write(tmp_path / "model.gguf")) as model:
+        yield model
+
+
+@pytest.mark.parametrize("files", ["every host", "one host"])
+@pytest.mark.parametrize(("world", "stages"), [(1, 1), (2, 1), (3, 1), (4, 1), (4, 2), (6, 1), (6, 3)])
+def test_bytes_and_calls_are_those_of_the_loader(model, monkeypatch, world, stages, files):
+    assert_predicted(model, plan(model.tensors.values(), world, RULES, stages=stages), files, monkeypatch)
+
+
+@pytest.mark.parametrize("files", ["every host", "one host"])
+def test_a_plan_by_hand(model, monkeypatch, files):
+    """Ranks 0 and 2 hold a whole tensor, and ranks 1 and 3 some of its rows."""
+    rows, whole = model.tensors["rows"], model.tensors["whole"]
+    parts = [Part(rows), Part(rows, 0, 0, 4), Part(rows), Part(rows, 0, 4, 10)]
+    ranks = [RankPlan(rank, 0, {"rows": part}) for rank, part in enumerate(parts)]
+    ranks[3].parts["whole"] = Part(whole)
+    assert_predicted(model, Plan(tuple(ranks), ()), files, monkeypatch)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_big_endian_pieces_are_read_as_whole_tensors(model, monkeypatch, world):
+    tensors = {name: tensor._replace(byte_order="big") for name, tensor in model.tensors.items()}
+    found = plan(tensors.values(), world, RULES)
+    assert_predicted(SimpleNamespace(tensors=tensors), found, "every host", monkeypatch)
+
+
+@pytest.mark.long
+def test_four_processes_move_what_is_predicted(tmp_path):
+    """Two hosts of two ranks: bytes of the file, bytes between ranks, and all collectives of `load_file`."""
+    for way, names in WAYS.items():
+        write(tmp_path / f"{way}.gguf", names)
+    scenarios = [*WAYS, *(f"{way} missing" for way in WAYS)]
+    outputs, codes = start(Path(counted_ranks.__file__), tmp_path, 4, *scenarios)
+    assert codes == [0] * 4, outputs
+    by_rank = [dict(json.loads(line) for line in out.splitlines() if line.startswith("[")) for out, _ in outputs]
+    for scenario in scenarios:
+        way, _, missing = scenario.partition(" ")
+        with nd.open(tmp_path / f"{way}.gguf") as model:
+            found = plan(model.tensors.values(), 4, RULES)
+        prediction = predict(found, MACHINE, files="one host" if missing else "every host")
+        for rank, counts in zip(prediction.ranks, by_rank, strict=True):
+            moved = {link: rank.moved[link] for link in ("file", "bus")}
+            moved |= {end: rank.moved[f"NVLink {end}"] + rank.moved[f"network {end}"] for end in ("in", "out")}
+            expected = Counter(moved) | Counter(calls=int(n_calls(rank)))
+            assert Counter(counts[scenario]) == expected, (scenario, rank.rank)
