@@ -1,4 +1,4 @@
-"""The charts of README: the speed of each format to FP16 and of loading models, compared with other systems."""
+"""The charts: the speed of each format and of loading, compared with other systems; loading by several ranks."""
 
 from contextlib import contextmanager
 
@@ -11,21 +11,26 @@ OURS, LIGHT_OURS, LLAMA_CPP, PYTORCH = "#0072b2", "#56b4e9", "#e69f00", "#999999
 
 
 @contextmanager
-def _figure(theme, size, n_columns, path):
+def _figure(theme, size, n_columns, path, n_axes=1):
     ink = INK[theme]
     style = {
         "svg.hashsalt": "numba_dequant", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9,
         "text.color": ink, "axes.edgecolor": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink,
     }  # fmt: skip
     with mpl.rc_context(style):
-        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        figure, axes = plt.subplots(1, n_axes, figsize=size, layout="constrained")
         yield axes, ink
-        axes.invert_yaxis()
-        axes.margins(y=0.01)
-        axes.spines[["top", "right"]].set_visible(False)
+        for each in figure.axes:
+            each.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside upper center", ncols=n_columns, frameon=False)
         figure.savefig(path, transparent=True, metadata={"Date": None})
         plt.close(figure)
+
+
+def _from_top(axes):
+    """The first bar at the top."""
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
 
 
 def speed(results, peers, theme, path):
@@ -45,6 +50,7 @@ def speed(results, peers, theme, path):
         axes.plot(rooflines, places, "|", color=ink, markersize=10, markeredgewidth=1.5, label="only moving bytes")
         axes.set_yticks(places, names)
         axes.set_xlabel(f"GB/s read and written, to FP16, on one {results.machine['gpu']}")
+        _from_top(axes)
 
 
 def loading(results, theme, path):
@@ -68,3 +74,25 @@ def loading(results, theme, path):
         labels = [f"like {name}\n{size:.3g} GB" for name, size in zip(names, sizes, strict=True)]
         axes.set_yticks(range(len(names)), labels)
         axes.set_xlabel(f"GB/s of FP16, from a file in the page cache, on one {results.machine['gpu']}")
+        _from_top(axes)
+
+
+def ranks(counts, models, theme, path):
+    """Predicted seconds: model -> way -> (overlapped, one after another), for each number of ranks."""
+    colors = {"sharded": OURS, "replicated": LLAMA_CPP}
+    with _figure(theme, (8, 3.4), 2, path, n_axes=len(models)) as (panels, _):
+        for axes, (model, ways) in zip(panels, models.items(), strict=True):
+            for way, lines in ways.items():
+                for how, style, seconds in zip(("overlapped", "one after another"), ("-", "--"), lines, strict=True):
+                    label = f"{way}, {how}" if axes is panels[0] else None
+                    places = range(len(counts))
+                    axes.plot(
+                        places, [1e3 * each for each in seconds], style, marker=".", color=colors[way], label=label
+                    )
+            axes.set_yscale("log")
+            axes.set_ylim(10, 10_000)
+            axes.set_yticks([10, 100, 1000, 10_000], ["10", "100", "1,000", "10,000"])
+            axes.set_xticks(range(len(counts)), counts)
+            axes.set_title(model, fontsize=9)
+            axes.set_xlabel("ranks")
+        panels[0].set_ylabel("ms, predicted")

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,6 +109,51 @@ def test_the_page_of_products_divides_by_the_floor(tmp_path, monkeypatch):
     assert "| TQ1_0 | 14336x4096 | 20.0 | 21.0 | 95.2% | 26.0 | 76.9% |  |  | 43.0 | 2.05 |" in page
     assert "| Q4_K | 60.0 | 2,500 | 50.0 | 3,000 |" in page
     assert "| Q4_K | 64 | 80.0 | 97.0 | 45.0 | 71.6 | blocks |" in page
+
+
+@pytest.fixture
+def report_ranks(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("report_ranks")
+
+
+def test_the_page_of_load_times_is_that_of_the_predictions(report_ranks):
+    """Those of few ranks are calculated again; those of many ranks would take many seconds."""
+    stored = json.loads((report_ranks.RESULTS / report_ranks.PREDICTED).read_text())
+    calculated = report_ranks.predictions(counts=[ranks for ranks in report_ranks.RANKS if ranks <= 64])
+    assert calculated.keys() == {key for key in stored if int(key.rpartition("; ")[2]) <= 64}
+    for key, entry in calculated.items():
+        for name, found in entry.items():
+            expected = found if isinstance(found, str) else pytest.approx(found)
+            assert stored[key][name] == expected, f"{key}: run benchmarks/report_ranks.py"
+    assert report_ranks.PAGE.read_text() == report_ranks.page(stored), "run benchmarks/report_ranks.py"
+
+
+def test_the_page_of_load_times_shows_what_is_measured(report_ranks, tmp_path):
+    """It has no measured time of two ranks until there is a result, and then the ratio."""
+    for name in ("ranks-machine.json", "h100-loading.json", "h100.json"):
+        (tmp_path / name).write_text((report_ranks.RESULTS / name).read_text())
+    stored = json.loads((report_ranks.RESULTS / report_ranks.PREDICTED).read_text())
+    assert "- No load with a plan has been measured yet." in report_ranks.page(stored, tmp_path)
+    (tmp_path / "ranks.json").write_text('{"machine": "two of them", "seconds": {"two GPUs, sharded": 0.5}}')
+    lines = report_ranks.page(stored, tmp_path).splitlines()
+    assert "- Loads with a plan were measured with two GPUs alone." in lines
+    assert "Two GPUs: two of them." in lines
+    rows = [line.split(" | ") for line in lines]
+    sharded, replicated = (
+        next(row for row in rows if row[:2] == [f"| two GPUs, {way}", "overlapped"]) for way in report_ranks.WAYS
+    )
+    assert sharded[3:] == ["500.0", f"{float(sharded[2]) / 500:.2f} |"]
+    assert replicated[3] == "not measured yet"
+
+
+def test_the_example_of_the_page_of_load_times(report_ranks, monkeypatch, capsys):
+    code = re.search(r"```python\n(.*?)```", report_ranks.PAGE.read_text(), re.DOTALL)[1]
+    tensors = {tensor.name: tensor for tensor in report_ranks.tensors_of(report_ranks.MEASURED_MODEL)}
+    metadata = {"general.architecture": "llama", "llama.attention.key_length": 128}
+    monkeypatch.setattr(nd, "open", lambda path: SimpleNamespace(tensors=tensors, metadata=metadata))
+    exec(code, {})
+    assert capsys.readouterr().out.endswith(" page cache\n")
 
 
 @pytest.mark.long

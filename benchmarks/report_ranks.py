@@ -1,0 +1,336 @@
+"""Write docs/ranks-cost.md and its charts: predicted load times of plans, beside the measured ones.
+
+python benchmarks/report_ranks.py [benchmarks/results]
+
+Rates come from results/ranks-machine.json, which says where each of them is from. The script calculates all predictions
+and keeps them in results/ranks-predicted.json, from which it writes the page. Loads by several ranks come from
+results/ranks.json, if it exists:
+
+{"machine": "two GPUs of ...", "seconds": {"two GPUs, sharded": 0.5, "two GPUs, replicated": 0.5}}
+
+The seconds are those of `load_file(plan=...)` for the first of MODELS.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from functools import cache
+from itertools import product
+from math import prod
+from pathlib import Path
+
+import models
+from tables import Results, table
+
+import numba_dequant as nd
+from numba_dequant.gguf.tensors import TensorInfo
+from numba_dequant.parallel import Machine, Part, Plan, RankPlan, llama_rules, plan, predict
+
+HERE = Path(__file__).parent
+RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "ranks-cost.md"
+PREDICTED = "ranks-predicted.json"
+RANKS = (1, 2, 4, 8, 64, 256, 1024)
+STAGES_OF, ELSEWHERE_OF = (1, 8, 64, 1024), (8, 64, 256)
+# The first one is the file that test_loading.py measures.
+MODELS = {
+    "like Llama-3.1-8B, 56 layers": {"n_layers": 56},
+    "like Llama-3.1-70B": {"n_layers": 80, "n_embd": 8192, "n_ff": 28_672, "n_q": 8192},
+}
+MEASURED_MODEL = next(iter(MODELS))
+WAYS = ("sharded", "replicated")
+
+PAGE_TEXT = """\
+# Several GPUs and machines: predicted load times
+
+`numba_dequant.parallel.predict` calculates the load time of [a plan](ranks.md) from the bytes that each rank moves and
+from the rates of a machine. `benchmarks/report_ranks.py` writes this page.
+
+- **Predicted**: the chart, the tables of *Times*, *Stages* and *Where the file is*, and the column *predicted, ms*.
+- **Measured**: the column *measured, ms*, and the rates that *The machine* calls measured.
+- **Assumed**: the other rates of *The machine*: those of the network and of the disks, and the latency. Every
+  prediction for a plan contains the latency. Predictions for more than one host also contain the rate of the network.
+- {measured}
+
+The bytes are not only calculated: tests compare them with those that `load_file` reads and sends for up to six ranks.
+
+```python
+import numba_dequant as nd
+from numba_dequant.parallel import Machine, llama_rules, plan, predict
+
+machine = Machine(page_cache=94e9, bus=52e9, nvlink=359e9, network=50e9, memory=3e12)  # bytes per second
+model = nd.open("model.gguf")
+found = predict(plan(model.tensors.values(), 16, llama_rules(model.metadata)), machine)
+print(found.seconds, found.overlapped_seconds, found.bottleneck)
+```
+
+<picture>
+  <source media="(prefers-color-scheme: dark)" srcset="../benchmarks/results/ranks-dark.svg">
+  <img alt="predicted load time against ranks, for two models" src="../benchmarks/results/ranks-light.svg">
+</picture>
+
+- **Sharded**: by the rules of `llama_rules`. **Replicated**: each rank holds the whole model.
+- **Overlapped**: all stages run at the same time, and the longest one decides. `nd.load` does this for one GPU. For
+  several ranks, it is a lower limit.
+- **One after another**: the times of reading, copying, exchanging and dequantizing are added, and the copies are from
+  pageable memory. `load_file(plan=...)` works like this. Reading has the rate of `nd.load`, which uses many threads.
+  But a rank reads with one thread, so the real time is longer.
+- **Bottleneck**: the link that bounds the longest stage of *overlapped*.
+- 1 GB is 10^9 bytes. All values become FP16. The shapes are those of Llama. With 56 layers, the model is the file that
+  [the benchmarks](../benchmarks/README.md#loading) load.
+
+## Times
+
+All times are predicted. A host has {size} GPUs and one network link. Each host has the file in its page cache.
+
+{times}
+
+A rank that holds columns reads whole rows. So the ranks of a host read the same bytes several times, and more ranks on
+a host can be slower. With hundreds of ranks, rows have fewer blocks than there are ranks. Many ranks then hold no
+columns of some tensors, and do not read them.
+
+## Stages
+
+All times are predicted. Copies are from pinned memory here. *wait* is the latency of all collectives.
+
+{stages}
+
+## Where the file is
+
+All times are predicted. If only one host has the file, its ranks read for all others. They read and send each part
+again for each rank that holds it, and whole tensors, too.
+
+{elsewhere}
+
+## Predicted and measured
+
+Files are in the page cache. The measured times of the H200 follow from rates of the file, in GB/s, which have no
+results file. The rate of the page cache comes from the row of the two processes, so the ratio of this row says nothing
+about the model.
+
+{beside}
+
+## The machine
+
+{rates}
+
+## What the model leaves out
+
+- **The plan.** Each rank makes the plan of all ranks, and a digest of it. This takes processor time that grows with the
+  number of ranks and tensors: with 1024 ranks, it takes seconds, much longer than the sharded load that this page
+  predicts.
+- The bytes of what ranks tell each other: two digests each, and the plan, which one rank sends to all others if any of
+  them lacks the file. The latency of these collectives is part of *wait*.
+- Making groups of ranks, and the first connection between two ranks.
+- Opening the file, allocating memory, and launching kernels.
+- Lower rates: of small pieces, and of links while other links are busy.
+- Latencies that grow with the number of ranks. A collective is a ring in the order of the ranks.
+- Waiting for a rank that reads for others. It sends to one rank after the other.
+- Memory. A host that reads for many others holds all their bytes in its memory at the same time.
+"""
+
+
+def rate(entry, folder):
+    """Bytes per second of an entry, which has the number itself or says which result it is."""
+    if "from" in entry:
+        file, test, parameters = entry["from"]
+        return 1e9 * Results(folder / file).one(test, **parameters)["GB/s"]
+    return 1e9 * entry["GB/s"]
+
+
+def machine_of(found, folder):
+    """The machine with the file in the page cache, the rate of its disk, and that of copies from pageable memory."""
+    assumed = found["assumed"]
+    rates = {name: rate(entry, folder) for name, entry in found["measured"].items()}
+    pageable = rates.pop("pageable bus")
+    others = {"gpus_per_host": assumed["gpus_per_host"]["GPUs"], "latency": assumed["latency"]["us"] / 1e6}
+    network, disk = (rate(assumed[name], folder) for name in ("network", "disk"))
+    return Machine(network=network, **rates, **others), disk, pageable
+
+
+@cache
+def tensors_of(model):
+    found, offset = [], 0
+    for name, kind, shape in models.tensors("Llama-3.1-8B", "Q4_K_M", **MODELS[model]):
+        fmt = nd.FORMATS[kind]
+        found.append(
+            TensorInfo(name, fmt, shape, "model.gguf", offset, fmt.n_bytes(shape), prod(shape), "little", None)
+        )
+        offset += fmt.n_bytes(shape)
+    return tuple(found)
+
+
+def bytes_of(model):
+    return sum(tensor.n_bytes for tensor in tensors_of(model))
+
+
+def plan_of(model, way, ranks):
+    metadata = {"general.architecture": "llama", "llama.attention.key_length": 128}
+    return plan(tensors_of(model), ranks, llama_rules(metadata) if way == "sharded" else [])
+
+
+def entry_of(found, pageable):
+    """What the page shows of a prediction, in seconds and bytes; bytes are the most of a rank."""
+
+    def most(*links):
+        return max(sum(rank.moved[link] for link in links) for rank in found.ranks)
+
+    rest = (rank.moved["bus"] / pageable + sum(stage.seconds for stage in rank.stages[2:]) for rank in found.ranks)
+    return {
+        "overlapped": found.overlapped_seconds,
+        "one after another": found.stages[0].seconds + max(rest),
+        "bottleneck": found.bottleneck,
+        "stages": {stage.name: stage.seconds for stage in found.stages},
+        "most bytes": {"file": most("file"), "bus": most("bus"), "other GPUs": most("NVLink in", "network in")},
+    }
+
+
+def predictions(folder=RESULTS, counts=RANKS):
+    """All predictions of the page for these numbers of ranks: model, way, where the file is, ranks -> entry."""
+    machine, disk, pageable = machine_of(json.loads((folder / "ranks-machine.json").read_text()), folder)
+    places = {"page caches": (machine, "every host"), "disks": (replace(machine, disk=disk), "every host")}
+    places["one host"] = machine, "one host"
+    found = {}
+    for model, way, ranks in product(MODELS, WAYS, counts):
+        of_ranks = plan_of(model, way, ranks)
+        for place, (on, files) in places.items():
+            if place == "page caches" or (model == MEASURED_MODEL and ranks in ELSEWHERE_OF):
+                found[key(model, way, place, ranks)] = entry_of(predict(of_ranks, on, files=files), pageable)
+    return found
+
+
+def key(model, way, place, ranks):
+    return f"{model}; {way}; {place}; {ranks}"
+
+
+def whole_reads(ranks):
+    """A plan with which each rank loads a file of its own."""
+    plans = []
+    for rank in range(ranks):
+        own = [tensor._replace(name=f"{rank}.{tensor.name}") for tensor in tensors_of(MEASURED_MODEL)]
+        plans.append(RankPlan(rank, 0, {tensor.name: Part(tensor) for tensor in own}))
+    return Plan(tuple(plans), ())
+
+
+def ms(seconds):
+    return f"{1e3 * seconds:,.1f}"
+
+
+def times(found):
+    """Every model, way and number of ranks, if all hosts have the file in their page cache."""
+    head = ["model and way", "ranks", "overlapped, ms", "bottleneck", "one after another, ms"]
+    head += ["most of a rank, GB: from the file", "over the bus", "from other GPUs"]
+    rows = []
+    for model, way, ranks in product(MODELS, WAYS, RANKS):
+        one = found[key(model, way, "page caches", ranks)]
+        row = [f"{model}, {bytes_of(model) / 1e9:.2f} GB, {way}", ranks, ms(one["overlapped"]), one["bottleneck"]]
+        row += [ms(one["one after another"]), *(f"{n_bytes / 1e9:,.2f}" for n_bytes in one["most bytes"].values())]
+        rows.append(row)
+    return table(head, rows)
+
+
+def stages(found):
+    """The seconds of each stage for some numbers of ranks."""
+    of_rows = {
+        (way, ranks): found[key(MEASURED_MODEL, way, "page caches", ranks)]["stages"]
+        for way, ranks in product(WAYS, STAGES_OF)
+    }
+    names = list(next(iter(of_rows.values())))
+    rows = [[*row, *map(ms, of_row.values())] for row, of_row in of_rows.items()]
+    return table([f"{MEASURED_MODEL}, ms", "ranks", *names], rows)
+
+
+def elsewhere(found):
+    """The file on disks, and on one host alone."""
+    rows = []
+    for way, ranks in product(WAYS, ELSEWHERE_OF):
+        row = [way, ranks]
+        for place in ("page caches", "disks", "one host"):
+            one = found[key(MEASURED_MODEL, way, place, ranks)]
+            row += [ms(one["overlapped"]), one["bottleneck"]]
+        rows.append(row)
+    head = [f"{MEASURED_MODEL}, overlapped, ms", "ranks", "page caches", "bottleneck", "disks", "bottleneck"]
+    return table([*head, "page cache of one host", "bottleneck"], rows)
+
+
+def rates(found, folder):
+    """Each rate, and where it is from."""
+    rows = []
+    for kind in ("measured", "assumed"):
+        for name, entry in found[kind].items():
+            other = next((f"{entry[unit]} {unit}" for unit in ("us", "GPUs") if unit in entry), None)
+            where = f"`results/{entry['from'][0]}`" if "from" in entry else "no results file"
+            is_from = f"{kind}, {where}" if kind == "measured" else kind
+            rows.append([f"`{name}`", other or f"{rate(entry, folder) / 1e9:,.1f} GB/s", is_from, entry["source"]])
+    return table(["of `Machine`", "rate", "measured or assumed", "source"], rows)
+
+
+def measured_plans(folder):
+    """The machine and the seconds of loads with a plan, if they were measured."""
+    path = folder / "ranks.json"
+    return json.loads(path.read_text()) if path.exists() else {"seconds": {}}
+
+
+def beside(found, rates, folder):
+    """The predictions beside what was measured."""
+    machine, _, _ = machine_of(rates, folder)
+    rows, n_bytes = [], bytes_of(MEASURED_MODEL)
+    for load in rates["loads"]:
+        seconds = n_bytes / rate(load, folder)
+        # `nd.load` has no collectives.
+        prediction = predict(whole_reads(load["ranks"]), replace(machine, latency=0)).overlapped_seconds
+        rows.append([load["title"], "overlapped", ms(prediction), ms(seconds), f"{prediction / seconds:.2f}"])
+    results = measured_plans(folder)
+    for way in WAYS:
+        seconds = results["seconds"].get(f"two GPUs, {way}")
+        one = found[key(MEASURED_MODEL, way, "page caches", 2)]
+        for how in ("overlapped", "one after another"):
+            measured = [ms(seconds), f"{one[how] / seconds:.2f}"] if seconds else ["not measured yet", None]
+            rows.append([f"two GPUs, {way}", how, ms(one[how]), *measured])
+    head = [f"load of {n_bytes / 1e9:.2f} GB", "stages", "predicted, ms", "measured, ms", "predicted / measured"]
+    return "\n\n".join([table(head, rows), *([f"Two GPUs: {results['machine']}."] if "machine" in results else [])])
+
+
+def page(found, folder=RESULTS):
+    """The text of the page, with these predictions."""
+    of_machine = json.loads((folder / "ranks-machine.json").read_text())
+    is_measured = bool(measured_plans(folder)["seconds"])
+    return PAGE_TEXT.format(
+        measured="Loads with a plan were measured with two GPUs alone."
+        if is_measured
+        else "No load with a plan has been measured yet.",
+        size=machine_of(of_machine, folder)[0].gpus_per_host,
+        times=times(found),
+        stages=stages(found),
+        elsewhere=elsewhere(found),
+        beside=beside(found, of_machine, folder),
+        rates=rates(of_machine, folder),
+    )
+
+
+def series(found):
+    """The lines of the chart: model -> way -> (overlapped, one after another), seconds for each number of ranks."""
+
+    def line(model, way, how):
+        return tuple(found[key(model, way, "page caches", ranks)][how] for ranks in RANKS)
+
+    return {
+        f"{model}, {bytes_of(model) / 1e9:.3g} GB": {
+            way: (line(model, way, "overlapped"), line(model, way, "one after another")) for way in WAYS
+        }
+        for model in MODELS
+    }
+
+
+def main():
+    import chart
+
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    found = predictions(folder)
+    (folder / PREDICTED).write_text(json.dumps(found, indent=1) + "\n")
+    PAGE.write_text(page(found, folder))
+    for theme in ("light", "dark"):
+        chart.ranks(RANKS, series(found), theme, folder / f"ranks-{theme}.svg")
+
+
+if __name__ == "__main__":
+    main()
