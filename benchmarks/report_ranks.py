@@ -84,9 +84,9 @@ All times are predicted. A host has {size} GPUs and one network link. Each host 
 
 {times}
 
-A rank that holds columns reads whole rows. So the ranks of a host read the same bytes several times, and more ranks on
-a host can be slower. With hundreds of ranks, rows have fewer blocks than there are ranks. Many ranks then hold no
-columns of some tensors, and do not read them.
+The ranks of a host that hold columns read some rows each, and send each other their columns. So each byte is read once
+per host. With hundreds of ranks, rows have fewer blocks than there are ranks. Many ranks then hold no columns of some
+tensors, and do not read them.
 
 ## Stages
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -159,6 +160,22 @@ class _Traffic:
             of_source["calls"] += 1
             self.moved[rank]["calls"] += 1
 
+    def divide(self, parts: dict[int, Part]) -> None:
+        """Ranks of a host that hold columns of a tensor read some rows each, and send the others their columns."""
+        (host, *_), (first, *_) = [self._hosts[rank] for rank in parts], parts.values()
+        n_rows = prod(first.tensor.shape[: first.dim])
+        of_row = {rank: part.n_bytes // n_rows for rank, part in parts.items()}
+        for index, rank in enumerate(parts):
+            begin, end = (n_rows * edge // len(parts) for edge in (index, index + 1))
+            step = first.tensor.n_bytes // n_rows
+            self._spans[host, first.tensor.name].add((begin * step, end * step))
+            self.moved[rank]["file"] += (end - begin) * step
+            self.moved[rank]["bus"] += (end - begin) * sum(of_row.values())
+            self.moved[rank]["calls"] += 1
+            for other, n_bytes in of_row.items():
+                if other != rank:
+                    self.send(rank, other, (end - begin) * n_bytes)
+
     def gather(self, ranks: tuple[int, ...], tensors: list[TensorInfo]) -> None:
         """Ranks that hold the same whole tensors read a piece of equal size each, and gather the pieces in a ring."""
         count, sizes = len(ranks), np.array([tensor.n_bytes for tensor in tensors], np.int64)
@@ -190,6 +207,7 @@ def _traffic(plan: Plan, hosts: list[int], n_readers: int, value_bytes: int) -> 
     """What the ranks move. The first `n_readers` ranks have the file."""
     found = _Traffic(hosts, AGREEMENTS + (n_readers < len(hosts)) * BROADCAST)
     holders: dict[str, list[int]] = defaultdict(list)
+    columns: dict[tuple[str, int], dict[int, Part]] = defaultdict(dict)
     for rank, of_rank in enumerate(plan.ranks):
         source = rank % n_readers  # a rank that has the file reads for itself
         memory = 0
@@ -201,9 +219,17 @@ def _traffic(plan: Plan, hosts: list[int], n_readers: int, value_bytes: int) -> 
                 memory += n_bytes + value_bytes * (part.tensor.n_elements * n_bytes // part.tensor.n_bytes)
             if source == rank and part.dim is None:
                 holders[name].append(rank)
+            elif source == rank and part.dim:
+                columns[name, hosts[rank]][rank] = part
             else:
                 found.part(source, rank, part, n_bytes)
         found.moved[rank]["memory"] = memory
+    for parts in columns.values():
+        if len(parts) > 1:
+            found.divide(parts)
+        else:
+            ((rank, part),) = parts.items()
+            found.part(rank, rank, part, part.n_bytes)
     together: dict[tuple[int, ...], list[TensorInfo]] = defaultdict(list)
     for name, ranks in holders.items():
         together[tuple(ranks)].append(plan.ranks[ranks[0]].parts[name].tensor)

@@ -426,7 +426,7 @@ class _Routes:
         self._holders: dict[tuple[str, str | None], dict[int, _Share]] = defaultdict(dict)
         for rank in self._sources:
             for share in shares[rank]:
-                if share.dim is None or share.has_columns:
+                if share.n_bytes and (share.dim is None or share.has_columns):
                     self._holders[self._key(rank, share)][rank] = share
 
     def _key(self, rank: int, share: _Share) -> tuple[str, str | None]:
@@ -439,7 +439,7 @@ class _Routes:
 
     def is_divided(self, rank: int, share: _Share) -> bool:
         """Whether several ranks of a host read the rows of the columns that they hold."""
-        return share.has_columns and share.n_rows > 0 and len(self.holders(rank, share)) > 1
+        return share.has_columns and share.n_bytes > 0 and len(self.holders(rank, share)) > 1
 
     def rows(self, rank: int, share: _Share) -> range:
         """The rows that a rank reads of columns that are divided."""
@@ -474,7 +474,7 @@ class _Routes:
 
     def piece(self, rank: int, share: _Share) -> tuple[int, int]:
         """The piece of a whole tensor that is read for a rank: its first byte and its size."""
-        if self._hosts[rank] is None:
+        if self._hosts[rank] is None or not share.n_bytes:
             return 0, share.n_bytes
         each = self._length(rank, share)
         first = min(self.holders(rank, share).index(rank) * each, share.n_bytes)

@@ -56,15 +56,20 @@ def test_rows_by_hand():
     assert seconds(compressed)["dequantize"] == 0.0
 
 
-def test_columns_read_whole_rows():
-    """Each rank reads all 160 bytes, and the disk of the host reads them once."""
+def test_columns_by_hand():
+    """Ranks of a host read two of four rows each, and send each other half of what they read. A lone rank reads all."""
     (tensor,) = tensors_of({"w": ("F32", (4, 10))})
-    prediction = predict(plan([tensor], 2, [("w", Shard(-1))]), replace(MACHINE, disk=40.0))
-    assert moved(prediction, "file") == [160, 160]
-    assert moved(prediction, "bus") == [80, 80]
+    found = plan([tensor], 2, [("w", Shard(-1))])
+    prediction = predict(found, replace(MACHINE, disk=40.0))
+    assert moved(prediction, "file") == moved(prediction, "bus") == [80, 80]
+    assert moved(prediction, "NVLink in") == moved(prediction, "NVLink out") == [40, 40]
     assert prediction.distinct_bytes == (160,)
     assert prediction.stages[0].seconds == 4.0
     assert prediction.bottleneck == "disk"
+    apart = predict(found, replace(MACHINE, gpus_per_host=1))
+    assert moved(apart, "file") == [160, 160]
+    assert moved(apart, "bus") == [80, 80]
+    assert moved(apart, "network out") == [0, 0]
 
 
 def test_a_whole_tensor_by_hand():

@@ -72,6 +72,13 @@ class Recorder:
             self._count(arguments[1], "out", arguments[0].nbytes)
         elif function is torch.distributed.recv:
             self._count(arguments[1], "in", arguments[0].nbytes)
+        elif function is torch.distributed.all_to_all_single:
+            found, data, received, sent = arguments
+            assert (found.nbytes, data.nbytes) == (sum(received), sum(sent))
+            for other, n_received, n_sent in zip(self._members[group], received, sent, strict=True):
+                if other != self.rank:
+                    self._count(other, "out", n_sent)
+                    self._count(other, "in", n_received)
         else:
             assert function is torch.distributed.all_gather_into_tensor
             members = self._members[group]
@@ -87,7 +94,7 @@ def counted(model, found, n_readers, monkeypatch):
     """What each rank would read, copy, send and receive, by the loader."""
     read_into, world = loading_files.read_into, len(found.ranks)
     shares = distributed._shares(found, model, world)
-    has_file = [rank < n_readers for rank in range(world)]
+    hosts = [str(rank // HOST) if rank < n_readers else None for rank in range(world)]
     for rank in range(world):
         recorder = Recorder(rank, world)
 
@@ -96,8 +103,8 @@ def counted(model, found, n_readers, monkeypatch):
             return read_into(file, buffer, offset)
 
         monkeypatch.setattr(loading_files, "read_into", counting)
-        routes = distributed._Routes(recorder, shares, has_file, torch.device("cpu"))
-        raw = distributed._read(model, rank, routes) if has_file[rank] else {}
+        routes = distributed._Routes(recorder, shares, hosts, torch.device("cpu"))
+        raw = distributed._read(model, rank, routes) if hosts[rank] is not None else {}
         recorder.found["bus"] = sum(data.nbytes for data in raw.values())
         routes.exchange(raw)
         yield recorder.found

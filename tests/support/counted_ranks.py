@@ -27,7 +27,7 @@ HOST = 2
 """Ranks of a host."""
 
 
-def count_call(counts, function, arguments):
+def count_call(counts, function, arguments, group):
     """Count a collective, and its bytes as those of a ring. The bytes of objects are not counted."""
     name = function.__name__
     counts["calls"] += 1
@@ -39,6 +39,12 @@ def count_call(counts, function, arguments):
         n_bytes = arguments[0].nbytes - arguments[1].nbytes
         counts["out"] += n_bytes
         counts["in"] += n_bytes
+    elif name == "all_to_all_single":
+        received, sent = ([*sizes] for sizes in arguments[2:])
+        for sizes in (received, sent):
+            del sizes[dist.get_rank(group)]
+        counts["out"] += sum(sent)
+        counts["in"] += sum(received)
 
 
 def watched(counts, patches):
@@ -46,12 +52,12 @@ def watched(counts, patches):
 
     def wrapped(function):
         def call(*arguments, **options):
-            count_call(counts, function, arguments)
+            count_call(counts, function, arguments, options.get("group"))
             return function(*arguments, **options)
 
         return call
 
-    for name in ("all_gather", "broadcast", "send", "recv", "all_gather_into_tensor"):
+    for name in ("all_gather", "broadcast", "send", "recv", "all_gather_into_tensor", "all_to_all_single"):
         replacement = wrapped(getattr(distributed_c10d, name))
         for module in (dist, distributed_c10d):
             patches.enter_context(mock.patch.object(module, name, replacement))
@@ -67,6 +73,7 @@ def watched(counts, patches):
         counts["bus"] += sum(data.nbytes for data in found.values())
         return found
 
+    patches.enter_context(mock.patch.object(distributed, "_host", return_value=str(dist.get_rank() // HOST)))
     read_parts = distributed._read
     patches.enter_context(mock.patch.object(distributed, "_read", read))
 
