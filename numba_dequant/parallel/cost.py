@@ -117,7 +117,7 @@ def predict(
 
 
 class _Traffic:
-    """What the ranks of a plan move, counted. It follows `numba_dequant.torch.distributed`.
+    """What the ranks of a plan move, counted. It follows `numba_dequant.torch.routes`.
 
     Args:
         hosts: the host of each rank.
@@ -191,7 +191,8 @@ class _Traffic:
             self.moved[rank]["bus"] += n_bytes
             if count > 1:
                 self.send(rank, ranks[(index + 1) % count], n_sent)
-                self.moved[rank]["calls"] += len(tensors)
+                # If other ranks do not hold the tensors, each step of the ring is a call.
+                self.moved[rank]["calls"] += len(tensors) * (1 if count == len(self._hosts) else count - 1)
         # The ranks of a host are neighbours in the ring, so their pieces are one span.
         of_hosts = Counter(self._hosts[rank] for rank in ranks)
         begin = 0

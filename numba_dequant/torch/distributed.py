@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
@@ -36,46 +34,12 @@ from numba_dequant.model import open as open_model
 from numba_dequant.parallel import Part, Placement, Plan, Replicate, Shard, plan
 from numba_dequant.parallel.placements import checked_rules
 from numba_dequant.torch.functional import dequantize, resolved
+from numba_dequant.torch.routes import Ranks, Routes, Share, told
 
 Planner = Plan | Callable[[Model], Plan]
 
 SLAB = 4 << 20
 """Bytes that a rank reads at a time if it needs only some columns."""
-
-
-@dataclass(frozen=True)
-class _Share:
-    """What one rank holds of a tensor. Unlike a `Part`, it can be sent to a rank that does not have the file.
-
-    Attributes:
-        name: the name of the tensor.
-        format: the name of its format.
-        shape: the shape of the share.
-        dim: the dimension along which the tensor is cut, or None.
-        start: the first index along it.
-        stop: the index after the last one.
-    """
-
-    name: str
-    format: str
-    shape: tuple[int, ...]
-    dim: int | None
-    start: int
-    stop: int
-
-    @property
-    def n_bytes(self) -> int:
-        return format_named(self.format).n_bytes(self.shape)
-
-    @property
-    def has_columns(self) -> bool:
-        """Whether its bytes are not contiguous in the file."""
-        return self.dim is not None and self.dim > 0
-
-    @property
-    def n_rows(self) -> int:
-        """The number of its pieces that are contiguous in the file, if it has columns."""
-        return prod(self.shape[: self.dim])
 
 
 def load_sharded(
@@ -84,7 +48,7 @@ def load_sharded(
     """The tensors of this rank by the plan; see `load_file`. A wrong argument of one rank is an error on all ranks."""
     if not dist.is_available() or not dist.is_initialized():
         raise OptionError("a plan needs a process group; call torch.distributed.init_process_group first")
-    ranks = _Ranks(group)
+    ranks = Ranks(group)
     with ranks.all_or_none("use its arguments"):
         if planner is None:
             raise OptionError(
@@ -101,7 +65,7 @@ def load_sharded(
         device = _usable(device)
         type_of = dtype_resolver(dtype)
     model, shares, hosts = _agree(ranks, path, planner)
-    routes = _Routes(ranks, shares, hosts, device)
+    routes = Routes(ranks, shares, hosts, device)
     with ranks.all_or_none("read its part"):
         raw = {} if model is None else _read(model, ranks.rank, routes)
     blocks = routes.exchange(raw)
@@ -118,7 +82,7 @@ def _usable(device: Any) -> torch.device:
         return torch.empty(0, device=torch.device(device)).device
     except Exception as error:  # the error depends on how PyTorch was built
         raise DeviceError(
-            f"device {shown(device)} cannot be used: {_told(error)}; pass 'cpu' or a device that PyTorch finds"
+            f"device {shown(device)} cannot be used: {told(error)}; pass 'cpu' or a device that PyTorch finds"
         ) from error
 
 
@@ -134,7 +98,7 @@ def load_dtensors(path: Any, dtype: Any, mesh: Any, placements: Any, *, keep_qua
     if mesh.ndim != 1:
         raise OptionError(f"the mesh has {mesh.ndim} dimensions, not 1; pass one of them, such as mesh['tp']")
     group = mesh.get_group()
-    with _Ranks(group).all_or_none("use its arguments"):
+    with Ranks(group).all_or_none("use its arguments"):
         if not isinstance(placements, Mapping):
             raise OptionError(f"placements must be a mapping, glob -> Shard or Replicate, got {shown(placements)}")
         rules = checked_rules((pattern, _placement(pattern, given)) for pattern, given in placements.items())
@@ -170,69 +134,7 @@ def _placement(pattern: str, given: Any) -> Placement:
     )
 
 
-class _Ranks:
-    """The ranks of a process group: communication, and errors that all of them raise."""
-
-    def __init__(self, group: Any) -> None:
-        if group is not None and not isinstance(group, dist.ProcessGroup):  # new_group returns a number to other ranks
-            raise OptionError(
-                f"group must be a process group to which this rank belongs, got {shown(group)}; call load_file only on "
-                "the ranks of the group"
-            )
-        self.group: dist.ProcessGroup | None = group
-        self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
-        _device_of(group, torch.device("cpu"))  # without such a device, no rank can tell the others anything
-
-    def gather(self, thing: Any) -> list[Any]:
-        """The objects that all ranks pass, by rank."""
-        found: list[Any] = [None] * self.count
-        self.call(dist.all_gather_object, found, thing, group=self.group)
-        return found
-
-    def broadcast(self, thing: Any, source: int) -> Any:
-        """The object that the rank `source` passes."""
-        found = [thing]
-        self.call(dist.broadcast_object_list, found, self.global_rank(source), group=self.group)
-        return found[0]
-
-    def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Call a function of `torch.distributed`.
-
-        Raises:
-            DeviceError: the call fails, usually because another rank has ended or does not answer within the timeout.
-        """
-        try:
-            return function(*arguments, **options)
-        except RuntimeError as error:  # of PyTorch's: DistError and what the backends raise
-            raise DeviceError(
-                f"rank {self.rank} of {self.count} cannot communicate with the other ranks: {_told(error)}; look for "
-                "the first error that another rank printed"
-            ) from error
-
-    def global_rank(self, rank: int) -> int:
-        return rank if self.group is None else dist.get_global_rank(self.group, rank)
-
-    @contextmanager
-    def all_or_none(self, what: str) -> Iterator[None]:
-        """A context. If it raises an error on one rank, all other ranks raise a DeviceError that quotes it."""
-        try:
-            yield
-        except Exception as error:
-            with suppress(DeviceError):  # if the others cannot be told, this rank still raises its own error
-                self.gather(_told(error))
-            raise
-        for rank, sentence in enumerate(self.gather(None)):
-            if sentence is not None:
-                raise DeviceError(f"rank {rank} could not {what}: {sentence}")
-
-
-def _told(error: Exception) -> str:
-    """An error for other ranks: its type and the first line of its message, if it has one."""
-    lines = str(error).split("\n")
-    return f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
-
-
-def _agree(ranks: _Ranks, path: Any, planner: Planner) -> tuple[Model | None, list[list[_Share]], list[str | None]]:
+def _agree(ranks: Ranks, path: Any, planner: Planner) -> tuple[Model | None, list[list[Share]], list[str | None]]:
     """The model (None if this rank does not have the file), what each rank holds, and where each rank has the file.
 
     The last is the host of each rank; None for ranks that do not have the file.
@@ -298,7 +200,7 @@ def _digest(model: Model) -> str:
     return digest.hexdigest()
 
 
-def _shares(given: Any, model: Model, count: int) -> list[list[_Share]]:
+def _shares(given: Any, model: Model, count: int) -> list[list[Share]]:
     if not isinstance(given, Plan):
         raise OptionError(f"the function that was passed as plan returned {shown(given)}, but must return a Plan")
     if len(given.ranks) != count:
@@ -312,14 +214,14 @@ def _shares(given: Any, model: Model, count: int) -> list[list[_Share]]:
             )
     return [
         [
-            _Share(name, part.tensor.format.name, part.shape, part.dim, part.start, part.stop)
+            Share(name, part.tensor.format.name, part.shape, part.dim, part.start, part.stop)
             for name, part in rank.parts.items()
         ]
         for rank in given.ranks
     ]
 
 
-def _read(model: Model, rank: int, routes: _Routes) -> dict[tuple[int, str], NDArray[np.uint8]]:
+def _read(model: Model, rank: int, routes: Routes) -> dict[tuple[int, str], NDArray[np.uint8]]:
     """The bytes that this rank reads: (the rank that needs them, name of the tensor) -> bytes."""
     found = {}
     with OpenFiles() as files:
@@ -380,175 +282,8 @@ def _read_columns(
     return np.concatenate([each.reshape(-1) for each in found])
 
 
-def _device_of(group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
-    """The device from which a group sends the bytes of tensors on `device`, by the backends of the group.
-
-    NCCL sends from GPU to GPU, so each piece crosses the bus between host and GPU only once. Without NCCL, and for
-    tensors on the host, the ranks send from the host, unless their backends send only from GPUs.
-
-    Raises:
-        DeviceError: the backends send only from GPUs, but this rank can use none.
-    """
-    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
-    is_direct = device.type == "cuda" and backends.get("cuda") == "nccl"
-    if "cpu" in backends and not is_direct:
-        return torch.device("cpu")
-    kind = "cuda" if "cuda" in backends else next(iter(backends))
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(
-            f"rank {dist.get_rank(group)} can use no GPU, but the backend {backends[kind]} needs one; make a GPU "
-            "visible to each rank, or pass 'gloo' to init_process_group"
-        )
-    return torch.device(kind)
-
-
-class _Routes:
-    """Which rank reads which bytes, and sends them to which rank.
-
-    A rank that has the file reads its own parts. If several such ranks hold a whole tensor, each reads a piece of equal
-    size, and the pieces are then gathered. If several such ranks of a host hold columns of a tensor, each reads some
-    rows, and sends to each of the others its columns of them. If a rank does not have the file, another rank reads its
-    parts and sends them.
-
-    Args:
-        ranks: the ranks.
-        shares: what each rank holds.
-        hosts: the host of each rank that has the file; None for the others.
-        device: the device of this rank.
-    """
-
-    def __init__(
-        self, ranks: _Ranks, shares: list[list[_Share]], hosts: list[str | None], device: torch.device
-    ) -> None:
-        self._ranks, self._shares, self._hosts = ranks, shares, hosts
-        self._device = _device_of(ranks.group, device)
-        self._sources = [rank for rank, host in enumerate(hosts) if host is not None]
-        self._holders: dict[tuple[str, str | None], dict[int, _Share]] = defaultdict(dict)
-        for rank in self._sources:
-            for share in shares[rank]:
-                if share.n_bytes and (share.dim is None or share.has_columns):
-                    self._holders[self._key(rank, share)][rank] = share
-
-    def _key(self, rank: int, share: _Share) -> tuple[str, str | None]:
-        """Whole tensors are gathered by the ranks of all hosts; columns are divided among those of one host."""
-        return share.name, self._hosts[rank] if share.has_columns else None
-
-    def holders(self, rank: int, share: _Share) -> tuple[int, ...]:
-        """The ranks that read a share together with a rank."""
-        return tuple(self._holders.get(self._key(rank, share), ()))
-
-    def is_divided(self, rank: int, share: _Share) -> bool:
-        """Whether several ranks of a host read the rows of the columns that they hold."""
-        return share.has_columns and share.n_bytes > 0 and len(self.holders(rank, share)) > 1
-
-    def rows(self, rank: int, share: _Share) -> range:
-        """The rows that a rank reads of columns that are divided."""
-        holders = self.holders(rank, share)
-        index = holders.index(rank)
-        return range(*(share.n_rows * edge // len(holders) for edge in (index, index + 1)))
-
-    def columns(self, rank: int, share: _Share) -> list[tuple[int, int, int]]:
-        """The columns (dimension, start, stop) of each rank that reads them together with a rank."""
-        found = self._holders[self._key(rank, share)].values()
-        return [(each.dim or 0, each.start, each.stop) for each in found]
-
-    def _row_bytes(self, rank: int, share: _Share) -> list[int]:
-        """The bytes of the columns in a row, for each rank that reads them together with a rank."""
-        return [each.n_bytes // share.n_rows for each in self._holders[self._key(rank, share)].values()]
-
-    def source_of(self, rank: int) -> int:
-        """The rank that reads the parts of a rank."""
-        return rank if self._hosts[rank] is not None else self._sources[rank % len(self._sources)]
-
-    def read_by(self, rank: int) -> Iterator[tuple[int, _Share]]:
-        """The shares that a rank reads, each with the rank that needs it."""
-        for other, of_rank in enumerate(self._shares):
-            if self.source_of(other) == rank:
-                yield from ((other, share) for share in of_rank)
-
-    def _exchanged_by(self, rank: int) -> Iterator[tuple[int, _Share]]:
-        """The shares that a rank needs or reads, each with the rank that needs it, in an order that all ranks keep."""
-        for other, of_rank in enumerate(self._shares):
-            if rank in (other, self.source_of(other)):
-                yield from ((other, share) for share in of_rank)
-
-    def piece(self, rank: int, share: _Share) -> tuple[int, int]:
-        """The piece of a whole tensor that is read for a rank: its first byte and its size."""
-        if self._hosts[rank] is None or not share.n_bytes:
-            return 0, share.n_bytes
-        each = self._length(rank, share)
-        first = min(self.holders(rank, share).index(rank) * each, share.n_bytes)
-        return first, min(each, share.n_bytes - first)
-
-    def exchange(self, raw: dict[tuple[int, str], NDArray[np.uint8]]) -> dict[str, Tensor]:
-        """The bytes of all shares of this rank."""
-        ranks, rank, found = self._ranks, self._ranks.rank, {}
-        # All memory is allocated before a rank sends, because no rank may fail while others wait for it.
-        with ranks.all_or_none("get memory for its part"):
-            for share in self._shares[rank]:
-                if self.source_of(rank) != rank or self.is_divided(rank, share):
-                    found[share.name] = self._empty(share.n_bytes)
-                elif self._is_gathered(rank, share):
-                    found[share.name] = self._empty(self._length(rank, share) * len(self.holders(rank, share)))
-                else:
-                    found[share.name] = torch.from_numpy(raw.pop((rank, share.name)))
-            sizes = [data.size for data in raw.values()]
-            sizes += [self._length(rank, share) for share in self._shares[rank] if self._is_gathered(rank, share)]
-            piece = self._empty(max(sizes, default=0))
-        groups = self._groups()
-        for other, share in self._exchanged_by(rank):
-            source = self.source_of(other)
-            if not share.n_bytes:
-                continue
-            if rank == source and (other, share.name) in raw:
-                data = raw.pop((other, share.name))
-                piece[: data.size].copy_(torch.from_numpy(data))
-                if rank != other:
-                    ranks.call(dist.send, piece[: data.size], ranks.global_rank(other), group=ranks.group)
-                elif share.has_columns:
-                    self._divide(found[share.name], piece[: data.size], share, groups[self.holders(rank, share)])
-                else:
-                    group, length = groups[self.holders(rank, share)], self._length(rank, share)
-                    ranks.call(dist.all_gather_into_tensor, found[share.name], piece[:length], group=group)
-                    found[share.name] = found[share.name][: share.n_bytes]
-            elif rank == other != source:
-                ranks.call(dist.recv, found[share.name], ranks.global_rank(source), group=ranks.group)
-        return found
-
-    def _divide(self, found: Tensor, data: Tensor, share: _Share, group: dist.ProcessGroup | None) -> None:
-        """Send the columns of others that this rank has read, and receive its own, which come in the order of rows."""
-        rank, n_rows = self._ranks.rank, len(self.rows(self._ranks.rank, share))
-        holders, of_row = self.holders(rank, share), self._row_bytes(rank, share)
-        mine = of_row[holders.index(rank)]
-        received = [len(self.rows(other, share)) * mine for other in holders]
-        self._ranks.call(dist.all_to_all_single, found, data, received, [n_rows * each for each in of_row], group=group)
-
-    def _empty(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, device=self._device)
-
-    def _is_gathered(self, rank: int, share: _Share) -> bool:
-        """Whether the ranks that have the file and hold a whole tensor read a piece each."""
-        return share.dim is None and len(self.holders(rank, share)) > 1 and share.n_bytes > 0
-
-    def _length(self, rank: int, share: _Share) -> int:
-        """The length of the longest piece of a whole tensor."""
-        return -(-share.n_bytes // len(self.holders(rank, share)))
-
-    def _groups(self) -> dict[tuple[int, ...], dist.ProcessGroup | None]:
-        """A process group for each set of ranks that read a tensor together and that contains this rank."""
-        ranks, found = self._ranks, {}
-        for holders in sorted({tuple(each) for each in self._holders.values()}):
-            if len(holders) == ranks.count:
-                found[holders] = ranks.group
-            elif len(holders) > 1 and ranks.rank in holders:
-                members = [ranks.global_rank(rank) for rank in holders]
-                # The other ranks of the program may be busy with another group, so they must not have to take part.
-                found[holders] = ranks.call(dist.new_group, members, use_local_synchronization=True)
-        return found
-
-
 def _values(
-    share: _Share, raw: Tensor, device: torch.device, type_of: Callable[[str], Any], *, keep_quantized: bool
+    share: Share, raw: Tensor, device: torch.device, type_of: Callable[[str], Any], *, keep_quantized: bool
 ) -> Tensor:
     fmt = format_named(share.format)
     row_bytes = fmt.n_bytes(share.shape[-1:])

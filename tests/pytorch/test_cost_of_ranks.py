@@ -22,7 +22,7 @@ from counted_ranks import HOST, RULES  # noqa: E402
 from test_ranks import start  # noqa: E402
 
 from numba_dequant.loading import files as loading_files  # noqa: E402
-from numba_dequant.torch import distributed  # noqa: E402
+from numba_dequant.torch import distributed, routes  # noqa: E402
 
 MACHINE = Machine(page_cache=1e9, bus=1e9, nvlink=1e9, network=1e9, memory=1e9, gpus_per_host=HOST, latency=1.0)
 SHAPES = {
@@ -51,7 +51,6 @@ class Recorder:
 
     def __init__(self, rank, count):
         self.rank, self.count, self.group, self.found = rank, count, None, Counter()
-        self._members = {None: tuple(range(count))}
 
     def all_or_none(self, what):
         return nullcontext()
@@ -63,31 +62,24 @@ class Recorder:
         link = "NVLink" if other // HOST == self.rank // HOST else "network"
         self.found[f"{link} {way}"] += n_bytes
 
+    def swap(self, sent, received):
+        self.found["calls"] += 1
+        for way, tensors in (("out", sent), ("in", received)):
+            for other, tensor in tensors.items():
+                self._count(other, way, tensor.nbytes)
+
     def call(self, function, *arguments, group=None, **options):
-        if function is torch.distributed.new_group:
-            self._members[len(self._members)] = tuple(arguments[0])
-            return len(self._members) - 1
         self.found["calls"] += 1
         if function is torch.distributed.send:
             self._count(arguments[1], "out", arguments[0].nbytes)
         elif function is torch.distributed.recv:
             self._count(arguments[1], "in", arguments[0].nbytes)
-        elif function is torch.distributed.all_to_all_single:
-            found, data, received, sent = arguments
-            assert (found.nbytes, data.nbytes) == (sum(received), sum(sent))
-            for other, n_received, n_sent in zip(self._members[group], received, sent, strict=True):
-                if other != self.rank:
-                    self._count(other, "out", n_sent)
-                    self._count(other, "in", n_received)
         else:
             assert function is torch.distributed.all_gather_into_tensor
-            members = self._members[group]
             gathered, piece = (tensor.nbytes for tensor in arguments)
-            assert gathered == piece * len(members)
-            place = members.index(self.rank)
-            self._count(members[(place + 1) % len(members)], "out", gathered - piece)
-            self._count(members[place - 1], "in", gathered - piece)
-        return None
+            assert gathered == piece * self.count
+            self._count((self.rank + 1) % self.count, "out", gathered - piece)
+            self._count((self.rank - 1) % self.count, "in", gathered - piece)
 
 
 def counted(model, found, n_readers, monkeypatch):
@@ -103,10 +95,10 @@ def counted(model, found, n_readers, monkeypatch):
             return read_into(file, buffer, offset)
 
         monkeypatch.setattr(loading_files, "read_into", counting)
-        routes = distributed._Routes(recorder, shares, hosts, torch.device("cpu"))
-        raw = distributed._read(model, rank, routes) if hosts[rank] is not None else {}
+        taken = routes.Routes(recorder, shares, hosts, torch.device("cpu"))
+        raw = distributed._read(model, rank, taken) if hosts[rank] is not None else {}
         recorder.found["bus"] = sum(data.nbytes for data in raw.values())
-        routes.exchange(raw)
+        taken.exchange(raw)
         yield recorder.found
 
 
@@ -122,7 +114,7 @@ def assert_predicted(model, found, files, monkeypatch):
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "_device_of", lambda group, device: device)
+    monkeypatch.setattr(routes, "device_of", lambda group, device: device)
     with nd.open(write(tmp_path / "model.gguf")) as model:
         yield model
 

@@ -27,7 +27,7 @@ HOST = 2
 """Ranks of a host."""
 
 
-def count_call(counts, function, arguments, group):
+def count_call(counts, function, arguments):
     """Count a collective, and its bytes as those of a ring. The bytes of objects are not counted."""
     name = function.__name__
     counts["calls"] += 1
@@ -39,12 +39,9 @@ def count_call(counts, function, arguments, group):
         n_bytes = arguments[0].nbytes - arguments[1].nbytes
         counts["out"] += n_bytes
         counts["in"] += n_bytes
-    elif name == "all_to_all_single":
-        received, sent = ([*sizes] for sizes in arguments[2:])
-        for sizes in (received, sent):
-            del sizes[dist.get_rank(group)]
-        counts["out"] += sum(sent)
-        counts["in"] += sum(received)
+    elif name == "batch_isend_irecv":
+        for transfer in arguments[0]:
+            counts["out" if transfer.op is dist.isend else "in"] += transfer.tensor.nbytes
 
 
 def watched(counts, patches):
@@ -52,12 +49,12 @@ def watched(counts, patches):
 
     def wrapped(function):
         def call(*arguments, **options):
-            count_call(counts, function, arguments, options.get("group"))
+            count_call(counts, function, arguments)
             return function(*arguments, **options)
 
         return call
 
-    for name in ("all_gather", "broadcast", "send", "recv", "all_gather_into_tensor", "all_to_all_single"):
+    for name in ("all_gather", "broadcast", "send", "recv", "all_gather_into_tensor", "batch_isend_irecv"):
         replacement = wrapped(getattr(distributed_c10d, name))
         for module in (dist, distributed_c10d):
             patches.enter_context(mock.patch.object(module, name, replacement))
