@@ -290,9 +290,12 @@ def chunk_fetcher(fmt: Format, shape: ProductShape | WideShape | PanelShape) -> 
     Bytes after the end of a row, and rows that do not exist, become 0.
     """
     n_bytes_of_chunk = shape.parts * part_bytes(fmt)
-    is_always_aligned = shape.is_aligned and n_bytes_of_chunk % 16 == 0
+    return _fetcher_of_bytes(n_bytes_of_chunk, shape.is_aligned and n_bytes_of_chunk % 16 == 0, row_stride(fmt, shape))
+
+
+@lru_cache  # kernels of formats of the same size share the compiled function
+def _fetcher_of_bytes(n_bytes_of_chunk: int, is_always_aligned: bool, stride: int) -> Callable[..., None]:
     pieces = -(-(n_bytes_of_chunk + (0 if is_always_aligned else 15)) // 16)
-    stride = row_stride(fmt, shape)
 
     def fetch(
         shared: Any, at: int, data: Any, address: int, tile: int, chunk: int, chunks: int, n_rows: int, row_bytes: int,

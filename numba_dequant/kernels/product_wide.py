@@ -8,6 +8,7 @@ while they multiply the ones before. So a column is read from the L2 cache once 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -165,6 +166,7 @@ def make_wide_kernel(fmt: Format, dtype: str, bias: str | None, shape: WideShape
     return product
 
 
+@lru_cache  # kernels of several formats share the compiled functions
 def results_writers(dtype: str, bias: str | None, rows: int, columns: int) -> tuple[Callable[..., None], ...]:
     """Two functions: one puts the results of a thread into shared memory, the other writes those of all threads.
 
