@@ -28,6 +28,10 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
+# Numba makes many objects while it compiles. Looking for garbage less often saves a fourteenth of the processor time.
+gc.set_threshold(20_000, 20, 50)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def listen_to_ctrl_c():
     """Python does not, where a shell has started the tests in the background."""
