@@ -212,10 +212,12 @@ def _shares(given: Any, model: Model, count: int) -> list[list[Share]]:
                 f"the plan is for another model: it has {planned.name} as {planned.format.name} of shape "
                 f"{planned.shape}; make it with the tensors of this model"
             )
+    # All ranks exchange tensors in the order of the file, whatever order a plan has.
+    place = {name: number for number, name in enumerate(model.tensors)}
     return [
         [
             Share(name, part.tensor.format.name, part.shape, part.dim, part.start, part.stop)
-            for name, part in rank.parts.items()
+            for name, part in sorted(rank.parts.items(), key=lambda named: place[named[1].tensor.name])
         ]
         for rank in given.ranks
     ]

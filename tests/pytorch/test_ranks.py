@@ -168,8 +168,9 @@ def test_dtensors_are_the_whole_together(two, folder):
 
 
 def test_four_ranks_hold_their_parts(folder):
-    found, codes, errors = run(folder, 4, "values", "blocks", "stages", "missing", "pairs", "strangers")
+    found, codes, errors = run(folder, 4, "values", "blocks", "stages", "missing", "reversed", "pairs", "strangers")
     assert codes == [0] * 4, errors
+    assert found["reversed"] == found["values"]
     assert found["values"] == found["missing"] == expected_parts(folder, 4)
     assert found["blocks"] == expected_parts(folder, 4, blocks=True)
     assert found["stages"] == expected_parts(folder, 4, stages=2)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from unittest import mock
@@ -50,6 +51,11 @@ def planned(world, stages=1):
     return lambda model: plan(model.tensors.values(), world, RULES, stages=stages)
 
 
+def with_last_reversed(given):
+    *others, last = given.ranks
+    return replace(given, ranks=(*others, replace(last, parts=dict(reversed(last.parts.items())))))
+
+
 def load(rank, world, folder, scenario):  # noqa: PLR0912, PLR0915 one branch per scenario
     path, options = folder / "model.gguf", {"plan": planned(world)}
     if scenario == "blocks":
@@ -60,6 +66,8 @@ def load(rank, world, folder, scenario):  # noqa: PLR0912, PLR0915 one branch pe
         options["plan"] = lambda model: plan(
             model.tensors.values(), world, [("*.rows", parallel.Shard(0, unit=13)), *RULES]
         )
+    elif scenario == "reversed":  # made by hand: the last rank has its parts in another order
+        options["plan"] = lambda model: with_last_reversed(planned(world)(model))
     elif scenario == "memory file":
         path = path.read_bytes()
     elif scenario == "no plan":
