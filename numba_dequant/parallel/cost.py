@@ -117,7 +117,7 @@ def predict(
 
 
 class _Traffic:
-    """What the ranks of a plan move, counted. It follows `numba_dequant.torch.routes`.
+    """What the ranks of a plan move, counted. It follows `numba_dequant.torch.ranks`.
 
     Args:
         hosts: the host of each rank.

@@ -34,7 +34,7 @@ from numba_dequant.model import open as open_model
 from numba_dequant.parallel import Part, Placement, Plan, Replicate, Shard, plan
 from numba_dequant.parallel.placements import checked_rules
 from numba_dequant.torch.functional import dequantize, resolved
-from numba_dequant.torch.routes import Ranks, Routes, Share, told
+from numba_dequant.torch.ranks import Ranks, Routes, Share, told
 
 Planner = Plan | Callable[[Model], Plan]
 

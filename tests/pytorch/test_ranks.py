@@ -352,7 +352,7 @@ def test_a_plan_needs_a_group(folder):
     ],
 )
 def test_ranks_communicate_through_a_device_of_the_backend(monkeypatch, backends, device, expected):
-    from numba_dequant.torch import routes
+    from numba_dequant.torch import ranks as routes
 
     monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: backends)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
