@@ -345,9 +345,11 @@ class Model:
                 from numba_dequant.loading import host_loader
 
             return host_loader.load(chosen, backend, threads, prefetch, on_bytes_read)
+        from numba_dequant.backends import streams
         from numba_dequant.loading import gpu_loader
 
-        return gpu_loader.load(chosen, backend.gpu, stream, threads, prefetch, on_bytes_read)
+        call = streams.stream_for(stream, backend.gpu, [request.job.out for request in chosen])
+        return gpu_loader.load(chosen, call, threads, prefetch, on_bytes_read)
 
     def __enter__(self) -> Model:
         return self

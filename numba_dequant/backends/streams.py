@@ -59,6 +59,11 @@ def stream_for(stream: Any, gpu: Gpu, arrays: Iterable[Any]) -> CallStream:
     return CallStream(gpu)
 
 
+def of_torch(gpu: Gpu) -> CallStream:
+    """PyTorch's current stream of a GPU, for a call whose results PyTorch owns. PyTorch must have initialized CUDA."""
+    return CallStream(gpu, TORCH.current_stream(gpu.index), TORCH, TORCH.keeper(gpu.index))
+
+
 def owner_of(array: Any) -> Library | None:
     """The library of an array, or the library for whose arrays a `DeviceTensor` was computed."""
     if isinstance(array, DeviceTensor):

@@ -17,7 +17,7 @@ from typing import Any
 from numba_dequant.arguments import with_tensor_name
 from numba_dequant.backends import cuda, streams
 from numba_dequant.backends.devices import available_cores
-from numba_dequant.backends.gpu import Gpu, error_name
+from numba_dequant.backends.gpu import error_name
 from numba_dequant.backends.gpu_memory import DeviceBytes
 from numba_dequant.backends.overlap import Memory, check_apart
 from numba_dequant.backends.streams import CallStream
@@ -45,23 +45,21 @@ class _Result:
 
 def load(
     requests: Sequence[Request],
-    gpu: Gpu,
-    stream: Any,
+    call: CallStream,
     threads: int | None,
     prefetch: int | None,
     on_bytes_read: Callable[[int], None],
 ) -> Generator[Any, None, None]:
-    """The results of the requests, in order, ready in the order of `stream`.
+    """The results of the requests, in order, ready in the order of the stream of `call`.
 
     Raises:
         OutputError, DtypeError: an `out` or an output type is wrong. Nothing has been read.
         ReadError, GgufError, DeviceError: reading or allocating failed during the load.
     """
-    call = streams.stream_for(stream, gpu, [request.job.out for request in requests])
     _check(requests, call)
     # Native threads only read files in the byte order of this machine.
     needs_python = any(tensor.byte_order == "big" or tensor.source.data is not None for tensor, _ in requests)
-    if needs_python or gpu.thread_functions is None:
+    if needs_python or call.gpu.thread_functions is None:
         return _load_alone(requests, call, on_bytes_read)
     n_threads = threads or min(available_cores(), gpu_buffers.TUNING.threads)
     return _Load(requests, call, n_threads, prefetch, on_bytes_read).run()

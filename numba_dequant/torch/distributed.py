@@ -1,45 +1,45 @@
 """Load GGUF files on several ranks of `torch.distributed`. Each rank reads its part, and shared tensors are read once.
 
-No rank reads a tensor before all ranks have agreed on the file and the plan. No rank sends before all have read and
-have memory for their parts, and no rank returns before all have dequantized. So an error on one rank becomes an error
-on all ranks, and no rank waits for another one that has failed.
+No rank reads a tensor before all ranks have agreed on the file and the plan. No rank sends the tensors of a batch
+before all have read them and have memory for what they receive, and no rank returns before all have dequantized. So an
+error on one rank becomes an error on all ranks, and no rank waits for another one that has failed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from fnmatch import fnmatchcase
-from math import prod
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from numba_dequant.arguments import flag_option
 from numba_dequant.errors import DeviceError, OptionError, ReadError, ShapeError, shown
+from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, format_named
 from numba_dequant.gguf.tensors import TensorInfo
 from numba_dequant.loading.chunks import Chunk, TensorSlice
-from numba_dequant.loading.files import OpenFiles, check_complete
-from numba_dequant.loading.requests import dtype_resolver
+from numba_dequant.loading.files import OpenFiles
+from numba_dequant.loading.parts import Load, PartReader
+from numba_dequant.loading.requests import Request, dtype_resolver
 from numba_dequant.model import Model
 from numba_dequant.model import open as open_model
-from numba_dequant.parallel import Part, Placement, Plan, Replicate, Shard, plan
+from numba_dequant.parallel import Placement, Plan, Replicate, Shard, plan
 from numba_dequant.parallel.placements import checked_rules
+from numba_dequant.parallel.routes import Read, Routes, Share, shares_of
 from numba_dequant.torch.functional import dequantize, resolved
-from numba_dequant.torch.ranks import Ranks, Routes, Share, told
+from numba_dequant.torch.loading import blocks_shape, load, request_into_new, tensor_of
+from numba_dequant.torch.ranks import Exchange, Ranks, device_of, told
 
 Planner = Plan | Callable[[Model], Plan]
-
-SLAB = 4 << 20
-"""Bytes that a rank reads at a time if it needs only some columns."""
 
 
 def load_sharded(
@@ -65,15 +65,70 @@ def load_sharded(
         device = _usable(device)
         type_of = dtype_resolver(dtype)
     model, shares, hosts = _agree(ranks, path, planner)
-    routes = Routes(ranks, shares, hosts, device)
-    with ranks.all_or_none("read its part"):
-        raw = {} if model is None else _read(model, ranks.rank, routes)
-    blocks = routes.exchange(raw)
-    with ranks.all_or_none("dequantize its part"):
-        return {
-            share.name: _values(share, blocks.pop(share.name), device, type_of, keep_quantized=kept)
-            for share in shares[ranks.rank]
-        }
+    return _load(model, ranks, Routes(shares, hosts), device, None if kept else type_of)
+
+
+def _load(
+    model: Model | None, ranks: Ranks, routes: Routes, device: torch.device, type_of: Callable[[str], Any] | None
+) -> dict[str, Tensor]:
+    """What this rank holds. Without `type_of`, blocks stay compressed."""
+    rank = ranks.rank
+    shares = {share.name: share for share in routes.shares[rank]}
+    requests: dict[str, Request] = {}
+    place = device if device.type in ("cpu", "cuda") else torch.device("cpu")
+    between = device_of(ranks.group, device)
+    between = place if between.type == place.type else between
+
+    def own(part: TensorInfo) -> Request:
+        requests[part.name] = request_into_new(part, _dtype(part.format, part.name, type_of), place)
+        return requests[part.name]
+
+    def load_on(device: torch.device) -> Load:
+        return partial(load, device=device, sharers=routes.hosts.count(routes.hosts[rank]))
+
+    def values(received: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: _values(shares[name], raw, device, type_of) for name, raw in received.items()}
+
+    exchange = Exchange(ranks, routes, between)
+    found: dict[str, Tensor] = {}
+    received = {name: torch.empty(0, dtype=torch.uint8) for name, share in shares.items() if not share.n_bytes}
+    with ExitStack() as stack:
+        for batch in range(routes.n_batches):
+            pieces: dict[Read, Any] = {}
+            with ranks.all_or_none("load its part"):
+                if model is not None and not batch:
+                    loads = load_on(place), load_on(between)
+                    reader = PartReader(model.tensors, routes, rank, own, loads[0], loads[between != place])
+                    stack.callback(reader.close)
+                # The GPU does this while the next tensors are read.
+                found |= values(received)
+                if model is not None:
+                    pieces = reader.read(batch)[1]
+                memory = exchange.memory(batch)
+                of_pytorch = {read: _as_tensor(data) for read, data in pieces.items()}
+            received = exchange.run(batch, of_pytorch, memory)
+    with ranks.all_or_none("load its part"):
+        found |= values(received)
+        found |= {name: tensor_of(request).to(device) for name, request in requests.items()}
+    return {name: found[name] for name in shares}
+
+
+def _dtype(fmt: Format, name: str, type_of: Callable[[str], Any] | None) -> torch.dtype | None:
+    """The dtype of a tensor; None for blocks."""
+    if type_of is None and fmt.block_size > 1:
+        return None
+    return resolved(fmt, (type_of and type_of(name)) or torch.get_default_dtype())[1]
+
+
+def _values(share: Share, raw: Tensor, device: torch.device, type_of: Callable[[str], Any] | None) -> Tensor:
+    fmt = format_named(share.format)
+    blocks, dtype = raw.to(device).view(blocks_shape(fmt, share.shape)), _dtype(fmt, share.name, type_of)
+    return blocks if dtype is None else dequantize(blocks, fmt, dtype, share.shape)
+
+
+def _as_tensor(data: Any) -> Tensor:
+    """An array of a load as a tensor that shares its memory."""
+    return torch.from_numpy(data) if isinstance(data, np.ndarray) else torch.from_dlpack(data)
 
 
 def _usable(device: Any) -> torch.device:
@@ -196,7 +251,8 @@ def _digest(model: Model) -> str:
         for path in sorted(starts):
             tensor = starts[path]
             header = tensor._replace(offset=0, n_bytes=tensor.offset, format=FORMATS["I8"], byte_order="little")
-            digest.update(_read_range(files, header, 0, tensor.offset).data)
+            chunk = Chunk(path, 0, tensor.offset, [TensorSlice(0, 0, 0, tensor.offset)])
+            digest.update(files.read(chunk, [header], np.empty(tensor.offset, np.uint8)).data)
     return digest.hexdigest()
 
 
@@ -205,92 +261,4 @@ def _shares(given: Any, model: Model, count: int) -> list[list[Share]]:
         raise OptionError(f"the function that was passed as plan returned {shown(given)}, but must return a Plan")
     if len(given.ranks) != count:
         raise OptionError(f"the plan is for {len(given.ranks)} ranks, but the group has {count}; pass {count} as world")
-    for part in (part for rank in given.ranks for part in rank.parts.values()):
-        planned, own = part.tensor, model.tensors.get(part.tensor.name)
-        if own is None or (own.format, own.shape) != (planned.format, planned.shape):
-            raise OptionError(
-                f"the plan is for another model: it has {planned.name} as {planned.format.name} of shape "
-                f"{planned.shape}; make it with the tensors of this model"
-            )
-    # All ranks exchange tensors in the order of the file, whatever order a plan has.
-    place = {name: number for number, name in enumerate(model.tensors)}
-    return [
-        [
-            Share(name, part.tensor.format.name, part.shape, part.dim, part.start, part.stop)
-            for name, part in sorted(rank.parts.items(), key=lambda named: place[named[1].tensor.name])
-        ]
-        for rank in given.ranks
-    ]
-
-
-def _read(model: Model, rank: int, routes: Routes) -> dict[tuple[int, str], NDArray[np.uint8]]:
-    """The bytes that this rank reads: (the rank that needs them, name of the tensor) -> bytes."""
-    found = {}
-    with OpenFiles() as files:
-        for reader, share in routes.read_by(rank):
-            tensor = model.tensors[share.name]
-            check_complete(tensor)
-            if reader == rank and routes.is_divided(rank, share):
-                data = _read_columns(files, tensor, routes.rows(rank, share), routes.columns(rank, share))
-            elif share.dim is not None:
-                part = Part(tensor, share.dim, share.start, share.stop)
-                data = _read_part(files, part)
-            else:
-                first, size = routes.piece(reader, share)
-                is_big = tensor.byte_order == "big"  # a piece of a block cannot be swapped
-                start, count = (0, tensor.n_bytes) if is_big else (first, size)
-                data = _read_range(files, tensor, tensor.offset + start, count)[first - start :][:size]
-            found[reader, share.name] = data
-    return found
-
-
-def _read_range(files: OpenFiles, tensor: Any, offset: int, size: int) -> NDArray[np.uint8]:
-    buffer = np.empty(size, np.uint8)
-    if not size:
-        return buffer
-    piece = tensor._replace(offset=offset, n_bytes=size)
-    return files.read(Chunk(tensor.path, offset, size, [TensorSlice(0, 0, 0, size)]), [piece], buffer)
-
-
-def _read_part(files: OpenFiles, part: Part) -> NDArray[np.uint8]:
-    """The bytes of a part. For columns, it reads whole rows, a few megabytes at a time."""
-    tensor, dim = part.tensor, part.dim
-    assert dim is not None
-    if not part.n_bytes:
-        return np.empty(0, np.uint8)
-    if dim == 0:
-        ((offset, size),) = part.byte_ranges()
-        return _read_range(files, tensor, offset, size)
-    return _read_columns(files, tensor, range(prod(tensor.shape[:dim])), [(dim, part.start, part.stop)])
-
-
-def _read_columns(
-    files: OpenFiles, tensor: TensorInfo, rows: range, columns: Sequence[tuple[int, int, int]]
-) -> NDArray[np.uint8]:
-    """The bytes of each of some columns (dimension, start, stop) of some rows, one after the other.
-
-    It reads whole rows, a few megabytes at a time.
-    """
-    dim = columns[0][0]
-    step = tensor.n_bytes // prod(tensor.shape[:dim])
-    edges = [(step * start // tensor.shape[dim], step * stop // tensor.shape[dim]) for _, start, stop in columns]
-    found = [np.empty((len(rows), stop - start), np.uint8) for start, stop in edges]
-    n_rows = max(SLAB // step, 1)
-    for first in range(0, len(rows), n_rows):
-        count = min(n_rows, len(rows) - first)
-        slab = _read_range(files, tensor, tensor.offset + rows[first] * step, count * step).reshape(count, step)
-        for target, (start, stop) in zip(found, edges, strict=True):
-            target[first : first + count] = slab[:, start:stop]
-    return np.concatenate([each.reshape(-1) for each in found])
-
-
-def _values(
-    share: Share, raw: Tensor, device: torch.device, type_of: Callable[[str], Any], *, keep_quantized: bool
-) -> Tensor:
-    fmt = format_named(share.format)
-    row_bytes = fmt.n_bytes(share.shape[-1:])
-    blocks = raw.view(*share.shape[:-1], row_bytes).to(device)
-    if keep_quantized and fmt.block_size > 1:
-        return blocks
-    output = resolved(fmt, type_of(share.name) or torch.get_default_dtype())[1]
-    return dequantize(blocks, fmt, output, share.shape)
+    return shares_of(given, model.tensors)

@@ -14,6 +14,7 @@ from numba_dequant.arguments import flag_option
 from numba_dequant.errors import OptionError, ShapeError, shown
 from numba_dequant.formats import FORMATS
 from numba_dequant.gguf.tensors import TensorInfo
+from numba_dequant.loading.files import check_complete
 from numba_dequant.loading.requests import Select, dtype_resolver, select_tensors
 from numba_dequant.model import Model
 from numba_dequant.model import open as open_model
@@ -22,6 +23,7 @@ from numba_dequant.torch.checks import DTYPES
 from numba_dequant.torch.distributed import load_dtensors, load_sharded
 from numba_dequant.torch.functional import resolved
 from numba_dequant.torch.layers import QuantizedEmbedding, QuantizedLinear, keep_blocks
+from numba_dequant.torch.loading import load, request_into_new, tensor_of
 
 if TYPE_CHECKING:  # PyTorch may be built without it
     from torch.distributed import ProcessGroup
@@ -96,27 +98,14 @@ def load_file(
 
 def _load(model: Model, wanted: Mapping[str, torch.dtype | None], device: torch.device) -> dict[str, Tensor]:
     """Load tensors as the wanted dtypes; None keeps the blocks."""
-    is_direct = device.type in ("cpu", "cuda", "meta")
-    memory = device if is_direct else torch.device("cpu")
-    tensors = {name: _allocated(model.tensors[name], dtype, memory) for name, dtype in wanted.items()}
+    memory = device if device.type in ("cpu", "cuda", "meta") else torch.device("cpu")
+    requests = [request_into_new(model.tensors[name], dtype, memory) for name, dtype in wanted.items()]
     if device.type != "meta":
-        place = f"cuda:{_index(device)}" if device.type == "cuda" else "cpu"
-        blocks = {name: tensors[name].view(-1) for name, dtype in wanted.items() if dtype is None}
-        values = {name: tensors[name] for name, dtype in wanted.items() if dtype is not None}
-        model.load_all(list(blocks), device=place, out=blocks, keep_quantized=True)
-        model.load_all(list(values), None, device=place, out=values)
-    return tensors if is_direct else {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
-def _allocated(tensor: TensorInfo, dtype: torch.dtype | None, device: torch.device) -> Tensor:
-    if dtype is not None:
-        return torch.empty(tensor.shape, dtype=dtype, device=device)
-    row_bytes = tensor.format.n_bytes(tensor.shape[-1:])
-    return torch.empty((*tensor.shape[:-1], row_bytes), dtype=torch.uint8, device=device)
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
+        for tensor in (request.tensor for request in requests):
+            check_complete(tensor)
+        for _ in load(requests, device=memory):
+            pass
+    return {request.tensor.name: tensor_of(request).to(device) for request in requests}
 
 
 @dataclass

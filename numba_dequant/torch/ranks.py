@@ -1,58 +1,17 @@
-"""Which rank of a process group reads which bytes of a file, and sends them to which rank."""
+"""The ranks of a process group: what they tell each other, and how they exchange the bytes of tensors."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from math import prod
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from numba_dequant.errors import DeviceError, OptionError, shown
-from numba_dequant.formats import format_named
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one rank holds of a tensor. Unlike a `Part`, it can be sent to a rank that does not have the file.
-
-    Attributes:
-        name: the name of the tensor.
-        format: the name of its format.
-        shape: the shape of the share.
-        dim: the dimension along which the tensor is cut, or None.
-        start: the first index along it.
-        stop: the index after the last one.
-    """
-
-    name: str
-    format: str
-    shape: tuple[int, ...]
-    dim: int | None
-    start: int
-    stop: int
-
-    @property
-    def n_bytes(self) -> int:
-        """Its bytes."""
-        return format_named(self.format).n_bytes(self.shape)
-
-    @property
-    def has_columns(self) -> bool:
-        """Whether its bytes are not contiguous in the file."""
-        return self.dim is not None and self.dim > 0
-
-    @property
-    def n_rows(self) -> int:
-        """The number of its pieces that are contiguous in the file, if it has columns."""
-        return prod(self.shape[: self.dim])
+from numba_dequant.parallel.routes import Read, Routes, Share
 
 
 class Ranks:
@@ -94,13 +53,16 @@ class Ranks:
                 "the first error that another rank printed"
             ) from error
 
-    def swap(self, sent: dict[int, Tensor], received: dict[int, Tensor]) -> None:
-        """Send tensors to some ranks, and receive tensors from some ranks, at the same time."""
+    def swap(self, sent: list[tuple[int, Tensor]], received: list[tuple[int, Tensor]]) -> None:
+        """Send tensors to some ranks, and receive tensors from some ranks, at the same time.
+
+        Two ranks must have the tensors that one of them sends to the other in the same order.
+        """
         pairs = [(dist.isend, sent), (dist.irecv, received)]
         transfers = [
             dist.P2POp(function, tensor, self.global_rank(rank), self.group)
             for function, tensors in pairs
-            for rank, tensor in tensors.items()
+            for rank, tensor in tensors
             if tensor.numel()
         ]
         if transfers:
@@ -153,150 +115,100 @@ def device_of(group: dist.ProcessGroup | None, device: torch.device) -> torch.de
     return torch.device(kind)
 
 
-class Routes:
-    """Which rank reads which bytes, and sends them to which rank.
-
-    A rank that has the file reads its own parts. If several such ranks hold a whole tensor, each reads a piece of equal
-    size, and the pieces are then gathered. If several such ranks of a host hold columns of a tensor, each reads some
-    rows, and sends to each of the others its columns of them. If a rank does not have the file, another rank reads its
-    parts and sends them.
+class Exchange:
+    """The exchange of compressed bytes, by the routes, in batches of tensors.
 
     Args:
         ranks: the ranks.
-        shares: what each rank holds.
-        hosts: the host of each rank that has the file; None for the others.
-        device: the device of this rank.
+        routes: who reads which bytes, and who needs them.
+        device: where the bytes are while they are exchanged.
     """
 
-    def __init__(self, ranks: Ranks, shares: list[list[Share]], hosts: list[str | None], device: torch.device) -> None:
-        self._ranks, self._shares, self._hosts = ranks, shares, hosts
-        self._device = device_of(ranks.group, device)
-        self._sources = [rank for rank, host in enumerate(hosts) if host is not None]
-        self._holders: dict[tuple[str, str | None], dict[int, Share]] = defaultdict(dict)
-        for rank in self._sources:
-            for share in shares[rank]:
-                if share.n_bytes and (share.dim is None or share.has_columns):
-                    self._holders[self._key(rank, share)][rank] = share
+    def __init__(self, ranks: Ranks, routes: Routes, device: torch.device) -> None:
+        self._ranks, self._routes, self._device = ranks, routes, device
+        self._batches: list[list[tuple[int, Share]]] = [[] for _ in range(routes.n_batches)]
+        for other, share in routes.exchanged(ranks.rank):
+            self._batches[routes.batch_of[share.index]].append((other, share))
+        # NCCL connects a whole group in its first collective, but in an exchange only some ranks may take part.
+        ranks.call(dist.all_reduce, torch.zeros(1, device=device), group=ranks.group)
 
-    def _key(self, rank: int, share: Share) -> tuple[str, str | None]:
-        """Whole tensors are gathered by the ranks of all hosts; columns are divided among those of one host."""
-        return share.name, self._hosts[rank] if share.has_columns else None
-
-    def holders(self, rank: int, share: Share) -> tuple[int, ...]:
-        """The ranks that read a share together with a rank."""
-        return tuple(self._holders.get(self._key(rank, share), ()))
-
-    def is_divided(self, rank: int, share: Share) -> bool:
-        """Whether several ranks of a host read the rows of the columns that they hold."""
-        return share.has_columns and share.n_bytes > 0 and len(self.holders(rank, share)) > 1
-
-    def rows(self, rank: int, share: Share) -> range:
-        """The rows that a rank reads of columns that are divided."""
-        holders = self.holders(rank, share)
-        index = holders.index(rank)
-        return range(*(share.n_rows * edge // len(holders) for edge in (index, index + 1)))
-
-    def columns(self, rank: int, share: Share) -> list[tuple[int, int, int]]:
-        """The columns (dimension, start, stop) of each rank that reads them together with a rank."""
-        found = self._holders[self._key(rank, share)].values()
-        return [(each.dim or 0, each.start, each.stop) for each in found]
-
-    def _row_bytes(self, rank: int, share: Share) -> list[int]:
-        """The bytes of the columns in a row, for each rank that reads them together with a rank."""
-        return [each.n_bytes // share.n_rows for each in self._holders[self._key(rank, share)].values()]
-
-    def source_of(self, rank: int) -> int:
-        """The rank that reads the parts of a rank."""
-        return rank if self._hosts[rank] is not None else self._sources[rank % len(self._sources)]
-
-    def read_by(self, rank: int) -> Iterator[tuple[int, Share]]:
-        """The shares that a rank reads, each with the rank that needs it."""
-        for other, of_rank in enumerate(self._shares):
-            if self.source_of(other) == rank:
-                yield from ((other, share) for share in of_rank)
-
-    def _exchanged_by(self, rank: int) -> Iterator[tuple[int, Share]]:
-        """The shares that a rank needs or reads, each with the rank that needs it, in an order that all ranks keep."""
-        for other, of_rank in enumerate(self._shares):
-            if rank in (other, self.source_of(other)):
-                yield from ((other, share) for share in of_rank)
-
-    def piece(self, rank: int, share: Share) -> tuple[int, int]:
-        """The piece of a whole tensor that is read for a rank: its first byte and its size."""
-        if self._hosts[rank] is None or not share.n_bytes:
-            return 0, share.n_bytes
-        each = self._length(rank, share)
-        first = min(self.holders(rank, share).index(rank) * each, share.n_bytes)
-        return first, min(each, share.n_bytes - first)
-
-    def exchange(self, raw: dict[tuple[int, str], NDArray[np.uint8]]) -> dict[str, Tensor]:
-        """The bytes of all shares of this rank."""
-        ranks, rank, found = self._ranks, self._ranks.rank, {}
-        # All memory is allocated before a rank sends, because no rank may fail while others wait for it.
-        with ranks.all_or_none("get memory for its part"):
-            for share in self._shares[rank]:
-                if self.source_of(rank) != rank or self.is_divided(rank, share):
-                    found[share.name] = self._empty(share.n_bytes)
-                elif self._is_gathered(rank, share):
-                    found[share.name] = self._empty(self._length(rank, share) * len(self.holders(rank, share)))
-                else:
-                    found[share.name] = torch.from_numpy(raw.pop((rank, share.name)))
-            sizes = [data.size for data in raw.values()]
-            sizes += [self._length(rank, share) for share in self._shares[rank] if self._is_gathered(rank, share)]
-            piece = self._empty(max(sizes, default=0))
-        for other, share in self._exchanged_by(rank):
-            source = self.source_of(other)
-            if not share.n_bytes:
-                continue
-            if rank == source and (other, share.name) in raw:
-                data = raw.pop((other, share.name))
-                piece[: data.size].copy_(torch.from_numpy(data))
-                if rank != other:
-                    ranks.call(dist.send, piece[: data.size], ranks.global_rank(other), group=ranks.group)
-                elif share.has_columns:
-                    self._divide(found[share.name], piece[: data.size], share)
-                else:
-                    self._gather(found[share.name], piece, share)
-                    found[share.name] = found[share.name][: share.n_bytes]
-            elif rank == other != source:
-                ranks.call(dist.recv, found[share.name], ranks.global_rank(source), group=ranks.group)
+    def memory(self, batch: int) -> dict[str, Tensor]:
+        """Memory for what this rank receives in a batch. Get it before the exchange, because no rank may fail then."""
+        rank, routes, found = self._ranks.rank, self._routes, {}
+        for other, share in self._batches[batch]:
+            if other == rank:
+                size = share.n_bytes
+                if routes.is_gathered(rank, share):
+                    size = routes.longest(rank, share) * len(routes.holders(rank, share))
+                found[share.name] = torch.empty(size, dtype=torch.uint8, device=self._device)
         return found
 
-    def _divide(self, found: Tensor, data: Tensor, share: Share) -> None:
-        """Send the columns of others that this rank has read, and receive its own, which come in the order of rows."""
-        rank = self._ranks.rank
-        holders, of_row = self.holders(rank, share), self._row_bytes(rank, share)
-        mine, n_rows = of_row[holders.index(rank)], len(self.rows(rank, share))
-        sent = dict(zip(holders, data.split([n_rows * each for each in of_row]), strict=True))
-        parts = found.split([len(self.rows(other, share)) * mine for other in holders])
-        received = dict(zip(holders, parts, strict=True))
-        received.pop(rank).copy_(sent.pop(rank))
-        self._ranks.swap(sent, received)
+    def run(self, batch: int, pieces: dict[Read, Tensor], found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Exchange what was read for a batch. It returns the bytes of all shares that this rank needed from others.
 
-    def _gather(self, found: Tensor, piece: Tensor, share: Share) -> None:
+        Raises:
+            DeviceError: another rank has ended or does not answer.
+        """
+        ranks, rank, routes = self._ranks, self._ranks.rank, self._routes
+        sent: list[tuple[int, Tensor]] = []
+        received: list[tuple[int, Tensor]] = []
+        gathered: list[tuple[Share, Tensor]] = []
+        for other, share in self._batches[batch]:
+            if rank != routes.source_of(other):
+                received.append((routes.source_of(other), found[share.name]))
+                continue
+            piece = pieces[routes.read(other, share)]
+            if rank != other:
+                sent.append((other, _columns(piece, share) if share.has_columns else piece))
+            elif share.has_columns:
+                self._divide(share, piece, found[share.name], sent, received)
+            else:
+                gathered.append((share, piece))
+        ranks.swap(sent, received)
+        for share, piece in gathered:
+            self._gather(share, piece, found[share.name])
+            found[share.name] = found[share.name][: share.n_bytes]
+        return found
+
+    def _divide(
+        self,
+        share: Share,
+        rows: Tensor,
+        found: Tensor,
+        sent: list[tuple[int, Tensor]],
+        received: list[tuple[int, Tensor]],
+    ) -> None:
+        """What this rank sends of the rows that it has read, and what it receives of the rows that others have read."""
+        rank, routes = self._ranks.rank, self._routes
+        holders = routes.holders(rank, share)
+        _, first, last = share.columns
+        parts = found.split([len(routes.rows(other, share)) * (last - first) for other in holders])
+        for (other, theirs), part in zip(holders.items(), parts, strict=True):
+            if other == rank:
+                part.copy_(_columns(rows, share))
+            else:
+                sent.append((other, _columns(rows, theirs)))
+                received.append((other, part))
+
+    def _gather(self, share: Share, piece: Tensor, found: Tensor) -> None:
         """Gather the pieces of a whole tensor.
 
         A process group for some ranks of a group would need all ranks of the program, or that these ranks have made the
         same number of groups before. So the pieces go around in a ring, unless all ranks of the group hold the tensor.
         """
         ranks, rank = self._ranks, self._ranks.rank
-        holders, length = self.holders(rank, share), self._length(rank, share)
-        if len(holders) == ranks.count:
-            ranks.call(dist.all_gather_into_tensor, found, piece[:length], group=ranks.group)
-            return
+        holders, length = list(self._routes.holders(rank, share)), self._routes.longest(rank, share)
         count, index, pieces = len(holders), holders.index(rank), found.split(length)
-        pieces[index].copy_(piece[:length])
+        pieces[index][: piece.numel()].copy_(piece)
+        if count == ranks.count:
+            ranks.call(dist.all_gather_into_tensor, found, pieces[index], group=ranks.group)
+            return
         for step in range(count - 1):
             sent, received = pieces[(index - step) % count], pieces[(index - step - 1) % count]
-            ranks.swap({holders[(index + 1) % count]: sent}, {holders[index - 1]: received})
+            ranks.swap([(holders[(index + 1) % count], sent)], [(holders[index - 1], received)])
 
-    def _empty(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, device=self._device)
 
-    def _is_gathered(self, rank: int, share: Share) -> bool:
-        """Whether the ranks that have the file and hold a whole tensor read a piece each."""
-        return share.dim is None and len(self.holders(rank, share)) > 1 and share.n_bytes > 0
-
-    def _length(self, rank: int, share: Share) -> int:
-        """The length of the longest piece of a whole tensor."""
-        return -(-share.n_bytes // len(self.holders(rank, share)))
+def _columns(rows: Tensor, share: Share) -> Tensor:
+    """The bytes of the columns of a share, of some whole rows."""
+    step, first, last = share.columns
+    return rows.view(-1, step)[:, first:last].reshape(-1)

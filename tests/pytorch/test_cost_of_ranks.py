@@ -22,7 +22,8 @@ from counted_ranks import HOST, RULES  # noqa: E402
 from test_ranks import start  # noqa: E402
 
 from numba_dequant.loading import files as loading_files  # noqa: E402
-from numba_dequant.torch import distributed, ranks as routes  # noqa: E402
+from numba_dequant.torch import distributed  # noqa: E402
+from numba_dequant.torch import ranks as routes
 
 MACHINE = Machine(page_cache=1e9, bus=1e9, nvlink=1e9, network=1e9, memory=1e9, gpus_per_host=HOST, latency=1.0)
 SHAPES = {

@@ -111,6 +111,8 @@ def two(folder):
         "missing",
         "empty",
         "memory file",
+        "small",
+        "batches",
         "dtensor",
         "dtensor uneven",
         "dtensor wrong",
@@ -148,7 +150,7 @@ def test_two_ranks_hold_their_parts(two, folder):
     assert two["values"] == expected_parts(folder, 2)
     assert two["blocks"] == expected_parts(folder, 2, blocks=True)
     assert two["stages"] == expected_parts(folder, 2, stages=2)
-    assert two["memory file"] == two["values"]
+    assert two["memory file"] == two["small"] == two["batches"] == two["values"]
     with nd.open(folder / "model.gguf") as model:
         rows = model.load("blk.0.a.rows", "float32", device="reference")
     assert two["empty"][1]["blk.0.a.rows"] == ranks.described({"": torch.from_numpy(rows)})[""]
@@ -168,9 +170,11 @@ def test_dtensors_are_the_whole_together(two, folder):
 
 
 def test_four_ranks_hold_their_parts(folder):
-    found, codes, errors = run(folder, 4, "values", "blocks", "stages", "missing", "reversed", "pairs", "strangers")
+    found, codes, errors = run(
+        folder, 4, "values", "blocks", "stages", "missing", "batches", "reversed", "pairs", "strangers"
+    )
     assert codes == [0] * 4, errors
-    assert found["reversed"] == found["values"]
+    assert found["reversed"] == found["batches"] == found["values"]
     assert found["values"] == found["missing"] == expected_parts(folder, 4)
     assert found["blocks"] == expected_parts(folder, 4, blocks=True)
     assert found["stages"] == expected_parts(folder, 4, stages=2)
@@ -199,13 +203,13 @@ def test_a_rank_without_the_file_receives(two, folder):
         (
             "memory",
             [
-                "DeviceError: rank 1 could not dequantize its part: MemoryError: no memory is left",
+                "DeviceError: rank 1 could not load its part: MemoryError: no memory is left",
                 "MemoryError: no memory is left",
             ],
         ),
         (
             "unreadable",
-            ["DeviceError: rank 1 could not read its part: ReadError: model.gguf", "ReadError: model.gguf: tensor"],
+            ["DeviceError: rank 1 could not load its part: ReadError: model.gguf", "ReadError: model.gguf: tensor"],
         ),
         (
             "dtensor uneven",
@@ -224,7 +228,7 @@ def test_a_rank_without_the_file_receives(two, folder):
             ],
         ),
         ("dtensor mesh", ["OptionError: device_mesh must be a DeviceMesh of one dimension, got 2"] * 2),
-        ("type", ["DeviceError: rank 1 could not dequantize its part: TypeError", "TypeError"]),
+        ("type", ["DeviceError: rank 1 could not load its part: TypeError", "TypeError"]),
         (
             "header",
             [
@@ -235,7 +239,7 @@ def test_a_rank_without_the_file_receives(two, folder):
         (
             "no room",
             [
-                "DeviceError: rank 1 could not get memory for its part: RuntimeError: no memory is left",
+                "DeviceError: rank 1 could not load its part: RuntimeError: no memory is left",
                 "RuntimeError: no memory is left",
             ],
         ),

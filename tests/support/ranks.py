@@ -22,17 +22,21 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 import numba_dequant as nd
 from numba_dequant import parallel
 from numba_dequant import torch as nt
-from numba_dequant.parallel import plan
+from numba_dequant.loading.parts import PartReader
+from numba_dequant.loading.parts import PartReader
+from numba_dequant.parallel import plan, routes
 from numba_dequant.torch import distributed
+from numba_dequant.torch.ranks import Exchange
+from numba_dequant.torch.ranks import Exchange
 
 RULES = [("*.rows", parallel.Shard(0)), ("*.columns", parallel.Shard(-1)), ("*.experts", parallel.Shard(0))]
 
 FAULTS = {
     "memory": (distributed, "dequantize", MemoryError("no memory is left")),
     "type": (distributed, "dequantize", TypeError()),
-    "unreadable": (distributed, "_read_part", nd.ReadError("model.gguf", "b.rows", 0, "the disk has failed", 5)),
+    "unreadable": (PartReader, "read", nd.ReadError("model.gguf", "b.rows", 0, "the disk has failed", 5)),
     "header": (distributed, "_digest", OSError("the disk has failed")),
-    "no room": (torch, "from_numpy", RuntimeError("no memory is left\non this GPU")),
+    "no room": (Exchange, "memory", RuntimeError("no memory is left\non this GPU")),
 }
 """What fails on rank 1, and its error."""
 
@@ -104,7 +108,11 @@ def load(rank, world, folder, scenario):  # noqa: PLR0912, PLR0915 one branch pe
         options["select"] = "*"
     dtype = torch.int8 if scenario == "dtype" and rank == 1 else torch.float32
     with ExitStack() as patches:
-        if scenario in FAULTS and rank == 1:
+        # The tensors of this file are small.
+        patches.enter_context(mock.patch.object(routes, "LEAST_DIVIDED", 1 << 20 if scenario == "small" else 1))
+        if scenario == "batches":
+            patches.enter_context(mock.patch.object(routes, "BATCH_BYTES", 2000))
+        elif scenario in FAULTS and rank == 1:
             owner, name, error = FAULTS[scenario]
             patches.enter_context(mock.patch.object(owner, name, side_effect=error))
         elif scenario == "silent":

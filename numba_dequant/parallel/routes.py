@@ -1,0 +1,227 @@
+"""Which rank reads which bytes of a file, and which rank needs them. Nothing is read or sent here."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.errors import OptionError
+from numba_dequant.format import Format
+from numba_dequant.formats import format_named
+from numba_dequant.gguf.tensors import TensorInfo
+from numba_dequant.parallel.plan import Plan
+
+LEAST_DIVIDED = 1 << 20
+"""Whole tensors of fewer bytes are read by each rank that holds them: a collective takes longer than reading them."""
+
+BATCH_BYTES = 1 << 30
+"""The most bytes that a rank reads for an exchange, and receives in it, before it takes part in the exchange."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank holds of a tensor. Unlike a `Part`, it can be sent to a rank that does not have the file.
+
+    Attributes:
+        index: the place of the tensor in the file.
+        name: the name of the tensor.
+        format: the name of its format.
+        whole: the shape of the whole tensor.
+        dim: the dimension along which the tensor is cut, or None.
+        start: the first index along it.
+        stop: the index after the last one.
+    """
+
+    index: int
+    name: str
+    format: str
+    whole: tuple[int, ...]
+    dim: int | None
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the share."""
+        if self.dim is None:
+            return self.whole
+        return (*self.whole[: self.dim], self.stop - self.start, *self.whole[self.dim + 1 :])
+
+    @cached_property
+    def n_bytes(self) -> int:
+        """Its bytes."""
+        return format_named(self.format).n_bytes(self.shape)
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether its bytes are not contiguous in the file."""
+        return self.dim is not None and self.dim > 0
+
+    @property
+    def n_rows(self) -> int:
+        """The number of its pieces that are contiguous in the file, if it has columns."""
+        return prod(self.whole[: self.dim])
+
+    @cached_property
+    def columns(self) -> tuple[int, int, int]:
+        """The bytes of a whole row, and where its columns begin and end in it."""
+        assert self.dim is not None
+        step = format_named(self.format).n_bytes(self.whole) // self.n_rows
+        extent = self.whole[self.dim]
+        return step, step * self.start // extent, step * self.stop // extent
+
+
+@dataclass(frozen=True)
+class Read:
+    """A range of the bytes of a tensor: whole blocks."""
+
+    index: int
+    name: str
+    first: int
+    n_bytes: int
+
+
+def shares_of(plan: Plan, tensors: Mapping[str, TensorInfo]) -> list[list[Share]]:
+    """What each rank holds of the tensors of a model, in the order of the file.
+
+    Raises:
+        OptionError: the plan is for another model.
+    """
+    for part in (part for rank in plan.ranks for part in rank.parts.values()):
+        planned, own = part.tensor, tensors.get(part.tensor.name)
+        if own is None or (own.format, own.shape) != (planned.format, planned.shape):
+            raise OptionError(
+                f"the plan is for another model: it has {planned.name} as {planned.format.name} of shape "
+                f"{planned.shape}; make it with the tensors of this model"
+            )
+    place = {name: number for number, name in enumerate(tensors)}
+    return [
+        [
+            Share(place[name], name, part.tensor.format.name, part.tensor.shape, part.dim, part.start, part.stop)
+            for name, part in sorted(rank.parts.items(), key=lambda named: place[named[0]])
+        ]
+        for rank in plan.ranks
+    ]
+
+
+def piece_bytes(n_bytes: int, fmt: Format, count: int) -> int:
+    """The bytes of the longest piece if a tensor is divided into `count` pieces of whole blocks."""
+    return -(-n_bytes // fmt.type_size // count) * fmt.type_size
+
+
+def batches(needed: NDArray[np.int64]) -> list[int]:
+    """The number of the batch of each tensor, in the order of the file.
+
+    Args:
+        needed: the bytes that each rank needs memory for (dimension 1) to exchange each tensor (dimension 0).
+    """
+    found, number, total = [], 0, np.zeros(needed.shape[1], np.int64)
+    for row in needed:
+        if total.any() and row.any() and (total + row).max() > BATCH_BYTES:
+            number, total = number + 1, np.zeros_like(total)
+        total = total + row
+        found.append(number)
+    return found
+
+
+class Routes:
+    """Which rank reads which bytes, and which rank needs them.
+
+    A rank that has the file reads its own parts. If several such ranks hold a large whole tensor, each reads a piece of
+    equal size, and the pieces are then gathered. If several such ranks of a host hold columns of a tensor, each reads
+    some rows, and sends to each of the others its columns of them. If a rank does not have the file, another rank reads
+    its parts and sends them. Tensors are exchanged in batches, so that an exchange needs little memory.
+
+    Args:
+        shares: what each rank holds, in the order of the file.
+        hosts: the host of each rank that has the file; None for the others.
+    """
+
+    def __init__(self, shares: Sequence[Sequence[Share]], hosts: Sequence[str | None]) -> None:
+        self.shares, self.hosts = shares, hosts
+        self._sources = [rank for rank, host in enumerate(hosts) if host is not None]
+        self._holders: dict[tuple[str, str | None], dict[int, Share]] = defaultdict(dict)
+        for rank in self._sources:
+            for share in shares[rank]:
+                is_divided = share.has_columns or (share.dim is None and share.n_bytes >= LEAST_DIVIDED)
+                if share.n_bytes and is_divided:
+                    self._holders[self._key(rank, share)][rank] = share
+
+    def _key(self, rank: int, share: Share) -> tuple[str, str | None]:
+        """Whole tensors are gathered by the ranks of all hosts; columns are divided among those of one host."""
+        return share.name, self.hosts[rank] if share.has_columns else None
+
+    def holders(self, rank: int, share: Share) -> dict[int, Share]:
+        """The ranks that read a share together with a rank, and what they hold. Only ranks with the file read."""
+        return {} if self.hosts[rank] is None else self._holders.get(self._key(rank, share), {})
+
+    def source_of(self, rank: int) -> int:
+        """The rank that reads the parts of a rank."""
+        return rank if self.hosts[rank] is not None else self._sources[rank % len(self._sources)]
+
+    def is_gathered(self, rank: int, share: Share) -> bool:
+        """Whether several ranks read a piece of a whole tensor each."""
+        return share.dim is None and len(self.holders(rank, share)) > 1
+
+    def is_direct(self, rank: int, share: Share) -> bool:
+        """Whether a rank reads all bytes of its share and no others, and so needs no exchange."""
+        has_file = self.hosts[rank] is not None
+        return not share.n_bytes or (has_file and not share.has_columns and not self.is_gathered(rank, share))
+
+    def read(self, rank: int, share: Share) -> Read:
+        """The bytes that are read for a share by the rank itself, or by the rank that reads for it."""
+        first, size = 0, format_named(share.format).n_bytes(share.whole)
+        if share.dim == 0:
+            first, size = size * share.start // share.whole[0], share.n_bytes
+        elif self.is_gathered(rank, share):
+            longest = self.longest(rank, share)
+            first = min(list(self.holders(rank, share)).index(rank) * longest, size)
+            size = min(longest, size - first)
+        elif share.has_columns and self.holders(rank, share):
+            rows = self.rows(rank, share)
+            first, size = rows.start * share.columns[0], len(rows) * share.columns[0]
+        return Read(share.index, share.name, first, size)
+
+    def rows(self, rank: int, share: Share) -> range:
+        """The rows that a rank reads of columns."""
+        holders = list(self.holders(rank, share))
+        index = holders.index(rank)
+        return range(*(share.n_rows * edge // len(holders) for edge in (index, index + 1)))
+
+    def longest(self, rank: int, share: Share) -> int:
+        """The bytes of the longest piece of a whole tensor that is gathered."""
+        return piece_bytes(share.n_bytes, format_named(share.format), len(self.holders(rank, share)))
+
+    @cached_property
+    def batch_of(self) -> list[int]:
+        """The number of the batch of each tensor of the file; they never decrease."""
+        n_tensors = 1 + max((share.index for of_rank in self.shares for share in of_rank), default=-1)
+        needed = np.zeros((n_tensors, len(self.shares)), np.int64)
+        for rank, of_rank in enumerate(self.shares):
+            for share in of_rank:
+                if not self.is_direct(rank, share):
+                    needed[share.index, rank] += share.n_bytes
+                    needed[share.index, self.source_of(rank)] += self.read(rank, share).n_bytes
+        return batches(needed)
+
+    @property
+    def n_batches(self) -> int:
+        """The number of batches, at least 1."""
+        return 1 + max(self.batch_of, default=0)
+
+    def exchanged(self, rank: int) -> Iterator[tuple[int, Share]]:
+        """The shares that a rank needs from others, or reads for an exchange, each with the rank that needs it.
+
+        All ranks have them in the order of the file.
+        """
+        others = [other for other in range(len(self.shares)) if rank in (other, self.source_of(other))]
+        found = [(share.index, other, share) for other in others for share in self.shares[other]]
+        for _, other, share in sorted(found, key=lambda each: each[:2]):
+            if not self.is_direct(other, share):
+                yield other, share

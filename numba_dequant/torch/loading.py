@@ -1,0 +1,68 @@
+"""Loads tensors of a file for PyTorch: on a GPU, on PyTorch's current stream and in memory of its allocator."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from numba_dequant.arguments import output_type
+from numba_dequant.backends.devices import DeviceSpec, available_cores, gpu_device
+from numba_dequant.backends.host import HostBackend
+from numba_dequant.format import Format
+from numba_dequant.gguf.tensors import TensorInfo
+from numba_dequant.loading.requests import Request, request_for
+
+
+def load(
+    requests: Sequence[Request], prefetch: int | None = None, *, device: torch.device, sharers: int = 1
+) -> Generator[Any, None, None]:
+    """The results of the requests on a CPU or GPU, in order. On a GPU they are ready in the order of its stream.
+
+    Args:
+        requests: what to load.
+        prefetch: as for `Model.stream`; None means that all results are returned together.
+        device: the device.
+        sharers: the number of processes of this host that load at the same time.
+
+    Raises:
+        NumbaDequantError: as for `Model.load_all`.
+    """
+    threads = max(available_cores() // sharers, 2) if sharers > 1 else None
+    if device.type != "cuda":
+        from numba_dequant.loading import host_loader
+
+        return host_loader.load(requests, HostBackend(DeviceSpec("cpu")), threads, prefetch, _ignore)
+    spec = gpu_device(torch.cuda.current_device() if device.index is None else device.index)
+    from numba_dequant.backends import streams
+    from numba_dequant.backends.gpu import gpu_at
+    from numba_dequant.loading import gpu_buffers, gpu_loader
+
+    torch.cuda.init()
+    threads = threads and min(threads, gpu_buffers.TUNING.threads)
+    return gpu_loader.load(requests, streams.of_torch(gpu_at(spec.index)), threads, prefetch, _ignore)
+
+
+def _ignore(n_bytes: int) -> None:
+    """Show no progress."""
+
+
+def request_into_new(tensor: TensorInfo, dtype: torch.dtype | None, device: torch.device) -> Request:
+    """The request for a tensor, with new memory for its values, or for its blocks if `dtype` is None."""
+    if dtype is not None:
+        out = torch.empty(tensor.shape, dtype=dtype, device=device)
+        return request_for(tensor, output_type(None, None, out), out)
+    return request_for(tensor, None, torch.empty(tensor.n_bytes, dtype=torch.uint8, device=device))
+
+
+def tensor_of(request: Request) -> Tensor:
+    """The memory of such a request, in the shape of the tensor."""
+    out: Tensor = request.job.out
+    return out if request.job.dtype is not None else out.view(blocks_shape(request.tensor.format, request.tensor.shape))
+
+
+def blocks_shape(fmt: Format, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the blocks of a tensor as uint8: (..., bytes per row)."""
+    return (*shape[:-1], fmt.n_bytes(shape[-1:]))
