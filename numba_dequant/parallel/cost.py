@@ -13,9 +13,13 @@ from numba_dequant.errors import OptionError, shown
 from numba_dequant.gguf.tensors import TensorInfo
 from numba_dequant.parallel.machine import Machine
 from numba_dequant.parallel.plan import Part, Plan
+from numba_dequant.parallel.routes import LEAST_DIVIDED, batches, piece_bytes
 
-AGREEMENTS = 12
-"""Collectives of every load: ranks exchange objects six times, each time first the sizes and then the bytes."""
+AGREEMENTS = 9
+"""Collectives of every load: ranks exchange objects four times, each time first the sizes and then the bytes, and make
+their first connection."""
+OF_BATCH = 2
+"""The same for each batch: ranks tell each other that they have read it."""
 BROADCAST = 2
 """The same for the plan, which one rank sends to all others if any of them lacks the file."""
 
@@ -66,12 +70,13 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """The time if stages run one after another, as in `load_file`. No rank goes on before all have read."""
-        return self.stages[0].seconds + max(sum(stage.seconds for stage in rank.stages[1:]) for rank in self.ranks)
+        """The time if no rank exchanges before all have read and copied, which overlap. `load_file` is not slower."""
+        loaded = max(stage.seconds for stage in self.stages[:2])
+        return loaded + max(sum(stage.seconds for stage in rank.stages[2:]) for rank in self.ranks)
 
     @property
     def overlapped_seconds(self) -> float:
-        """The time if stages overlap, as in `nd.load` to one GPU: that of the longest stage, and the latency."""
+        """The time if all stages overlap, as in `nd.load` to one GPU: that of the longest stage, and the latency."""
         *busy, latency = self.stages
         return max(stage.seconds for stage in busy) + latency.seconds
 
@@ -117,19 +122,26 @@ def predict(
 
 
 class _Traffic:
-    """What the ranks of a plan move, counted. It follows `numba_dequant.torch.ranks`.
+    """What the ranks of a plan move, counted. It follows `Routes` and `numba_dequant.torch.ranks`.
 
     Args:
+        plan: the plan.
         hosts: the host of each rank.
-        calls: the collectives in which every rank takes part.
 
     Attributes:
         moved: for each rank the bytes over each link, as in `RankCost`, and the number of its ``"calls"``.
     """
 
-    def __init__(self, hosts: list[int], calls: int) -> None:
+    def __init__(self, plan: Plan, hosts: list[int]) -> None:
         self._hosts = hosts
-        self.moved: list[Counter[str]] = [Counter(calls=calls) for _ in hosts]
+        self.moved: list[Counter[str]] = [Counter() for _ in hosts]
+        tensors = {name: part.tensor for rank in plan.ranks for name, part in rank.parts.items()}
+        in_file = sorted(tensors.values(), key=lambda tensor: (tensor.path, tensor.offset))
+        self._place = {tensor.name: number for number, tensor in enumerate(in_file)}
+        # By tensor and rank: bytes of memory for the exchange, and whether it is an exchange between two ranks.
+        self._needed = np.zeros((len(in_file), len(hosts)), np.int64)
+        self._swapped = np.zeros((len(in_file), len(hosts)), bool)
+        self._reads: set[tuple[int, str, int, int]] = set()
         self._spans: dict[tuple[int, str], set[tuple[int, int]]] = defaultdict(set)
 
     @property
@@ -139,6 +151,23 @@ class _Traffic:
         for (host, _), spans in self._spans.items():
             found[host] += _union(spans)
         return found
+
+    def count_calls(self, n_agreements: int) -> None:
+        """Count the calls of the batches, after everything else."""
+        batch_of = np.array(batches(self._needed), np.int64)
+        n_batches = 1 + int(batch_of.max(initial=0))
+        swaps = sum(self._swapped[batch_of == number].any(0).astype(int) for number in range(n_batches))
+        for rank, n_swaps in enumerate(np.broadcast_to(swaps, len(self._hosts)).tolist()):
+            self.moved[rank]["calls"] += n_agreements + n_batches * OF_BATCH + n_swaps
+
+    def read(self, rank: int, tensor: TensorInfo, first: int, n_bytes: int, *, is_direct: bool = False) -> None:
+        """A rank reads a range of a tensor; once, if it is for an exchange."""
+        if is_direct or (rank, tensor.name, first, n_bytes) not in self._reads:
+            if not is_direct:
+                self._reads.add((rank, tensor.name, first, n_bytes))
+            self._spans[self._hosts[rank], tensor.name].add((first, first + n_bytes))
+            self.moved[rank]["file"] += n_bytes
+            self.moved[rank]["bus"] += n_bytes
 
     def send(self, source: int, target: int, n_bytes: int) -> None:
         """One rank sends bytes to another one."""
@@ -151,62 +180,67 @@ class _Traffic:
         tensor, first, size = part.tensor, 0, part.tensor.n_bytes
         if part.dim == 0:  # the bytes of columns are not contiguous, so whole rows are read
             first, size = size * part.start // tensor.shape[0], n_bytes
-        self._spans[self._hosts[source], tensor.name].add((first, first + size))
-        of_source = self.moved[source]
-        of_source["file"] += size
-        of_source["bus"] += n_bytes
+        self.read(source, tensor, first, size, is_direct=source == rank)
         if source != rank:
             self.send(source, rank, n_bytes)
-            of_source["calls"] += 1
-            self.moved[rank]["calls"] += 1
+            place = self._place[tensor.name]
+            self._needed[place, source] += size
+            self._needed[place, rank] += n_bytes
+            self._swapped[place, [source, rank]] = True
 
     def divide(self, parts: dict[int, Part]) -> None:
         """Ranks of a host that hold columns of a tensor read some rows each, and send the others their columns."""
-        (host, *_), (first, *_) = [self._hosts[rank] for rank in parts], parts.values()
-        n_rows = prod(first.tensor.shape[: first.dim])
+        tensor, dim = next((part.tensor, part.dim) for part in parts.values())
+        place, n_rows = self._place[tensor.name], prod(tensor.shape[:dim])
         of_row = {rank: part.n_bytes // n_rows for rank, part in parts.items()}
         for index, rank in enumerate(parts):
             begin, end = (n_rows * edge // len(parts) for edge in (index, index + 1))
-            step = first.tensor.n_bytes // n_rows
-            self._spans[host, first.tensor.name].add((begin * step, end * step))
-            self.moved[rank]["file"] += (end - begin) * step
-            self.moved[rank]["bus"] += (end - begin) * sum(of_row.values())
-            self.moved[rank]["calls"] += 1
+            step = tensor.n_bytes // n_rows
+            self.read(rank, tensor, begin * step, (end - begin) * step)
+            self._needed[place, rank] += (end - begin) * step + n_rows * of_row[rank]
+            self._swapped[place, rank] |= len(parts) > 1
             for other, n_bytes in of_row.items():
                 if other != rank:
                     self.send(rank, other, (end - begin) * n_bytes)
 
     def gather(self, ranks: tuple[int, ...], tensors: list[TensorInfo]) -> None:
         """Ranks that hold the same whole tensors read a piece of equal size each, and gather the pieces in a ring."""
-        count, sizes = len(ranks), np.array([tensor.n_bytes for tensor in tensors], np.int64)
-        longest = -(-sizes // count)
+        count = len(ranks)
+        if count == 1:
+            for tensor in tensors:
+                self.read(ranks[0], tensor, 0, tensor.n_bytes, is_direct=True)
+            return
+        sizes = np.array([tensor.n_bytes for tensor in tensors], np.int64)
+        longest = np.array([piece_bytes(tensor.n_bytes, tensor.format, count) for tensor in tensors], np.int64)
         edges = np.minimum(np.arange(count + 1)[:, np.newaxis] * longest, sizes)
         pieces = np.diff(edges, axis=0)
-        # The bytes of a big-endian piece are swapped after whole blocks were read: the loader reads the whole tensor.
-        is_big = np.array([tensor.byte_order == "big" for tensor in tensors])
-        n_read = np.where(is_big, sizes, pieces).sum(1).tolist()
+        places = [self._place[tensor.name] for tensor in tensors]
+        self._needed[np.ix_(places, ranks)] += (pieces + sizes).T
         n_sent = int(longest.sum()) * (count - 1)
         for index, (rank, n_bytes) in enumerate(zip(ranks, pieces.sum(1).tolist(), strict=True)):
-            self.moved[rank]["file"] += n_read[index]
+            self.moved[rank]["file"] += n_bytes
             self.moved[rank]["bus"] += n_bytes
-            if count > 1:
-                self.send(rank, ranks[(index + 1) % count], n_sent)
-                # If other ranks do not hold the tensors, each step of the ring is a call.
-                self.moved[rank]["calls"] += len(tensors) * (1 if count == len(self._hosts) else count - 1)
+            self.send(rank, ranks[(index + 1) % count], n_sent)
+            # If other ranks do not hold the tensors, each step of the ring is a call.
+            self.moved[rank]["calls"] += len(tensors) * (1 if count == len(self._hosts) else count - 1)
+        for tensor, n_bytes in zip(tensors, pieces[0].tolist(), strict=True):
+            # The first rank may have read the only block of a tensor for a rank without the file.
+            if (ranks[0], tensor.name, 0, n_bytes) in self._reads:
+                self.moved[ranks[0]]["file"] -= n_bytes
+                self.moved[ranks[0]]["bus"] -= n_bytes
         # The ranks of a host are neighbours in the ring, so their pieces are one span.
         of_hosts = Counter(self._hosts[rank] for rank in ranks)
         begin = 0
         for host, n_ranks in of_hosts.items():
-            firsts = np.where(is_big, 0, edges[begin])
+            firsts = edges[begin]
             begin += n_ranks
-            ends = np.where(is_big, sizes, edges[begin])
-            for tensor, first, end in zip(tensors, firsts.tolist(), ends.tolist(), strict=True):
+            for tensor, first, end in zip(tensors, firsts.tolist(), edges[begin].tolist(), strict=True):
                 self._spans[host, tensor.name].add((first, end))
 
 
 def _traffic(plan: Plan, hosts: list[int], n_readers: int, value_bytes: int) -> _Traffic:
     """What the ranks move. The first `n_readers` ranks have the file."""
-    found = _Traffic(hosts, AGREEMENTS + (n_readers < len(hosts)) * BROADCAST)
+    found = _Traffic(plan, hosts)
     holders: dict[str, list[int]] = defaultdict(list)
     columns: dict[tuple[str, int], dict[int, Part]] = defaultdict(dict)
     for rank, of_rank in enumerate(plan.ranks):
@@ -218,7 +252,7 @@ def _traffic(plan: Plan, hosts: list[int], n_readers: int, value_bytes: int) -> 
                 continue
             if value_bytes:
                 memory += n_bytes + value_bytes * (part.tensor.n_elements * n_bytes // part.tensor.n_bytes)
-            if source == rank and part.dim is None:
+            if source == rank and part.dim is None and n_bytes >= LEAST_DIVIDED:
                 holders[name].append(rank)
             elif source == rank and part.dim:
                 columns[name, hosts[rank]][rank] = part
@@ -226,16 +260,13 @@ def _traffic(plan: Plan, hosts: list[int], n_readers: int, value_bytes: int) -> 
                 found.part(source, rank, part, n_bytes)
         found.moved[rank]["memory"] = memory
     for parts in columns.values():
-        if len(parts) > 1:
-            found.divide(parts)
-        else:
-            ((rank, part),) = parts.items()
-            found.part(rank, rank, part, part.n_bytes)
+        found.divide(parts)
     together: dict[tuple[int, ...], list[TensorInfo]] = defaultdict(list)
     for name, ranks in holders.items():
         together[tuple(ranks)].append(plan.ranks[ranks[0]].parts[name].tensor)
     for of_tensors, tensors in together.items():
         found.gather(of_tensors, tensors)
+    found.count_calls(AGREEMENTS + (n_readers < len(hosts)) * BROADCAST)
     return found
 
 

@@ -2,16 +2,18 @@
 
 import json
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from blocks import random_blocks, write_model
 
 import numba_dequant as nd
-from numba_dequant.parallel import Machine, Part, Plan, RankPlan, plan, predict
-from numba_dequant.parallel.cost import AGREEMENTS, BROADCAST
+from numba_dequant.loading.parts import PartReader
+from numba_dequant.loading.requests import request_for
+from numba_dequant.parallel import Machine, Part, Plan, RankPlan, cost, plan, predict, routes
+from numba_dequant.parallel.cost import AGREEMENTS, BROADCAST, OF_BATCH
 
 torch = pytest.importorskip("torch")
 if not torch.distributed.is_available():
@@ -21,9 +23,7 @@ import counted_ranks  # noqa: E402 it needs PyTorch
 from counted_ranks import HOST, RULES  # noqa: E402
 from test_ranks import start  # noqa: E402
 
-from numba_dequant.loading import files as loading_files  # noqa: E402
-from numba_dequant.torch import distributed  # noqa: E402
-from numba_dequant.torch import ranks as routes
+from numba_dequant.torch import ranks  # noqa: E402
 
 MACHINE = Machine(page_cache=1e9, bus=1e9, nvlink=1e9, network=1e9, memory=1e9, gpus_per_host=HOST, latency=1.0)
 SHAPES = {
@@ -53,99 +53,97 @@ class Recorder:
     def __init__(self, rank, count):
         self.rank, self.count, self.group, self.found = rank, count, None, Counter()
 
-    def all_or_none(self, what):
-        return nullcontext()
-
-    def global_rank(self, rank):
-        return rank
-
     def _count(self, other, way, n_bytes):
         link = "NVLink" if other // HOST == self.rank // HOST else "network"
         self.found[f"{link} {way}"] += n_bytes
 
     def swap(self, sent, received):
-        self.found["calls"] += 1
+        self.found["calls"] += any(tensor.numel() for _, tensor in [*sent, *received])
         for way, tensors in (("out", sent), ("in", received)):
-            for other, tensor in tensors.items():
+            for other, tensor in tensors:
                 self._count(other, way, tensor.nbytes)
 
     def call(self, function, *arguments, group=None, **options):
+        if function is torch.distributed.all_reduce:  # the first connection
+            return
         self.found["calls"] += 1
-        if function is torch.distributed.send:
-            self._count(arguments[1], "out", arguments[0].nbytes)
-        elif function is torch.distributed.recv:
-            self._count(arguments[1], "in", arguments[0].nbytes)
-        else:
-            assert function is torch.distributed.all_gather_into_tensor
-            gathered, piece = (tensor.nbytes for tensor in arguments)
-            assert gathered == piece * self.count
-            self._count((self.rank + 1) % self.count, "out", gathered - piece)
-            self._count((self.rank - 1) % self.count, "in", gathered - piece)
+        assert function is torch.distributed.all_gather_into_tensor
+        gathered, piece = (tensor.nbytes for tensor in arguments)
+        assert gathered == piece * self.count
+        self._count((self.rank + 1) % self.count, "out", gathered - piece)
+        self._count((self.rank - 1) % self.count, "in", gathered - piece)
 
 
-def counted(model, found, n_readers, monkeypatch):
-    """What each rank would read, copy, send and receive, by the loader."""
-    read_into, world = loading_files.read_into, len(found.ranks)
-    shares = distributed._shares(found, model, world)
+def counted(model, found, n_readers):
+    """What each rank would read, copy, send and receive, by the loader; and the number of batches."""
+    world = len(found.ranks)
+    shares = routes.shares_of(found, model.tensors)
     hosts = [str(rank // HOST) if rank < n_readers else None for rank in range(world)]
+    taken = routes.Routes(shares, hosts)
     for rank in range(world):
         recorder = Recorder(rank, world)
+        exchange = ranks.Exchange(recorder, taken, torch.device("cpu"))
 
-        def counting(file, buffer, offset, recorder=recorder):
-            recorder.found["file"] += buffer.nbytes
-            return read_into(file, buffer, offset)
+        def load(requests, ahead, recorder=recorder):
+            for request in requests:
+                recorder.found["file"] += request.tensor.n_bytes
+                yield request.finished(np.zeros(request.tensor.n_bytes, np.uint8))
 
-        monkeypatch.setattr(loading_files, "read_into", counting)
-        taken = routes.Routes(recorder, shares, hosts, torch.device("cpu"))
-        raw = distributed._read(model, rank, taken) if hosts[rank] is not None else {}
-        recorder.found["bus"] = sum(data.nbytes for data in raw.values())
-        taken.exchange(raw)
-        yield recorder.found
+        reader = PartReader(model.tensors, taken, rank, lambda part: request_for(part, None), load, load)
+        for batch in range(taken.n_batches):
+            pieces = {read: torch.from_numpy(data) for read, data in reader.read(batch)[1].items()}
+            exchange.run(batch, pieces, exchange.memory(batch))
+        recorder.found["bus"] = recorder.found["file"]
+        yield recorder.found, taken.n_batches
 
 
-def assert_predicted(model, found, files, monkeypatch):
+def assert_predicted(model, found, files):
     world = len(found.ranks)
     n_readers = world if files == "every host" else min(HOST, world)
     prediction = predict(found, MACHINE, files=files, value_bytes=0)
     agreements = AGREEMENTS + (BROADCAST if n_readers < world else 0)
-    for rank, counts in zip(prediction.ranks, counted(model, found, n_readers, monkeypatch), strict=True):
-        assert n_calls(rank) == counts.pop("calls", 0) + agreements
+    for rank, (counts, n_batches) in zip(prediction.ranks, counted(model, found, n_readers), strict=True):
+        assert n_calls(rank) == counts.pop("calls", 0) + agreements + n_batches * OF_BATCH
         assert rank.moved == counts
 
 
-@pytest.fixture
-def model(tmp_path, monkeypatch):
-    monkeypatch.setattr(routes, "device_of", lambda group, device: device)
+@pytest.fixture(params=["one batch", "several batches"])
+def model(tmp_path, monkeypatch, request):
+    for module in (routes, cost):
+        monkeypatch.setattr(module, "LEAST_DIVIDED", 100)
+    if request.param == "several batches":
+        monkeypatch.setattr(routes, "BATCH_BYTES", 2500)
     with nd.open(write(tmp_path / "model.gguf")) as model:
         yield model
 
 
 @pytest.mark.parametrize("files", ["every host", "one host"])
 @pytest.mark.parametrize(("world", "stages"), [(1, 1), (2, 1), (3, 1), (4, 1), (4, 2), (6, 1), (6, 3)])
-def test_bytes_and_calls_are_those_of_the_loader(model, monkeypatch, world, stages, files):
-    assert_predicted(model, plan(model.tensors.values(), world, RULES, stages=stages), files, monkeypatch)
+def test_bytes_and_calls_are_those_of_the_loader(model, world, stages, files):
+    assert_predicted(model, plan(model.tensors.values(), world, RULES, stages=stages), files)
 
 
 @pytest.mark.parametrize("files", ["every host", "one host"])
-def test_a_plan_by_hand(model, monkeypatch, files):
+def test_a_plan_by_hand(model, files):
     """Ranks 0 and 2 hold a whole tensor, and ranks 1 and 3 some of its rows."""
     rows, whole = model.tensors["rows"], model.tensors["whole"]
     parts = [Part(rows), Part(rows, 0, 0, 4), Part(rows), Part(rows, 0, 4, 10)]
     ranks = [RankPlan(rank, 0, {"rows": part}) for rank, part in enumerate(parts)]
     ranks[3].parts["whole"] = Part(whole)
-    assert_predicted(model, Plan(tuple(ranks), ()), files, monkeypatch)
+    assert_predicted(model, Plan(tuple(ranks), ()), files)
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_big_endian_pieces_are_read_as_whole_tensors(model, monkeypatch, world):
+def test_big_endian_pieces_are_whole_blocks(model, world):
     tensors = {name: tensor._replace(byte_order="big") for name, tensor in model.tensors.items()}
     found = plan(tensors.values(), world, RULES)
-    assert_predicted(SimpleNamespace(tensors=tensors), found, "every host", monkeypatch)
+    assert_predicted(SimpleNamespace(tensors=tensors), found, "every host")
 
 
 @pytest.mark.long
-def test_four_processes_move_what_is_predicted(tmp_path):
+def test_four_processes_move_what_is_predicted(tmp_path, monkeypatch):
     """Two hosts of two ranks: bytes of the file, bytes between ranks, and all collectives of `load_file`."""
+    monkeypatch.setattr(cost, "LEAST_DIVIDED", 1)
     for way, names in WAYS.items():
         write(tmp_path / f"{way}.gguf", names)
     scenarios = [*WAYS, *(f"{way} missing" for way in WAYS)]

@@ -18,8 +18,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from numba_dequant import torch as nt
-from numba_dequant.loading import files
-from numba_dequant.parallel import Shard, plan
+from numba_dequant.parallel import Shard, plan, routes
 from numba_dequant.torch import distributed
 
 RULES = [("rows", Shard(0)), ("columns", Shard(-1)), ("stack", Shard(0))]
@@ -31,11 +30,7 @@ def count_call(counts, function, arguments):
     """Count a collective, and its bytes as those of a ring. The bytes of objects are not counted."""
     name = function.__name__
     counts["calls"] += 1
-    if name == "send":
-        counts["out"] += arguments[0].nbytes
-    elif name == "recv":
-        counts["in"] += arguments[0].nbytes
-    elif name == "all_gather_into_tensor":
+    if name == "all_gather_into_tensor":
         n_bytes = arguments[0].nbytes - arguments[1].nbytes
         counts["out"] += n_bytes
         counts["in"] += n_bytes
@@ -54,25 +49,20 @@ def watched(counts, patches):
 
         return call
 
-    for name in ("all_gather", "broadcast", "send", "recv", "all_gather_into_tensor", "batch_isend_irecv"):
+    for name in ("all_gather", "all_reduce", "broadcast", "all_gather_into_tensor", "batch_isend_irecv"):
         replacement = wrapped(getattr(distributed_c10d, name))
         for module in (dist, distributed_c10d):
             patches.enter_context(mock.patch.object(module, name, replacement))
 
-    def read(model, rank, routes):
-        def read_into(file, buffer, offset):
-            counts["file"] += buffer.nbytes
-            return into(file, buffer, offset)
+    def load(requests, *arguments, **options):
+        counts["file"] += sum(request.tensor.n_bytes for request in requests)
+        counts["bus"] = counts["file"]
+        return really(requests, *arguments, **options)
 
-        into = files.read_into
-        with mock.patch.object(files, "read_into", read_into):
-            found = read_parts(model, rank, routes)
-        counts["bus"] += sum(data.nbytes for data in found.values())
-        return found
-
+    really = distributed.load
+    patches.enter_context(mock.patch.object(distributed, "load", load))
     patches.enter_context(mock.patch.object(distributed, "_host", return_value=str(dist.get_rank() // HOST)))
-    read_parts = distributed._read
-    patches.enter_context(mock.patch.object(distributed, "_read", read))
+    patches.enter_context(mock.patch.object(routes, "LEAST_DIVIDED", 1))
 
 
 def main():

@@ -23,10 +23,8 @@ import numba_dequant as nd
 from numba_dequant import parallel
 from numba_dequant import torch as nt
 from numba_dequant.loading.parts import PartReader
-from numba_dequant.loading.parts import PartReader
 from numba_dequant.parallel import plan, routes
 from numba_dequant.torch import distributed
-from numba_dequant.torch.ranks import Exchange
 from numba_dequant.torch.ranks import Exchange
 
 RULES = [("*.rows", parallel.Shard(0)), ("*.columns", parallel.Shard(-1)), ("*.experts", parallel.Shard(0))]
