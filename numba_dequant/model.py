@@ -25,6 +25,7 @@ from numba_dequant.loading.requests import (
     QuantizedTensor,
     Request,
     Select,
+    dtype_resolver,
     plan_requests,
     request_for,
     slice_rows,
@@ -38,6 +39,10 @@ Out = TypeVar("Out")
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from numba_dequant.parallel.plan import Plan
+
+    Planner = Plan | Callable[["Model"], Plan]
 
     class _Options(TypedDict, total=False):
         device: Any
@@ -165,6 +170,11 @@ class Model:
 
     @overload
     def load_all(
+        self, *, dtype: Any = ..., plan: Planner, keep_quantized: bool = ..., **options: Unpack[_Walk]
+    ) -> list[dict[str, Any]]: ...
+
+    @overload
+    def load_all(
         self,
         select: Select = ...,
         dtype: Any = ...,
@@ -196,15 +206,18 @@ class Model:
         threads: int | None = None,
         progress: bool | None = None,
         callback: Callback = None,
-    ) -> dict[str, Any]:
+        plan: Planner | None = None,
+    ) -> Any:
         """Load all tensors, or those that `select` matches.
+
+        >>> first, second = model.load_all(device=["cuda:0", "cuda:1"], plan=plan)         # doctest: +SKIP
 
         Args:
             select: a name, a glob ("blk.*.weight"), a compiled regular expression, a `TensorInfo`, several of these, a
                 function that takes a `TensorInfo` and returns a bool, or None for all tensors.
             dtype: one output type, or globs or compiled expressions with their output types, of which the first match
                 is used: ``{"*norm*": "float32", "*": "bfloat16"}``.
-            device: as for `load`.
+            device: as for `load`, or a list of devices if you pass `plan`.
             stream: as for `load`.
             progress: show a progress bar after one second: True, False, or None for only on a terminal and in a
                 notebook.
@@ -214,9 +227,12 @@ class Model:
             threads: as for `load`.
             callback: function that is called with a `Progress`, in this thread, at most ten times a second. An
                 exception from it stops the load.
+            plan: a `numba_dequant.parallel.Plan`, or a function that takes this model and returns one. It says which
+                device holds what: the first rank is the first of the list `device`. Each byte is read once, and goes to
+                other GPUs compressed. `select`, `out` and `stream` cannot be combined with it.
 
         Returns:
-            name -> result as from `load`, in file order.
+            name -> result as from `load`, in file order. With `plan`, a list of these: one for each device.
 
         Raises:
             TensorNotFoundError: a name or a pattern matches no tensor, or `out` has the name of a tensor that is not
@@ -225,9 +241,23 @@ class Model:
             OutputError, OptionError: `out` or another argument is wrong. Nothing has been read.
             GgufError, ReadError, DeviceError: as for `load`. Nothing is returned, but outputs may have changed.
         """
+        if plan is not None or isinstance(device, (list, tuple)):
+            parts = self._parts(
+                device, plan, dtype, threads, progress, callback, keep_quantized, select=select, out=out, stream=stream
+            )
+            by_device: list[dict[str, Any]] = [{} for _ in device]
+            for name, of_devices in parts:
+                for found, part in zip(by_device, of_devices, strict=True):
+                    if part is not None:
+                        found[name] = part
+            return by_device
         chosen = plan_requests(self.tensors, select, dtype, out, keep_quantized=keep_quantized)
-        loaded = self._named(chosen, device, stream, threads, None, progress, callback)
-        return dict(loaded)
+        return dict(self._named(chosen, device, stream, threads, None, progress, callback))
+
+    @overload
+    def stream(
+        self, *, dtype: Any = ..., plan: Planner, keep_quantized: bool = ..., **options: Unpack[_Walk]
+    ) -> Iterator[tuple[str, list[Any]]]: ...
 
     @overload
     def stream(
@@ -257,6 +287,7 @@ class Model:
         threads: int | None = None,
         progress: bool | None = None,
         callback: Callback = None,
+        plan: Planner | None = None,
     ) -> Iterator[tuple[str, Any]]:
         """Iterate over the tensors that `load_all` loads, and read ahead meanwhile.
 
@@ -266,16 +297,25 @@ class Model:
         >>> for name, tensor in model.stream("blk.*", device="cpu"):                       # doctest: +SKIP
         ...     print(name, tensor.shape)
 
-        `prefetch` is the maximum number of tensors to read ahead, 0 or more. All other arguments are as for `load_all`.
+        `prefetch` is the maximum number of tensors to read ahead, 0 or more. With `plan`, it is the number of batches
+        of 64 MiB, and at least 1. All other arguments are as for `load_all`.
 
         Returns:
-            An iterator over (name, result as from `load`), in file order.
+            An iterator over (name, result as from `load`), in file order. With `plan`, the second is a list with a part
+            for each device, which is None if the device does not hold the tensor.
 
         Raises:
             NumbaDequantError: as for `load_all`. Errors of arguments are raised before the iterator is returned.
         """
-        chosen = plan_requests(self.tensors, select, dtype, None, keep_quantized=keep_quantized)
         ahead = whole_option("prefetch", prefetch, 0)
+        if plan is not None or isinstance(device, (list, tuple)):
+            from numba_dequant.loading import devices
+
+            size = max(ahead, 1) * devices.STREAM_BYTES
+            return self._parts(
+                device, plan, dtype, threads, progress, callback, keep_quantized, size, select=select, stream=stream
+            )
+        chosen = plan_requests(self.tensors, select, dtype, None, keep_quantized=keep_quantized)
         return self._named(chosen, device, stream, threads, ahead, progress, callback)
 
     def read(self, name: str | TensorInfo, *, mmap: bool = False) -> NDArray[np.uint8]:
@@ -325,6 +365,33 @@ class Model:
                 report.close()
 
         return pairs()
+
+    def _parts(
+        self,
+        device: Any,
+        plan: Any,
+        dtype: Any,
+        threads: int | None,
+        progress: bool | None,
+        callback: Callback,
+        keep_quantized: bool,
+        batch_bytes: int | None = None,
+        **others: Any,
+    ) -> Iterator[tuple[str, list[Any]]]:
+        """Names and the parts of several devices, in order. This call checks the arguments; the iterator reads."""
+        from numba_dequant.loading import devices
+
+        planned = devices.checked_plan(self, device, plan, others)
+        kept, type_of = flag_option("keep_quantized", keep_quantized), dtype_resolver(dtype)
+        if threads is not None:
+            threads = whole_option("threads", threads, 1)
+
+        def dtype_of(name: str) -> str | None:
+            is_kept = kept and self.tensors[name].format.block_size > 1
+            return None if is_kept else output_type(type_of(name))
+
+        load = devices.DeviceLoad(self.tensors, planned, device, dtype_of, threads, batch_bytes)
+        return load.run(Reporter(load.n_bytes, progress, callback))
 
     def _results(
         self,
@@ -397,6 +464,12 @@ def open(source: Any, *, offset: int = 0, allow_truncated: bool = False, orig_sh
 
 @overload
 def load(
+    source: Any, *, dtype: Any = ..., plan: Planner, keep_quantized: bool = ..., **options: Unpack[_Open]
+) -> list[dict[str, Any]]: ...
+
+
+@overload
+def load(
     source: Any, select: Select = ..., dtype: Any = ..., *, keep_quantized: Literal[True], **options: Unpack[_Open]
 ) -> dict[str, QuantizedTensor]: ...
 
@@ -425,26 +498,24 @@ def load(
     threads: int | None = None,
     progress: bool | None = None,
     callback: Callback = None,
+    plan: Planner | None = None,
     offset: int = 0,
     allow_truncated: bool = False,
     orig_shapes: bool = False,
-) -> dict[str, Any]:
+) -> Any:
     """Load the tensors of a file: `open` and `Model.load_all` in one call.
 
     `source`, `offset`, `allow_truncated` and `orig_shapes` are as for `open`, all others as for `Model.load_all`.
 
     Returns:
-        name -> result, in file order.
+        name -> result, in file order. With `plan`, a list of these: one for each device.
 
     Raises:
         NumbaDequantError: as for `open` and `Model.load_all`.
     """
     model = open(source, offset=offset, allow_truncated=allow_truncated, orig_shapes=orig_shapes)
-    options: Any = {"device": device, "out": out, "stream": stream, "keep_quantized": keep_quantized}
-    loaded: dict[str, Any] = model.load_all(
-        select, dtype, threads=threads, progress=progress, callback=callback, **options
-    )
-    return loaded
+    options: Any = {"device": device, "out": out, "stream": stream, "keep_quantized": keep_quantized, "plan": plan}
+    return model.load_all(select, dtype, threads=threads, progress=progress, callback=callback, **options)
 
 
 def release_buffers(device: Any = None) -> None:

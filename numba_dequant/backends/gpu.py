@@ -80,6 +80,7 @@ class Gpu:
         self.index = index
         self.kernels: dict[Any, Any] = {}
         self.idle_buffers: list[Any] = []
+        self._open_to: set[int] = set()
 
     def active(self) -> _Active:
         """Make this GPU current in this thread within a ``with`` block."""
@@ -207,8 +208,35 @@ class Gpu:
             self.synchronize(stream)
 
     def copy_on_device(self, target: int, pointer: int, n_bytes: int, stream: int) -> None:
-        """Queue a copy from `pointer` to `target` within device memory."""
+        """Queue a copy from `pointer` to `target` in device memory; `pointer` may be on another GPU."""
         _check(driver.cuMemcpyDtoDAsync(target, pointer, n_bytes, stream))
+
+    def copy_columns(self, target: int, width: int, pointer: int, step: int, n_rows: int, stream: int) -> None:
+        """Queue a copy of `width` bytes of each row to `target`, one after the other.
+
+        The rows are `step` bytes long and may be on another GPU. The first columns are at `pointer`.
+        """
+        copy = driver.CUDA_MEMCPY2D()
+        copy.srcMemoryType = copy.dstMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_UNIFIED
+        copy.srcDevice, copy.srcPitch, copy.dstDevice, copy.dstPitch = pointer, step, target, width
+        copy.WidthInBytes, copy.Height = width, n_rows
+        _check(driver.cuMemcpy2DAsync(copy, stream))
+
+    def open_to(self, other: Gpu) -> None:
+        """Let another GPU copy from this one without a detour by the host, if the machine can do that."""
+        if other is self or other.index in self._open_to:
+            return
+        code, is_possible = driver.cuDeviceCanAccessPeer(other.index, self.index)
+        _check((code,))
+        if is_possible:
+            access = driver.CUmemAccessDesc()
+            access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+            access.location.id = other.index
+            access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+            code, pool = driver.cuDeviceGetMemPool(self.index)
+            _check((code,))
+            _check(driver.cuMemPoolSetAccess(pool, [access], 1))
+        self._open_to.add(other.index)
 
     def memset(self, memory: DeviceBytes, value: int, stream: int) -> None:
         """Queue a fill of all bytes with one value."""

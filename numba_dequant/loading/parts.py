@@ -40,6 +40,9 @@ class PartReader:
         own: makes the request for a part that needs no exchange.
         load_own: loads these requests.
         load_pieces: loads what is exchanged; the same as `load_own` if one load can do both.
+
+    Attributes:
+        n_bytes: the bytes that are read.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class PartReader:
             loads = [(sorted(direct + pieces, key=lambda each: each[0]), load_own)]
         else:
             loads = [(direct, load_own), (pieces, load_pieces)]
+        self.n_bytes = sum(request.tensor.n_bytes for entries, _ in loads for _, _, request in entries)
         self._routes = routes
         ahead = AHEAD if routes.n_batches > 1 else None
         self._streams = [

@@ -11,6 +11,7 @@ import numpy as np
 
 from numba_dequant.errors import OptionError, shown
 from numba_dequant.gguf.tensors import TensorInfo
+from numba_dequant.parallel import routes
 from numba_dequant.parallel.machine import Machine
 from numba_dequant.parallel.plan import Part, Plan
 from numba_dequant.parallel.routes import LEAST_DIVIDED, batches, piece_bytes
@@ -154,7 +155,7 @@ class _Traffic:
 
     def count_calls(self, n_agreements: int) -> None:
         """Count the calls of the batches, after everything else."""
-        batch_of = np.array(batches(self._needed), np.int64)
+        batch_of = np.array(batches(self._needed, routes.BATCH_BYTES), np.int64)
         n_batches = 1 + int(batch_of.max(initial=0))
         swaps = sum(self._swapped[batch_of == number].any(0).astype(int) for number in range(n_batches))
         for rank, n_swaps in enumerate(np.broadcast_to(swaps, len(self._hosts)).tolist()):

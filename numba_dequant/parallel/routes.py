@@ -21,7 +21,7 @@ LEAST_DIVIDED = 1 << 20
 """Whole tensors of fewer bytes are read by each rank that holds them: a collective takes longer than reading them."""
 
 BATCH_BYTES = 1 << 30
-"""The most bytes that a rank reads for an exchange, and receives in it, before it takes part in the exchange."""
+"""The default of the most bytes that a rank reads for a batch and receives in it."""
 
 
 @dataclass(frozen=True)
@@ -115,15 +115,16 @@ def piece_bytes(n_bytes: int, fmt: Format, count: int) -> int:
     return -(-n_bytes // fmt.type_size // count) * fmt.type_size
 
 
-def batches(needed: NDArray[np.int64]) -> list[int]:
+def batches(needed: NDArray[np.int64], batch_bytes: int) -> list[int]:
     """The number of the batch of each tensor, in the order of the file.
 
     Args:
         needed: the bytes that each rank needs memory for (dimension 1) to exchange each tensor (dimension 0).
+        batch_bytes: the most of these bytes that a batch has, unless it has only one tensor.
     """
     found, number, total = [], 0, np.zeros(needed.shape[1], np.int64)
     for row in needed:
-        if total.any() and row.any() and (total + row).max() > BATCH_BYTES:
+        if total.any() and row.any() and (total + row).max() > batch_bytes:
             number, total = number + 1, np.zeros_like(total)
         total = total + row
         found.append(number)
@@ -141,10 +142,13 @@ class Routes:
     Args:
         shares: what each rank holds, in the order of the file.
         hosts: the host of each rank that has the file; None for the others.
+        batch_bytes: the most bytes that a rank reads for a batch and receives in it.
     """
 
-    def __init__(self, shares: Sequence[Sequence[Share]], hosts: Sequence[str | None]) -> None:
-        self.shares, self.hosts = shares, hosts
+    def __init__(
+        self, shares: Sequence[Sequence[Share]], hosts: Sequence[str | None], batch_bytes: int | None = None
+    ) -> None:
+        self.shares, self.hosts, self._batch_bytes = shares, hosts, batch_bytes or BATCH_BYTES
         self._sources = [rank for rank, host in enumerate(hosts) if host is not None]
         self._holders: dict[tuple[str, str | None], dict[int, Share]] = defaultdict(dict)
         for rank in self._sources:
@@ -208,7 +212,7 @@ class Routes:
                 if not self.is_direct(rank, share):
                     needed[share.index, rank] += share.n_bytes
                     needed[share.index, self.source_of(rank)] += self.read(rank, share).n_bytes
-        return batches(needed)
+        return batches(needed, self._batch_bytes)
 
     @property
     def n_batches(self) -> int:

@@ -56,11 +56,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(script, folder, world, *arguments):
-    """Run a script on some ranks: what they print to both streams, and the exit codes."""
+def start(script, folder, world, *arguments, **variables):
+    """Run a script on some ranks, with environment variables: what they print, and the exit codes."""
     group = folder / "group"
     group.unlink(missing_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     command = [sys.executable, "-W", "always::ResourceWarning", script]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     processes = [
@@ -70,9 +70,9 @@ def start(script, folder, world, *arguments):
     return outputs, [process.returncode for process in processes]
 
 
-def run(folder, world, *scenarios):
+def run(folder, world, *scenarios, **variables):
     """For each scenario, what each rank found; the exit codes; and what they print as errors."""
-    outputs, codes = start(SUPPORT, folder, world, *scenarios)
+    outputs, codes = start(SUPPORT, folder, world, *scenarios, **variables)
     found = {scenario: [] for scenario in scenarios}
     for out, _ in outputs:
         for scenario, result in map(json.loads, filter(lambda line: line.startswith("["), out.splitlines())):
@@ -181,6 +181,28 @@ def test_four_ranks_hold_their_parts(folder):
     assert found["pairs"] == expected_parts(folder, 2, stages=2) * 2, "two groups, each with a model of its own"
     assert found["strangers"][:2] == found["pairs"][:2]
     assert all("group must be a process group to which this rank belongs" in each for each in found["strangers"][2:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("backend", "world"), [("gloo", 2), ("cpu:gloo,cuda:nccl", 2), ("nccl", 2), ("nccl", 4)])
+def test_ranks_with_gpus_hold_their_parts(folder, backend, world):
+    """Without NCCL, ranks may share a GPU."""
+    if "nccl" in backend and torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs")
+    scenarios = ["values", "blocks", "stages", "missing", "small", "batches", "reversed", "memory", "unreadable"]
+    variables = {"RANKS_DEVICE": "cuda", "RANKS_BACKEND": backend, "RANKS_TIMEOUT": "100"}
+    found, codes, errors = run(folder, world, *scenarios, "dtensor", **variables)
+    assert codes == [0] * world, errors
+    for way in ("small", "batches", "reversed", "missing"):
+        assert found[way] == found["values"], way
+    assert found["values"] == expected_parts(folder, world)
+    assert found["blocks"] == expected_parts(folder, world, blocks=True)
+    assert found["stages"] == expected_parts(folder, world, stages=2)
+    for way, error in (("memory", "MemoryError: no memory is left"), ("unreadable", "ReadError: model.gguf")):
+        assert f"DeviceError: rank 1 could not load its part: {error}" in found[way][0]
+        assert found[way][1].startswith(error)
+    if world == 2:
+        assert all("blk.1.d.columns" in each for each in found["dtensor"])
 
 
 def test_a_rank_without_the_file_receives(two, folder):
@@ -305,6 +327,22 @@ def test_divided_layers_compute_what_one_does(tmp_path):
             "this style is for a QuantizedLinear, but the layer is a Linear; use a style of PyTorch",
             "256 inputs (Q4_K has blocks of 256), in units of 256, are too few for 2 ranks; use fewer ranks",
         ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl"])
+def test_divided_layers_on_two_gpus_compute_what_one_does(tmp_path, backend):
+    """Forward, gradients and compiled by Inductor, in FP16."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    variables = {"RANKS_DEVICE": "cuda", "RANKS_BACKEND": backend, "RANKS_COMPILER": "inductor"}
+    outputs, codes = start(SUPPORT.with_name("parallel_layers.py"), tmp_path, 2, **variables)
+    assert codes == [0, 0], outputs
+    for out, _ in outputs:
+        found = json.loads(out.splitlines()[-1])
+        for name in ("Q4_K", "Q8_0"):
+            assert max(found[name][1:]) < 2e-3
+        assert max(found["alone"]) < 2e-3
 
 
 @pytest.mark.parametrize(("style", "flag"), [("Colwise", "gather_output"), ("Rowwise", "split_input")])

@@ -43,7 +43,7 @@ def described(tensors):
     """Of each tensor: the shape, the dtype and its bytes as one number."""
     found = {}
     for name, tensor in tensors.items():
-        data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        data = tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy()
         number = int(np.dot(data.astype(np.uint64), np.arange(1, data.size + 1, dtype=np.uint64)) % (1 << 53))
         found[name] = [list(tensor.shape), str(tensor.dtype), number]
     return found
@@ -58,8 +58,14 @@ def with_last_reversed(given):
     return replace(given, ranks=(*others, replace(last, parts=dict(reversed(last.parts.items())))))
 
 
+def device_of(rank):
+    """The device of a rank, by the variable RANKS_DEVICE: "cpu", or "cuda", of which several ranks may share one."""
+    kind = os.environ.get("RANKS_DEVICE", "cpu")
+    return kind if kind == "cpu" else f"{kind}:{rank % torch.cuda.device_count()}"
+
+
 def load(rank, world, folder, scenario):  # noqa: PLR0912, PLR0915 one branch per scenario
-    path, options = folder / "model.gguf", {"plan": planned(world)}
+    path, options = folder / "model.gguf", {"plan": planned(world), "device": device_of(rank)}
     if scenario == "blocks":
         options["keep_quantized"] = True
     elif scenario == "stages":
@@ -144,18 +150,22 @@ def of_mesh(scenario, folder, mesh):
 def main():
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     group = os.environ.get("RANKS_GROUP", f"file://{folder}/group")
-    dist.init_process_group("gloo", init_method=group, rank=rank, world_size=world, timeout=timedelta(seconds=20))
+    if device_of(rank) != "cpu":
+        torch.cuda.set_device(device_of(rank))
+    timeout = timedelta(seconds=int(os.environ.get("RANKS_TIMEOUT", "20")))
+    backend = os.environ.get("RANKS_BACKEND", "gloo")
+    dist.init_process_group(backend, init_method=group, rank=rank, world_size=world, timeout=timeout)
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])] if world == 4 else []
     if world == 4 and rank in (0, 2):  # loads must not depend on how many groups a rank has
         dist.new_group([0, 2], use_local_synchronization=True)
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = init_device_mesh(os.environ.get("RANKS_DEVICE", "cpu"), (world,))
     for scenario in sys.argv[4:]:
         try:
             if scenario.startswith("dtensor"):
                 found = of_mesh(scenario, folder, mesh)
             elif scenario in ("pairs", "strangers"):
                 path, group = folder / "model.gguf", pairs[rank // 2 if scenario == "pairs" else 0]
-                found = described(nt.load_file(path, dtype=torch.float32, plan=planned(2, 2), group=group))
+                found = described(nt.load_file(path, device_of(rank), torch.float32, plan=planned(2, 2), group=group))
             else:
                 found = described(load(rank, world, folder, scenario))
         except Exception as error:

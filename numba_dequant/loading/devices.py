@@ -1,0 +1,271 @@
+"""Loads a model to several devices of one process. Each byte of a file is read once, and crosses the bus once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_dequant.api import backend_for, dequantize
+from numba_dequant.backends.batch import Array
+from numba_dequant.backends.device_tensor import DeviceTensor
+from numba_dequant.backends.devices import available_cores
+from numba_dequant.backends.host import HostBackend, SimulatorBackend
+from numba_dequant.errors import OptionError, shown
+from numba_dequant.formats import format_named
+from numba_dequant.gguf.tensors import TensorInfo
+from numba_dequant.loading.parts import PartReader
+from numba_dequant.loading.progress import Reporter
+from numba_dequant.loading.python_threads import POLL_SECONDS
+from numba_dequant.loading.requests import QuantizedTensor, Request, request_for
+from numba_dequant.locks import compile_lock
+from numba_dequant.parallel.plan import Plan
+from numba_dequant.parallel.routes import Read, Routes, Share, shares_of
+
+STREAM_BYTES = 64 << 20
+"""Bytes that a device reads and receives at once, at most, if the tensors are not kept."""
+
+Blocks = NDArray[np.uint8] | DeviceTensor
+
+
+def checked_plan(model: Any, devices: Any, plan: Any, others: Mapping[str, Any]) -> Plan:
+    """The plan for a list of devices.
+
+    Raises:
+        OptionError: there is no plan, no list of devices, or another argument that cannot be combined with them.
+    """
+    if plan is None:
+        raise OptionError(
+            "device is a list, so plan must say which device holds what; pass plan, or one device instead of a list"
+        )
+    if not isinstance(devices, (list, tuple)) or not devices:
+        raise OptionError(f"plan needs a list of devices, such as ['cuda:0', 'cuda:1'], got device={shown(devices)}")
+    for name, value in others.items():
+        if value is not None:
+            raise OptionError(f"{name} cannot be combined with plan; omit {name}, or load to one device at a time")
+    found = plan(model) if callable(plan) else plan
+    if not isinstance(found, Plan):
+        raise OptionError(f"plan must be a Plan or a function that returns one for a model, got {shown(found)}")
+    if len(found.ranks) != len(devices):
+        raise OptionError(
+            f"the plan is for {len(found.ranks)} ranks, but there are {len(devices)} devices; pass {len(devices)} as "
+            "world"
+        )
+    return found
+
+
+class _HostPlace:
+    """The host as one of several devices."""
+
+    def __init__(self, backend: HostBackend) -> None:
+        self.backend, self.device = backend, str(backend.device)
+
+    def load(
+        self, requests: Sequence[Request], threads: int, ahead: int | None, on_bytes_read: Callable[[int], None]
+    ) -> Generator[Any, None, None]:
+        with compile_lock:  # no fork during the import
+            from numba_dequant.loading import host_loader
+
+        return host_loader.load(requests, self.backend, threads, ahead, on_bytes_read)
+
+    def empty(self, n_bytes: int) -> Blocks:
+        return np.empty(n_bytes, np.uint8)
+
+    def copy(self, target: Any, at: int, piece: Blocks, share: Share, n_rows: int) -> None:
+        """Copy a piece, or the columns of a share in a piece of whole rows, to a position of `target`."""
+        part = _on_host(piece, share, n_rows)
+        target[at : at + part.size] = part
+
+
+class _GpuPlace:
+    """A GPU as one of several devices. All its work is on its default stream."""
+
+    def __init__(self, backend: Any) -> None:
+        from numba_dequant.backends.streams import CallStream
+
+        self.gpu, self.device = backend.gpu, f"cuda:{backend.gpu.index}"
+        self.call = CallStream(self.gpu)
+
+    def load(
+        self, requests: Sequence[Request], threads: int, ahead: int | None, on_bytes_read: Callable[[int], None]
+    ) -> Generator[Any, None, None]:
+        from numba_dequant.loading import gpu_buffers, gpu_loader
+
+        return gpu_loader.load(requests, self.call, min(threads, gpu_buffers.TUNING.threads), ahead, on_bytes_read)
+
+    def empty(self, n_bytes: int) -> Blocks:
+        from numba_dequant.backends.cuda import new_memory
+
+        with self.gpu.active():
+            memory = new_memory(n_bytes, self.call)
+        return DeviceTensor(memory, (n_bytes,), np.dtype(np.uint8), self.call.handle)
+
+    def copy(self, target: Any, at: int, piece: Blocks, share: Share, n_rows: int) -> None:
+        """As for the host. The default streams of two GPUs must already be in order."""
+        with self.gpu.active():
+            if isinstance(piece, np.ndarray):
+                self.gpu.send(target.ptr + at, _on_host(piece, share, n_rows), self.call.handle)
+            elif share.has_columns:
+                step, first, last = share.columns
+                self.gpu.copy_columns(target.ptr + at, last - first, piece.ptr + first, step, n_rows, self.call.handle)
+            else:
+                self.gpu.copy_on_device(target.ptr + at, piece.ptr, piece.nbytes, self.call.handle)
+
+
+def _on_host(piece: Blocks, share: Share, n_rows: int) -> NDArray[np.uint8]:
+    """The bytes of a piece, or the columns of a share in a piece of whole rows, in host memory."""
+    data: NDArray[np.uint8] = piece if isinstance(piece, np.ndarray) else piece.copy_to_host()
+    if not share.has_columns:
+        return data
+    _, first, last = share.columns
+    return np.ascontiguousarray(data.reshape(n_rows, -1)[:, first:last]).reshape(-1)
+
+
+class _StoppedError(Exception):
+    """Another thread has ended the load."""
+
+
+class DeviceLoad:
+    """One load to several devices.
+
+    Args:
+        tensors: the tensors of the model.
+        plan: which device holds what. All devices are ranks of one host.
+        devices: the devices, in the order of the ranks.
+        dtype_of: the output type of a tensor; None for its blocks.
+        threads: the number of threads that read, of all devices; None means the default.
+        batch_bytes: as for `Routes`.
+
+    Attributes:
+        n_bytes: the bytes that are read.
+
+    Raises:
+        OptionError: the plan is for another model.
+        DeviceError: a device cannot be used.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorInfo],
+        plan: Plan,
+        devices: Sequence[Any],
+        dtype_of: Callable[[str], str | None],
+        threads: int | None,
+        batch_bytes: int | None,
+    ) -> None:
+        routes = Routes(shares_of(plan, tensors), ["here"] * len(devices), batch_bytes)
+        self._routes, self._dtype_of = routes, dtype_of
+        backends = [backend_for(device, None) for device in devices]
+        self._places: list[_HostPlace | _GpuPlace] = [
+            _HostPlace(backend) if isinstance(backend, HostBackend) else _GpuPlace(backend) for backend in backends
+        ]
+        self._gpus = {place.gpu.index: place for place in self._places if isinstance(place, _GpuPlace)}
+        for one in self._gpus.values():
+            for other in self._gpus.values():
+                one.gpu.open_to(other.gpu)
+        # The simulator starts threads of its own.
+        self._at_once = 1 if any(isinstance(backend, SimulatorBackend) for backend in backends) else len(devices)
+        self._counts, self._stopped = [0] * len(devices), threading.Event()
+        each = max((threads or max(available_cores(), 2 * len(devices))) // len(devices), 1)
+        self._readers: list[PartReader] = []
+        for number, place in enumerate(self._places):
+            load = partial(self._load, place, number, each)
+            self._readers.append(PartReader(tensors, routes, number, self._own, load, load))
+        self.n_bytes = sum(reader.n_bytes for reader in self._readers)
+
+    def _own(self, part: TensorInfo) -> Request:
+        return request_for(part, self._dtype_of(part.name))
+
+    def _load(
+        self, place: _HostPlace | _GpuPlace, number: int, threads: int, requests: Sequence[Request], ahead: int | None
+    ) -> Generator[Any, None, None]:
+        def count(n_bytes: int) -> None:
+            self._counts[number] = n_bytes
+            if self._stopped.is_set():
+                raise _StoppedError
+
+        return place.load(requests, threads, ahead, count)
+
+    def run(self, report: Reporter) -> Iterator[tuple[str, list[Any]]]:
+        """The name of each tensor and its parts, one for each device, in the order of the file.
+
+        A part is None if the device does not hold the tensor.
+        """
+        names = {share.index: share.name for of_rank in self._routes.shares for share in of_rank}
+        batch_of = self._routes.batch_of
+        pool = ThreadPoolExecutor(self._at_once, "numba_dequant load")
+        futures: list[Future[Any]] = []
+        try:
+            for batch in range(self._routes.n_batches):
+                futures = futures or self._begin(pool, batch)
+                self._wait(futures, report)
+                results = [future.result() for future in futures]
+                # The next batch is read while this one is exchanged.
+                futures = self._begin(pool, batch + 1) if batch + 1 < self._routes.n_batches else []
+                found = [own for own, _ in results]
+                self._exchange(batch, [pieces for _, pieces in results], found)
+                del results
+                for index in sorted(names):
+                    if batch_of[index] == batch:
+                        yield names[index], [own.pop(names[index], None) for own in found]
+        finally:
+            self._stopped.set()
+            pool.shutdown(cancel_futures=True)
+            for reader in self._readers:
+                reader.close()
+            report.close()
+
+    def _begin(self, pool: ThreadPoolExecutor, batch: int) -> list[Future[Any]]:
+        return [pool.submit(reader.read, batch) for reader in self._readers]
+
+    def _wait(self, futures: list[Future[Any]], report: Reporter) -> None:
+        """Wait until all have read, and report in this thread. The first error ends the load."""
+        left = set(futures)
+        while left:
+            done, left = wait(left, POLL_SECONDS, FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            report(sum(self._counts))
+
+    def _exchange(self, batch: int, pieces: list[dict[Read, Any]], found: list[dict[str, Any]]) -> None:
+        """Give each device what others have read for it, and add its parts to `found`."""
+        routes = self._routes
+        self._order()
+        for rank, (place, of_rank) in enumerate(zip(self._places, routes.shares, strict=True)):
+            for share in of_rank:
+                if routes.batch_of[share.index] != batch or (share.n_bytes and routes.is_direct(rank, share)):
+                    continue
+                raw, at = place.empty(share.n_bytes), 0
+                for other, theirs in routes.holders(rank, share).items() if share.n_bytes else ():
+                    n_rows = len(routes.rows(other, theirs)) if share.has_columns else 1
+                    piece = pieces[other][routes.read(other, theirs)]
+                    place.copy(raw, at, piece, share, n_rows)
+                    at += n_rows * (share.columns[2] - share.columns[1]) if share.has_columns else len(piece)
+                found[rank][share.name] = self._finished(place, share, raw)
+        self._order()
+
+    def _order(self) -> None:
+        """Let each GPU wait for the work that the other GPUs have now."""
+        if len(self._gpus) < 2:
+            return
+        events = {}
+        for index, place in self._gpus.items():
+            with place.gpu.active():
+                events[index] = place.gpu.record_event(place.call.handle)
+        for index, place in self._gpus.items():
+            with place.gpu.active():
+                for other, event in events.items():
+                    if other != index:
+                        place.gpu.stream_wait_event(place.call.handle, event)
+
+    def _finished(self, place: _HostPlace | _GpuPlace, share: Share, raw: Blocks) -> Array | QuantizedTensor:
+        fmt, dtype = format_named(share.format), self._dtype_of(share.name)
+        if dtype is None:
+            return QuantizedTensor(raw, fmt, share.shape)
+        values: Array = dequantize(raw, fmt, dtype, shape=share.shape, device=place.device)
+        return values

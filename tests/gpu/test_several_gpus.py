@@ -1,0 +1,98 @@
+"""One process loads a model to several GPUs, and to GPUs and the CPU."""
+
+import threading
+
+import parts
+import pytest
+from parts import assert_parts, planned
+
+import numba_dequant as nd
+from numba_dequant.backends.gpu import gpu_at, n_devices
+from numba_dequant.loading import gpu_loader
+from numba_dequant.parallel import plan, routes
+
+pytestmark = pytest.mark.gpu
+
+DEVICES = [
+    ["cuda:0"],
+    ["cuda:0", "cuda:0"],
+    ["cuda:0", "cpu"],
+    ["cpu", "cuda:0", "reference"],
+    ["cuda:0", "cuda:1"],
+    ["cuda:1", "cpu", "cuda:0", "cuda:1"],
+]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return parts.write(tmp_path / "model.gguf")
+
+
+@pytest.fixture(params=["one batch", "many batches"])
+def batches(request, monkeypatch):
+    monkeypatch.setattr(routes, "LEAST_DIVIDED", 100)
+    if request.param == "many batches":
+        monkeypatch.setattr(routes, "BATCH_BYTES", 3000)
+
+
+@pytest.fixture(params=DEVICES, ids=",".join)
+def devices(request):
+    if "cuda:1" in request.param and n_devices() < 2:
+        pytest.skip("needs two GPUs")
+    return request.param
+
+
+@pytest.mark.usefixtures("batches")
+@pytest.mark.parametrize("kept", [False, True])
+def test_each_device_has_its_parts(path, devices, kept):
+    for _ in range(3):  # the second load finds memory that the first one has freed
+        found = nd.load(path, device=devices, plan=planned(len(devices)), keep_quantized=kept)
+        assert_parts(path, found, planned(len(devices)), blocks=kept)
+    for place, of_device in zip(devices, found, strict=True):
+        arrays = [each.data if isinstance(each, nd.QuantizedTensor) else each for each in of_device.values()]
+        assert all((getattr(each, "device", "cpu") == int(place[5:])) for each in arrays if place.startswith("cuda"))
+
+
+@pytest.mark.usefixtures("batches")
+def test_replicated(path, devices):
+    def whole(model):
+        return plan(model.tensors.values(), len(devices), [])
+
+    assert_parts(path, nd.load(path, device=devices, plan=whole), whole)
+
+
+@pytest.mark.usefixtures("batches")
+def test_stream(path, devices):
+    with nd.open(path) as model:
+        found = [{} for _ in devices]
+        for name, of_devices in model.stream(device=devices, plan=planned(len(devices))):
+            for of_device, part in zip(found, of_devices, strict=True):
+                of_device[name] = part
+    assert_parts(path, found, planned(len(devices)))
+
+
+def test_an_error_of_one_device_ends_the_load(path, monkeypatch):
+    """Nothing waits, no thread is left, and the next load works."""
+    load, devices = gpu_loader.load, ["cuda:0"] * 3
+
+    def fail(requests, *arguments):
+        results = load(requests, *arguments)
+        if requests and requests[0].tensor.offset == first:
+
+            def failing():
+                yield next(results)
+                raise nd.ReadError("model.gguf", "a", 0, "the disk has failed", 5)
+
+            return failing()
+        return results
+
+    with nd.open(path) as model:
+        first = model.tensors["token_embd"].offset
+        monkeypatch.setattr(gpu_loader, "load", fail)
+        with pytest.raises(nd.ReadError, match="the disk has failed"):
+            model.load_all(device=devices, plan=planned(3))
+        monkeypatch.undo()
+        assert not [each for each in threading.enumerate() if each.name.startswith("numba_dequant load")]
+        assert_parts(path, model.load_all(device=devices, plan=planned(3)), planned(3))
+    with gpu_at(0).active() as device:
+        device.sync()
