@@ -78,12 +78,12 @@ def loading(results, theme, path):
 
 
 def ranks(counts, models, theme, path):
-    """Predicted seconds: model -> way -> (overlapped, one after another), for each number of ranks."""
+    """Predicted seconds: model -> way -> (overlapped, exchanged last), for each number of ranks."""
     colors = {"sharded": OURS, "replicated": LLAMA_CPP}
     with _figure(theme, (8, 3.4), 2, path, n_axes=len(models)) as (panels, _):
         for axes, (model, ways) in zip(panels, models.items(), strict=True):
             for way, lines in ways.items():
-                for how, style, seconds in zip(("overlapped", "one after another"), ("-", "--"), lines, strict=True):
+                for how, style, seconds in zip(("overlapped", "exchanged last"), ("-", "--"), lines, strict=True):
                     label = f"{way}, {how}" if axes is panels[0] else None
                     places = range(len(counts))
                     axes.plot(

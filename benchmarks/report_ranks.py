@@ -69,11 +69,11 @@ print(found.seconds, found.overlapped_seconds, found.bottleneck)
 </picture>
 
 - **Sharded**: by the rules of `llama_rules`. **Replicated**: each rank holds the whole model.
-- **Overlapped**: all stages run at the same time, and the longest one decides. `nd.load` does this for one GPU. For
-  several ranks, it is a lower limit.
-- **One after another**: the times of reading, copying, exchanging and dequantizing are added, and the copies are from
-  pageable memory. `load_file(plan=...)` works like this. Reading has the rate of `nd.load`, which uses many threads.
-  But a rank reads with one thread, so the real time is longer.
+- **Overlapped**: all stages run at the same time, and the longest one decides. `nd.load` does this for one GPU.
+- **Exchanged last**: reading and copying run at the same time. When all ranks have finished them, they exchange, and
+  then dequantize.
+- `load_file(plan=...)` reads and copies the next batch of tensors while a batch is exchanged and dequantized. If all
+  tensors fit in one batch, it exchanges last.
 - **Bottleneck**: the link that bounds the longest stage of *overlapped*.
 - 1 GB is 10^9 bytes. All values become FP16. The shapes are those of Llama. With 56 layers, the model is the file that
   [the benchmarks](../benchmarks/README.md#loading) load.
@@ -90,14 +90,14 @@ tensors, and do not read them.
 
 ## Stages
 
-All times are predicted. Copies are from pinned memory here. *wait* is the latency of all collectives.
+All times are predicted. *wait* is the latency of all collectives.
 
 {stages}
 
 ## Where the file is
 
-All times are predicted. If only one host has the file, its ranks read for all others. They read and send each part
-again for each rank that holds it, and whole tensors, too.
+All times are predicted. If only one host has the file, its ranks read for all others. A rank reads the same bytes once,
+and sends them to each rank that holds them.
 
 {elsewhere}
 
@@ -120,12 +120,10 @@ about the model.
   predicts.
 - The bytes of what ranks tell each other: two digests each, and the plan, which one rank sends to all others if any of
   them lacks the file. The latency of these collectives is part of *wait*.
-- Making groups of ranks, and the first connection between two ranks.
+- The time of the first connection between two ranks.
 - Opening the file, allocating memory, and launching kernels.
 - Lower rates: of small pieces, and of links while other links are busy.
 - Latencies that grow with the number of ranks. A collective is a ring in the order of the ranks.
-- Waiting for a rank that reads for others. It sends to one rank after the other.
-- Memory. A host that reads for many others holds all their bytes in its memory at the same time.
 """
 
 
@@ -138,13 +136,12 @@ def rate(entry, folder):
 
 
 def machine_of(found, folder):
-    """The machine with the file in the page cache, the rate of its disk, and that of copies from pageable memory."""
+    """The machine with the file in the page cache, and the rate of its disk."""
     assumed = found["assumed"]
     rates = {name: rate(entry, folder) for name, entry in found["measured"].items()}
-    pageable = rates.pop("pageable bus")
     others = {"gpus_per_host": assumed["gpus_per_host"]["GPUs"], "latency": assumed["latency"]["us"] / 1e6}
     network, disk = (rate(assumed[name], folder) for name in ("network", "disk"))
-    return Machine(network=network, **rates, **others), disk, pageable
+    return Machine(network=network, **rates, **others), disk
 
 
 @cache
@@ -168,16 +165,15 @@ def plan_of(model, way, ranks):
     return plan(tensors_of(model), ranks, llama_rules(metadata) if way == "sharded" else [])
 
 
-def entry_of(found, pageable):
+def entry_of(found):
     """What the page shows of a prediction, in seconds and bytes; bytes are the most of a rank."""
 
     def most(*links):
         return max(sum(rank.moved[link] for link in links) for rank in found.ranks)
 
-    rest = (rank.moved["bus"] / pageable + sum(stage.seconds for stage in rank.stages[2:]) for rank in found.ranks)
     return {
         "overlapped": found.overlapped_seconds,
-        "one after another": found.stages[0].seconds + max(rest),
+        "exchanged last": found.seconds,
         "bottleneck": found.bottleneck,
         "stages": {stage.name: stage.seconds for stage in found.stages},
         "most bytes": {"file": most("file"), "bus": most("bus"), "other GPUs": most("NVLink in", "network in")},
@@ -186,7 +182,7 @@ def entry_of(found, pageable):
 
 def predictions(folder=RESULTS, counts=RANKS):
     """All predictions of the page for these numbers of ranks: model, way, where the file is, ranks -> entry."""
-    machine, disk, pageable = machine_of(json.loads((folder / "ranks-machine.json").read_text()), folder)
+    machine, disk = machine_of(json.loads((folder / "ranks-machine.json").read_text()), folder)
     places = {"page caches": (machine, "every host"), "disks": (replace(machine, disk=disk), "every host")}
     places["one host"] = machine, "one host"
     found = {}
@@ -194,7 +190,7 @@ def predictions(folder=RESULTS, counts=RANKS):
         of_ranks = plan_of(model, way, ranks)
         for place, (on, files) in places.items():
             if place == "page caches" or (model == MEASURED_MODEL and ranks in ELSEWHERE_OF):
-                found[key(model, way, place, ranks)] = entry_of(predict(of_ranks, on, files=files), pageable)
+                found[key(model, way, place, ranks)] = entry_of(predict(of_ranks, on, files=files))
     return found
 
 
@@ -217,13 +213,13 @@ def ms(seconds):
 
 def times(found):
     """Every model, way and number of ranks, if all hosts have the file in their page cache."""
-    head = ["model and way", "ranks", "overlapped, ms", "bottleneck", "one after another, ms"]
+    head = ["model and way", "ranks", "overlapped, ms", "bottleneck", "exchanged last, ms"]
     head += ["most of a rank, GB: from the file", "over the bus", "from other GPUs"]
     rows = []
     for model, way, ranks in product(MODELS, WAYS, RANKS):
         one = found[key(model, way, "page caches", ranks)]
         row = [f"{model}, {bytes_of(model) / 1e9:.2f} GB, {way}", ranks, ms(one["overlapped"]), one["bottleneck"]]
-        row += [ms(one["one after another"]), *(f"{n_bytes / 1e9:,.2f}" for n_bytes in one["most bytes"].values())]
+        row += [ms(one["exchanged last"]), *(f"{n_bytes / 1e9:,.2f}" for n_bytes in one["most bytes"].values())]
         rows.append(row)
     return table(head, rows)
 
@@ -272,7 +268,7 @@ def measured_plans(folder):
 
 def beside(found, rates, folder):
     """The predictions beside what was measured."""
-    machine, _, _ = machine_of(rates, folder)
+    machine, _ = machine_of(rates, folder)
     rows, n_bytes = [], bytes_of(MEASURED_MODEL)
     for load in rates["loads"]:
         seconds = n_bytes / rate(load, folder)
@@ -283,7 +279,7 @@ def beside(found, rates, folder):
     for way in WAYS:
         seconds = results["seconds"].get(f"two GPUs, {way}")
         one = found[key(MEASURED_MODEL, way, "page caches", 2)]
-        for how in ("overlapped", "one after another"):
+        for how in ("overlapped", "exchanged last"):
             measured = [ms(seconds), f"{one[how] / seconds:.2f}"] if seconds else ["not measured yet", None]
             rows.append([f"two GPUs, {way}", how, ms(one[how]), *measured])
     head = [f"load of {n_bytes / 1e9:.2f} GB", "stages", "predicted, ms", "measured, ms", "predicted / measured"]
@@ -308,14 +304,14 @@ def page(found, folder=RESULTS):
 
 
 def series(found):
-    """The lines of the chart: model -> way -> (overlapped, one after another), seconds for each number of ranks."""
+    """The lines of the chart: model -> way -> (overlapped, exchanged last), seconds for each number of ranks."""
 
     def line(model, way, how):
         return tuple(found[key(model, way, "page caches", ranks)][how] for ranks in RANKS)
 
     return {
         f"{model}, {bytes_of(model) / 1e9:.3g} GB": {
-            way: (line(model, way, "overlapped"), line(model, way, "one after another")) for way in WAYS
+            way: (line(model, way, "overlapped"), line(model, way, "exchanged last")) for way in WAYS
         }
         for model in MODELS
     }

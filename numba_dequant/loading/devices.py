@@ -6,14 +6,13 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.api import backend_for, dequantize
 from numba_dequant.backends.batch import Array
-from numba_dequant.backends.device_tensor import DeviceTensor
 from numba_dequant.backends.devices import available_cores
 from numba_dequant.backends.host import HostBackend, SimulatorBackend
 from numba_dequant.errors import OptionError, shown
@@ -30,7 +29,10 @@ from numba_dequant.parallel.routes import Read, Routes, Share, shares_of
 STREAM_BYTES = 64 << 20
 """Bytes that a device reads and receives at once, at most, if the tensors are not kept."""
 
-Blocks = NDArray[np.uint8] | DeviceTensor
+if TYPE_CHECKING:
+    from numba_dequant.backends.device_tensor import DeviceTensor
+
+    Blocks = NDArray[np.uint8] | DeviceTensor
 
 
 def checked_plan(model: Any, devices: Any, plan: Any, others: Mapping[str, Any]) -> Plan:
@@ -100,6 +102,7 @@ class _GpuPlace:
 
     def empty(self, n_bytes: int) -> Blocks:
         from numba_dequant.backends.cuda import new_memory
+        from numba_dequant.backends.device_tensor import DeviceTensor
 
         with self.gpu.active():
             memory = new_memory(n_bytes, self.call)

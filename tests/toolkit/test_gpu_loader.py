@@ -10,6 +10,7 @@ from late_gpu import POISON, TUNING, at
 from small_model import MAX_BYTES, TENSORS, assert_loads, assert_right, kept_bytes
 
 import numba_dequant as nd
+from numba_dequant.backends.streams import CallStream
 from numba_dequant.loading import gpu_loader, requests
 
 
@@ -151,7 +152,7 @@ def test_what_is_reported_is_what_was_asked_for(model, late, select, prefetch):
     """Neither the bytes between two tensors nor those between two chunks."""
     chosen = requests.plan_requests(model.tensors, select, "float16", None, keep_quantized=False)
     reports = []
-    for _ in gpu_loader.load(chosen, late, None, 3, prefetch, reports.append):
+    for _ in gpu_loader.load(chosen, CallStream(late), 3, prefetch, reports.append):
         pass
     assert reports == sorted(reports)
     assert reports[-1] == sum(request.tensor.n_bytes for request in chosen)
