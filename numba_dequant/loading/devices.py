@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +67,12 @@ class _HostPlace:
         self.backend, self.device = backend, str(backend.device)
 
     def load(
-        self, requests: Sequence[Request], threads: int, ahead: int | None, on_bytes_read: Callable[[int], None]
+        self, threads: int, requests: Sequence[Request], on_bytes_read: Callable[[int], None]
     ) -> Generator[Any, None, None]:
         with compile_lock:  # no fork during the import
             from numba_dequant.loading import host_loader
 
-        return host_loader.load(requests, self.backend, threads, ahead, on_bytes_read)
+        return host_loader.load(requests, self.backend, threads, None, on_bytes_read)
 
     def empty(self, n_bytes: int) -> Blocks:
         return np.empty(n_bytes, np.uint8)
@@ -94,11 +93,11 @@ class _GpuPlace:
         self.call = CallStream(self.gpu)
 
     def load(
-        self, requests: Sequence[Request], threads: int, ahead: int | None, on_bytes_read: Callable[[int], None]
+        self, threads: int, requests: Sequence[Request], on_bytes_read: Callable[[int], None]
     ) -> Generator[Any, None, None]:
         from numba_dequant.loading import gpu_buffers, gpu_loader
 
-        return gpu_loader.load(requests, self.call, min(threads, gpu_buffers.TUNING.threads), ahead, on_bytes_read)
+        return gpu_loader.load(requests, self.call, min(threads, gpu_buffers.TUNING.threads), None, on_bytes_read)
 
     def empty(self, n_bytes: int) -> Blocks:
         from numba_dequant.backends.cuda import new_memory
@@ -127,10 +126,6 @@ def _on_host(piece: Blocks, share: Share, n_rows: int) -> NDArray[np.uint8]:
         return data
     _, first, last = share.columns
     return np.ascontiguousarray(data.reshape(n_rows, -1)[:, first:last]).reshape(-1)
-
-
-class _StoppedError(Exception):
-    """Another thread has ended the load."""
 
 
 class DeviceLoad:
@@ -171,60 +166,49 @@ class DeviceLoad:
         for one in self._gpus.values():
             for other in self._gpus.values():
                 one.gpu.open_to(other.gpu)
-        # The simulator starts threads of its own.
-        self._at_once = 1 if any(isinstance(backend, SimulatorBackend) for backend in backends) else len(devices)
-        self._counts, self._stopped = [0] * len(devices), threading.Event()
         each = max((threads or max(available_cores(), 2 * len(devices))) // len(devices), 1)
         self._readers: list[PartReader] = []
         for number, place in enumerate(self._places):
-            load = partial(self._load, place, number, each)
+            load = partial(place.load, each)
             self._readers.append(PartReader(tensors, routes, number, self._own, load, load))
         self.n_bytes = sum(reader.n_bytes for reader in self._readers)
+        # The simulator starts threads of its own, so only one of the readers may work.
+        self._is_simulated = any(isinstance(backend, SimulatorBackend) for backend in backends)
 
     def _own(self, part: TensorInfo) -> Request:
         return request_for(part, self._dtype_of(part.name))
-
-    def _load(
-        self, place: _HostPlace | _GpuPlace, number: int, threads: int, requests: Sequence[Request], ahead: int | None
-    ) -> Generator[Any, None, None]:
-        def count(n_bytes: int) -> None:
-            self._counts[number] = n_bytes
-            if self._stopped.is_set():
-                raise _StoppedError
-
-        return place.load(requests, threads, ahead, count)
 
     def run(self, report: Reporter) -> Iterator[tuple[str, list[Any]]]:
         """The name of each tensor and its parts, one for each device, in the order of the file.
 
         A part is None if the device does not hold the tensor.
         """
-        names = {share.index: share.name for of_rank in self._routes.shares for share in of_rank}
-        batch_of = self._routes.batch_of
-        pool = ThreadPoolExecutor(self._at_once, "numba_dequant load")
-        futures: list[Future[Any]] = []
+        names = sorted({(share.index, share.name) for of_rank in self._routes.shares for share in of_rank})
+        batch_of, n_batches = self._routes.batch_of, self._routes.n_batches
         try:
-            for batch in range(self._routes.n_batches):
-                futures = futures or self._begin(pool, batch)
+            futures = self._begin(0)
+            for batch in range(n_batches):
                 self._wait(futures, report)
-                results = [future.result() for future in futures]
+                found, pieces = map(list, zip(*(future.result() for future in futures), strict=True))
                 # The next batch is read while this one is exchanged.
-                futures = self._begin(pool, batch + 1) if batch + 1 < self._routes.n_batches else []
-                found = [own for own, _ in results]
-                self._exchange(batch, [pieces for _, pieces in results], found)
-                del results
-                for index in sorted(names):
+                futures = self._begin(batch + 1) if batch + 1 < n_batches else []
+                self._exchange(batch, pieces, found)
+                del pieces
+                for index, name in names:
                     if batch_of[index] == batch:
-                        yield names[index], [own.pop(names[index], None) for own in found]
+                        yield name, [own.pop(name, None) for own in found]
         finally:
-            self._stopped.set()
-            pool.shutdown(cancel_futures=True)
             for reader in self._readers:
                 reader.close()
             report.close()
 
-    def _begin(self, pool: ThreadPoolExecutor, batch: int) -> list[Future[Any]]:
-        return [pool.submit(reader.read, batch) for reader in self._readers]
+    def _begin(self, batch: int) -> list[Future[Any]]:
+        futures = []
+        for reader in self._readers:
+            futures.append(reader.begin(batch))
+            if self._is_simulated:
+                wait(futures)
+        return futures
 
     def _wait(self, futures: list[Future[Any]], report: Reporter) -> None:
         """Wait until all have read, and report in this thread. The first error ends the load."""
@@ -233,7 +217,7 @@ class DeviceLoad:
             done, left = wait(left, POLL_SECONDS, FIRST_EXCEPTION)
             for future in done:
                 future.result()
-            report(sum(self._counts))
+            report(sum(reader.n_read for reader in self._readers))
 
     def _exchange(self, batch: int, pieces: list[dict[Read, Any]], found: list[dict[str, Any]]) -> None:
         """Give each device what others have read for it, and add its parts to `found`."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from numba_dequant.gguf.tensors import TensorInfo
@@ -10,11 +14,12 @@ from numba_dequant.loading.files import check_complete
 from numba_dequant.loading.requests import Request, request_for, slice_rows
 from numba_dequant.parallel.routes import Read, Routes, Share
 
-AHEAD = 16
-"""Tensors that are read ahead while the tensors of a batch are exchanged, if there are several batches."""
+Load = Callable[[Sequence[Request], Callable[[int], None]], Generator[Any, None, None]]
+"""Loads requests in order, and calls a function with the number of bytes that it has read."""
 
-Load = Callable[[Sequence[Request], int | None], Generator[Any, None, None]]
-"""Loads requests in order; the number says how many of them to read ahead, and None that memory is no concern."""
+
+class _StoppedError(Exception):
+    """The load has ended, and nobody waits for this thread."""
 
 
 def part_of(tensor: TensorInfo, share: Share) -> TensorInfo:
@@ -31,7 +36,7 @@ def range_of(tensor: TensorInfo, read: Read) -> TensorInfo:
 
 
 class PartReader:
-    """The reads of one rank. Two shares that need the same bytes have one read, and an empty share has none.
+    """The reads of one rank, in a thread of their own. Two shares that need the same bytes have one read.
 
     Args:
         tensors: the tensors of the model.
@@ -40,9 +45,11 @@ class PartReader:
         own: makes the request for a part that needs no exchange.
         load_own: loads these requests.
         load_pieces: loads what is exchanged; the same as `load_own` if one load can do both.
+        context: a context in which the thread works.
 
     Attributes:
-        n_bytes: the bytes that are read.
+        n_bytes: the bytes to read.
+        n_read: the bytes that have been read.
     """
 
     def __init__(
@@ -53,48 +60,66 @@ class PartReader:
         own: Callable[[TensorInfo], Request],
         load_own: Load,
         load_pieces: Load,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        direct: list[tuple[int, str | Read, Request]] = []
+        # By batch and loader: the requests, each with the name of the own part or the read that it is for.
+        loads: dict[tuple[int, Load], list[tuple[int, str | Read, Request]]] = defaultdict(list)
         for share in routes.shares[rank]:
             if share.n_bytes and routes.is_direct(rank, share):
                 tensor = tensors[share.name]
                 check_complete(tensor)
-                direct.append((share.index, share.name, own(part_of(tensor, share))))
-        reads: dict[Read, Request] = {}
+                request = own(part_of(tensor, share))
+                loads[routes.batch_of[share.index], load_own].append((share.index, share.name, request))
+        reads: dict[Read, TensorInfo] = {}
         for other, share in routes.exchanged(rank):
             if routes.source_of(other) == rank:
-                tensor, read = tensors[share.name], routes.read(other, share)
-                check_complete(tensor)
-                reads[read] = request_for(range_of(tensor, read), None)
-        pieces: list[tuple[int, str | Read, Request]] = [(read.index, read, request) for read, request in reads.items()]
-        if load_own is load_pieces:
-            loads = [(sorted(direct + pieces, key=lambda each: each[0]), load_own)]
-        else:
-            loads = [(direct, load_own), (pieces, load_pieces)]
-        self.n_bytes = sum(request.tensor.n_bytes for entries, _ in loads for _, _, request in entries)
-        self._routes = routes
-        ahead = AHEAD if routes.n_batches > 1 else None
-        self._streams = [
-            (iter(entries), load([request for _, _, request in entries], ahead)) for entries, load in loads if entries
-        ]
-        self._next = [next(entries, None) for entries, _ in self._streams]
+                reads.setdefault(routes.read(other, share), tensors[share.name])
+        for read, tensor in reads.items():
+            check_complete(tensor)
+            request = request_for(range_of(tensor, read), None)
+            loads[routes.batch_of[read.index], load_pieces].append((read.index, read, request))
+        self.n_bytes = sum(request.tensor.n_bytes for entries in loads.values() for _, _, request in entries)
+        self.n_read = 0
+        self._stopped = threading.Event()
+        self._loads: list[list[tuple[list[str | Read], Any]]] = [[] for _ in range(routes.n_batches)]
+        for (batch, load), entries in loads.items():
+            entries.sort(key=lambda entry: entry[0])
+            results = load([request for _, _, request in entries], self._counter())
+            self._loads[batch].append(([key for _, key, _ in entries], results))
+        self._context, self._pool = context, ThreadPoolExecutor(1, "numba_dequant load")
 
-    def read(self, batch: int) -> tuple[dict[str, Any], dict[Read, Any]]:
-        """The results of the own parts that belong to a batch, by name, and the bytes to exchange."""
+    def _counter(self) -> Callable[[int], None]:
+        before = 0
+
+        def count(n_bytes: int) -> None:
+            nonlocal before
+            self.n_read += n_bytes - before
+            before = n_bytes
+            if self._stopped.is_set():
+                raise _StoppedError
+
+        return count
+
+    def begin(self, batch: int) -> Future[tuple[dict[str, Any], dict[Read, Any]]]:
+        """Read a batch: the results of own parts by name, and the bytes to exchange. Begin batches in their order."""
+        return self._pool.submit(self._read, batch)
+
+    def _read(self, batch: int) -> tuple[dict[str, Any], dict[Read, Any]]:
         own: dict[str, Any] = {}
         pieces: dict[Read, Any] = {}
-        for number, (entries, results) in enumerate(self._streams):
-            while (entry := self._next[number]) is not None and self._routes.batch_of[entry[0]] == batch:
-                _, key, _ = entry
-                result = next(results)
-                if isinstance(key, Read):
-                    pieces[key] = result.data
-                else:
-                    own[key] = result
-                self._next[number] = next(entries, None)
+        with self._context():
+            for keys, results in self._loads[batch]:
+                for key, result in zip(keys, results, strict=True):
+                    if isinstance(key, Read):
+                        pieces[key] = result.data
+                    else:
+                        own[key] = result
         return own, pieces
 
     def close(self) -> None:
-        """Stop reading."""
-        for _, results in self._streams:
-            results.close()
+        """Stop reading, and wait until the thread has ended."""
+        self._stopped.set()
+        self._pool.shutdown(cancel_futures=True)
+        for loads in self._loads:
+            for _, results in loads:
+                results.close()

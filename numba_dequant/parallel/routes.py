@@ -20,7 +20,7 @@ from numba_dequant.parallel.plan import Plan
 LEAST_DIVIDED = 1 << 20
 """Whole tensors of fewer bytes are read by each rank that holds them: a collective takes longer than reading them."""
 
-BATCH_BYTES = 1 << 30
+BATCH_BYTES = 2 << 30
 """The default of the most bytes that a rank reads for a batch and receives in it."""
 
 

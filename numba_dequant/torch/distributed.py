@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from numba_dequant.model import Model
 from numba_dequant.model import open as open_model
 from numba_dequant.parallel import Placement, Plan, Replicate, Shard, plan
 from numba_dequant.parallel.placements import checked_rules
-from numba_dequant.parallel.routes import Read, Routes, Share, shares_of
+from numba_dequant.parallel.routes import Routes, Share, shares_of
 from numba_dequant.torch.functional import dequantize, resolved
 from numba_dequant.torch.loading import blocks_shape, load, request_into_new, tensor_of
 from numba_dequant.torch.ranks import Exchange, Ranks, device_of, told
@@ -49,7 +50,7 @@ def load_sharded(
     if not dist.is_available() or not dist.is_initialized():
         raise OptionError("a plan needs a process group; call torch.distributed.init_process_group first")
     ranks = Ranks(group)
-    with ranks.all_or_none("use its arguments"):
+    with ranks.all_or_none("use its arguments or the file") as agreement:
         if planner is None:
             raise OptionError(
                 "group is passed without plan, so nothing says which rank holds what; pass plan, or omit group to load "
@@ -64,8 +65,10 @@ def load_sharded(
         kept = flag_option("keep_quantized", keep_quantized)
         device = _usable(device)
         type_of = dtype_resolver(dtype)
-    model, shares, hosts = _agree(ranks, path, planner)
-    return _load(model, ranks, Routes(shares, hosts), device, None if kept else type_of)
+        own = _Own(ranks.count, path, planner)
+        agreement.mine = own.said
+    routes = _agreed(ranks, own, agreement.of_all)
+    return _load(own.model, ranks, routes, device, None if kept else type_of)
 
 
 def _load(
@@ -89,24 +92,30 @@ def _load(
     def values(received: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: _values(shares[name], raw, device, type_of) for name, raw in received.items()}
 
+    def context() -> AbstractContextManager[Any]:
+        return torch.cuda.stream(stream) if stream is not None else nullcontext()
+
+    on_gpu = next((each for each in (place, between) if each.type == "cuda"), None)
+    stream = torch.cuda.current_stream(on_gpu) if on_gpu is not None else None
     exchange = Exchange(ranks, routes, between)
     found: dict[str, Tensor] = {}
     received = {name: torch.empty(0, dtype=torch.uint8) for name, share in shares.items() if not share.n_bytes}
     with ExitStack() as stack:
+        future: Future[Any] | None = None
         for batch in range(routes.n_batches):
-            pieces: dict[Read, Any] = {}
             with ranks.all_or_none("load its part"):
-                if model is not None and not batch:
+                if future is None:
                     loads = load_on(place), load_on(between)
-                    reader = PartReader(model.tensors, routes, rank, own, loads[0], loads[between != place])
+                    tensors = {} if model is None else model.tensors
+                    reader = PartReader(tensors, routes, rank, own, loads[0], loads[between != place], context)
                     stack.callback(reader.close)
-                # The GPU does this while the next tensors are read.
+                    future = reader.begin(0)
                 found |= values(received)
-                if model is not None:
-                    pieces = reader.read(batch)[1]
+                pieces = {read: _as_tensor(data) for read, data in future.result()[1].items()}
                 memory = exchange.memory(batch)
-                of_pytorch = {read: _as_tensor(data) for read, data in pieces.items()}
-            received = exchange.run(batch, of_pytorch, memory)
+            if batch + 1 < routes.n_batches:  # it is read while this one is exchanged and dequantized
+                future = reader.begin(batch + 1)
+            received = exchange.run(batch, pieces, memory)
     with ranks.all_or_none("load its part"):
         found |= values(received)
         found |= {name: tensor_of(request).to(device) for name, request in requests.items()}
@@ -189,34 +198,45 @@ def _placement(pattern: str, given: Any) -> Placement:
     )
 
 
-def _agree(ranks: Ranks, path: Any, planner: Planner) -> tuple[Model | None, list[list[Share]], list[str | None]]:
-    """The model (None if this rank does not have the file), what each rank holds, and where each rank has the file.
+class _Own:
+    """The file and the plan of this rank.
 
-    The last is the host of each rank; None for ranks that do not have the file.
+    Attributes:
+        model: the model, or None if this rank does not have the file.
+        missing: the error in this case.
+        shares: what each rank holds, by the plan of this rank.
+        said: what this rank tells the others: digests of the file and of the shares, and its host.
+    """
+
+    def __init__(self, count: int, path: Any, planner: Planner) -> None:
+        self.model: Model | None = None
+        self.missing: FileNotFoundError | None = None
+        self.shares: list[list[Share]] | None = None
+        digests: tuple[Any, Any] = None, None
+        try:
+            self.model = open_model(path)
+        except FileNotFoundError as error:
+            self.missing = error
+        if self.model is not None:
+            self.shares = _shares(planner if isinstance(planner, Plan) else planner(self.model), self.model, count)
+            digests = _digest(self.model), hashlib.blake2b(repr(self.shares).encode()).digest()
+        self.said = (*digests, _host())
+
+
+def _agreed(ranks: Ranks, own: _Own, said: list[tuple[Any, Any, str]]) -> Routes:
+    """The routes, after a check that all ranks have the same file and plan.
 
     Raises:
-        NumbaDequantError: the file is damaged here, or no rank has it.
-        DeviceError: another rank could not open the file or use its plan.
+        MissingFileError: no rank has the file.
         ReadError: the files of two ranks differ.
-        OptionError: the plan is for another number of ranks or another model, or the plans of two ranks differ.
+        OptionError: the plans of two ranks differ.
     """
-    model, digest, shares, missing, where = None, None, None, None, "the model"
-    with ranks.all_or_none("open the file or use its plan"):
-        try:
-            model = open_model(path)
-        except FileNotFoundError as error:
-            missing = error
-        if model is not None:
-            digest = _digest(model)
-            shares = _shares(planner if isinstance(planner, Plan) else planner(model), model, ranks.count)
-            where = next((tensor.path for tensor in model.tensors.values()), where)
-    of_shares = None if shares is None else hashlib.blake2b(repr(shares).encode()).digest()
-    said = ranks.gather((digest, of_shares, _host()))
     holders = [rank for rank, (digest, _, _) in enumerate(said) if digest is not None]
     if not holders:
-        assert missing is not None
-        raise missing
-    first = said[holders[0]]
+        assert own.missing is not None
+        raise own.missing
+    first, tensors = said[holders[0]], own.model.tensors.values() if own.model is not None else ()
+    where = next((tensor.path for tensor in tensors), "the model")
     for rank in holders[1:]:
         if said[rank][0] != first[0]:
             raise ReadError(
@@ -224,10 +244,9 @@ def _agree(ranks: Ranks, path: Any, planner: Planner) -> tuple[Model | None, lis
             )
         if said[rank][1] != first[1]:
             raise OptionError(f"the plans of rank {holders[0]} and rank {rank} differ; make the same plan on all ranks")
-    if len(holders) < ranks.count:
-        shares = ranks.broadcast(shares, holders[0])
+    shares = ranks.broadcast(own.shares, holders[0]) if len(holders) < ranks.count else own.shares
     assert shares is not None
-    return model, shares, [None if digest is None else host for digest, _, host in said]
+    return Routes(shares, [None if digest is None else host for digest, _, host in said])
 
 
 def _host() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,17 @@ from numba_dequant.loading.requests import Request, request_for
 
 
 def load(
-    requests: Sequence[Request], prefetch: int | None = None, *, device: torch.device, sharers: int = 1
+    requests: Sequence[Request],
+    on_bytes_read: Callable[[int], None] = lambda n_bytes: None,
+    *,
+    device: torch.device,
+    sharers: int = 1,
 ) -> Generator[Any, None, None]:
     """The results of the requests on a CPU or GPU, in order. On a GPU they are ready in the order of its stream.
 
     Args:
         requests: what to load.
-        prefetch: as for `Model.stream`; None means that all results are returned together.
+        on_bytes_read: called with the number of bytes that have been read.
         device: the device.
         sharers: the number of processes of this host that load at the same time.
 
@@ -34,7 +38,7 @@ def load(
     if device.type != "cuda":
         from numba_dequant.loading import host_loader
 
-        return host_loader.load(requests, HostBackend(DeviceSpec("cpu")), threads, prefetch, _ignore)
+        return host_loader.load(requests, HostBackend(DeviceSpec("cpu")), threads, None, on_bytes_read)
     spec = gpu_device(torch.cuda.current_device() if device.index is None else device.index)
     from numba_dequant.backends import streams
     from numba_dequant.backends.gpu import gpu_at
@@ -42,11 +46,7 @@ def load(
 
     torch.cuda.init()
     threads = threads and min(threads, gpu_buffers.TUNING.threads)
-    return gpu_loader.load(requests, streams.of_torch(gpu_at(spec.index)), threads, prefetch, _ignore)
-
-
-def _ignore(n_bytes: int) -> None:
-    """Show no progress."""
+    return gpu_loader.load(requests, streams.of_torch(gpu_at(spec.index)), threads, None, on_bytes_read)
 
 
 def request_into_new(tensor: TensorInfo, dtype: torch.dtype | None, device: torch.device) -> Request:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -74,17 +75,31 @@ class Ranks:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
     @contextmanager
-    def all_or_none(self, what: str) -> Iterator[None]:
-        """A context. If it raises an error on one rank, all other ranks raise a DeviceError that quotes it."""
+    def all_or_none(self, what: str) -> Iterator[Agreement]:
+        """A context. If it raises an error on one rank, all other ranks raise a DeviceError that quotes it.
+
+        The block may set `Agreement.mine`. After it, `Agreement.of_all` has what all ranks have set, by rank.
+        """
+        agreement = Agreement()
         try:
-            yield
+            yield agreement
         except Exception as error:
             with suppress(DeviceError):  # if the others cannot be told, this rank still raises its own error
-                self.gather(told(error))
+                self.gather((told(error), None))
             raise
-        for rank, sentence in enumerate(self.gather(None)):
+        said = self.gather((None, agreement.mine))
+        for rank, (sentence, _) in enumerate(said):
             if sentence is not None:
                 raise DeviceError(f"rank {rank} could not {what}: {sentence}")
+        agreement.of_all = [thing for _, thing in said]
+
+
+@dataclass
+class Agreement:
+    """What a rank tells all others, and what they all tell it."""
+
+    mine: Any = None
+    of_all: list[Any] = field(default_factory=list)
 
 
 def told(error: Exception) -> str:

@@ -84,15 +84,16 @@ def counted(model, found, n_readers):
         recorder = Recorder(rank, world)
         exchange = ranks.Exchange(recorder, taken, torch.device("cpu"))
 
-        def load(requests, ahead, recorder=recorder):
+        def load(requests, on_bytes_read, recorder=recorder):
             for request in requests:
                 recorder.found["file"] += request.tensor.n_bytes
                 yield request.finished(np.zeros(request.tensor.n_bytes, np.uint8))
 
         reader = PartReader(model.tensors, taken, rank, lambda part: request_for(part, None), load, load)
         for batch in range(taken.n_batches):
-            pieces = {read: torch.from_numpy(data) for read, data in reader.read(batch)[1].items()}
+            pieces = {read: torch.from_numpy(data) for read, data in reader.begin(batch).result()[1].items()}
             exchange.run(batch, pieces, exchange.memory(batch))
+        reader.close()
         recorder.found["bus"] = recorder.found["file"]
         yield recorder.found, taken.n_batches
 
