@@ -67,12 +67,12 @@ class _HostPlace:
         self.backend, self.device = backend, str(backend.device)
 
     def load(
-        self, threads: int, requests: Sequence[Request], on_bytes_read: Callable[[int], None]
+        self, threads: int, requests: Sequence[Request], on_bytes_read: Callable[[int], None], groups: Sequence[int]
     ) -> Generator[Any, None, None]:
         with compile_lock:  # no fork during the import
             from numba_dequant.loading import host_loader
 
-        return host_loader.load(requests, self.backend, threads, None, on_bytes_read)
+        return host_loader.load(requests, self.backend, threads, None, on_bytes_read, groups)
 
     def empty(self, n_bytes: int) -> Blocks:
         return np.empty(n_bytes, np.uint8)
@@ -93,11 +93,13 @@ class _GpuPlace:
         self.call = CallStream(self.gpu)
 
     def load(
-        self, threads: int, requests: Sequence[Request], on_bytes_read: Callable[[int], None]
+        self, threads: int, requests: Sequence[Request], on_bytes_read: Callable[[int], None], groups: Sequence[int]
     ) -> Generator[Any, None, None]:
         from numba_dequant.loading import gpu_buffers, gpu_loader
 
-        return gpu_loader.load(requests, self.call, min(threads, gpu_buffers.TUNING.threads), None, on_bytes_read)
+        return gpu_loader.load(
+            requests, self.call, min(threads, gpu_buffers.TUNING.threads), None, on_bytes_read, groups
+        )
 
     def empty(self, n_bytes: int) -> Blocks:
         from numba_dequant.backends.cuda import new_memory

@@ -49,8 +49,11 @@ def load(
     threads: int | None,
     prefetch: int | None,
     on_bytes_read: Callable[[int], None],
+    groups: Sequence[int] = (),
 ) -> Generator[Any, None, None]:
     """The results of the requests, in order, ready in the order of the stream of `call`.
+
+    `groups` are the ends of groups of requests whose results are returned together. The next group is read meanwhile.
 
     Raises:
         OutputError, DtypeError: an `out` or an output type is wrong. Nothing has been read.
@@ -62,7 +65,8 @@ def load(
     if needs_python or call.gpu.thread_functions is None:
         return _load_alone(requests, call, on_bytes_read)
     n_threads = threads or min(available_cores(), gpu_buffers.TUNING.threads)
-    return _Load(requests, call, n_threads, prefetch, on_bytes_read).run()
+    load = _Load(requests, call, n_threads, prefetch, on_bytes_read, is_whole=prefetch is None and len(groups) < 2)
+    return load.run_in_groups(groups or [len(requests)]) if prefetch is None else load.run()
 
 
 def _load_alone(
@@ -114,13 +118,15 @@ class _Load:
         n_threads: int,
         prefetch: int | None,
         on_bytes_read: Callable[[int], None],
+        *,
+        is_whole: bool,
     ) -> None:
         self.requests, self.tensors = requests, [request.tensor for request in requests]
         self.call, self.gpu, self.stream = call, call.gpu, call.handle
         self._prefetch, self._on_bytes_read = prefetch, on_bytes_read
         self._tuning = gpu_buffers.TUNING
-        # With `prefetch`, tensors are read in the order in which they are returned.
-        order = range(len(requests)) if prefetch is not None else round_robin_by_disk(self.tensors)
+        # Unless all are returned together, tensors are read in the order in which they are returned.
+        order = round_robin_by_disk(self.tensors) if is_whole else range(len(requests))
         self._cut = plan_chunks(self.tensors, order, self._tuning.chunk_bytes, in_turn=prefetch is not None)
         self._next = next(self._cut, None)
         self._chunks: list[Chunk] = []
@@ -134,19 +140,10 @@ class _Load:
         self._is_sound = True
 
     def run(self) -> Generator[Any, None, None]:
-        most = sum(tensor.n_bytes // (self._tuning.chunk_bytes // 2) + 2 for tensor in self.tensors)
-        self._start(most)
+        """One tensor after the other."""
+        assert self._prefetch is not None
+        self._start()
         try:
-            if self._prefetch is None:
-                # All tensors are returned together, so the caller's stream waits only once for each of our streams.
-                self._plan(len(self.requests))
-                for index in range(len(self.requests)):
-                    self._wait_for(index)
-                with self.gpu.active():
-                    self._let_caller_wait(self._buffers.streams)
-                    finished = [self._finish_tensor(index) for index in range(len(self.requests))]
-                yield from finished
-                return
             for index in range(len(self.requests)):
                 self._plan(index + self._prefetch)
                 self._wait_for(index)
@@ -160,7 +157,24 @@ class _Load:
         finally:
             self._threads.stop()
 
-    def _start(self, most: int) -> None:
+    def run_in_groups(self, ends: Sequence[int]) -> Generator[Any, None, None]:
+        """The tensors of a group together, so that the caller's stream waits only once for each of our streams."""
+        self._start()
+        try:
+            for first, end, next_end in zip((0, *ends), ends, (*ends[1:], ends[-1]), strict=False):
+                self._plan(next_end - 1)
+                for index in range(first, end):
+                    self._wait_for(index)
+                with self.gpu.active():
+                    self._let_caller_wait(self._buffers.streams)
+                    finished = [self._finish_tensor(index) for index in range(first, end)]
+                yield from finished
+                finished.clear()
+        finally:
+            self._threads.stop()
+
+    def _start(self) -> None:
+        most = sum(tensor.n_bytes // (self._tuning.chunk_bytes // 2) + 2 for tensor in self.tensors)
         native_threads.stop_interrupted()
         with self.gpu.active():
             self._buffers = gpu_buffers.take(self.gpu)

@@ -30,8 +30,9 @@ def load(
     threads: int | None,
     prefetch: int | None,
     on_bytes_read: Callable[[int], None],
+    groups: Sequence[int] = (),
 ) -> Generator[Any, None, None]:
-    """The results of the requests, in order.
+    """The results of the requests, in order. `groups` are as for a GPU: the next group is read ahead.
 
     Raises:
         OutputError: an `out` is wrong. Nothing has been read.
@@ -48,6 +49,8 @@ def load(
     results = _Results(requests, backend, outputs)
     # The simulator starts threads of its own.
     n_threads = 1 if isinstance(backend, SimulatorBackend) else threads or available_cores() + WAITING_THREADS
+    if prefetch is None and len(groups) > 1:
+        prefetch = max(end - start for start, end in zip((0, *groups), groups, strict=False))
     work = Work(results.prepare, results.consume, CHUNK_BYTES)
     pipeline = Pipeline([request.tensor for request in requests], work, n_threads, prefetch, on_bytes_read)
     return (results.pop(index) for index in pipeline)

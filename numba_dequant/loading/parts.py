@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 from numba_dequant.gguf.tensors import TensorInfo
@@ -14,8 +15,8 @@ from numba_dequant.loading.files import check_complete
 from numba_dequant.loading.requests import Request, request_for, slice_rows
 from numba_dequant.parallel.routes import Read, Routes, Share
 
-Load = Callable[[Sequence[Request], Callable[[int], None]], Generator[Any, None, None]]
-"""Loads requests in order, and calls a function with the number of bytes that it has read."""
+Load = Callable[[Sequence[Request], Callable[[int], None], Sequence[int]], Iterator[Any]]
+"""Loads requests in order, in groups with these ends. It calls a function with the number of bytes that it has read."""
 
 
 class _StoppedError(Exception):
@@ -62,30 +63,31 @@ class PartReader:
         load_pieces: Load,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        # By batch and loader: the requests, each with the name of the own part or the read that it is for.
-        loads: dict[tuple[int, Load], list[tuple[int, str | Read, Request]]] = defaultdict(list)
+        # By loader: the requests, each with the name of the own part or the read that it is for.
+        loads: dict[Load, list[tuple[int, str | Read, Request]]] = defaultdict(list)
         for share in routes.shares[rank]:
             if share.n_bytes and routes.is_direct(rank, share):
                 tensor = tensors[share.name]
                 check_complete(tensor)
-                request = own(part_of(tensor, share))
-                loads[routes.batch_of[share.index], load_own].append((share.index, share.name, request))
+                loads[load_own].append((share.index, share.name, own(part_of(tensor, share))))
         reads: dict[Read, TensorInfo] = {}
         for other, share in routes.exchanged(rank):
             if routes.source_of(other) == rank:
                 reads.setdefault(routes.read(other, share), tensors[share.name])
         for read, tensor in reads.items():
             check_complete(tensor)
-            request = request_for(range_of(tensor, read), None)
-            loads[routes.batch_of[read.index], load_pieces].append((read.index, read, request))
+            loads[load_pieces].append((read.index, read, request_for(range_of(tensor, read), None)))
         self.n_bytes = sum(request.tensor.n_bytes for entries in loads.values() for _, _, request in entries)
         self.n_read = 0
         self._stopped = threading.Event()
-        self._loads: list[list[tuple[list[str | Read], Any]]] = [[] for _ in range(routes.n_batches)]
-        for (batch, load), entries in loads.items():
+        self._loads: list[tuple[list[list[str | Read]], Iterator[Any]]] = []
+        for load, entries in loads.items():
             entries.sort(key=lambda entry: entry[0])
-            results = load([request for _, _, request in entries], self._counter())
-            self._loads[batch].append(([key for _, key, _ in entries], results))
+            keys: list[list[str | Read]] = [[] for _ in range(routes.n_batches)]
+            for index, key, _ in entries:
+                keys[routes.batch_of[index]].append(key)
+            results = load([request for _, _, request in entries], self._counter(), list(accumulate(map(len, keys))))
+            self._loads.append((keys, results))
         self._context, self._pool = context, ThreadPoolExecutor(1, "numba_dequant load")
 
     def _counter(self) -> Callable[[int], None]:
@@ -108,8 +110,8 @@ class PartReader:
         own: dict[str, Any] = {}
         pieces: dict[Read, Any] = {}
         with self._context():
-            for keys, results in self._loads[batch]:
-                for key, result in zip(keys, results, strict=True):
+            for keys, results in self._loads:
+                for key, result in zip(keys[batch], results, strict=False):
                     if isinstance(key, Read):
                         pieces[key] = result.data
                     else:
@@ -120,6 +122,6 @@ class PartReader:
         """Stop reading, and wait until the thread has ended."""
         self._stopped.set()
         self._pool.shutdown(cancel_futures=True)
-        for loads in self._loads:
-            for _, results in loads:
+        for _, results in self._loads:
+            if isinstance(results, Generator):
                 results.close()

@@ -16,9 +16,9 @@ from numba_dequant.parallel.machine import Machine
 from numba_dequant.parallel.plan import Part, Plan
 from numba_dequant.parallel.routes import LEAST_DIVIDED, batches, piece_bytes
 
-AGREEMENTS = 5
-"""Collectives of every load: ranks exchange objects at its start and at its end, each time first the sizes and then the
-bytes, and make their first connection."""
+AGREEMENTS = 7
+"""Collectives of every load: ranks exchange objects twice at its start and once at its end, each time first the sizes
+and then the bytes, and make their first connection."""
 OF_BATCH = 2
 """The same for each batch: ranks tell each other that they have read it."""
 BROADCAST = 2

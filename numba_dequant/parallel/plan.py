@@ -254,6 +254,7 @@ class _Divider:
     def divide(self, tensors: list[TensorInfo]) -> None:
         """Give each rank its parts."""
         placements = {tensor.name: self._placement(tensor) for tensor in tensors}
+        shards = {name: each for name, each in placements.items() if isinstance(each, Shard)}
         groups: dict[tuple[str, str], list[TensorInfo]] = defaultdict(list)
         for tensor in tensors:
             placement = placements[tensor.name]
@@ -267,9 +268,9 @@ class _Divider:
             if isinstance(placement, Replicate):
                 parts[tensor.name] = [Part(tensor)] * len(self._ranks)
             elif placement.group is None:
-                parts |= self._cut([tensor], placements)
+                parts |= self._cut([tensor], shards)
             else:
-                parts |= self._cut(groups[self._layer(tensor), placement.group], placements)
+                parts |= self._cut(groups[self._layer(tensor), placement.group], shards)
         for rank, plan_of_rank in enumerate(self._ranks):
             plan_of_rank.parts.update({tensor.name: parts[tensor.name][rank] for tensor in tensors})
 
@@ -286,9 +287,8 @@ class _Divider:
         match = LAYER.search(tensor.name)
         return match[0] if match else ""
 
-    def _cut(self, tensors: list[TensorInfo], placements: dict[str, Placement]) -> dict[str, list[Part]]:
+    def _cut(self, tensors: list[TensorInfo], shards: dict[str, Shard]) -> dict[str, list[Part]]:
         """The parts of tensors that are cut at the same places."""
-        shards: dict[str, Shard] = {name: each for name, each in placements.items() if isinstance(each, Shard)}
         extents = {tensor.name: tensor.shape[shards[tensor.name].dim] for tensor in tensors}
         units = {tensor.name: self._unit(tensor, shards[tensor.name]) for tensor in tensors}
         whole = max(extents.values())

@@ -15,7 +15,7 @@ from numba_dequant.errors import OptionError
 from numba_dequant.format import Format
 from numba_dequant.formats import format_named
 from numba_dequant.gguf.tensors import TensorInfo
-from numba_dequant.parallel.plan import Plan
+from numba_dequant.parallel.plan import Part, Plan
 
 LEAST_DIVIDED = 1 << 20
 """Whole tensors of fewer bytes are read by each rank that holds them: a collective takes longer than reading them."""
@@ -36,6 +36,8 @@ class Share:
         dim: the dimension along which the tensor is cut, or None.
         start: the first index along it.
         stop: the index after the last one.
+        n_bytes: the bytes of the share.
+        whole_bytes: the bytes of the whole tensor.
     """
 
     index: int
@@ -45,6 +47,8 @@ class Share:
     dim: int | None
     start: int
     stop: int
+    n_bytes: int
+    whole_bytes: int
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,11 +56,6 @@ class Share:
         if self.dim is None:
             return self.whole
         return (*self.whole[: self.dim], self.stop - self.start, *self.whole[self.dim + 1 :])
-
-    @cached_property
-    def n_bytes(self) -> int:
-        """Its bytes."""
-        return format_named(self.format).n_bytes(self.shape)
 
     @property
     def has_columns(self) -> bool:
@@ -72,7 +71,7 @@ class Share:
     def columns(self) -> tuple[int, int, int]:
         """The bytes of a whole row, and where its columns begin and end in it."""
         assert self.dim is not None
-        step = format_named(self.format).n_bytes(self.whole) // self.n_rows
+        step = self.whole_bytes // self.n_rows
         extent = self.whole[self.dim]
         return step, step * self.start // extent, step * self.stop // extent
 
@@ -93,21 +92,20 @@ def shares_of(plan: Plan, tensors: Mapping[str, TensorInfo]) -> list[list[Share]
     Raises:
         OptionError: the plan is for another model.
     """
-    for part in (part for rank in plan.ranks for part in rank.parts.values()):
+    place = {name: number for number, name in enumerate(tensors)}
+
+    def share_of(part: Part) -> Share:
         planned, own = part.tensor, tensors.get(part.tensor.name)
         if own is None or (own.format, own.shape) != (planned.format, planned.shape):
             raise OptionError(
                 f"the plan is for another model: it has {planned.name} as {planned.format.name} of shape "
                 f"{planned.shape}; make it with the tensors of this model"
             )
-    place = {name: number for number, name in enumerate(tensors)}
-    return [
-        [
-            Share(place[name], name, part.tensor.format.name, part.tensor.shape, part.dim, part.start, part.stop)
-            for name, part in sorted(rank.parts.items(), key=lambda named: place[named[0]])
-        ]
-        for rank in plan.ranks
-    ]
+        where = part.dim, part.start, part.stop, part.n_bytes, own.n_bytes
+        return Share(place[own.name], own.name, own.format.name, own.shape, *where)
+
+    shares = ([share_of(part) for part in rank.parts.values()] for rank in plan.ranks)
+    return [sorted(of_rank, key=lambda share: share.index) for of_rank in shares]
 
 
 def piece_bytes(n_bytes: int, fmt: Format, count: int) -> int:
@@ -122,13 +120,16 @@ def batches(needed: NDArray[np.int64], batch_bytes: int) -> list[int]:
         needed: the bytes that each rank needs memory for (dimension 1) to exchange each tensor (dimension 0).
         batch_bytes: the most of these bytes that a batch has, unless it has only one tensor.
     """
-    found, number, total = [], 0, np.zeros(needed.shape[1], np.int64)
-    for row in needed:
-        if total.any() and row.any() and (total + row).max() > batch_bytes:
-            number, total = number + 1, np.zeros_like(total)
-        total = total + row
-        found.append(number)
-    return found
+    found, number, total, last = np.zeros(len(needed), np.int64), 0, np.zeros(needed.shape[1], np.int64), 0
+    for place in np.flatnonzero(needed.any(1)).tolist():
+        together = total + needed[place]
+        if total.any() and together.max() > batch_bytes:
+            found[last:place] = number
+            number, together, last = number + 1, needed[place], place
+        total = together
+    found[last:] = number
+    numbers: list[int] = found.tolist()
+    return numbers
 
 
 class Routes:
@@ -180,7 +181,7 @@ class Routes:
 
     def read(self, rank: int, share: Share) -> Read:
         """The bytes that are read for a share by the rank itself, or by the rank that reads for it."""
-        first, size = 0, format_named(share.format).n_bytes(share.whole)
+        first, size = 0, share.whole_bytes
         if share.dim == 0:
             first, size = size * share.start // share.whole[0], share.n_bytes
         elif self.is_gathered(rank, share):

@@ -1,8 +1,8 @@
 """Load GGUF files on several ranks of `torch.distributed`. Each rank reads its part, and shared tensors are read once.
 
-No rank reads a tensor before all ranks have agreed on the file and the plan. No rank sends the tensors of a batch
-before all have read them and have memory for what they receive, and no rank returns before all have dequantized. So an
-error on one rank becomes an error on all ranks, and no rank waits for another one that has failed.
+No rank sends tensors before all ranks have agreed on the file and the plan. No rank sends those of a batch before all
+have read them and have memory for what they receive, and no rank returns before all have dequantized. So an error on
+one rank becomes an error on all ranks, and no rank waits for another one that has failed.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -50,7 +49,7 @@ def load_sharded(
     if not dist.is_available() or not dist.is_initialized():
         raise OptionError("a plan needs a process group; call torch.distributed.init_process_group first")
     ranks = Ranks(group)
-    with ranks.all_or_none("use its arguments or the file") as agreement:
+    with ranks.all_or_none("begin its load") as agreement:
         if planner is None:
             raise OptionError(
                 "group is passed without plan, so nothing says which rank holds what; pass plan, or omit group to load "
@@ -65,61 +64,99 @@ def load_sharded(
         kept = flag_option("keep_quantized", keep_quantized)
         device = _usable(device)
         type_of = dtype_resolver(dtype)
-        own = _Own(ranks.count, path, planner)
-        agreement.mine = own.said
-    routes = _agreed(ranks, own, agreement.of_all)
-    return _load(own.model, ranks, routes, device, None if kept else type_of)
-
-
-def _load(
-    model: Model | None, ranks: Ranks, routes: Routes, device: torch.device, type_of: Callable[[str], Any] | None
-) -> dict[str, Tensor]:
-    """What this rank holds. Without `type_of`, blocks stay compressed."""
-    rank = ranks.rank
-    shares = {share.name: share for share in routes.shares[rank]}
-    requests: dict[str, Request] = {}
-    place = device if device.type in ("cpu", "cuda") else torch.device("cpu")
-    between = device_of(ranks.group, device)
-    between = place if between.type == place.type else between
-
-    def own(part: TensorInfo) -> Request:
-        requests[part.name] = request_into_new(part, _dtype(part.format, part.name, type_of), place)
-        return requests[part.name]
-
-    def load_on(device: torch.device) -> Load:
-        return partial(load, device=device, sharers=routes.hosts.count(routes.hosts[rank]))
-
-    def values(received: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: _values(shares[name], raw, device, type_of) for name, raw in received.items()}
-
-    def context() -> AbstractContextManager[Any]:
-        return torch.cuda.stream(stream) if stream is not None else nullcontext()
-
-    on_gpu = next((each for each in (place, between) if each.type == "cuda"), None)
-    stream = torch.cuda.current_stream(on_gpu) if on_gpu is not None else None
-    exchange = Exchange(ranks, routes, between)
-    found: dict[str, Tensor] = {}
-    received = {name: torch.empty(0, dtype=torch.uint8) for name, share in shares.items() if not share.n_bytes}
+        model, missing = _opened(path)
+        agreement.mine = None if model is None else _host()
+    hosts: list[str | None] = agreement.of_all
+    if missing is not None and not any(hosts):
+        raise missing
     with ExitStack() as stack:
-        future: Future[Any] | None = None
+        load = _Load(ranks, device, None if kept else type_of)
+        stack.callback(load.close)
+        with ranks.all_or_none("begin its load") as agreement:
+            if model is not None:
+                shares = _shares(planner if isinstance(planner, Plan) else planner(model), model, ranks.count)
+                # Reading begins while the ranks agree. No rank sends before they have.
+                load.begin(model, Routes(shares, hosts))
+                agreement.mine = _digest(model), hashlib.blake2b(repr(shares).encode()).digest()
+        first = _same(model, agreement.of_all)
+        if None in hosts:
+            shares = ranks.broadcast(None if model is None else shares, first)
+            if model is None:
+                load.begin(None, Routes(shares, hosts))
+        return load.finish()
+
+
+class _Load:
+    """The load of this rank.
+
+    Args:
+        ranks: the ranks.
+        device: the device of the results.
+        type_of: output type of a tensor by its name. Without it, blocks stay compressed.
+    """
+
+    def __init__(self, ranks: Ranks, device: torch.device, type_of: Callable[[str], Any] | None) -> None:
+        self._ranks, self._device, self._type_of = ranks, device, type_of
+        self._place = device if device.type in ("cpu", "cuda") else torch.device("cpu")
+        between = device_of(ranks.group, device)
+        self._between = self._place if between.type == self._place.type else between
+        self._requests: dict[str, Request] = {}
+        self._reader: PartReader | None = None
+
+    def begin(self, model: Model | None, routes: Routes) -> None:
+        """Begin to read the first batch, if this rank has the file."""
+        self._routes, rank = routes, self._ranks.rank
+        self._shares = {share.name: share for share in routes.shares[rank]}
+        if model is None:
+            return
+        on_gpu = next((each for each in (self._place, self._between) if each.type == "cuda"), None)
+        stream = torch.cuda.current_stream(on_gpu) if on_gpu is not None else None
+
+        def load_on(device: torch.device) -> Load:
+            return partial(load, device=device, sharers=routes.hosts.count(routes.hosts[rank]))
+
+        own = load_on(self._place)
+        pieces = own if self._between == self._place else load_on(self._between)
+        self._reader = PartReader(
+            model.tensors, routes, rank, self._own, own, pieces,
+            lambda: torch.cuda.stream(stream) if stream is not None else nullcontext(),
+        )  # fmt: skip
+        self._future = self._reader.begin(0)
+
+    def _own(self, part: TensorInfo) -> Request:
+        request = request_into_new(part, _dtype(part.format, part.name, self._type_of), self._place)
+        self._requests[part.name] = request
+        return request
+
+    def finish(self) -> dict[str, Tensor]:
+        """Read all batches, exchange them, and return what this rank holds."""
+        ranks, routes = self._ranks, self._routes
+        exchange = Exchange(ranks, routes, self._between)
+        empty = torch.empty(0, dtype=torch.uint8)
+        received = {name: empty for name, share in self._shares.items() if not share.n_bytes}
+        found: dict[str, Tensor] = {}
         for batch in range(routes.n_batches):
             with ranks.all_or_none("load its part"):
-                if future is None:
-                    loads = load_on(place), load_on(between)
-                    tensors = {} if model is None else model.tensors
-                    reader = PartReader(tensors, routes, rank, own, loads[0], loads[between != place], context)
-                    stack.callback(reader.close)
-                    future = reader.begin(0)
-                found |= values(received)
-                pieces = {read: _as_tensor(data) for read, data in future.result()[1].items()}
+                found |= self._values(received)
+                pieces = {}
+                if self._reader is not None:
+                    pieces = {read: _as_tensor(data) for read, data in self._future.result()[1].items()}
                 memory = exchange.memory(batch)
-            if batch + 1 < routes.n_batches:  # it is read while this one is exchanged and dequantized
-                future = reader.begin(batch + 1)
+            if self._reader is not None and batch + 1 < routes.n_batches:
+                self._future = self._reader.begin(batch + 1)
             received = exchange.run(batch, pieces, memory)
-    with ranks.all_or_none("load its part"):
-        found |= values(received)
-        found |= {name: tensor_of(request).to(device) for name, request in requests.items()}
-    return {name: found[name] for name in shares}
+        with ranks.all_or_none("load its part"):
+            found |= self._values(received)
+            found |= {name: tensor_of(request).to(self._device) for name, request in self._requests.items()}
+        return {name: found[name] for name in self._shares}
+
+    def _values(self, received: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: _values(self._shares[name], raw, self._device, self._type_of) for name, raw in received.items()}
+
+    def close(self) -> None:
+        """Stop reading."""
+        if self._reader is not None:
+            self._reader.close()
 
 
 def _dtype(fmt: Format, name: str, type_of: Callable[[str], Any] | None) -> torch.dtype | None:
@@ -198,55 +235,35 @@ def _placement(pattern: str, given: Any) -> Placement:
     )
 
 
-class _Own:
-    """The file and the plan of this rank.
-
-    Attributes:
-        model: the model, or None if this rank does not have the file.
-        missing: the error in this case.
-        shares: what each rank holds, by the plan of this rank.
-        said: what this rank tells the others: digests of the file and of the shares, and its host.
-    """
-
-    def __init__(self, count: int, path: Any, planner: Planner) -> None:
-        self.model: Model | None = None
-        self.missing: FileNotFoundError | None = None
-        self.shares: list[list[Share]] | None = None
-        digests: tuple[Any, Any] = None, None
-        try:
-            self.model = open_model(path)
-        except FileNotFoundError as error:
-            self.missing = error
-        if self.model is not None:
-            self.shares = _shares(planner if isinstance(planner, Plan) else planner(self.model), self.model, count)
-            digests = _digest(self.model), hashlib.blake2b(repr(self.shares).encode()).digest()
-        self.said = (*digests, _host())
+def _opened(path: Any) -> tuple[Model | None, FileNotFoundError | None]:
+    """The model, or the error that there is no such file."""
+    try:
+        return open_model(path), None
+    except FileNotFoundError as error:
+        return None, error
 
 
-def _agreed(ranks: Ranks, own: _Own, said: list[tuple[Any, Any, str]]) -> Routes:
-    """The routes, after a check that all ranks have the same file and plan.
+def _same(model: Model | None, digests: list[tuple[str, bytes] | None]) -> int:
+    """The first rank that has the file, after a check that all ranks have the same file and plan.
+
+    Args:
+        model: that of this rank.
+        digests: of each rank, digests of the file and of the plan; None if it does not have the file.
 
     Raises:
-        MissingFileError: no rank has the file.
         ReadError: the files of two ranks differ.
         OptionError: the plans of two ranks differ.
     """
-    holders = [rank for rank, (digest, _, _) in enumerate(said) if digest is not None]
-    if not holders:
-        assert own.missing is not None
-        raise own.missing
-    first, tensors = said[holders[0]], own.model.tensors.values() if own.model is not None else ()
-    where = next((tensor.path for tensor in tensors), "the model")
-    for rank in holders[1:]:
-        if said[rank][0] != first[0]:
-            raise ReadError(
-                where, None, None, f"the files of rank {holders[0]} and rank {rank} differ; use the same file on both"
-            )
-        if said[rank][1] != first[1]:
-            raise OptionError(f"the plans of rank {holders[0]} and rank {rank} differ; make the same plan on all ranks")
-    shares = ranks.broadcast(own.shares, holders[0]) if len(holders) < ranks.count else own.shares
-    assert shares is not None
-    return Routes(shares, [None if digest is None else host for digest, _, host in said])
+    holders = {rank: each for rank, each in enumerate(digests) if each is not None}
+    (first, (of_file, of_plan)), *others = holders.items()
+    where = next((tensor.path for tensor in model.tensors.values()), "") if model is not None else ""
+    for rank, (file, planned) in others:
+        if file != of_file:
+            sentence = f"the files of rank {first} and rank {rank} differ; use the same file on both"
+            raise ReadError(where or "the model", None, None, sentence)
+        if planned != of_plan:
+            raise OptionError(f"the plans of rank {first} and rank {rank} differ; make the same plan on all ranks")
+    return first
 
 
 def _host() -> str:

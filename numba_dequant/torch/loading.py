@@ -19,6 +19,7 @@ from numba_dequant.loading.requests import Request, request_for
 def load(
     requests: Sequence[Request],
     on_bytes_read: Callable[[int], None] = lambda n_bytes: None,
+    groups: Sequence[int] = (),
     *,
     device: torch.device,
     sharers: int = 1,
@@ -28,6 +29,7 @@ def load(
     Args:
         requests: what to load.
         on_bytes_read: called with the number of bytes that have been read.
+        groups: the ends of groups whose results are returned together.
         device: the device.
         sharers: the number of processes of this host that load at the same time.
 
@@ -38,7 +40,7 @@ def load(
     if device.type != "cuda":
         from numba_dequant.loading import host_loader
 
-        return host_loader.load(requests, HostBackend(DeviceSpec("cpu")), threads, None, on_bytes_read)
+        return host_loader.load(requests, HostBackend(DeviceSpec("cpu")), threads, None, on_bytes_read, groups)
     spec = gpu_device(torch.cuda.current_device() if device.index is None else device.index)
     from numba_dequant.backends import streams
     from numba_dequant.backends.gpu import gpu_at
@@ -46,7 +48,7 @@ def load(
 
     torch.cuda.init()
     threads = threads and min(threads, gpu_buffers.TUNING.threads)
-    return gpu_loader.load(requests, streams.of_torch(gpu_at(spec.index)), threads, None, on_bytes_read)
+    return gpu_loader.load(requests, streams.of_torch(gpu_at(spec.index)), threads, None, on_bytes_read, groups)
 
 
 def request_into_new(tensor: TensorInfo, dtype: torch.dtype | None, device: torch.device) -> Request:

@@ -84,7 +84,7 @@ def counted(model, found, n_readers):
         recorder = Recorder(rank, world)
         exchange = ranks.Exchange(recorder, taken, torch.device("cpu"))
 
-        def load(requests, on_bytes_read, recorder=recorder):
+        def load(requests, on_bytes_read, groups, recorder=recorder):
             for request in requests:
                 recorder.found["file"] += request.tensor.n_bytes
                 yield request.finished(np.zeros(request.tensor.n_bytes, np.uint8))

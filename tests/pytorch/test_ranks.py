@@ -216,12 +216,12 @@ def test_a_rank_without_the_file_receives(two, folder):
     [
         ("nobody", ["MissingFileError", "MissingFileError"]),
         ("other", ["the files of rank 0 and rank 1 differ; use the same file on both"] * 2),
-        ("damaged", ["GgufError", "DeviceError: rank 0 could not use its arguments or the file: GgufError"]),
+        ("damaged", ["GgufError", "DeviceError: rank 0 could not begin its load: GgufError"]),
         (
             "plan",
             [
                 "OptionError: the plan is for 3 ranks, but the group has 2; pass 2 as world",
-                "DeviceError: rank 0 could not use its arguments or the file: OptionError: the plan is for 3 ranks",
+                "DeviceError: rank 0 could not begin its load: OptionError: the plan is for 3 ranks",
             ],
         ),
         (
@@ -256,7 +256,7 @@ def test_a_rank_without_the_file_receives(two, folder):
         (
             "header",
             [
-                "DeviceError: rank 1 could not use its arguments or the file: OSError: the disk has failed",
+                "DeviceError: rank 1 could not begin its load: OSError: the disk has failed",
                 "OSError: the disk has failed",
             ],
         ),
@@ -270,21 +270,21 @@ def test_a_rank_without_the_file_receives(two, folder):
         (
             "planner",
             [
-                "DeviceError: rank 1 could not use its arguments or the file: FileNotFoundError: [Errno 2]",
+                "DeviceError: rank 1 could not begin its load: FileNotFoundError: [Errno 2]",
                 "FileNotFoundError: [Errno 2]",
             ],
         ),
         (
             "device",
             [
-                "DeviceError: rank 1 could not use its arguments or the file: DeviceError: device 'gpu' cannot be used",
+                "DeviceError: rank 1 could not begin its load: DeviceError: device 'gpu' cannot be used",
                 "DeviceError: device 'gpu' cannot be used: RuntimeError",
             ],
         ),
         (
             "flag",
             [
-                "DeviceError: rank 1 could not use its arguments or the file: OptionError: keep_quantized must be",
+                "DeviceError: rank 1 could not begin its load: OptionError: keep_quantized must be",
                 "OptionError: keep_quantized must be True or False, got 'no'",
             ],
         ),
@@ -296,7 +296,7 @@ def test_a_rank_without_the_file_receives(two, folder):
             "other model",
             ["OptionError: the plan is for another model: it has blk.0.norm as F32 of shape (8,); make it with"] * 2,
         ),
-        ("dtype", ["DeviceError: rank 1 could not use its arguments or the file: DtypeError", "DtypeError"]),
+        ("dtype", ["DeviceError: rank 1 could not begin its load: DtypeError", "DtypeError"]),
         ("no plan", ["OptionError: plan must be a Plan or a function that returns one for a model, got {}"] * 2),
         (
             "not a plan",
