@@ -71,12 +71,19 @@ def negated(halves: NDArray[np.float16], minus: int) -> NDArray[np.float16]:
 
 
 def halves_of_table(table: bits.LookupTable, four: int) -> NDArray[np.float16]:
-    """The eight nibbles of four bytes, looked up in a table of 16 signed bytes.
+    """The eight nibbles of four bytes, looked up in a table of 8 or 16 signed bytes.
 
-    The order is: the low nibbles of the first two bytes, their high nibbles, then those of the other two bytes.
+    The order is: the low nibbles of the first two bytes, their high nibbles, then those of the other two bytes. This is
+    the order `PACKED` of the nibbles.
     """
     nibbles = [(four >> (8 * byte + 4 * high)) & 15 for pair in (0, 2) for high in (0, 1) for byte in (pair, pair + 1)]
     return table.items[nibbles].astype(np.float16)
+
+
+def scaled_halves_of_table(table: bits.LookupTable, four: int, scale: NDArray[np.float16]) -> NDArray[np.float16]:
+    """The result of `halves_of_table` times `scale`, eight equal integers from -56 to 56; rounded to nearest even."""
+    product: NDArray[np.float16] = halves_of_table(table, four) * scale
+    return product
 
 
 def lookup_in_tile(tile: Any, table: bits.LookupTable, index: int) -> int:

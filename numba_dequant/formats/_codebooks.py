@@ -50,6 +50,19 @@ def even_signs(seven: int) -> int:
     return seven | (parity << 7)
 
 
+def signed_nibbles(grid: LookupTable) -> NDArray[np.int32]:
+    """A table for `even_signs` and a grid of 8 values of at most four levels, with a nibble for each value.
+
+    The points come first. In their nibbles, bits 0 and 1 are the number of the level. Then come the 128 possible signs,
+    in bit 2.
+    """
+    values = grid.items.view(np.int8).reshape(len(grid.items), 8)
+    levels = np.unique(values, return_inverse=True)[1].reshape(values.shape)
+    minus = even_signs_of(np.arange(128)) < 0
+    places = 16 ** np.arange(8)
+    return np.concatenate([levels @ places, 4 * (minus @ places)]).astype(np.int32)
+
+
 @helper
 def negate_bytes(eight: int, minus: int) -> int:
     """Negate each of eight packed bytes whose bit in `minus` is set. Such a byte must not be 0."""
@@ -83,6 +96,9 @@ IQ2_XXS_GRID = _grid(
     "AAAAAAAEAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAEAAAAAAAEAAAAAAAAAAAAAAAAAAAAAAAAAAA=",
 )
 """256 points of 8 values."""
+
+IQ2_SIGNED_LEVELS = LookupTable(np.array([8, 25, 43, 0, -8, -25, -43, 0], np.int8))
+"""The values of these grids by number, then the same negated."""
 
 IQ2_XS_GRID = _grid(
     _IQ2_LEVELS,

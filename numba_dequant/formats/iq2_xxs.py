@@ -12,14 +12,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import half, load_u8, load_u16, load_u32, lookup, signed_bytes, to_float
+from numba_dequant.bits import LookupTable, half, load_u8, load_u16, load_u32, lookup, signed_bytes, to_float
 from numba_dequant.format import Factors, Format, block_layout, field_offsets
-from numba_dequant.formats._codebooks import IQ2_XXS_GRID, even_signs, even_signs_of, negate_bytes, points
-from numba_dequant.halves import equal_halves, halves_of_bytes, lookup_in_tile, negated, scaled
+from numba_dequant.formats._codebooks import (
+    IQ2_SIGNED_LEVELS,
+    IQ2_XXS_GRID,
+    even_signs,
+    even_signs_of,
+    negate_bytes,
+    points,
+    signed_nibbles,
+)
+from numba_dequant.halves import equal_halves, lookup_in_tile, scaled_halves_of_table
 
 LAYOUT = block_layout(d="f2", qs=("u2", 32))
 D, QS = field_offsets(LAYOUT)
 EIGHTH = np.float32(0.125)
+SIGNED_NIBBLES = LookupTable(signed_nibbles(IQ2_XXS_GRID))
 
 
 def dequantize(blocks: NDArray[Any]) -> NDArray[np.float32]:
@@ -42,12 +51,10 @@ def decode(block: Any, at: int, run: int) -> Any:
 
 def quants(block: Any, at: int, run: int) -> Any:
     start = at + QS + 8 * (run >> 2)
-    point = lookup_in_tile(block, IQ2_XXS_GRID, load_u8(block, start + (run & 3)))
+    point = lookup_in_tile(block, SIGNED_NIBBLES, load_u8(block, start + (run & 3)))
     word = load_u32(block, start + 4)
-    return scaled(
-        negated(halves_of_bytes(point, 0), even_signs((word >> (7 * (run & 3))) & 127)),
-        equal_halves(2 * (word >> 28) + 1),
-    )
+    signs = lookup_in_tile(block, SIGNED_NIBBLES, 256 + ((word >> (7 * (run & 3))) & 127))
+    return scaled_halves_of_table(IQ2_SIGNED_LEVELS, point | signs, equal_halves(2 * (word >> 28) + 1))
 
 
 def scale(block: Any, at: int) -> Any:
@@ -62,5 +69,5 @@ IQ2_XXS = Format(
     "32 points of 8 values, grid of 256; a 4-bit scale per 4 points",
     dequantize,
     decode,
-    Factors(quants, scale, table=IQ2_XXS_GRID),
+    Factors(quants, scale, table=SIGNED_NIBBLES),
 )

@@ -12,10 +12,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.bits import half, load_8_bytes, load_u8, load_u16, load_u32, lookup_nibbles, signed_bytes, to_float
+from numba_dequant.bits import (
+    half,
+    helper,
+    load_8_bytes,
+    load_u8,
+    load_u16,
+    load_u32,
+    lookup_nibbles,
+    signed_bytes,
+    to_float,
+)
 from numba_dequant.format import Factors, Format, block_layout, field_offsets
 from numba_dequant.formats._codebooks import IQ4_NL_VALUES
-from numba_dequant.halves import LOOKED_UP_NIBBLES, equal_halves, halves_of_table, scaled
+from numba_dequant.halves import LOOKED_UP_NIBBLES, byte_as_halves, scaled_halves_of_table
 
 LAYOUT = block_layout(d="f2", scales_h="u2", scales_l=("u1", 4), qs=("u1", 128))
 D, SCALES_H, SCALES_L, QS = field_offsets(LAYOUT)
@@ -40,13 +50,21 @@ def decode(block: Any, at: int, run: int) -> Any:
     return d * signed_bytes(lookup_nibbles(IQ4_NL_VALUES, nibbles))
 
 
+@helper
+def packed_scales(block: Any, at: int) -> int:
+    """The eight scales, one per byte of the result: those of sub-blocks 0, 2, 4 and 6, then the others."""
+    low, high = load_u32(block, at + SCALES_L), load_u16(block, at + SCALES_H)
+    high = (high & 255) * 0x0101 | (high >> 8) * 0x01010000
+    even = (low & 0x0F0F0F0F) | ((high << 4) & 0x00300030) | (high & 0x30003000)
+    odd = ((low >> 4) & 0x0F0F0F0F) | ((high << 2) & 0x00300030) | ((high >> 2) & 0x30003000)
+    return even | (odd << 32)
+
+
 def quants(block: Any, at: int, run: int) -> Any:
     sub_block = run >> 2
-    low = (load_u32(block, at + SCALES_L) >> (4 * sub_block)) & 15
-    high = (load_u16(block, at + SCALES_H) >> (2 * sub_block)) & 3
-    values = halves_of_table(IQ4_NL_VALUES, load_u32(block, at + QS + 4 * run))
+    scale = byte_as_halves(packed_scales(block, at), (sub_block >> 1) | ((sub_block & 1) << 2), 32)
     # Up to 32 * 127, which has 12 bits, so a large product is rounded.
-    return scaled(values, equal_halves((low | (high << 4)) - 32))
+    return scaled_halves_of_table(IQ4_NL_VALUES, load_u32(block, at + QS + 4 * run), scale)
 
 
 def scale(block: Any, at: int) -> Any:

@@ -86,6 +86,7 @@ def product_kernel(fmt: Format, dtype: str, bias: str | None, shape: ProductShap
     """The kernel of a product; `product.make_product_kernel` describes its parameters."""
     layout = f"{shape.warps}x{shape.stages}x{shape.parts}"
     flags = f"{shape.columns}{'-aligned' * shape.is_aligned}{'-overlaps' * shape.overlaps}{'-experts' * shape.experts}"
+    flags += f"-{shape.resident}{'-streams' * shape.streams}"
     label = f"{fmt.name}-{dtype}-product-{bias or 'no'}-bias-{layout}-{flags}"
     parameters = ("data", "number", "number", "number", "data", "number", "data", "data", "data", "table", "number")
     return KernelSpec(

@@ -13,6 +13,7 @@ from llvmlite import ir
 from numba.core import types
 
 from numba_dequant import halves
+from numba_dequant.bits import LookupTable
 from numba_dequant.kernels import intrinsics
 from numba_dequant.kernels.intrinsics import EIGHT, FLOAT, LONG, WORD, pointer_at
 from numba_dequant.kernels.intrinsics_cuda import (
@@ -77,7 +78,9 @@ def _twice(builder: ir.IRBuilder, half: Any) -> Any:
 
 def _integer_pair(builder: ir.IRBuilder, number: Any) -> Any:
     """An integer from -512 to 511 as two equal float16: insert it into 1536, then subtract 1536."""
-    return _pair(builder, "sub.rn.f16x2", _twice(builder, builder.add(number, WORD(0x6600))), WORD(0x66006600))
+    # A multiplication copies it to both halves, in a pipe that has less to do than that of shifts and masks.
+    both = builder.mul(builder.add(number, WORD(0x6600)), WORD(0x00010001))
+    return _pair(builder, "sub.rn.f16x2", both, WORD(0x66006600))
 
 
 def _constant_pair(builder: ir.IRBuilder, number: Any) -> Any:
@@ -199,24 +202,43 @@ def _negated(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any
 
 
 def _halves_of_table(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-    """A byte permutation looks up four nibbles of 16 bits among eight bytes; two and a choice make 16 bytes.
+    raised = _raised_items(builder, signature.args[0].table, arguments[1])
+    return _pack(builder, [_pair(builder, "sub.rn.f16x2", word, WORD(RAISED_BY)) for word in raised])
 
-    The table is 128 too large, so that its items are unsigned and can be inserted below 1024.
+
+def _scaled_halves_of_table(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    """One multiply-add each: scale times the raised items, minus 1152 * scale, which float16 holds exactly."""
+    _, four, scale = arguments
+    pair = builder.extract_element(scale, WORD(0))
+    bias = _pair(builder, "mul.rn.f16x2", pair, WORD(RAISED_BY | 0x80008000))
+    raised = _raised_items(builder, signature.args[0].table, four)
+    return _pack(builder, [_pair(builder, "fma.rn.f16x2", word, pair, bias) for word in raised])
+
+
+RAISED_BY = 0x64806480
+"""Two float16 of 1152: 1024, and 128 that make the items of a table unsigned."""
+
+
+def _raised_items(builder: ir.IRBuilder, table: LookupTable, four: Any) -> list[Any]:
+    """Eight items plus 1152, for the eight nibbles of a word.
+
+    A byte permutation looks up four nibbles of 16 bits among eight bytes; two and a choice make 16 bytes. The table is
+    128 too large, so that its items are unsigned and can be inserted below 1024.
     """
-    table, four = signature.args[0].table, arguments[1]
     entries = [WORD(word) for word in (table.items.view(np.uint8) ^ 0x80).view("<u4").tolist()]
-    within_half = builder.and_(four, WORD(0x77777777))
-    which_half = builder.or_(builder.and_(builder.lshr(four, WORD(1)), WORD(0x44444444)), WORD(0x32103210))
+    within_half, which_half = four, four
+    if len(entries) > 2:
+        within_half = builder.and_(four, WORD(0x77777777))
+        which_half = builder.or_(builder.and_(builder.lshr(four, WORD(1)), WORD(0x44444444)), WORD(0x32103210))
     words = []
     for shift in (0, 16):
-        selectors, choice = builder.lshr(within_half, WORD(shift)), builder.lshr(which_half, WORD(shift))
-        below_8 = permute(builder, entries[0], entries[1], selectors)
-        from_8 = permute(builder, entries[2], entries[3], selectors)
-        looked_up = permute(builder, below_8, from_8, choice)
-        for places in (0x4240, 0x4341):
-            raised = permute(builder, looked_up, WORD(0x64646464), WORD(places))
-            words.append(_pair(builder, "sub.rn.f16x2", raised, WORD(0x64806480)))
-    return _pack(builder, words)
+        selectors = builder.lshr(within_half, WORD(shift))
+        looked_up = permute(builder, entries[0], entries[1], selectors)
+        if len(entries) > 2:
+            from_8 = permute(builder, entries[2], entries[3], selectors)
+            looked_up = permute(builder, looked_up, from_8, builder.lshr(which_half, WORD(shift)))
+        words += [permute(builder, looked_up, WORD(0x64646464), WORD(places)) for places in (0x4240, 0x4341)]
+    return words
 
 
 def _lookup_in_tile(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
@@ -355,6 +377,7 @@ for _function, _result, _kinds, _codegen in (
     (halves.negated, HALVES, (HALVES, types.int32), _negated),
     (halves.halves_with_bits, HALVES, (types.int32,), _halves_with_bits),
     (halves.halves_of_table, HALVES, (None, types.int32), _halves_of_table),
+    (halves.scaled_halves_of_table, HALVES, (None, types.int32, HALVES), _scaled_halves_of_table),
     (halves.lookup_in_tile, types.int64, (None, None, types.int64), _lookup_in_tile),
     (halves.copy_to_tile, types.none, (None, None, types.int64), _copy_to_tile),
     (halves.scaled, HALVES, (HALVES, HALVES), _scaled),

@@ -38,7 +38,7 @@ from numba_dequant.halves import (
 )
 from numba_dequant.kernels.dequantize import IS_SIMULATED
 from numba_dequant.kernels.numba_cuda import cuda
-from numba_dequant.kernels.product_columns import column_preparer
+from numba_dequant.kernels.product_columns import chunk_preparer, column_preparer
 from numba_dequant.kernels.product_of_part import factors_of, product_of_part, register_functions
 from numba_dequant.kernels.product_shape import (
     GROUP,
@@ -89,6 +89,7 @@ def make_product_kernel(fmt: Format, dtype: str, bias: str | None, shape: Produc
     """
     warps, stages, parts = shape.warps, shape.stages, shape.parts
     one_column, overlaps, threads = shape.columns == 1, shape.overlaps, shape.threads
+    streams = one_column and shape.streams
     experts, n_width = shape.experts, shape.columns
     n_results, no_sums = ROWS * shape.columns, NO_SUMS[shape.columns]
     n_bytes_of_part = part_bytes(fmt)
@@ -105,11 +106,14 @@ def make_product_kernel(fmt: Format, dtype: str, bias: str | None, shape: Produc
     column_start = 16 * (tile_start + warps * stages * stage_units)
     n_bytes_of_sums = sum_bytes(fmt)
     n_bytes_of_column_part = column_bytes(fmt, PART)
+    n_bytes_of_column_chunk = column_bytes(fmt, parts * PART)
     unit, result_type = np.dtype(f"u{fmt.alignment}"), np.dtype(np.float32)
     put_results, write_results = _results_writers(dtype, bias, shape)
     fetch = chunk_fetcher(fmt, shape)
     factors = factors_of(fmt)
-    prepare = column_preparer(factors.order, factors.minimum_size if factors.minimum else None, "float16", panel=0)
+    minimum_size = factors.minimum_size if factors.minimum else None
+    prepare = column_preparer(factors.order, minimum_size, "float16", panel=0)
+    load_elements, put_elements = chunk_preparer(factors.order, minimum_size, parts)
     part_product = product_of_part(fmt, no_sums)
     table: Any = factors.table
     n_table_items = 0 if table is None else len(table.items)
@@ -149,7 +153,7 @@ def make_product_kernel(fmt: Format, dtype: str, bias: str | None, shape: Produc
             # Until here, only weights were read: everything else may be a result of an earlier kernel.
             let_next_kernel_start()
             wait_for_earlier_kernels()
-        if one_column:
+        if one_column and not streams:
             sums_start = column_start + n_parts * (2 * PART)
             prepare(x, 0, n_groups, n_groups, float32(1), shared, column_start, sums_start, thread, threads)
             cuda.syncthreads()
@@ -161,12 +165,17 @@ def make_product_kernel(fmt: Format, dtype: str, bias: str | None, shape: Produc
             pair = routes[first_pair + min(int64(row), n_columns - 1)]
             column = pair // chosen * n_bytes_of_column + 16 * quarter
         column_sums = column + n_parts * (2 * PART)
+        mine_of_column = column_start + warp * n_bytes_of_column_chunk
 
         chunk, stage, results = warp, int32(0), int32(results_start)
         while tile < n_tiles:
             sums = no_sums()
             while chunk < chunks:
+                if streams:
+                    elements = load_elements(x, chunk, n_groups, lane)
                 wait_for_groups(stages - 1)
+                if streams:
+                    put_elements(elements, shared, mine_of_column, lane, thread)
                 synchronize_warp(thread)
                 upper = int64(int32(mine + stage * stage_units)) << 4
                 lower = upper + 8 * stride
@@ -174,8 +183,12 @@ def make_product_kernel(fmt: Format, dtype: str, bias: str | None, shape: Produc
                     source = int32(base + (tile * ROWS + row) * row_bytes + chunk * n_bytes_of_chunk)
                     upper += source & 15
                     lower += (source + 8 * row_bytes) & 15
-                at = column + chunk * (2 * PART * parts)
-                sums_at = column_sums + chunk * (n_bytes_of_sums * parts)
+                if streams:
+                    at = int64(mine_of_column + 16 * quarter)
+                    sums_at = at + 2 * PART * parts
+                else:
+                    at = column + chunk * (2 * PART * parts)
+                    sums_at = column_sums + chunk * (n_bytes_of_sums * parts)
                 for _ in range(min(parts, n_parts - chunk * parts)):
                     if one_column:
                         sums = part_product(sums, shared, upper, lower, quarter, shared, at, sums_at, step, thread)

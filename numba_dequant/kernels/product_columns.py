@@ -142,6 +142,64 @@ def column_preparer(order: Order, minimum_size: int | None, dtype: str, panel: i
     It multiplies the elements of `n_given` groups from byte `start` of `x` by `factor`, and writes them from byte `at`
     of `out`, and the sums from byte `sums_start`. Zeros fill the column to a whole number of parts.
     """
+    load_run_or_zeros, put = _run_preparer(order, minimum_size, dtype, panel)
+
+    def prepare(
+        x: Any, start: int, n_groups: int, n_given: int, factor: Any, out: Any, at: int, sums_start: int, thread: int,
+        threads: int,
+    ) -> None:  # fmt: skip
+        n_runs = (n_groups + (PART // GROUP - 1)) // (PART // GROUP) * (PART // 8)
+        run = thread
+        while run < n_runs:
+            # Four loads are in flight at a time. All threads of a warp must take part in the sums of `put`.
+            first = load_run_or_zeros(x, start, n_given, run)
+            second = load_run_or_zeros(x, start, n_given, run + threads)
+            third = load_run_or_zeros(x, start, n_given, run + 2 * threads)
+            fourth = load_run_or_zeros(x, start, n_given, run + 3 * threads)
+            put(first, factor, out, at, sums_start, run, thread)
+            if run + threads < n_runs:
+                put(second, factor, out, at, sums_start, run + threads, thread)
+            if run + 2 * threads < n_runs:
+                put(third, factor, out, at, sums_start, run + 2 * threads, thread)
+            if run + 3 * threads < n_runs:
+                put(fourth, factor, out, at, sums_start, run + 3 * threads, thread)
+            run = int32(run + 4 * threads)
+
+    register_functions(prepare)
+    return prepare
+
+
+@lru_cache
+def chunk_preparer(order: Order, minimum_size: int | None, parts: int) -> tuple[Callable[..., Any], ...]:
+    """Two functions with which a warp prepares a chunk of a column of float16: one loads it, the other writes it.
+
+    A thread loads one run of each of the one or two parts, and can wait for something else before it writes them.
+    """
+    load_run_or_zeros, put = _run_preparer(order, minimum_size, "float16", 0)
+    runs_of_part = PART // 8
+
+    def load(x: Any, chunk: int, n_groups: int, lane: int) -> Any:
+        run = int64(chunk) * (parts * runs_of_part) + lane
+        first = load_run_or_zeros(x, 0, n_groups, run)
+        if parts == 2:
+            return first, load_run_or_zeros(x, 0, n_groups, run + runs_of_part)
+        return first, first
+
+    def put_chunk(elements: Any, out: Any, at: int, lane: int, thread: int) -> None:
+        sums_start = at + parts * (2 * PART)
+        put(elements[0], float32(1), out, at, sums_start, lane, thread)
+        if parts == 2:
+            put(elements[1], float32(1), out, at, sums_start, lane + runs_of_part, thread)
+
+    register_functions(load, put_chunk)
+    return load, put_chunk
+
+
+@lru_cache
+def _run_preparer(
+    order: Order, minimum_size: int | None, dtype: str, panel: int
+) -> tuple[Callable[..., Any], Callable[..., None]]:
+    """Two functions: one loads a run of a column, the other writes it, and the sums of its elements."""
     load = order.load
     has_minima, elements_of_sum = minimum_size is not None, minimum_size or GROUP
     sums_of_part = PART // elements_of_sum
@@ -178,27 +236,5 @@ def column_preparer(order: Order, minimum_size: int | None, dtype: str, panel: i
                 place = (number >> 3) * 64 + (number & 3) * 16 + ((number >> 2) & 1) * 4
                 store_sum(out, sums_start + place, total)
 
-    def prepare(
-        x: Any, start: int, n_groups: int, n_given: int, factor: Any, out: Any, at: int, sums_start: int, thread: int,
-        threads: int,
-    ) -> None:  # fmt: skip
-        n_runs = (n_groups + (PART // GROUP - 1)) // (PART // GROUP) * (PART // 8)
-        run = thread
-        while run < n_runs:
-            # Four loads are in flight at a time. All threads of a warp must take part in the sums of `put`.
-            first = load_run_or_zeros(x, start, n_given, run)
-            second = load_run_or_zeros(x, start, n_given, run + threads)
-            third = load_run_or_zeros(x, start, n_given, run + 2 * threads)
-            fourth = load_run_or_zeros(x, start, n_given, run + 3 * threads)
-            put(first, factor, out, at, sums_start, run, thread)
-            if run + threads < n_runs:
-                put(second, factor, out, at, sums_start, run + threads, thread)
-            if run + 2 * threads < n_runs:
-                put(third, factor, out, at, sums_start, run + 2 * threads, thread)
-            if run + 3 * threads < n_runs:
-                put(fourth, factor, out, at, sums_start, run + 3 * threads, thread)
-            run = int32(run + 4 * threads)
-
     register_functions(load, load_run_or_zeros, put)
-    register_functions(load, prepare)
-    return prepare
+    return load_run_or_zeros, put

@@ -37,11 +37,13 @@ class ProductShape:
         warps: warps of a thread block. Each takes every n-th chunk of the tile.
         stages: chunks of each warp that are in shared memory at a time.
         parts: parts of 256 elements in a chunk.
-        columns: columns that it multiplies, one of `WIDTHS`; or one column of float16, which it copies to shared
-            memory.
+        columns: columns that it multiplies, one of `WIDTHS`; or one column of float16.
         is_aligned: whether all rows start at multiples of 16 bytes.
         overlaps: whether the kernel may start before the preceding kernel has ended.
         experts: whether there are several matrices, and routes that say which columns each matrix multiplies.
+        resident: thread blocks that a multiprocessor must have registers for.
+        streams: whether each warp copies the elements of one column to shared memory chunk by chunk. Otherwise, the
+            thread block copies the whole column before its first tile.
     """
 
     warps: int
@@ -51,11 +53,8 @@ class ProductShape:
     is_aligned: bool
     overlaps: bool
     experts: bool = False
-
-    @property
-    def resident(self) -> int:
-        """Thread blocks that a multiprocessor must have registers for."""
-        return 3 if self.stages == 1 else 2
+    resident: int = 2
+    streams: bool = False
 
     @property
     def threads(self) -> int:
@@ -172,10 +171,10 @@ def table_bytes(fmt: Format) -> int:
 def shared_bytes(fmt: Format, shape: ProductShape, n_elements: int) -> int:
     """Bytes of shared memory of a thread block."""
     stages = shape.warps * shape.stages * ROWS * row_stride(fmt, shape)
-    # Unaligned loads read up to eight bytes after the last row.
-    return (
-        table_bytes(fmt) + result_bytes(shape) + stages + (column_bytes(fmt, n_elements) if shape.columns == 1 else 16)
-    )
+    column = 16  # unaligned loads read up to eight bytes after the last row
+    if shape.columns == 1:
+        column = shape.warps * column_bytes(fmt, shape.parts * PART) if shape.streams else column_bytes(fmt, n_elements)
+    return table_bytes(fmt) + result_bytes(shape) + stages + column
 
 
 def panel_bytes(fmt: Format, columns: int) -> int:

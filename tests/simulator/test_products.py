@@ -117,6 +117,17 @@ def test_more_tiles_columns_and_warps_than_fit_evenly(n_columns, width, n_rows):
     assert error(found, expected) < bound("Q4_1")
 
 
+@pytest.mark.parametrize(("name", "parts"), [("Q4_1", 2), ("Q2_K", 1), ("IQ4_XS", 2), ("Q8_0", 1)])
+def test_a_column_that_is_copied_chunk_by_chunk(name, parts):
+    """Its last chunk is short, and warps have different numbers of chunks."""
+    n_elements = 256 * 3 if nd.FORMATS[name].block_size == 256 else 32 * 19
+    blocks, values = weights(name, 37, n_elements)
+    x, bias = columns(1, n_elements), columns(1, 37, seed=1)[0]
+    shape = ProductShape(2, 1, parts, 1, False, False, streams=True)
+    found = product(name, blocks, x, shape, bias, thread_blocks=2)
+    assert error(found, x.astype(np.float64) @ values.T + bias.astype(np.float64)) < bound(name)
+
+
 def test_bfloat16_columns():
     import ml_dtypes
 

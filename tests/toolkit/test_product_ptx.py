@@ -28,6 +28,16 @@ def test_tensor_cores_and_asynchronous_copies_and_nothing_slow(name):
     assert ".maxntid 256" in text
 
 
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "Q6_K", "IQ4_XS", "IQ2_XXS"])
+def test_a_column_that_is_copied_chunk_by_chunk(name):
+    shape = ProductShape(10, 1, 2, 1, True, True, streams=True)
+    text = compiler.ptx(compiler.product_kernel(nd.FORMATS[name], "float16", None, shape), (9, 0))
+    assert slow(text) == []
+    assert text.count("mma.sync.aligned.m16n8k16") == 16
+    assert text.count("bar.sync") == 1 + (nd.FORMATS[name].factors.table is not None), "results, and the table"
+    assert ".maxntid 320" in text
+
+
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "Q6_K", "IQ4_XS"])
 def test_many_columns(name):
     """One format of each kind: with and without minima, tables and blocks of 32."""

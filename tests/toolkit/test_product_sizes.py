@@ -1,0 +1,62 @@
+"""How products of one column are divided among the multiprocessors of an H100, checked where there is no GPU."""
+
+from types import SimpleNamespace
+
+import pytest
+from products import FUSED
+
+import numba_dequant as nd
+from numba_dequant.backends import cuda_product
+from numba_dequant.kernels.product_shape import ROWS, shared_bytes
+
+H100 = SimpleNamespace(capability=(9, 0), shared_memory=227 << 10, processors=132)
+OLDER = SimpleNamespace(capability=(8, 0), shared_memory=163 << 10, processors=108)
+MEMORY_OF_PROCESSOR = 228 << 10
+RESERVED = 1 << 10
+
+
+def sizes(name, n_rows, n_elements, gpu=H100):
+    fmt, tiles = nd.FORMATS[name], -(-n_rows // ROWS)
+    shape = cuda_product.product_shape(gpu, fmt, tiles, n_elements, 1, is_aligned=True)
+    thread_blocks, n_bytes = cuda_product.launch_size(gpu, fmt, shape, tiles, n_elements)
+    assert shared_bytes(fmt, shape, n_elements) <= n_bytes <= gpu.shared_memory
+    assert 0 < thread_blocks <= tiles
+    return shape, thread_blocks, n_bytes
+
+
+@pytest.mark.parametrize("n_elements", [256, 2048, 4096, 5120, 14336, 28672])
+@pytest.mark.parametrize("name", FUSED)
+def test_one_wave_has_exactly_two_thread_blocks_on_a_multiprocessor(name, n_elements):
+    shape, thread_blocks, n_bytes = sizes(name, 4096, n_elements)
+    assert thread_blocks == 4096 // ROWS
+    assert MEMORY_OF_PROCESSOR // (n_bytes + RESERVED) == shape.resident == 2
+    assert shape.threads * 2 * 96 <= 65536, "registers"
+    assert shape.streams == (n_elements > 8192)
+
+
+@pytest.mark.parametrize("n_rows", [4240, 14336, 32752])
+@pytest.mark.parametrize("name", FUSED)
+def test_some_waves(name, n_rows):
+    """Either thread blocks have one tile each, or all of them run at once."""
+    shape, thread_blocks, n_bytes = sizes(name, n_rows, 4096)
+    assert shape.parts == 2
+    if thread_blocks != n_rows // ROWS:
+        per_processor = min(shape.resident, MEMORY_OF_PROCESSOR // (n_bytes + RESERVED))
+        assert thread_blocks == min(132 * per_processor, n_rows // ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "warps", "stages", "thread_blocks"),
+    [("Q4_0", 8, 2, 264), ("Q8_0", 8, 2, 132), ("Q4_K", 8, 1, 396), ("Q6_K", 8, 1, 396), ("IQ4_XS", 8, 1, 896)],
+)
+def test_what_was_fastest_for_14336x4096(name, warps, stages, thread_blocks):
+    shape, found, _ = sizes(name, 14336, 4096)
+    assert (shape.warps, shape.stages, found) == (warps, stages, thread_blocks)
+
+
+@pytest.mark.parametrize("n_rows", [4096, 14336, 131072])
+@pytest.mark.parametrize("name", FUSED)
+def test_where_kernels_do_not_overlap(name, n_rows):
+    shape, _, _ = sizes(name, n_rows, 4096, OLDER)
+    assert not shape.overlaps
+    assert not shape.streams
