@@ -65,6 +65,9 @@ LONG_COLUMN = 8192
 BYTES_OF_LIGHT_PART = 136
 """Bytes of 256 weights up to which products take longer to compute than to read."""
 
+BYTES_OF_TINY_PART = 36
+"""Bytes of 256 weights up to which two thread blocks do not have enough loads in flight."""
+
 BYTES_OF_LIGHT_TABLE = 1536
 """Bytes of a table that each thread block can copy for one tile."""
 
@@ -324,7 +327,7 @@ def launch_size(gpu: Gpu, fmt: Format, shape: ProductShape, tiles: int, n_elemen
     if is_one_column and tiles <= WAVE * gpu.processors:
         n_bytes = max(n_bytes, (gpu.shared_memory + RESERVED) // (shape.resident + 1) - RESERVED + 1)
     per_processor = max(gpu.shared_memory // n_bytes, 1)
-    if is_one_column:
+    if is_one_column and not (shape.stages > 1 and part_bytes(fmt) <= BYTES_OF_TINY_PART):
         per_processor = min(per_processor, shape.resident)
     has_one_tile = shape.stages == 1
     if has_one_tile and is_one_column and WAVE * gpu.processors < tiles < MANY_TILES:
