@@ -28,6 +28,7 @@ VERSIONS = {
     "diffusers": "0.42.1",
     "peft": "0.21.2",
     "accelerate": "1.15.0",
+    "ray": "2.60.0",
     "gguf": "0.19.0",
     "safetensors": "0.8.0",
     "sentencepiece": "0.2.3",
