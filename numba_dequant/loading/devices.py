@@ -233,6 +233,8 @@ class DeviceLoad:
                 for other, theirs in routes.holders(rank, share).items() if share.n_bytes else ():
                     n_rows = len(routes.rows(other, theirs)) if share.has_columns else 1
                     piece = pieces[other][routes.read(other, theirs)]
+                    if not len(piece):  # there are fewer rows or blocks than ranks
+                        continue
                     place.copy(raw, at, piece, share, n_rows)
                     at += n_rows * (share.columns[2] - share.columns[1]) if share.has_columns else len(piece)
                 found[rank][share.name] = self._finished(place, share, raw)

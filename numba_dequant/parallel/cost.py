@@ -243,7 +243,7 @@ def _traffic(plan: Plan, hosts: list[int], n_readers: int, value_bytes: int) -> 
     """What the ranks move. The first `n_readers` ranks have the file."""
     found = _Traffic(plan, hosts)
     holders: dict[str, list[int]] = defaultdict(list)
-    columns: dict[tuple[str, int], dict[int, Part]] = defaultdict(dict)
+    columns: dict[tuple[str, int, int], dict[int, Part]] = defaultdict(dict)
     for rank, of_rank in enumerate(plan.ranks):
         source = rank % n_readers  # a rank that has the file reads for itself
         memory = 0
@@ -256,7 +256,7 @@ def _traffic(plan: Plan, hosts: list[int], n_readers: int, value_bytes: int) -> 
             if source == rank and part.dim is None and n_bytes >= LEAST_DIVIDED:
                 holders[name].append(rank)
             elif source == rank and part.dim:
-                columns[name, hosts[rank]][rank] = part
+                columns[name, hosts[rank], part.dim][rank] = part
             else:
                 found.part(source, rank, part, n_bytes)
         found.moved[rank]["memory"] = memory

@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from math import lcm, prod
 from typing import Literal
 
@@ -248,7 +248,8 @@ class _Divider:
     def __init__(
         self, ranks: Sequence[RankPlan], rules: Sequence[Rule], notes: dict[str, None], *, refuses: bool
     ) -> None:
-        self._ranks, self._rules, self._notes, self._refuses = ranks, rules, notes, refuses
+        self._ranks, self._notes, self._refuses = ranks, notes, refuses
+        self._rules = [(re.compile(translate(pattern)).match, placement) for pattern, placement in rules]
         self._sizes = [0] * len(ranks)
 
     def divide(self, tensors: list[TensorInfo]) -> None:
@@ -275,7 +276,7 @@ class _Divider:
             plan_of_rank.parts.update({tensor.name: parts[tensor.name][rank] for tensor in tensors})
 
     def _placement(self, tensor: TensorInfo) -> Placement:
-        placement = next((each for pattern, each in self._rules if fnmatchcase(tensor.name, pattern)), Replicate())
+        placement = next((each for matches, each in self._rules if matches(tensor.name)), Replicate())
         if isinstance(placement, Shard) and not -len(tensor.shape) <= placement.dim < len(tensor.shape):
             raise ShapeError(
                 f"{tensor.name} of shape {tensor.shape} has no dimension {placement.dim}; pass another dim in the "

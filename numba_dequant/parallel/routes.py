@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -151,16 +152,19 @@ class Routes:
     ) -> None:
         self.shares, self.hosts, self._batch_bytes = shares, hosts, batch_bytes or BATCH_BYTES
         self._sources = [rank for rank, host in enumerate(hosts) if host is not None]
-        self._holders: dict[tuple[str, str | None], dict[int, Share]] = defaultdict(dict)
+        self._holders: dict[tuple[Any, ...], dict[int, Share]] = defaultdict(dict)
         for rank in self._sources:
             for share in shares[rank]:
                 is_divided = share.has_columns or (share.dim is None and share.n_bytes >= LEAST_DIVIDED)
                 if share.n_bytes and is_divided:
                     self._holders[self._key(rank, share)][rank] = share
 
-    def _key(self, rank: int, share: Share) -> tuple[str, str | None]:
-        """Whole tensors are gathered by the ranks of all hosts; columns are divided among those of one host."""
-        return share.name, self.hosts[rank] if share.has_columns else None
+    def _key(self, rank: int, share: Share) -> tuple[Any, ...]:
+        """Whole tensors are gathered by the ranks of all hosts; columns are divided among those of one host.
+
+        Columns of another dimension have other rows.
+        """
+        return (share.name, self.hosts[rank], share.dim) if share.has_columns else (share.name,)
 
     def holders(self, rank: int, share: Share) -> dict[int, Share]:
         """The ranks that read a share together with a rank, and what they hold. Only ranks with the file read."""

@@ -4,6 +4,10 @@ import threading
 
 import parts
 import pytest
+import random_plans
+from blocks import assert_same_bits
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from parts import assert_parts, planned
 
 import numba_dequant as nd
@@ -69,6 +73,23 @@ def test_stream(path, devices):
             for of_device, part in zip(found, of_devices, strict=True):
                 of_device[name] = part
     assert_parts(path, found, planned(len(devices)))
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_plan(tmp_path_factory, data):
+    with nd.open(random_plans.write(tmp_path_factory.mktemp("several") / "model.gguf")) as model:
+        plan_of_model, hosts, least, batch_bytes = data.draw(random_plans.cases(model.tensors))
+        devices = [f"cuda:{number % n_devices()}" for number in range(len(hosts))]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(routes, "LEAST_DIVIDED", least)
+            patch.setattr(routes, "BATCH_BYTES", batch_bytes)
+            found = model.load_all(device=devices, plan=plan_of_model, keep_quantized=True)
+        for of_device, rank in zip(found, plan_of_model.ranks, strict=True):
+            assert of_device.keys() == rank.parts.keys()
+            for name, part in rank.parts.items():
+                if isinstance(of_device[name], nd.QuantizedTensor):
+                    assert_same_bits(of_device[name].data.copy_to_host(), random_plans.expected(model, part))
 
 
 def test_an_error_of_one_device_ends_the_load(path, monkeypatch):

@@ -1,0 +1,129 @@
+"""Any plan, any hosts: ranks that are threads read, exchange and hold exactly the bytes of their parts."""
+
+import threading
+from collections import defaultdict
+from queue import Queue
+
+import numpy as np
+import pytest
+import random_plans
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from random_plans import cases, expected
+
+import numba_dequant as nd
+from numba_dequant.loading import host_loader
+from numba_dequant.loading.parts import PartReader
+from numba_dequant.loading.requests import request_for
+from numba_dequant.parallel import Part, Plan, RankPlan, routes
+
+torch = pytest.importorskip("torch")
+if not torch.distributed.is_available():
+    pytest.skip("PyTorch was built without torch.distributed", allow_module_level=True)
+
+from numba_dequant.backends.devices import DeviceSpec  # noqa: E402
+from numba_dequant.backends.host import HostBackend  # noqa: E402
+from numba_dequant.torch.ranks import Exchange  # noqa: E402
+
+
+class Threads:
+    """A group whose ranks are threads. Two ranks exchange tensors in the order in which they send them."""
+
+    def __init__(self, count):
+        self.count, self.mail = count, defaultdict(Queue)
+        self.lock, self.errors = threading.Lock(), []
+
+    def box(self, source, target):
+        with self.lock:
+            return self.mail[source, target]
+
+    def rank(self, number):
+        return ThreadRank(self, number)
+
+
+class ThreadRank:
+    """What `Exchange` needs of `Ranks`."""
+
+    def __init__(self, threads, rank):
+        self.threads, self.rank, self.count, self.group = threads, rank, threads.count, None
+
+    def swap(self, sent, received):
+        for target, tensor in sent:
+            if tensor.numel():
+                self.threads.box(self.rank, target).put(tensor.clone())
+        for source, tensor in received:
+            if tensor.numel():
+                tensor.copy_(self.threads.box(source, self.rank).get(timeout=20))
+
+    def call(self, function, *arguments, group=None):
+        if function is torch.distributed.all_gather_into_tensor:
+            gathered, piece = arguments
+            everyone = [other for other in range(self.count) if other != self.rank]
+            own = gathered.split(piece.numel())[self.rank]
+            assert own.data_ptr() == piece.data_ptr()
+            parts = gathered.split(piece.numel())
+            self.swap([(other, piece) for other in everyone], [(other, parts[other]) for other in everyone])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    with nd.open(random_plans.write(tmp_path_factory.mktemp("exchange") / "model.gguf")) as model:
+        yield model
+
+
+def load(requests, on_bytes_read, groups):
+    return host_loader.load(requests, HostBackend(DeviceSpec("cpu")), 1, None, on_bytes_read, groups)
+
+
+def loaded(model, taken, rank):
+    """What a rank holds after a load: name -> bytes."""
+    found = {share.name: torch.empty(0, dtype=torch.uint8) for share in taken.shares[rank.rank] if not share.n_bytes}
+    exchange = Exchange(rank, taken, torch.device("cpu"))
+    reader = PartReader(model.tensors, taken, rank.rank, lambda part: request_for(part, None), load, load)
+    try:
+        for batch in range(taken.n_batches):
+            own, pieces = reader.begin(batch).result()
+            found |= {name: torch.from_numpy(each.data) for name, each in own.items()}
+            read = {each: torch.from_numpy(data) for each, data in pieces.items()}
+            found |= exchange.run(batch, read, exchange.memory(batch))
+    finally:
+        reader.close()
+    return found
+
+
+def assert_loaded(model, plan, hosts, least, batch_bytes):
+    """Each rank holds its parts, if small tensors are divided and batches are small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routes, "LEAST_DIVIDED", least)
+        taken = routes.Routes(routes.shares_of(plan, model.tensors), hosts, batch_bytes)
+        threads, found = Threads(len(hosts)), {}
+
+        def run(number):
+            try:
+                found[number] = loaded(model, taken, threads.rank(number))
+            except BaseException as error:
+                threads.errors.append(error)
+
+        workers = [threading.Thread(target=run, args=(number,)) for number in range(len(hosts))]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert not threads.errors
+    for number, rank in enumerate(plan.ranks):
+        assert found[number].keys() == rank.parts.keys()
+        for name, part in rank.parts.items():
+            np.testing.assert_array_equal(found[number][name].numpy(), expected(model, part), f"rank {number}, {name}")
+
+
+def test_columns_of_two_dimensions(model):
+    """Their rows differ, so their ranks cannot divide the rows."""
+    stack = model.tensors["c"]
+    ranks = [RankPlan(0, 0, {"c": Part(stack, 1, 0, 1)}), RankPlan(1, 0, {"c": Part(stack, 2, 0, 32)})]
+    assert_loaded(model, Plan(tuple(ranks), ()), ["one", "one"], 1, 1)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_each_rank_gets_its_bytes(model, data):
+    assert_loaded(model, *data.draw(cases(model.tensors)))
