@@ -87,7 +87,9 @@ def plan_chunks(
 
 
 def _follows(chunk: Chunk, path: str, offset: int) -> bool:
-    return path == chunk.path and 0 <= offset - chunk.offset - chunk.n_bytes <= MAX_GAP
+    at = offset - chunk.offset
+    # Rows of a tensor may start anywhere, but kernels read aligned data faster.
+    return path == chunk.path and 0 <= at - chunk.n_bytes <= MAX_GAP and at % 16 == 0
 
 
 def _ends(tensor: TensorInfo, longest: int) -> tuple[int, int, int]:

@@ -70,7 +70,7 @@ def test_a_plan_by_hand(path):
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_plan(model, data):
     found_plan, hosts, least, batch_bytes = data.draw(random_plans.cases(model.tensors))
     with pytest.MonkeyPatch.context() as patch:

@@ -204,6 +204,18 @@ class LateGpu:
 
         self.queue(stream, copy, (target, n_bytes), (pointer, n_bytes))
 
+    def copy_columns(self, target, width, pointer, step, n_rows, stream):
+        n_bytes = step * (n_rows - 1) + width
+
+        def copy():
+            rows = np.lib.stride_tricks.as_strided(at(pointer, n_bytes), (n_rows, width), (step, 1))
+            at(target, n_rows * width).reshape(n_rows, width)[:] = rows
+
+        self.queue(stream, copy, (target, n_rows * width), (pointer, n_bytes))
+
+    def open_to(self, other):
+        assert other is self
+
     def memset(self, memory, value, stream):
         self.queue(stream, lambda: at(memory.pointer, memory.n_bytes).fill(value), (memory.pointer, memory.n_bytes))
 

@@ -4,6 +4,7 @@ import gc
 import threading
 
 import numpy as np
+import parts
 import pytest
 from blocks import assert_same_bits, random_blocks, write_model
 from late_gpu import POISON, TUNING, at
@@ -12,6 +13,7 @@ from small_model import MAX_BYTES, TENSORS, assert_loads, assert_right, kept_byt
 import numba_dequant as nd
 from numba_dequant.backends.streams import CallStream
 from numba_dequant.loading import gpu_loader, requests
+from numba_dequant.parallel import plan, routes
 
 
 @pytest.fixture
@@ -156,6 +158,37 @@ def test_what_is_reported_is_what_was_asked_for(model, late, select, prefetch):
         pass
     assert reports == sorted(reports)
     assert reports[-1] == sum(request.tensor.n_bytes for request in chosen)
+
+
+@pytest.mark.parametrize("ends", [[1, 3], [0, 2, 2, 5], [1, 2, 3, 4]])
+def test_groups(model, late, ends):
+    """The tensors of a group come together, and the memory of a group is not taken before the one before the last."""
+    chosen = requests.plan_requests(model.tensors, None, "float16", None, keep_quantized=False)
+    ends = [*ends, len(chosen)]
+    results = gpu_loader.load(chosen, CallStream(late), 3, None, lambda n_bytes: None, ends)
+    found, before = [], late.in_use
+    for number, end in enumerate(ends):
+        found += [next(results) for _ in range(end - len(found))]
+        allowed = ends[min(number + 1, len(ends) - 1)]
+        most = sum(request.job.n_elements * 2 + 256 for request in chosen[:allowed])
+        assert late.in_use - before <= most + 2 * MAX_BYTES
+    assert next(results, None) is None
+    for request, values in zip(chosen, found, strict=True):
+        assert_right(values, request.tensor.name)
+
+
+@pytest.mark.parametrize("devices", [["cuda:0", "cuda:0"], ["cpu", "cuda:0", "cuda:0"]])
+@pytest.mark.parametrize("batch_bytes", [1 << 30, 3000])
+@pytest.mark.parametrize("kept", [False, True])
+def test_several_devices(tmp_path, late, monkeypatch, devices, batch_bytes, kept):
+    """The exchange waits for what was read, and nothing is freed before it was copied."""
+    monkeypatch.setattr(routes, "LEAST_DIVIDED", 100)
+    monkeypatch.setattr(routes, "BATCH_BYTES", batch_bytes)
+    path = parts.write(tmp_path / "model.gguf")
+    found = nd.load(path, device=devices, plan=parts.planned(len(devices)), keep_quantized=kept)
+    parts.assert_parts(path, found, parts.planned(len(devices)), blocks=kept)
+    found = nd.load(path, device=devices, plan=lambda model: plan(model.tensors.values(), len(devices), []))
+    parts.assert_parts(path, found, lambda model: plan(model.tensors.values(), len(devices), []))
 
 
 def test_closing_a_model_keeps_the_buffers_of_the_others(model, late):
