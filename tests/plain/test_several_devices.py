@@ -1,12 +1,8 @@
 """One process loads a model to several devices."""
 
-import numpy as np
 import parts
 import pytest
-import random_plans
-from blocks import assert_same_bits, random_blocks, write_model
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from blocks import random_blocks, write_model
 from parts import assert_parts, planned
 
 import numba_dequant as nd
@@ -17,12 +13,6 @@ from numba_dequant.parallel import Part, Plan, RankPlan, plan, routes
 @pytest.fixture
 def path(tmp_path):
     return parts.write(tmp_path / "model.gguf")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    with nd.open(random_plans.write(tmp_path_factory.mktemp("several") / "model.gguf")) as model:
-        yield model
 
 
 @pytest.fixture(params=["one batch", "many batches"], autouse=True)
@@ -67,25 +57,6 @@ def test_a_plan_by_hand(path):
         return Plan(ranks, ())
 
     assert_parts(path, nd.load(path, device=["cpu"] * 3, plan=by_hand), by_hand)
-
-
-@given(st.data())
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_plan(model, data):
-    found_plan, hosts, least, batch_bytes = data.draw(random_plans.cases(model.tensors))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routes, "LEAST_DIVIDED", least)
-        patch.setattr(routes, "BATCH_BYTES", batch_bytes)
-        found = model.load_all(device=["cpu"] * len(hosts), plan=found_plan, keep_quantized=True)
-    for of_device, rank in zip(found, found_plan.ranks, strict=True):
-        assert of_device.keys() == rank.parts.keys()
-        for name, part in rank.parts.items():
-            blocks, got = random_plans.expected(model, part), of_device[name]
-            if isinstance(got, nd.QuantizedTensor):
-                np.testing.assert_array_equal(got.data, blocks, f"{rank.rank}, {name}")
-            else:
-                expected = nd.dequantize(blocks, part.tensor.format, device="reference")
-                assert_same_bits(np.ascontiguousarray(got).reshape(-1), expected)
 
 
 def test_each_byte_is_read_once(path, monkeypatch):

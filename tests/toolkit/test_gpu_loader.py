@@ -160,7 +160,7 @@ def test_what_is_reported_is_what_was_asked_for(model, late, select, prefetch):
     assert reports[-1] == sum(request.tensor.n_bytes for request in chosen)
 
 
-@pytest.mark.parametrize("ends", [[1, 3], [0, 2, 2, 5], [1, 2, 3, 4]])
+@pytest.mark.parametrize("ends", [[1, 3], [0, 2, 2, 5]])
 def test_groups(model, late, ends):
     """The tensors of a group come together, and the memory of a group is not taken before the one before the last."""
     chosen = requests.plan_requests(model.tensors, None, "float16", None, keep_quantized=False)
@@ -177,9 +177,10 @@ def test_groups(model, late, ends):
         assert_right(values, request.tensor.name)
 
 
-@pytest.mark.parametrize("devices", [["cuda:0", "cuda:0"], ["cpu", "cuda:0", "cuda:0"]])
-@pytest.mark.parametrize("batch_bytes", [1 << 30, 3000])
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize(
+    ("devices", "batch_bytes", "kept"),
+    [(["cuda:0", "cuda:0"], 1 << 30, True), (["cpu", "cuda:0", "cuda:0"], 3000, False)],
+)
 def test_several_devices(tmp_path, late, monkeypatch, devices, batch_bytes, kept):
     """The exchange waits for what was read, and nothing is freed before it was copied."""
     monkeypatch.setattr(routes, "LEAST_DIVIDED", 100)
