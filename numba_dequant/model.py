@@ -25,7 +25,6 @@ from numba_dequant.loading.requests import (
     QuantizedTensor,
     Request,
     Select,
-    dtype_resolver,
     plan_requests,
     request_for,
     slice_rows,
@@ -242,9 +241,11 @@ class Model:
             GgufError, ReadError, DeviceError: as for `load`. Nothing is returned, but outputs may have changed.
         """
         if plan is not None or isinstance(device, (list, tuple)):
-            parts = self._parts(
-                device, plan, dtype, threads, progress, callback, keep_quantized, select=select, out=out, stream=stream
-            )
+            from numba_dequant.loading import devices
+
+            refused = {"select": select, "out": out, "stream": stream}
+            load = devices.load_by_plan(self, device, plan, dtype, keep_quantized, threads, refused)
+            parts = load.run(Reporter(load.n_bytes, progress, callback))
             by_device: list[dict[str, Any]] = [{} for _ in device]
             for name, of_devices in parts:
                 for found, part in zip(by_device, of_devices, strict=True):
@@ -311,10 +312,9 @@ class Model:
         if plan is not None or isinstance(device, (list, tuple)):
             from numba_dequant.loading import devices
 
-            size = max(ahead, 1) * devices.STREAM_BYTES
-            return self._parts(
-                device, plan, dtype, threads, progress, callback, keep_quantized, size, select=select, stream=stream
-            )
+            refused, size = {"select": select, "stream": stream}, max(ahead, 1) * devices.STREAM_BYTES
+            load = devices.load_by_plan(self, device, plan, dtype, keep_quantized, threads, refused, size)
+            return load.run(Reporter(load.n_bytes, progress, callback))
         chosen = plan_requests(self.tensors, select, dtype, None, keep_quantized=keep_quantized)
         return self._named(chosen, device, stream, threads, ahead, progress, callback)
 
@@ -365,33 +365,6 @@ class Model:
                 report.close()
 
         return pairs()
-
-    def _parts(
-        self,
-        device: Any,
-        plan: Any,
-        dtype: Any,
-        threads: int | None,
-        progress: bool | None,
-        callback: Callback,
-        keep_quantized: bool,
-        batch_bytes: int | None = None,
-        **others: Any,
-    ) -> Iterator[tuple[str, list[Any]]]:
-        """Names and the parts of several devices, in order. This call checks the arguments; the iterator reads."""
-        from numba_dequant.loading import devices
-
-        planned = devices.checked_plan(self, device, plan, others)
-        kept, type_of = flag_option("keep_quantized", keep_quantized), dtype_resolver(dtype)
-        if threads is not None:
-            threads = whole_option("threads", threads, 1)
-
-        def dtype_of(name: str) -> str | None:
-            is_kept = kept and self.tensors[name].format.block_size > 1
-            return None if is_kept else output_type(type_of(name))
-
-        load = devices.DeviceLoad(self.tensors, planned, device, dtype_of, threads, batch_bytes)
-        return load.run(Reporter(load.n_bytes, progress, callback))
 
     def _results(
         self,

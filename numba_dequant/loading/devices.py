@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.api import backend_for, dequantize
+from numba_dequant.arguments import flag_option, output_type, whole_option
 from numba_dequant.backends.batch import Array
 from numba_dequant.backends.devices import available_cores
 from numba_dequant.backends.host import HostBackend, SimulatorBackend
@@ -20,7 +21,7 @@ from numba_dequant.gguf.tensors import TensorInfo
 from numba_dequant.loading.parts import PartReader
 from numba_dequant.loading.progress import Reporter
 from numba_dequant.loading.python_threads import POLL_SECONDS
-from numba_dequant.loading.requests import QuantizedTensor, Request, request_for
+from numba_dequant.loading.requests import QuantizedTensor, Request, dtype_resolver, request_for
 from numba_dequant.locks import compile_lock
 from numba_dequant.parallel.plan import Plan
 from numba_dequant.parallel.routes import Read, Routes, Share, shares_of
@@ -34,19 +35,52 @@ if TYPE_CHECKING:
     Blocks = NDArray[np.uint8] | DeviceTensor
 
 
-def checked_plan(model: Any, devices: Any, plan: Any, others: Mapping[str, Any]) -> Plan:
-    """The plan for a list of devices.
+def load_by_plan(
+    model: Any,
+    devices: Any,
+    plan: Any,
+    dtype: Any,
+    keep_quantized: Any,
+    threads: int | None,
+    refused: Mapping[str, Any],
+    batch_bytes: int | None = None,
+) -> DeviceLoad:
+    """A load to a list of devices, after all checks of arguments, which are as for `Model.load_all`.
+
+    Args:
+        model: the model.
+        devices: the devices.
+        plan: the plan, or a function that takes the model and returns one.
+        dtype: one output type, or patterns with their types.
+        keep_quantized: whether blocks stay compressed.
+        threads: the number of threads that read.
+        refused: other arguments by name, which must be None.
+        batch_bytes: as for `Routes`.
 
     Raises:
-        OptionError: there is no plan, no list of devices, or another argument that cannot be combined with them.
+        OptionError: there is no plan, no list of devices, an argument is wrong or cannot be combined with a plan.
+        DtypeError: an output type does not exist.
+        DeviceError: a device cannot be used.
     """
+    found = _checked_plan(model, devices, plan, refused)
+    kept, type_of = flag_option("keep_quantized", keep_quantized), dtype_resolver(dtype)
+    n_threads = None if threads is None else whole_option("threads", threads, 1)
+
+    def dtype_of(name: str) -> str | None:
+        is_kept = kept and model.tensors[name].format.block_size > 1
+        return None if is_kept else output_type(type_of(name))
+
+    return DeviceLoad(model.tensors, found, devices, dtype_of, n_threads, batch_bytes)
+
+
+def _checked_plan(model: Any, devices: Any, plan: Any, refused: Mapping[str, Any]) -> Plan:
     if plan is None:
         raise OptionError(
             "device is a list, so plan must say which device holds what; pass plan, or one device instead of a list"
         )
     if not isinstance(devices, (list, tuple)) or not devices:
         raise OptionError(f"plan needs a list of devices, such as ['cuda:0', 'cuda:1'], got device={shown(devices)}")
-    for name, value in others.items():
+    for name, value in refused.items():
         if value is not None:
             raise OptionError(f"{name} cannot be combined with plan; omit {name}, or load to one device at a time")
     found = plan(model) if callable(plan) else plan
