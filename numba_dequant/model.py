@@ -227,8 +227,8 @@ class Model:
             callback: function that is called with a `Progress`, in this thread, at most ten times a second. An
                 exception from it stops the load.
             plan: a `numba_dequant.parallel.Plan`, or a function that takes this model and returns one. It says which
-                device holds what: the first rank is the first of the list `device`. Each byte is read once, and goes to
-                other GPUs compressed. `select`, `out` and `stream` cannot be combined with it.
+                device holds what: the first rank is the first of the list `device`. What several devices need is read
+                once, and is copied between them compressed. `select`, `out` and `stream` cannot be combined with it.
 
         Returns:
             name -> result as from `load`, in file order. With `plan`, a list of these: one for each device.

@@ -1,4 +1,4 @@
-"""Loads a model to several devices of one process. Each byte of a file is read once, and crosses the bus once."""
+"""Loads a model to several devices of one process. What several of them need is read once, and copied compressed."""
 
 from __future__ import annotations
 
