@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from numba_dequant.backends.gpu import Gpu
+from numba_dequant.backends.product_choice import RESERVED, launch_size, product_shape
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.format import Format
 from numba_dequant.kernels.compiler import prepare_kernel, product_kernel, routes_kernel, wide_kernel
@@ -22,24 +23,11 @@ from numba_dequant.kernels.product_shape import (
     WideShape,
     column_bytes,
     has_products,
-    part_bytes,
-    shared_bytes,
-    sum_bytes,
-    table_bytes,
     wide_shared_bytes,
 )
 
 INPUT_TYPES = ("float16", "bfloat16")
 """The types of columns that the tensor cores take."""
-
-WARPS = (4, 5, 6, 7, 8)
-"""Warps of a thread block."""
-
-WARPS_OF_WAVE = (8, 10)
-"""The same, if all thread blocks run at once; see `_shape_of_one_column`."""
-
-WAVE = 2
-"""Thread blocks of one product that a multiprocessor runs at once, if there are no more."""
 
 EXPERT_COLUMNS = 8
 """Columns that a kernel multiplies at a time if there are experts."""
@@ -55,24 +43,6 @@ ROWS_OF_PROCESSOR = 48
 
 LEAST_PARTS = 2
 """Parts of 256 elements that a thread block at least has, if thread blocks share rows."""
-
-RESERVED = 1024
-"""Bytes of shared memory that CUDA reserves for each thread block."""
-
-LONG_COLUMN = 8192
-"""With more elements, each warp copies its own chunks of the column, when it needs them."""
-
-BYTES_OF_LIGHT_PART = 136
-"""Bytes of 256 weights up to which products take longer to compute than to read."""
-
-BYTES_OF_TINY_PART = 36
-"""Bytes of 256 weights up to which two thread blocks do not have enough loads in flight."""
-
-BYTES_OF_LIGHT_TABLE = 1536
-"""Bytes of a table that each thread block can copy for one tile."""
-
-MANY_TILES = 2048
-"""Number of tiles from which thread blocks with memory for one chunk are faster: more of them fit into an SM."""
 
 
 @dataclass(frozen=True)
@@ -313,91 +283,3 @@ def _plan(gpu: Gpu, given: Operands, columns: int, is_aligned: bool, has_experts
         kernel = gpu.load_kernel(product_kernel(fmt, given.dtype, bias, shape), gpu.shared_memory)
         plan = gpu.kernels[key] = _Plan(kernel, shape, *launch_size(gpu, fmt, shape, tiles, given.n_elements))
     return plan
-
-
-def launch_size(gpu: Gpu, fmt: Format, shape: ProductShape, tiles: int, n_elements: int) -> tuple[int, int]:
-    """The number of thread blocks for `tiles` tiles, and the bytes of shared memory of each.
-
-    If all thread blocks run at once, they take so much memory that none of the next product can start beside two of
-    this one. Otherwise a multiprocessor that has one of the next product would get fewer of the one after that, and
-    others more. All would wait for those.
-    """
-    n_bytes = shared_bytes(fmt, shape, n_elements)
-    is_one_column = shape.columns == 1 and shape.overlaps
-    if is_one_column and tiles <= WAVE * gpu.processors:
-        n_bytes = max(n_bytes, (gpu.shared_memory + RESERVED) // (shape.resident + 1) - RESERVED + 1)
-    per_processor = max(gpu.shared_memory // n_bytes, 1)
-    if is_one_column and not (shape.stages > 1 and part_bytes(fmt) <= BYTES_OF_TINY_PART):
-        per_processor = min(per_processor, shape.resident)
-    has_one_tile = shape.stages == 1
-    if has_one_tile and is_one_column and WAVE * gpu.processors < tiles < MANY_TILES:
-        # More thread blocks than fit at once are balanced better, but each prepares the column for one tile.
-        has_one_tile = (
-            part_bytes(fmt) <= BYTES_OF_LIGHT_PART and sum_bytes(fmt) == 0 and table_bytes(fmt) <= BYTES_OF_LIGHT_TABLE
-        )
-    return tiles if has_one_tile else min(tiles, per_processor * gpu.processors), n_bytes
-
-
-def product_shape(gpu: Gpu, fmt: Format, tiles: int, n_elements: int, columns: int, is_aligned: bool) -> ProductShape:
-    """The fastest shape for `tiles` tiles of 16 rows, and `columns` columns.
-
-    If possible, a thread block takes only half of the shared memory, so that another one, perhaps of the next product,
-    can start.
-    """
-    overlaps = gpu.capability >= (9, 0)
-    if columns == 1 and overlaps:
-        found = _shape_of_one_column(gpu, fmt, tiles, n_elements, is_aligned)
-        if found is not None:
-            return found
-    stages_and_parts = ((1, 2), (1, 1)) if tiles >= MANY_TILES else ((2, 2), (2, 1), (1, 1))
-    choices = [
-        ProductShape(
-            _warps(n_elements, parts, width),
-            stages,
-            parts,
-            width,
-            is_aligned,
-            overlaps,
-            resident=3 if stages == 1 else 2,
-        )
-        for width in ((1, WIDTHS[0]) if columns == 1 else (columns,))
-        for stages, parts in (stages_and_parts if width < 32 else ((2, 2), (2, 1), (1, 1)))
-    ]
-    for share in (2, 1):
-        for shape in choices:
-            if shared_bytes(fmt, shape, n_elements) <= gpu.shared_memory // share:
-                return shape
-    return choices[-1]
-
-
-def _shape_of_one_column(gpu: Gpu, fmt: Format, tiles: int, n_elements: int, is_aligned: bool) -> ProductShape | None:
-    """The fastest shape for one column if there are not very many tiles, as measured on an H100; None if too large.
-
-    Up to two tiles for each multiprocessor are one wave: all warps start together and wait for the same things.
-    Many warps with one chunk each are then faster than fewer warps that copy ahead.
-    """
-    if tiles >= MANY_TILES:
-        return None
-
-    def fits(shape: ProductShape, times: int) -> bool:
-        return times * (shared_bytes(fmt, shape, n_elements) + RESERVED) <= gpu.shared_memory + RESERVED
-
-    if tiles <= WAVE * gpu.processors:
-        warps = _warps(n_elements, 2, 1, WARPS_OF_WAVE)
-        shape = ProductShape(warps, 1, 2, 1, is_aligned, overlaps=True, resident=WAVE, streams=n_elements > LONG_COLUMN)
-        return shape if fits(shape, WAVE) else None
-    warps = _warps(n_elements, 2, 1)
-    ahead = ProductShape(warps, 2, 2, 1, is_aligned, overlaps=True)
-    # Formats with blocks of 32 need more registers than three thread blocks leave each other.
-    three = ProductShape(warps, 1, 2, 1, is_aligned, overlaps=True, resident=3)
-    if fits(three, 3) and (fmt.block_size == PART or not fits(ahead, 2)):
-        return three
-    return ahead if fits(ahead, 1) else None
-
-
-def _warps(n_elements: int, parts: int, columns: int, choices: tuple[int, ...] = WARPS) -> int:
-    """The number of warps that share a tile: as many as possible, with an equal number of chunks if possible."""
-    if columns == 32:
-        return 4  # more would not have enough registers
-    chunks = -(-n_elements // (PART * parts))
-    return max(choices, key=lambda warps: (chunks / (-(-chunks // warps) * warps), warps))

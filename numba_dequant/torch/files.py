@@ -58,9 +58,9 @@ def load_file(
         keep_quantized: keep the blocks of quantized tensors, as uint8 of shape (..., bytes per row);
             ``numba_dequant.open(path).tensors[name].format`` is their type. Other tensors are converted to `dtype`.
         plan: a `numba_dequant.parallel.Plan`, or a function that takes the `Model` and returns one. All ranks of
-            `group` must call `load_file`, and each gets its part. If several ranks hold a whole tensor, each reads a
-            piece of it, and they exchange the compressed pieces. If `path` does not exist on a rank, another rank reads
-            for it. With the backend "nccl", the ranks exchange them through the current CUDA device of each.
+            `group` must call `load_file`, and each gets its part. If several ranks hold a large whole tensor, each
+            reads a piece of it, and they exchange the compressed pieces; with NCCL, between their GPUs. If `path` does
+            not exist on a rank, another rank reads for it.
         group: the process group of the plan; None means the default group. Without `plan`, it is an error.
         device_mesh: a mesh of one dimension. The results are DTensors on this mesh, and `device` is not used. Pass
             `placements`, too, but no `plan`.

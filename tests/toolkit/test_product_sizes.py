@@ -6,7 +6,7 @@ import pytest
 from products import FUSED
 
 import numba_dequant as nd
-from numba_dequant.backends import cuda_product
+from numba_dequant.backends import product_choice
 from numba_dequant.kernels.product_shape import ROWS, shared_bytes
 
 H100 = SimpleNamespace(capability=(9, 0), shared_memory=227 << 10, processors=132)
@@ -17,8 +17,8 @@ RESERVED = 1 << 10
 
 def sizes(name, n_rows, n_elements, gpu=H100):
     fmt, tiles = nd.FORMATS[name], -(-n_rows // ROWS)
-    shape = cuda_product.product_shape(gpu, fmt, tiles, n_elements, 1, is_aligned=True)
-    thread_blocks, n_bytes = cuda_product.launch_size(gpu, fmt, shape, tiles, n_elements)
+    shape = product_choice.product_shape(gpu, fmt, tiles, n_elements, 1, is_aligned=True)
+    thread_blocks, n_bytes = product_choice.launch_size(gpu, fmt, shape, tiles, n_elements)
     assert shared_bytes(fmt, shape, n_elements) <= n_bytes <= gpu.shared_memory
     assert 0 < thread_blocks <= tiles
     return shape, thread_blocks, n_bytes
