@@ -73,8 +73,8 @@ def test_a_directory_that_cannot_be_made(monkeypatch, tmp_path):
 
 
 @pytest.mark.long
-def test_ten_processes_at_once(empty_store):
-    assert_processes_keep(10, compute, empty_store, 1, ["numba_dequant.kernels.intrinsics_cpu"])
+def test_six_processes_at_once(empty_store):
+    assert_processes_keep(6, compute, empty_store, 1, ["numba_dequant.kernels.intrinsics_cpu"])
 
 
 def test_code_from_disk_and_code_compiled_here_do_not_mix(empty_store):

@@ -62,8 +62,8 @@ def wide_product(name, blocks, x, shape, make_kernel, n_shares, bias=None):
     ("name", "n_rows", "n_elements", "n_columns", "shape", "make_kernel", "n_shares"),
     [
         ("Q4_K", 17, 256, 3, WideShape(is_aligned=True, overlaps=False), make_wide_kernel, 0),
-        # Of three products of two parts, two thread blocks have one product and half of another.
-        ("Q4_1", 17, 288, 67, PanelShape(32, is_aligned=False, rows=64, resident=2), make_panel_kernel, 2),
+        # Of two products of two parts, two thread blocks have a part each, the third has the other product.
+        ("Q4_1", 17, 288, 35, PanelShape(32, is_aligned=False, rows=64, resident=2), make_panel_kernel, 3),
     ],
 )
 def test_many_columns(name, n_rows, n_elements, n_columns, shape, make_kernel, n_shares):
