@@ -170,13 +170,13 @@ class Torch:
         context: AbstractContextManager[Any] = self._torch._C.DisableTorchFunctionSubclass()
         return context
 
-    def empty(self, n_bytes: int, index: int) -> Any:
-        """Memory from PyTorch's caching allocator, ordered on the current stream.
+    def empty(self, shape: tuple[int, ...], dtype: str, index: int) -> Any:
+        """A tensor in memory of PyTorch's caching allocator, ordered on the current stream.
 
         Raises:
             torch.OutOfMemoryError: not enough memory.
         """
-        return self._torch.empty(n_bytes, dtype=self._torch.uint8, device=_torch_device(index))
+        return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=_torch_device(index))
 
     def to_gpu(self, array: Any, index: int, stream: int) -> Any:
         """Copy a host tensor to a GPU, as bytes. PyTorch keeps pinned memory alive until the copy is done."""

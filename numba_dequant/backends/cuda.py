@@ -121,6 +121,9 @@ def output(job: Job, call: CallStream, data: DeviceBytes | None = None) -> tuple
     if job.out is not None:
         return job.out, checked_output(job, call, data)
     dtype = job.result_dtype
+    if call.returns_tensors:
+        tensor, target = call.gpu.new_tensor(job.shape, dtype, call.handle)
+        return tensor, target
     target = new_memory(job.n_elements * dtype.itemsize, call)
     return DeviceTensor(target, job.shape, dtype, call.handle, call.framework), target
 

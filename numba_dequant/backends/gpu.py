@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 import threading
@@ -27,6 +28,7 @@ from cuda.core import (
 )
 from numpy.typing import NDArray
 
+from numba_dequant.arguments import BYTES
 from numba_dequant.backends import gpu_memory
 from numba_dequant.backends.capture import (
     IMPLICIT_CAPTURE,
@@ -166,13 +168,24 @@ class Gpu:
         Raises:
             DeviceError: there is not enough memory.
         """
+        memory: DeviceBytes = self.new_tensor((max(n_bytes, 1),), BYTES, stream)[1]
+        memory.n_bytes = n_bytes
+        return memory
+
+    def new_tensor(self, shape: tuple[int, ...], dtype: np.dtype[Any], stream: int) -> tuple[Any, DeviceBytes]:
+        """A tensor of PyTorch, and its memory, in the order of PyTorch's current stream.
+
+        Raises:
+            DeviceError: there is not enough memory.
+        """
+        n_bytes = math.prod(shape) * dtype.itemsize
         try:
-            tensor = TORCH.empty(max(n_bytes, 1), self.index)
+            tensor = TORCH.empty(shape, dtype.name, self.index)
         except RuntimeError as error:
             if "out of memory" not in str(error):
                 raise
             raise self._out_of_memory(n_bytes) from error
-        return DeviceBytes(int(tensor.data_ptr()), n_bytes, self, TorchMemory(tensor, self, stream))
+        return tensor, DeviceBytes(int(tensor.data_ptr()), n_bytes, self, TorchMemory(tensor, self, stream))
 
     def _out_of_memory(self, n_bytes: int) -> DeviceError:
         _, free, total = driver.cuMemGetInfo()

@@ -29,6 +29,7 @@ class CallStream:
         framework: the library of which it is the current stream; None for a stream of the caller or the legacy stream.
         keeper: an object that keeps the stream alive.
         is_named: whether the caller passed the stream.
+        returns_tensors: whether new results are tensors of PyTorch. The stream must then be PyTorch's current one.
     """
 
     gpu: Gpu
@@ -36,6 +37,7 @@ class CallStream:
     framework: Library | None = None
     keeper: Any = None
     is_named: bool = False
+    returns_tensors: bool = False
 
 
 def stream_for(stream: Any, gpu: Gpu, arrays: Iterable[Any]) -> CallStream:
@@ -60,8 +62,8 @@ def stream_for(stream: Any, gpu: Gpu, arrays: Iterable[Any]) -> CallStream:
 
 
 def of_torch(gpu: Gpu) -> CallStream:
-    """PyTorch's current stream of a GPU, for a call whose results PyTorch owns. PyTorch must have initialized CUDA."""
-    return CallStream(gpu, TORCH.current_stream(gpu.index), TORCH, TORCH.keeper(gpu.index))
+    """PyTorch's current stream of a GPU, for a call that returns tensors. PyTorch must have initialized CUDA."""
+    return CallStream(gpu, TORCH.current_stream(gpu.index), TORCH, TORCH.keeper(gpu.index), returns_tensors=True)
 
 
 def owner_of(array: Any) -> Library | None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from numba_dequant.errors import OptionError, shown
 from numba_dequant.gguf.tensors import TensorInfo
 from numba_dequant.parallel import routes
 from numba_dequant.parallel.machine import Machine
 from numba_dequant.parallel.plan import Part, Plan
-from numba_dequant.parallel.routes import LEAST_DIVIDED, batches, piece_bytes
+from numba_dequant.parallel.routes import LEAST_DIVIDED, batches, packed_bytes, piece_bytes
 
 AGREEMENTS = 7
 """Collectives of every load: ranks exchange objects twice at its start and once at its end, each time first the sizes
@@ -142,6 +144,10 @@ class _Traffic:
         # By tensor and rank: bytes of memory for the exchange, and whether it is an exchange between two ranks.
         self._needed = np.zeros((len(in_file), len(hosts)), np.int64)
         self._swapped = np.zeros((len(in_file), len(hosts)), bool)
+        # By tensor: whether all ranks gather it.
+        self._is_gathered = np.zeros(len(in_file), bool)
+        # The others that are gathered: the tensor, its ranks, and how many of them read a piece of it.
+        self._rings: list[tuple[int, tuple[int, ...], int]] = []
         self._reads: set[tuple[int, str, int, int]] = set()
         self._spans: dict[tuple[int, str], set[tuple[int, int]]] = defaultdict(set)
 
@@ -157,8 +163,14 @@ class _Traffic:
         """Count the calls of the batches, after everything else."""
         batch_of = np.array(batches(self._needed, routes.BATCH_BYTES), np.int64)
         n_batches = 1 + int(batch_of.max(initial=0))
-        swaps = sum(self._swapped[batch_of == number].any(0).astype(int) for number in range(n_batches))
-        for rank, n_swaps in enumerate(np.broadcast_to(swaps, len(self._hosts)).tolist()):
+        swaps = np.zeros(len(self._hosts), np.int64)
+        for number in range(n_batches):
+            swaps += self._swapped[batch_of == number].any(0)
+            swaps += self._is_gathered[batch_of == number].any()
+        for of_rank in _steps(self._rings, batch_of):
+            for rank, steps in of_rank.items():
+                swaps[rank] += len(steps)
+        for rank, n_swaps in enumerate(swaps.tolist()):
             self.moved[rank]["calls"] += n_agreements + n_batches * OF_BATCH + n_swaps
 
     def read(self, rank: int, tensor: TensorInfo, first: int, n_bytes: int, *, is_direct: bool = False) -> None:
@@ -205,7 +217,10 @@ class _Traffic:
                     self.send(rank, other, (end - begin) * n_bytes)
 
     def gather(self, ranks: tuple[int, ...], tensors: list[TensorInfo]) -> None:
-        """Ranks that hold the same whole tensors read a piece of equal size each, and gather the pieces in a ring."""
+        """Ranks that hold the same whole tensors read pieces of equal size, and gather them in a ring.
+
+        If they are all ranks, one collective gathers all tensors of a batch.
+        """
         count = len(ranks)
         if count == 1:
             for tensor in tensors:
@@ -217,13 +232,20 @@ class _Traffic:
         pieces = np.diff(edges, axis=0)
         places = [self._place[tensor.name] for tensor in tensors]
         self._needed[np.ix_(places, ranks)] += (pieces + sizes).T
-        n_sent = int(longest.sum()) * (count - 1)
-        for index, (rank, n_bytes) in enumerate(zip(ranks, pieces.sum(1).tolist(), strict=True)):
+        packed = np.array([packed_bytes(each) for each in longest.tolist()], np.int64)
+        n_packed = int(packed.sum()) * (count - 1)
+        of_ranks = pieces.sum(1).tolist()
+        for index, (rank, n_bytes) in enumerate(zip(ranks, of_ranks, strict=True)):
             self.moved[rank]["file"] += n_bytes
             self.moved[rank]["bus"] += n_bytes
-            self.send(rank, ranks[(index + 1) % count], n_sent)
-            # If other ranks do not hold the tensors, each step of the ring is a call.
-            self.moved[rank]["calls"] += len(tensors) * (1 if count == len(self._hosts) else count - 1)
+            following = (index + 1) % count
+            is_padded = count == len(self._hosts)
+            self.send(rank, ranks[following], n_packed if is_padded else int(sizes.sum()) - of_ranks[following])
+        if count == len(self._hosts):
+            self._needed[places] += count * packed[:, np.newaxis]
+            self._is_gathered[places] = True
+        else:
+            self._rings += zip(places, [ranks] * len(places), (pieces > 0).sum(0).tolist(), strict=True)
         for tensor, n_bytes in zip(tensors, pieces[0].tolist(), strict=True):
             # The first rank may have read the only block of a tensor for a rank without the file.
             if (ranks[0], tensor.name, 0, n_bytes) in self._reads:
@@ -269,6 +291,22 @@ def _traffic(plan: Plan, hosts: list[int], n_readers: int, value_bytes: int) -> 
         found.gather(of_tensors, tensors)
     found.count_calls(AGREEMENTS + (n_readers < len(hosts)) * BROADCAST)
     return found
+
+
+def _steps(rings: list[tuple[int, tuple[int, ...], int]], batch_of: NDArray[np.int64]) -> Iterable[dict[int, set[int]]]:
+    """For each batch, the steps of its rings in which a rank sends or receives anything."""
+    found: dict[int, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for batch, ranks, n_pieces in dict.fromkeys((int(batch_of[place]), *ring) for place, *ring in rings):
+        count = len(ranks)
+        for index, rank in enumerate(ranks):
+            of_rank = found[batch][rank]
+            if n_pieces == count:
+                of_rank.update(range(count - 1))
+            else:
+                passed = ((index - step) % count for step in range(count))
+                has_piece = [number < n_pieces for number in passed]
+                of_rank.update(step for step in range(count - 1) if has_piece[step] or has_piece[step + 1])
+    return found.values()
 
 
 def _union(spans: set[tuple[int, int]]) -> int:

@@ -21,8 +21,11 @@ from numba_dequant.parallel.plan import Part, Plan
 LEAST_DIVIDED = 1 << 20
 """Whole tensors of fewer bytes are read by each rank that holds them: a collective takes longer than reading them."""
 
-BATCH_BYTES = 2 << 30
-"""The default of the most bytes that a rank reads for a batch and receives in it."""
+BATCH_BYTES = 1 << 30
+"""The default of the most bytes of memory that a rank needs to exchange a batch."""
+
+ALIGNMENT = 256
+"""Where pieces of several tensors are gathered together, each starts at a multiple of so many bytes."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,11 @@ def piece_bytes(n_bytes: int, fmt: Format, count: int) -> int:
     return -(-n_bytes // fmt.type_size // count) * fmt.type_size
 
 
+def packed_bytes(longest: int) -> int:
+    """The bytes of the place of a piece among the pieces of a rank that are gathered together."""
+    return -(-longest // ALIGNMENT) * ALIGNMENT
+
+
 def batches(needed: NDArray[np.int64], batch_bytes: int) -> list[int]:
     """The number of the batch of each tensor, in the order of the file.
 
@@ -144,7 +152,7 @@ class Routes:
     Args:
         shares: what each rank holds, in the order of the file.
         hosts: the host of each rank that has the file; None for the others.
-        batch_bytes: the most bytes that a rank reads for a batch and receives in it.
+        batch_bytes: the most bytes of memory that a rank needs to exchange a batch.
     """
 
     def __init__(
@@ -178,6 +186,10 @@ class Routes:
         """Whether several ranks read a piece of a whole tensor each."""
         return share.dim is None and len(self.holders(rank, share)) > 1
 
+    def is_held_by_all(self, rank: int, share: Share) -> bool:
+        """Whether all ranks read a piece of a whole tensor each, so that a collective can gather them."""
+        return share.dim is None and 1 < len(self.holders(rank, share)) == len(self.shares)
+
     def is_direct(self, rank: int, share: Share) -> bool:
         """Whether a rank reads all bytes of its share and no others, and so needs no exchange."""
         has_file = self.hosts[rank] is not None
@@ -207,6 +219,10 @@ class Routes:
         """The bytes of the longest piece of a whole tensor that is gathered."""
         return piece_bytes(share.n_bytes, format_named(share.format), len(self.holders(rank, share)))
 
+    def packed(self, rank: int, share: Share) -> int:
+        """The bytes of the place of its pieces among the pieces that are gathered together."""
+        return packed_bytes(self.longest(rank, share))
+
     @cached_property
     def batch_of(self) -> list[int]:
         """The number of the batch of each tensor of the file; they never decrease."""
@@ -217,6 +233,8 @@ class Routes:
                 if not self.is_direct(rank, share):
                     needed[share.index, rank] += share.n_bytes
                     needed[share.index, self.source_of(rank)] += self.read(rank, share).n_bytes
+                    if self.is_held_by_all(rank, share):
+                        needed[share.index, rank] += self.packed(rank, share) * len(self.shares)
         return batches(needed, self._batch_bytes)
 
     @property

@@ -36,7 +36,7 @@ from numba_dequant.parallel import Placement, Plan, Replicate, Shard, plan
 from numba_dequant.parallel.placements import checked_rules
 from numba_dequant.parallel.routes import Routes, Share, shares_of
 from numba_dequant.torch.functional import dequantize, resolved
-from numba_dequant.torch.loading import blocks_shape, load, request_into_new, tensor_of
+from numba_dequant.torch.loading import blocks_shape, load, request_of, tensor_of
 from numba_dequant.torch.ranks import Exchange, Ranks, device_of, told
 
 Planner = Plan | Callable[[Model], Plan]
@@ -100,7 +100,6 @@ class _Load:
         self._place = device if device.type in ("cpu", "cuda") else torch.device("cpu")
         between = device_of(ranks.group, device)
         self._between = self._place if between.type == self._place.type else between
-        self._requests: dict[str, Request] = {}
         self._reader: PartReader | None = None
 
     def begin(self, model: Model | None, routes: Routes) -> None:
@@ -124,9 +123,7 @@ class _Load:
         self._future = self._reader.begin(0)
 
     def _own(self, part: TensorInfo) -> Request:
-        request = request_into_new(part, _dtype(part.format, part.name, self._type_of), self._place)
-        self._requests[part.name] = request
-        return request
+        return request_of(part, _dtype(part.format, part.name, self._type_of), self._place)
 
     def finish(self) -> dict[str, Tensor]:
         """Read all batches, exchange them, and return what this rank holds."""
@@ -140,14 +137,15 @@ class _Load:
                 found |= self._values(received)
                 pieces = {}
                 if self._reader is not None:
-                    pieces = {read: _as_tensor(data) for read, data in self._future.result()[1].items()}
+                    own, read = self._future.result()
+                    found |= {name: tensor_of(result).to(self._device) for name, result in own.items()}
+                    pieces = {each: _as_tensor(data) for each, data in read.items()}
                 memory = exchange.memory(batch)
             if self._reader is not None and batch + 1 < routes.n_batches:
                 self._future = self._reader.begin(batch + 1)
             received = exchange.run(batch, pieces, memory)
         with ranks.all_or_none("load its part"):
             found |= self._values(received)
-            found |= {name: tensor_of(request).to(self._device) for name, request in self._requests.items()}
         return {name: found[name] for name in self._shares}
 
     def _values(self, received: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -174,7 +172,7 @@ def _values(share: Share, raw: Tensor, device: torch.device, type_of: Callable[[
 
 def _as_tensor(data: Any) -> Tensor:
     """An array of a load as a tensor that shares its memory."""
-    return torch.from_numpy(data) if isinstance(data, np.ndarray) else torch.from_dlpack(data)
+    return torch.from_numpy(data) if isinstance(data, np.ndarray) else data
 
 
 def _usable(device: Any) -> torch.device:

@@ -23,7 +23,7 @@ from numba_dequant.torch.checks import DTYPES
 from numba_dequant.torch.distributed import load_dtensors, load_sharded
 from numba_dequant.torch.functional import resolved
 from numba_dequant.torch.layers import QuantizedEmbedding, QuantizedLinear, keep_blocks
-from numba_dequant.torch.loading import load, request_into_new, tensor_of
+from numba_dequant.torch.loading import load, request_of, tensor_of
 
 if TYPE_CHECKING:  # PyTorch may be built without it
     from torch.distributed import ProcessGroup
@@ -99,13 +99,14 @@ def load_file(
 def _load(model: Model, wanted: Mapping[str, torch.dtype | None], device: torch.device) -> dict[str, Tensor]:
     """Load tensors as the wanted dtypes; None keeps the blocks."""
     memory = device if device.type in ("cpu", "cuda", "meta") else torch.device("cpu")
-    requests = [request_into_new(model.tensors[name], dtype, memory) for name, dtype in wanted.items()]
-    if device.type != "meta":
-        for tensor in (request.tensor for request in requests):
-            check_complete(tensor)
-        for _ in load(requests, device=memory):
-            pass
-    return {request.tensor.name: tensor_of(request).to(device) for request in requests}
+    requests = [request_of(model.tensors[name], dtype, memory) for name, dtype in wanted.items()]
+    if device.type == "meta":
+        results = iter([request.finished(request.job.out) for request in requests])
+    else:
+        for request in requests:
+            check_complete(request.tensor)
+        results = load(requests, device=memory)
+    return {name: tensor_of(result).to(device) for name, result in zip(wanted, results, strict=True)}
 
 
 @dataclass

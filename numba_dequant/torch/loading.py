@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from numba_dequant.arguments import output_type
 from numba_dequant.backends.devices import DeviceSpec, available_cores, gpu_device
 from numba_dequant.backends.host import HostBackend
+from numba_dequant.dtypes import DEFAULT
 from numba_dequant.format import Format
 from numba_dequant.gguf.tensors import TensorInfo
-from numba_dequant.loading.requests import Request, request_for
+from numba_dequant.loading.requests import QuantizedTensor, Request, request_for
+from numba_dequant.torch.checks import DTYPES
 
 
 def load(
@@ -51,18 +52,22 @@ def load(
     return gpu_loader.load(requests, streams.of_torch(gpu_at(spec.index)), threads, None, on_bytes_read, groups)
 
 
-def request_into_new(tensor: TensorInfo, dtype: torch.dtype | None, device: torch.device) -> Request:
-    """The request for a tensor, with new memory for its values, or for its blocks if `dtype` is None."""
-    if dtype is not None:
-        out = torch.empty(tensor.shape, dtype=dtype, device=device)
-        return request_for(tensor, output_type(None, None, out), out)
-    return request_for(tensor, None, torch.empty(tensor.n_bytes, dtype=torch.uint8, device=device))
+def request_of(tensor: TensorInfo, dtype: torch.dtype | None, device: torch.device) -> Request:
+    """The request for a tensor as `dtype`, or for its blocks if `dtype` is None. `load` makes tensors on a GPU."""
+    name = None if dtype is None else DTYPES.get(dtype, DEFAULT)
+    if device.type == "cuda":
+        return request_for(tensor, name)
+    if dtype is None:
+        return request_for(tensor, None, torch.empty(tensor.n_bytes, dtype=torch.uint8, device=device))
+    return request_for(tensor, name, torch.empty(tensor.shape, dtype=dtype, device=device))
 
 
-def tensor_of(request: Request) -> Tensor:
-    """The memory of such a request, in the shape of the tensor."""
-    out: Tensor = request.job.out
-    return out if request.job.dtype is not None else out.view(blocks_shape(request.tensor.format, request.tensor.shape))
+def tensor_of(result: Any) -> Tensor:
+    """The tensor of a result of `load`; blocks in the shape (..., bytes per row)."""
+    if isinstance(result, QuantizedTensor):
+        result = result.data.view(blocks_shape(result.format, result.shape))
+    tensor: Tensor = result
+    return tensor
 
 
 def blocks_shape(fmt: Format, shape: tuple[int, ...]) -> tuple[int, ...]:

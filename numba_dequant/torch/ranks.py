@@ -130,6 +130,19 @@ def device_of(group: dist.ProcessGroup | None, device: torch.device) -> torch.de
     return torch.device(kind)
 
 
+@dataclass
+class ExchangeMemory:
+    """Memory for what a rank receives in a batch.
+
+    Attributes:
+        shares: the bytes of each share that it needs from others, by name.
+        gathered: for each rank a row with its pieces of the tensors that all ranks hold.
+    """
+
+    shares: dict[str, Tensor]
+    gathered: Tensor
+
+
 class Exchange:
     """The exchange of compressed bytes, by the routes, in batches of tensors.
 
@@ -147,27 +160,28 @@ class Exchange:
         # NCCL connects a whole group in its first collective, but in an exchange only some ranks may take part.
         ranks.call(dist.all_reduce, torch.zeros(1, device=device), group=ranks.group)
 
-    def memory(self, batch: int) -> dict[str, Tensor]:
+    def memory(self, batch: int) -> ExchangeMemory:
         """Memory for what this rank receives in a batch. Get it before the exchange, because no rank may fail then."""
-        rank, routes, found = self._ranks.rank, self._routes, {}
-        for other, share in self._batches[batch]:
-            if other == rank:
-                size = share.n_bytes
-                if routes.is_gathered(rank, share):
-                    size = routes.longest(rank, share) * len(routes.holders(rank, share))
-                found[share.name] = torch.empty(size, dtype=torch.uint8, device=self._device)
-        return found
+        rank, routes, of_row = self._ranks.rank, self._routes, 0
+        own = [share for other, share in self._batches[batch] if other == rank]
+        for share in own:
+            if routes.is_held_by_all(rank, share):
+                of_row += routes.packed(rank, share)
+        gathered = torch.empty((self._ranks.count, of_row), dtype=torch.uint8, device=self._device)
+        shares = {share.name: torch.empty(share.n_bytes, dtype=torch.uint8, device=self._device) for share in own}
+        return ExchangeMemory(shares, gathered)
 
-    def run(self, batch: int, pieces: dict[Read, Tensor], found: dict[str, Tensor]) -> dict[str, Tensor]:
+    def run(self, batch: int, pieces: dict[Read, Tensor], memory: ExchangeMemory) -> dict[str, Tensor]:
         """Exchange what was read for a batch. It returns the bytes of all shares that this rank needed from others.
 
         Raises:
             DeviceError: another rank has ended or does not answer.
         """
-        ranks, rank, routes = self._ranks, self._ranks.rank, self._routes
+        rank, routes, found = self._ranks.rank, self._routes, memory.shares
         sent: list[tuple[int, Tensor]] = []
         received: list[tuple[int, Tensor]] = []
         gathered: list[tuple[Share, Tensor]] = []
+        in_rings: list[tuple[Share, Tensor]] = []
         for other, share in self._batches[batch]:
             if rank != routes.source_of(other):
                 received.append((routes.source_of(other), found[share.name]))
@@ -178,11 +192,11 @@ class Exchange:
             elif share.has_columns:
                 self._divide(share, piece, found[share.name], sent, received)
             else:
-                gathered.append((share, piece))
-        ranks.swap(sent, received)
-        for share, piece in gathered:
-            self._gather(share, piece, found[share.name])
-            found[share.name] = found[share.name][: share.n_bytes]
+                (gathered if routes.is_held_by_all(rank, share) else in_rings).append((share, piece))
+        self._ranks.swap(sent, received)
+        self._pass_around(in_rings, found)
+        if gathered:
+            self._gather(gathered, memory)
         return found
 
     def _divide(
@@ -196,31 +210,57 @@ class Exchange:
         """What this rank sends of the rows that it has read, and what it receives of the rows that others have read."""
         rank, routes = self._ranks.rank, self._routes
         holders = routes.holders(rank, share)
-        _, first, last = share.columns
+        step, first, last = share.columns
         parts = found.split([len(routes.rows(other, share)) * (last - first) for other in holders])
         for (other, theirs), part in zip(holders.items(), parts, strict=True):
             if other == rank:
-                part.copy_(_columns(rows, share))
+                part.view(-1, last - first).copy_(rows.view(-1, step)[:, first:last])
             else:
                 sent.append((other, _columns(rows, theirs)))
                 received.append((other, part))
 
-    def _gather(self, share: Share, piece: Tensor, found: Tensor) -> None:
-        """Gather the pieces of a whole tensor.
+    def _pass_around(self, tensors: list[tuple[Share, Tensor]], found: dict[str, Tensor]) -> None:
+        """Gather the pieces of whole tensors that only some ranks hold: in rings, in which all tensors go at once.
 
-        A process group for some ranks of a group would need all ranks of the program, or that these ranks have made the
-        same number of groups before. So the pieces go around in a ring, unless all ranks of the group hold the tensor.
+        A process group of these ranks could gather them. But to make one, all ranks of the program must take part, or
+        these ranks must have made the same number of groups before.
         """
-        ranks, rank = self._ranks, self._ranks.rank
-        holders, length = list(self._routes.holders(rank, share)), self._routes.longest(rank, share)
-        count, index, pieces = len(holders), holders.index(rank), found.split(length)
-        pieces[index][: piece.numel()].copy_(piece)
-        if count == ranks.count:
-            ranks.call(dist.all_gather_into_tensor, found, pieces[index], group=ranks.group)
-            return
-        for step in range(count - 1):
-            sent, received = pieces[(index - step) % count], pieces[(index - step - 1) % count]
-            ranks.swap([(holders[(index + 1) % count], sent)], [(holders[index - 1], received)])
+        rank, routes = self._ranks.rank, self._routes
+        rings: list[tuple[list[int], int, tuple[Tensor, ...]]] = []
+        for share, piece in tensors:
+            holders = list(routes.holders(rank, share))
+            index, longest = holders.index(rank), routes.longest(rank, share)
+            parts = found[share.name].split(longest)
+            parts += (parts[0][:0],) * (len(holders) - len(parts))  # there may be fewer blocks than ranks
+            parts[index].copy_(piece)
+            rings.append((holders, index, parts))
+        for step in range(max((len(holders) for holders, _, _ in rings), default=1) - 1):
+            sent, received = [], []
+            for holders, index, parts in rings:
+                count = len(holders)
+                if step < count - 1:
+                    sent.append((holders[(index + 1) % count], parts[(index - step) % count]))
+                    received.append((holders[index - 1], parts[(index - step - 1) % count]))
+            self._ranks.swap(sent, received)
+
+    def _gather(self, tensors: list[tuple[Share, Tensor]], memory: ExchangeMemory) -> None:
+        """Gather the pieces of the tensors that all ranks hold, in one collective."""
+        ranks, routes, gathered = self._ranks, self._routes, memory.gathered
+        own, rows = gathered[ranks.rank], gathered.unbind()
+        places, packed, first = [], [], 0
+        for share, piece in tensors:
+            places.append(own[first : first + piece.numel()])
+            packed.append(first)
+            first += routes.packed(ranks.rank, share)
+        torch._foreach_copy_(places, [piece for _, piece in tensors])
+        ranks.call(dist.all_gather_into_tensor, gathered.view(-1), own, group=ranks.group)
+        targets, sources = [], []
+        for (share, _), first in zip(tensors, packed, strict=True):
+            longest = routes.longest(ranks.rank, share)
+            for row, part in zip(rows, memory.shares[share.name].split(longest), strict=False):
+                targets.append(part)
+                sources.append(row[first : first + part.numel()])
+        torch._foreach_copy_(targets, sources)
 
 
 def _columns(rows: Tensor, share: Share) -> Tensor:

@@ -92,8 +92,9 @@ def test_columns_by_hand():
     assert moved(apart, "network out") == [0, 0]
 
 
-def test_a_whole_tensor_by_hand():
+def test_a_whole_tensor_by_hand(monkeypatch):
     """Each of four ranks on two hosts reads a quarter. In the ring, each then receives three quarters."""
+    monkeypatch.setattr(routes, "ALIGNMENT", 8)
     (tensor,) = tensors_of({"w": ("F32", (40, 1))})
     found = plan([tensor], 4, [("w", Replicate())])
     prediction = predict(found, replace(MACHINE, latency=0.25))
@@ -129,9 +130,9 @@ def test_one_host_reads_for_the_others():
     assert prediction.distinct_bytes == (200, 0)
     assert seconds(prediction)["exchange"] == 160 / 20
     late = predict(plan(tensors, 4, [("w", Shard(0))]), replace(MACHINE, latency=1.0), files="one host")
-    gather, send = 1, 1
+    ring, send = 1, 1
     assert [rank.stages[-1].seconds for rank in late.ranks] == [
-        CALLS + BROADCAST + calls for calls in (gather + send, gather + send, send, send)
+        CALLS + BROADCAST + calls for calls in (ring + send, ring + send, send, send)
     ]
 
 
@@ -144,11 +145,12 @@ def test_small_whole_tensors_are_read_by_each_rank(size, calls):
 
 
 def test_large_exchanges_have_several_batches(monkeypatch):
-    """Each rank needs 20 bytes that it reads and 40 that it receives, for each of five tensors."""
-    monkeypatch.setattr(routes, "BATCH_BYTES", 130)
+    """Each rank reads 20 bytes of each of five tensors, gathers two such pieces, and makes 40 bytes of them."""
+    monkeypatch.setattr(routes, "ALIGNMENT", 4)
+    monkeypatch.setattr(routes, "BATCH_BYTES", 230)
     tensors = tensors_of({f"w{number}": ("F32", (10,)) for number in range(5)})
     prediction = predict(plan(tensors, 2, []), replace(MACHINE, latency=1.0))
-    assert [rank.stages[-1].seconds for rank in prediction.ranks] == [AGREEMENTS + 3 * OF_BATCH + 5] * 2
+    assert [rank.stages[-1].seconds for rank in prediction.ranks] == [AGREEMENTS + 3 * (OF_BATCH + 1)] * 2
 
 
 def test_empty_parts_are_not_sent():
