@@ -219,7 +219,7 @@ class DeviceLoad:
 
         A part is None if the device does not hold the tensor.
         """
-        names = sorted({(share.index, share.name) for of_rank in self._routes.shares for share in of_rank})
+        names = sorted({(share.number, share.name) for of_rank in self._routes.shares for share in of_rank})
         batch_of, n_batches = self._routes.batch_of, self._routes.n_batches
         try:
             futures = self._begin(0)
@@ -261,7 +261,7 @@ class DeviceLoad:
         self._order()
         for rank, (place, of_rank) in enumerate(zip(self._places, routes.shares, strict=True)):
             for share in of_rank:
-                if routes.batch_of[share.index] != batch or (share.n_bytes and routes.is_direct(rank, share)):
+                if routes.batch_of[share.number] != batch or (share.n_bytes and routes.is_direct(rank, share)):
                     continue
                 raw, at = place.empty(share.n_bytes), 0
                 for other, theirs in routes.holders(rank, share).items() if share.n_bytes else ():

@@ -69,14 +69,14 @@ class PartReader:
             if share.n_bytes and routes.is_direct(rank, share):
                 tensor = tensors[share.name]
                 check_complete(tensor)
-                loads[load_own].append((share.index, share.name, own(part_of(tensor, share))))
+                loads[load_own].append((share.number, share.name, own(part_of(tensor, share))))
         reads: dict[Read, TensorInfo] = {}
         for other, share in routes.exchanged(rank):
             if routes.source_of(other) == rank:
                 reads.setdefault(routes.read(other, share), tensors[share.name])
         for read, tensor in reads.items():
             check_complete(tensor)
-            loads[load_pieces].append((read.index, read, request_for(range_of(tensor, read), None)))
+            loads[load_pieces].append((read.number, read, request_for(range_of(tensor, read), None)))
         self.n_bytes = sum(request.tensor.n_bytes for entries in loads.values() for _, _, request in entries)
         self.n_read = 0
         self._stopped = threading.Event()

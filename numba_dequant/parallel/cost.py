@@ -296,15 +296,14 @@ def _traffic(plan: Plan, hosts: list[int], n_readers: int, value_bytes: int) -> 
 def _steps(rings: list[tuple[int, tuple[int, ...], int]], batch_of: NDArray[np.int64]) -> Iterable[dict[int, set[int]]]:
     """For each batch, the steps of its rings in which a rank sends or receives anything."""
     found: dict[int, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
-    for batch, ranks, n_pieces in dict.fromkeys((int(batch_of[place]), *ring) for place, *ring in rings):
+    for batch, ranks, n_pieces in {(int(batch_of[place]), ranks, n_pieces) for place, ranks, n_pieces in rings}:
         count = len(ranks)
         for index, rank in enumerate(ranks):
             of_rank = found[batch][rank]
             if n_pieces == count:
                 of_rank.update(range(count - 1))
             else:
-                passed = ((index - step) % count for step in range(count))
-                has_piece = [number < n_pieces for number in passed]
+                has_piece = [(index - step) % count < n_pieces for step in range(count)]
                 of_rank.update(step for step in range(count - 1) if has_piece[step] or has_piece[step + 1])
     return found.values()
 

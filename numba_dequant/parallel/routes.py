@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,12 +27,11 @@ ALIGNMENT = 256
 """Where pieces of several tensors are gathered together, each starts at a multiple of so many bytes."""
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """What one rank holds of a tensor. Unlike a `Part`, it can be sent to a rank that does not have the file.
 
     Attributes:
-        index: the place of the tensor in the file.
+        number: the place of the tensor in the file.
         name: the name of the tensor.
         format: the name of its format.
         whole: the shape of the whole tensor.
@@ -44,7 +42,7 @@ class Share:
         whole_bytes: the bytes of the whole tensor.
     """
 
-    index: int
+    number: int
     name: str
     format: str
     whole: tuple[int, ...]
@@ -71,7 +69,7 @@ class Share:
         """The number of its pieces that are contiguous in the file, if it has columns."""
         return prod(self.whole[: self.dim])
 
-    @cached_property
+    @property
     def columns(self) -> tuple[int, int, int]:
         """The bytes of a whole row, and where its columns begin and end in it."""
         assert self.dim is not None
@@ -80,11 +78,10 @@ class Share:
         return step, step * self.start // extent, step * self.stop // extent
 
 
-@dataclass(frozen=True)
-class Read:
+class Read(NamedTuple):
     """A range of the bytes of a tensor: whole blocks."""
 
-    index: int
+    number: int
     name: str
     first: int
     n_bytes: int
@@ -96,20 +93,21 @@ def shares_of(plan: Plan, tensors: Mapping[str, TensorInfo]) -> list[list[Share]
     Raises:
         OptionError: the plan is for another model.
     """
-    place = {name: number for number, name in enumerate(tensors)}
+    known = {tensor.name: (number, tensor) for number, tensor in enumerate(tensors.values())}
 
     def share_of(part: Part) -> Share:
-        planned, own = part.tensor, tensors.get(part.tensor.name)
-        if own is None or (own.format, own.shape) != (planned.format, planned.shape):
+        planned = part.tensor
+        number, own = known.get(planned.name, (0, None))
+        if own is None or (own is not planned and (own.format, own.shape) != (planned.format, planned.shape)):
             raise OptionError(
                 f"the plan is for another model: it has {planned.name} as {planned.format.name} of shape "
                 f"{planned.shape}; make it with the tensors of this model"
             )
         where = part.dim, part.start, part.stop, part.n_bytes, own.n_bytes
-        return Share(place[own.name], own.name, own.format.name, own.shape, *where)
+        return Share(number, own.name, own.format.name, own.shape, *where)
 
     shares = ([share_of(part) for part in rank.parts.values()] for rank in plan.ranks)
-    return [sorted(of_rank, key=lambda share: share.index) for of_rank in shares]
+    return [sorted(of_rank, key=lambda share: share.number) for of_rank in shares]
 
 
 def piece_bytes(n_bytes: int, fmt: Format, count: int) -> int:
@@ -207,7 +205,7 @@ class Routes:
         elif share.has_columns and self.holders(rank, share):
             rows = self.rows(rank, share)
             first, size = rows.start * share.columns[0], len(rows) * share.columns[0]
-        return Read(share.index, share.name, first, size)
+        return Read(share.number, share.name, first, size)
 
     def rows(self, rank: int, share: Share) -> range:
         """The rows that a rank reads of columns."""
@@ -226,15 +224,15 @@ class Routes:
     @cached_property
     def batch_of(self) -> list[int]:
         """The number of the batch of each tensor of the file; they never decrease."""
-        n_tensors = 1 + max((share.index for of_rank in self.shares for share in of_rank), default=-1)
+        n_tensors = 1 + max((share.number for of_rank in self.shares for share in of_rank), default=-1)
         needed = np.zeros((n_tensors, len(self.shares)), np.int64)
         for rank, of_rank in enumerate(self.shares):
             for share in of_rank:
                 if not self.is_direct(rank, share):
-                    needed[share.index, rank] += share.n_bytes
-                    needed[share.index, self.source_of(rank)] += self.read(rank, share).n_bytes
+                    needed[share.number, rank] += share.n_bytes
+                    needed[share.number, self.source_of(rank)] += self.read(rank, share).n_bytes
                     if self.is_held_by_all(rank, share):
-                        needed[share.index, rank] += self.packed(rank, share) * len(self.shares)
+                        needed[share.number, rank] += self.packed(rank, share) * len(self.shares)
         return batches(needed, self._batch_bytes)
 
     @property
@@ -248,7 +246,7 @@ class Routes:
         All ranks have them in the order of the file.
         """
         others = [other for other in range(len(self.shares)) if rank in (other, self.source_of(other))]
-        found = [(share.index, other, share) for other in others for share in self.shares[other]]
+        found = [(share.number, other, share) for other in others for share in self.shares[other]]
         for _, other, share in sorted(found, key=lambda each: each[:2]):
             if not self.is_direct(other, share):
                 yield other, share

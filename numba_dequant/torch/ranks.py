@@ -156,7 +156,7 @@ class Exchange:
         self._ranks, self._routes, self._device = ranks, routes, device
         self._batches: list[list[tuple[int, Share]]] = [[] for _ in range(routes.n_batches)]
         for other, share in routes.exchanged(ranks.rank):
-            self._batches[routes.batch_of[share.index]].append((other, share))
+            self._batches[routes.batch_of[share.number]].append((other, share))
         # NCCL connects a whole group in its first collective, but in an exchange only some ranks may take part.
         ranks.call(dist.all_reduce, torch.zeros(1, device=device), group=ranks.group)
 

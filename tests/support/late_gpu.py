@@ -182,6 +182,9 @@ class LateGpu:
     def allocate_by_torch(self, n_bytes, stream):
         raise AssertionError("no test of this GPU has tensors of PyTorch's on it")
 
+    def new_tensor(self, shape, dtype, stream):
+        raise AssertionError("no test of this GPU has tensors of PyTorch's on it")
+
     def pinned(self, n_bytes):
         return np.zeros(n_bytes, np.uint8)
 
