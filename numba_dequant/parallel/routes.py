@@ -22,7 +22,7 @@ LEAST_DIVIDED = 1 << 20
 """Whole tensors of fewer bytes are read by each rank that holds them: a collective takes longer than reading them."""
 
 BATCH_BYTES = 2 << 30
-"""The default of the most bytes that a rank reads for a batch and receives in it."""
+"""The default limit of the bytes that a rank reads to exchange, and receives, in a batch."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Routes:
     Args:
         shares: what each rank holds, in the order of the file.
         hosts: the host of each rank that has the file; None for the others.
-        batch_bytes: the most bytes that a rank reads for a batch and receives in it.
+        batch_bytes: the most bytes that a rank reads to exchange, and receives, in a batch of more than one tensor.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Routes:
     def _key(self, rank: int, share: Share) -> tuple[Any, ...]:
         """Whole tensors are gathered by the ranks of all hosts; columns are divided among those of one host.
 
-        Columns of another dimension have other rows.
+        Ranks that cut a tensor along different dimensions do not read it together.
         """
         return (share.name, self.hosts[rank], share.dim) if share.has_columns else (share.name,)
 
