@@ -1,4 +1,4 @@
-"""Measure what it costs to dequantize in float16 or bfloat16 arithmetic, as image programs do.
+"""Measure the errors of dequantizing in float16 or bfloat16 arithmetic, as image programs do.
 
 python benchmarks/accuracy.py                # writes results/accuracy.json, and the table of docs/programs.md
 python benchmarks/accuracy.py model.gguf     # prints the same table for the weights of a file

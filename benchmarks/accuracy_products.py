@@ -7,9 +7,9 @@ The exact product is that of the float32 values of the blocks, in float64. Two k
 
 - like those of a model: normal random numbers, quantized by gguf-py. It cannot quantize to all formats; for the others,
   the blocks are random, with scales such that the values are of the size of weights.
-- random bytes: the scales are huge, tiny, infinite or no number. A result counts if its exact value is a normal number
-  of the type of the results. The share of them that is finite is measured, and the largest error, as a share of the sum
-  of the sizes of all terms.
+- random bytes: the scales are huge, tiny, infinite or NaN. A result counts if its exact value is a normal number of the
+  type of the results. The share of these results that is finite is measured. So is the largest error, divided by the
+  sum of the absolute values of all terms.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SMALL = [(32, 512), (32, 512)]
 
 
 def quantized(name, n_rows, n_elements):
-    """Blocks of normal random numbers, and "gguf-py"; or random blocks of such a size, and "random"."""
+    """Normal random numbers, quantized, and "gguf-py"; or random blocks of the same shape, and "random"."""
     values = np.random.default_rng(0).standard_normal((n_rows, n_elements), np.float32) * np.float32(0.02)
     try:
         with np.errstate(all="ignore"):
@@ -47,7 +47,7 @@ def random_bytes(name, n_rows, n_elements):
 
 
 def fused(blocks, name, x, dtype):
-    """The product of this package, with results of a type. On the CPU it has one type."""
+    """The product by this package, with results of `dtype`. On the CPU, the columns are converted to it, too."""
     if not x.is_cuda:
         return nt.linear(x.to(dtype), blocks, name)
     from product_timing import Product

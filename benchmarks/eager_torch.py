@@ -28,18 +28,18 @@ def lookup(values, indexes, dtype=torch.int8):
 
 
 def unpack(packed, bits):
-    """The numbers of so many bits in every byte, lowest first, along a new axis before the last."""
+    """The numbers of `bits` bits in every byte, lowest first, along a new axis before the last."""
     shifts = constant(range(0, 8, bits), torch.uint8, packed.device)
     return (packed.unsqueeze(-2) >> shifts[:, None]) & ((1 << bits) - 1)
 
 
 def apart(packed, bits):
-    """The numbers in bytes (n, bytes), all that are lowest in their bytes before those above them."""
+    """The numbers in bytes of shape (n, bytes): first the lowest number of every byte, then the next of every byte."""
     return unpack(packed, bits).flatten(1)
 
 
 def adjacent(packed, bits):
-    """The numbers in bytes (n, bytes), those of a byte next to each other."""
+    """The numbers in bytes of shape (n, bytes): first all numbers of the first byte, then those of the next byte."""
     return unpack(packed.unsqueeze(-1), bits).flatten(1)
 
 
@@ -136,4 +136,4 @@ PEERS: dict[str, Callable[[torch.Tensor, torch.dtype], torch.Tensor]] = {
     name: dequantizer(name, VALUES[name], torch.float16)
     for name in ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
 }
-"""The formats of ComfyUI-GGUF and diffusers, which compute in float16."""
+"""Dequantizers in float16, as ComfyUI-GGUF and diffusers have them."""

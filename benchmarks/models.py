@@ -33,7 +33,7 @@ ARCHITECTURES = {
     "Llama-3.1-8B": Architecture(32, 4096, 14_336, 4096, 1024, 128_256, has_own_output=True),
 }
 
-# Rows of less than 256 elements, or not of so many, take the second format, as llama.cpp has it.
+# As in llama.cpp, rows that are not whole blocks of the first format have the second format.
 Q4_K, Q6_K, Q8_0 = ("Q4_K", "Q5_0"), ("Q6_K", "Q8_0"), ("Q8_0", "Q8_0")
 MIXES = {"Q4_K_M": (Q4_K, Q6_K), "Q8_0": (Q8_0, Q8_0)}
 
@@ -82,7 +82,7 @@ def blocks(kind, n_bytes, seed=0):
 def write(path, content, n_tokens=0, split=None):
     """A GGUF file of tensors (name, format, shape), with a vocabulary of so many tokens.
 
-    `split` makes it a shard: its number, the number of shards, and that of their tensors.
+    `split` makes it a shard: its number, the number of shards, and the number of the tensors of all shards.
     """
     writer = gguf.GGUFWriter(path, "llama")
     if split:
@@ -109,12 +109,12 @@ def write(path, content, n_tokens=0, split=None):
                 left -= file.write(chunks[kind][: min(left, chunks[kind].size)].data)
         file.write(bytes(-file.tell() % 32))
     writer.close()
-    os.sync()  # what the disk is still busy with would be measured too
+    os.sync()  # otherwise the disk is still writing while a load is measured
     return path
 
 
 def write_safetensors(path, content):
-    """The same tensors as another format has them: as FP16."""
+    """A safetensors file of tensors of the same names and shapes, with random FP16 values."""
     header, end = {}, 0
     for name, _, shape in content:
         start, end = end, end + 2 * math.prod(shape)

@@ -1,4 +1,4 @@
-"""Blocks, products and times of them, for the benchmarks of products.
+"""Random blocks, products and their times, for the benchmarks of products.
 
 python benchmarks/product_timing.py        # compiles the kernels for an H100, without a GPU
 
@@ -33,13 +33,13 @@ SHAPES = [(131072, 4096), (14336, 4096), (4096, 14336), (4096, 4096)]
 """Rows and elements of the weights of test_products.py."""
 
 SHAPE_OF_MANY = (14336, 4096)
-"""That of the products with 16 and more columns."""
+"""The same, of the products with 16 and more columns."""
 
 MANY_FORMATS = ["Q4_K", "Q4_0", "Q8_0", "Q6_K", "Q5_K", "IQ4_XS", "Q3_K", "Q2_K", "MXFP4", "IQ2_XXS"]
-"""The formats of the weights of those."""
+"""The formats of the products with 16 and more columns."""
 
 SHAPES_OF_FLOATS = [(4096, 4096), (4096, 512)]
-"""Those of accuracy_products.py, which also has float32 results."""
+"""Rows and elements of the weights of accuracy_products.py, which also has float32 results."""
 
 READING = 1e-3
 """Seconds of work in a reading, at least, if that takes at most `MOST_LAUNCHES` launches."""
@@ -47,13 +47,13 @@ READING = 1e-3
 MOST_LAUNCHES = 48
 ROUNDS = 9
 ROOT_MEAN_SQUARE = 0.02
-"""Of the weights, about that of a model."""
+"""Root mean square of the weights, about that of a model."""
 
 READ_SHAPES = [(per_processor, threads) for threads in (256, 512) for per_processor in (1, 2, 3, 4, 8)]
 """Thread blocks per multiprocessor, and threads per thread block, of the read kernels."""
 
 IMPOSSIBLE = 0x5A17_0FF1_CE5A_17ED
-"""What no thread of a read kernel finds, but for one in 2^64."""
+"""What a read kernel looks for in random bytes, so that it finds it almost never and writes nothing."""
 
 
 def blocks_like_weights(name, n_rows, n_elements, seed=0, device="cuda"):
@@ -187,7 +187,7 @@ class Reader:
 
 
 class Scratch:
-    """Temporary memory. One product after another uses the same."""
+    """Temporary memory, which each product uses again."""
 
     def __init__(self):
         self._tensors, self._number = {}, 0

@@ -1,9 +1,10 @@
-"""Write all published figures from the results of the benchmarks.
+"""Write published figures from the results of the benchmarks.
 
 python benchmarks/report.py [benchmarks/results]
 
 It fills the marked parts of README.md, benchmarks/README.md and docs/programs.md, and draws the charts. Formats come
 from the registry, figures of other systems from results/peers.json, errors from results/accuracy.json.
+report_products.py and report_ranks.py write the other pages with figures.
 """
 
 import json
@@ -186,7 +187,7 @@ def launches(results):
         "kernel": "the launch alone: `cuda.dequantize_into`",
         "dequantize out": "`nd.dequantize(tensor, 'Q4_K', out=out)`",
         "dequantize": "`nd.dequantize(tensor, 'Q4_K')`, with memory for the result",
-        "dequantize pytorch out": "the same, of PyTorch tensors to one of PyTorch's",
+        "dequantize pytorch out": "the same with `out=`, of PyTorch tensors",
         "dequantize pytorch": "the same, of a PyTorch tensor",
         "numba": "the plain Numba way: `kernels.jit('Q4_K')[...](...)`",
     }

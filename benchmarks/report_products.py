@@ -29,7 +29,7 @@ This page has the times and errors of products of a weight that stays compressed
 - **Floor**: the time of a kernel that only reads the bytes of the weight, 16 per access. It was measured in the same
   run, with several numbers of thread blocks; the shortest time counts. Each launch begins when the preceding one has
   ended.
-- **Ours**: the time of our kernel in a series of launches, each of which reads weights before the preceding one has
+- **Ours**: the time of our kernel in a series of launches, each of which may read weights before the preceding one has
   ended. `linear` does this with `weight_is_constant=True`, and `QuantizedLinear` always.
 - **Apart**: the time of our kernel if each launch reads weights only after the preceding one has ended.
 - **cuBLAS**: the time of the product with a float16 weight, in the same run.
@@ -153,7 +153,8 @@ def errors(found):
             row += [None if share is None else f"{share:.2%}", None if largest is None else f"{largest:.1e}"]
         rows_of_bytes.append(row)
     text_of_bytes = (
-        "Blocks of random bytes have huge, tiny and infinite scales. The next table counts only results whose exact "
+        "Blocks of random bytes have huge, tiny and infinite scales. In the next table, the weight has the shape "
+        f"{found['shapes'][1][0]}x{found['shapes'][1][1]}. The table counts only results whose exact "
         "value is a normal number in the type of the results. It shows the share of these that is finite, and the "
         "largest error of the finite ones, divided by the sum of the absolute values of all terms."
     )

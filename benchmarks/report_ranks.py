@@ -118,8 +118,8 @@ about the model.
 - **The plan.** Each rank makes the plan of all ranks, and a digest of it. This takes processor time that grows with the
   number of ranks and tensors: with 1024 ranks, it takes seconds, much longer than the sharded load that this page
   predicts.
-- The bytes of what ranks tell each other: two digests each, and the plan, which one rank sends to all others if any of
-  them lacks the file. The latency of these collectives is part of *wait*.
+- The bytes of what ranks tell each other: the name of the host and two digests each, and the plan, which one rank sends
+  to all others if any of them lacks the file. The latency of these collectives is part of *wait*.
 - The time of the first connection between two ranks.
 - Opening the file, allocating memory, and launching kernels.
 - Lower rates: of small pieces, and of links while other links are busy.

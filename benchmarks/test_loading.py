@@ -22,13 +22,14 @@ SMALL = {"n_layers": 1, "n_vocab": 1024}
 """The reduced model for runs without timing."""
 
 LLAMA = {"cpu": {"n_layers": 8}, "cuda": {"n_layers": 56}}
-"""A quarter of Llama-3.1-8B, whose values still fit in the memory of a small machine; and 8 GB of it."""
+"""On the CPU, a quarter of the layers, whose values fit in the memory of a small machine. On a GPU, 56 layers, not 32,
+which are 8 GB."""
 
 GPU_MODELS = [("Gemma-3-270M", "Q4_K_M"), ("Qwen2.5-0.5B", "Q8_0"), ("Llama-3.1-8B", "Q4_K_M")]
 
 
 def changes(name, is_timed, device):
-    """What of a model is other than in the real one."""
+    """The sizes in which a model differs from the real one."""
     return SMALL if not is_timed else LLAMA[device] if name.startswith("Llama") else {}
 
 
@@ -47,7 +48,7 @@ def written(tmp_path_factory, request):
 
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory, request):
-    """A function that writes the values of a model as safetensors."""
+    """A function that writes a safetensors file of tensors of the same shapes, with FP16 values."""
     is_timed = request.config.getoption("benchmark_enable")
 
     def write(name):
@@ -86,7 +87,7 @@ def test_open_split(benchmark, tmp_path):
 @pytest.mark.parametrize("mix", models.MIXES)
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_load_cpu(benchmark, written, name, mix):
-    """Tensor by tensor, each let go before the next but two."""
+    """A stream of all tensors, of which none is kept."""
     with nd.open(written(name, mix, "cpu")) as model:
 
         def walk():
@@ -179,7 +180,7 @@ def test_load_gpu(benchmark, gpu, bus, written, twin, name, mix, way):
 
 @pytest.mark.parametrize("part", ["reading", "sending"])
 def test_one_part_of_loading(benchmark, gpu, bus, written, monkeypatch, part):
-    """Which of the two is the bottleneck: what the threads ask of the other is said to be done at once."""
+    """Reading without sending, and sending without reading: the functions of the other part do nothing and return."""
     from numba import carray, cfunc, types
 
     from numba_dequant.kernels.native.intrinsics import pointer

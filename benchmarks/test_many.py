@@ -1,7 +1,7 @@
 """Many tensors, whose compressed bytes are on the GPU: a model like Gemma-3-270M Q4_K_M, and 2000 small tensors.
 
-`test_gpu` is the time of the GPU alone; `test_host` what passes on the host, from the call until the last value is
-there: of a batch that has been prepared, of one that has not, and of a call for each tensor.
+`test_gpu` measures the time of the GPU alone. `test_host` measures the time on the host, from the call until the last
+value is there: for a prepared batch, for `dequantize_many`, and for one call per tensor.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Throughput of every kernel: 2^28 elements of each format, to each output type, by each mapping.
 
 The roofline is a kernel of the same run that only copies the same number of bytes, 16 per access: the fastest of
-several shapes. Beside it, for FP16: what PyTorch's own operations reach, and gguf-py.
+several shapes. For FP16, the same is measured with PyTorch's own operations, on fewer elements.
 """
 
 import numpy as np

@@ -48,7 +48,7 @@ def blocks_of(name, n_elements, seed=0, scales=(1e-4, 1e-3)):
 
 
 def peak_bytes(work):
-    """The most memory that a call has beside what there was, its result included."""
+    """The peak of the memory that a call allocates, its result included."""
     work()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -170,7 +170,7 @@ class DiffusersLinear(torch.nn.Module if torch else object):
 
 
 def stack(name, is_ours):
-    """The layers of two blocks, one behind the other."""
+    """The layers of two blocks of the transformer, one after the other."""
     layers = []
     for index, (n_rows, n_columns) in enumerate(SHAPES * 2):
         blocks = blocks_of(name, n_rows * n_columns, index)
@@ -259,7 +259,7 @@ def test_decoding(benchmark, gpu, name, way):
 
 
 def unpacked_forward(layer):
-    """What transformers' layer does for many rows, for any number: it has no product for few rows of its own."""
+    """The forward of transformers' layer for many rows, used for any number: for few rows, it needs a kernel."""
 
     def forward(x):
         return layer._unpack_matmul(x.reshape(-1, layer.in_features)).view(*x.shape[:-1], layer.out_features)

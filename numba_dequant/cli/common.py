@@ -15,7 +15,11 @@ def fail(message: str) -> int:
 
 
 def named_formats(names: str | None, default: list[nd.Format]) -> list[nd.Format]:
-    """The formats in a list separated by commas."""
+    """The formats in a list separated by commas.
+
+    Raises:
+        UnknownFormatError: there is no such format, or no code dequantizes it.
+    """
     if names is None:
         return default
     formats = [format_named(name) for name in names.split(",")]
@@ -26,6 +30,10 @@ def named_formats(names: str | None, default: list[nd.Format]) -> list[nd.Format
 
 
 def named_device(name: str | None) -> tuple[devices.DeviceSpec, str | None]:
-    """The device called `name`. Without a name: the first GPU, or the CPU and why no GPU is used."""
+    """The device called `name`, and None. Without a name: the first GPU and None, or the CPU and why no GPU is used.
+
+    Raises:
+        DeviceError: there is no such device.
+    """
     problem = devices.why_no_cuda() if name is None else None
     return devices.parse_device(("cpu" if problem else "cuda:0") if name is None else name), problem

@@ -35,10 +35,11 @@ def accelerate(*programs: str) -> Replaced:
         An object whose `undo` restores the functions; it is also a context manager. Its text lists the functions.
 
     Raises:
-        OptionError: there is no such program, it is not installed, or its version is unknown. Nothing was replaced.
+        OptionError: there is no such program, it is not installed or imported, its version is unknown, or PyTorch has
+            an accelerator on which it would fail with our functions. Nothing was replaced.
     """
     if not programs:
-        raise OptionError(f"accelerate takes the names of programs: {', '.join(PROGRAMS)}")
+        raise OptionError(f"accelerate got no program; pass one or more of {', '.join(PROGRAMS)}")
     for program in programs:
         if program not in PROGRAMS:
             raise OptionError(f"unknown program {shown(program)}; choose from {', '.join(PROGRAMS)}")

@@ -57,7 +57,8 @@ def plan_chunks(
 ) -> Iterator[Chunk]:
     """Chunks of at most `largest` bytes for tensors in `order`; neighbouring tensors share a chunk.
 
-    With `in_turn`, a large tensor never shares a chunk with the previous tensor, so that its memory is needed later.
+    With `in_turn`, a tensor that does not fit in the rest of a chunk begins a new chunk, so that its memory is needed
+    later.
     """
     chunk: Chunk | None = None
     for index in order:
@@ -104,9 +105,10 @@ def _ends(tensor: TensorInfo, longest: int) -> tuple[int, int, int]:
 
 @cache
 def _grain(fmt: Format) -> tuple[int, int, int]:
-    """The size of which parts are multiples, its common divisor with a page, and the inverse of their ratio.
+    """The grain, its greatest common divisor with `PAGE`, and an inverse.
 
-    A plain array is divided between runs, other formats between blocks; both at a multiple of `ALIGNMENT`.
+    Parts of a tensor end at multiples of the grain. A plain array is divided between runs, other formats between
+    blocks; both at a multiple of `ALIGNMENT`. The inverse is that of ``grain // divisor`` modulo ``PAGE // divisor``.
     """
     grain = math.lcm(fmt.type_size * (RUN if fmt.block_size == 1 else 1), ALIGNMENT)
     common = math.gcd(grain, PAGE)

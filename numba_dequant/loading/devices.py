@@ -27,7 +27,7 @@ from numba_dequant.parallel.plan import Plan
 from numba_dequant.parallel.routes import Read, Routes, Share, shares_of
 
 STREAM_BYTES = 64 << 20
-"""Bytes that a device reads and receives at once, at most, if the tensors are not kept."""
+"""The limit of the bytes to exchange in a batch of `Model.stream` is this number times `prefetch`."""
 
 if TYPE_CHECKING:
     from numba_dequant.backends.device_tensor import DeviceTensor
@@ -59,7 +59,8 @@ def load_by_plan(
 
     Raises:
         OptionError: there is no plan, no list of devices, an argument is wrong or cannot be combined with a plan.
-        DtypeError: an output type does not exist.
+        DtypeError: an output type does not exist, or a GPU does not support it.
+        GgufError, ReadError: the file ends before the end of a tensor, or cannot be read.
         DeviceError: a device cannot be used.
     """
     found = _checked_plan(model, devices, plan, refused)

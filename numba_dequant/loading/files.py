@@ -111,7 +111,7 @@ def check_complete(tensor: TensorInfo) -> None:
 
     Raises:
         GgufError: the file ends before the end of the tensor.
-        ReadError: it cannot be opened.
+        ReadError: it cannot be opened, or has changed since its header was read.
     """
     end = tensor.offset + tensor.n_bytes
     if tensor.n_bytes and end > tensor.source.stamp.size:
@@ -144,11 +144,14 @@ def read_tensor(tensor: TensorInfo) -> NDArray[np.uint8]:
 
 
 def map_tensor(tensor: TensorInfo) -> NDArray[np.uint8]:
-    """The compressed bytes of a tensor as a read-only memory map; a copy if the file has the other byte order.
+    """The compressed bytes of a tensor as a read-only memory map.
+
+    For a model in memory, and for a file in the other byte order, the result is that of `read_tensor`.
 
     Raises:
         GgufError: the file ends before the end of the tensor.
-        ReadError: the file cannot be mapped, or has changed since it was opened.
+        ReadError: the file cannot be mapped or read, or has changed since it was opened.
+        DeviceError: there is not enough memory for a copy.
     """
     if tensor.source.data is not None or tensor.byte_order == "big" or not tensor.n_bytes:
         return read_tensor(tensor)

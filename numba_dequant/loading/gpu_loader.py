@@ -57,7 +57,7 @@ def load(
 
     Raises:
         OutputError, DtypeError: an `out` or an output type is wrong. Nothing has been read.
-        ReadError, GgufError, DeviceError: reading or allocating failed during the load.
+        ReadError, GgufError, DeviceError: reading or allocating failed, or a CUDA graph is being captured.
     """
     _check(requests, call)
     # Native threads only read files in the byte order of this machine.

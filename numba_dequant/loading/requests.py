@@ -31,7 +31,7 @@ class QuantizedTensor(NamedTuple):
     """A compressed tensor as in the file. It is also a valid entry for `dequantize_many`.
 
     Attributes:
-        data: the blocks, as a NumPy array or a `DeviceTensor` of uint8 with one dimension.
+        data: the blocks: the `out` of the load, or a NumPy array or a `DeviceTensor`; uint8, with one dimension.
         format: the storage format.
         shape: the shape of the values, rows first.
     """
@@ -41,7 +41,18 @@ class QuantizedTensor(NamedTuple):
     shape: tuple[int, ...]
 
     def dequantize(self, dtype: Any = "float16", **options: Any) -> Any:
-        """Dequantize the tensor, with the options of `numba_dequant.dequantize`."""
+        """Dequantize the tensor.
+
+        Args:
+            dtype: as for `numba_dequant.dequantize`.
+            options: `device`, `out`, `stream` and `mapping`, as for `numba_dequant.dequantize`.
+
+        Returns:
+            A result as from `numba_dequant.dequantize`, of the shape of the tensor.
+
+        Raises:
+            NumbaDequantError: as for `numba_dequant.dequantize`.
+        """
         from numba_dequant.api import dequantize
 
         return dequantize(self.data, self.format, dtype, shape=self.shape, **options)
@@ -81,8 +92,10 @@ def plan_requests(
     """The requests of a load, in file order.
 
     Raises:
-        TensorNotFoundError: a name or a pattern in `select` matches no tensor, or `out` has the name of no such tensor.
-        DtypeError: an output type does not exist, or a tensor has none.
+        TensorNotFoundError: a name or a pattern in `select` matches no tensor, or `out` has an array for a tensor that
+            is not loaded.
+        DtypeError: an output type does not exist, a pattern in `dtype` has a wrong type, or no pattern matches a
+            tensor.
         OutputError: `out` is not a mapping.
         OptionError: `select` or `keep_quantized` has a wrong type.
     """
@@ -209,7 +222,7 @@ def slice_rows(tensor: TensorInfo, rows: slice | None) -> TensorInfo:
     """The part of a tensor with the slice `rows` of its first dimension.
 
     Raises:
-        ShapeError: `rows` is not a slice of consecutive rows, or the rows are not whole blocks.
+        ShapeError: `rows` is not a slice of consecutive rows, or not of whole blocks, or the tensor is a scalar.
     """
     if rows is None:
         return tensor
@@ -227,6 +240,7 @@ def slice_rows(tensor: TensorInfo, rows: slice | None) -> TensorInfo:
     if row * start % block or row * stop % block:
         raise ShapeError(
             f"rows {start} to {stop} of tensor {tensor.name!r}, {tensor.shape}, are not whole blocks of {block} values"
+            "; pass rows that are"
         )
     n_elements = row * (stop - start)
     return tensor._replace(

@@ -19,12 +19,12 @@ from numba_dequant.parallel.plan import Part, Plan
 from numba_dequant.parallel.routes import LEAST_DIVIDED, batches, packed_bytes, piece_bytes
 
 AGREEMENTS = 7
-"""Collectives of every load: ranks exchange objects twice at its start and once at its end, each time first the sizes
-and then the bytes, and make their first connection."""
+"""Collectives of every load. Ranks exchange objects twice at its start and once at its end. Each of these exchanges is
+two collectives: first the sizes, then the bytes. One more collective makes the first connection."""
 OF_BATCH = 2
-"""The same for each batch: ranks tell each other that they have read it."""
+"""Collectives of each batch, in which ranks tell each other that they have read it: the sizes, then the bytes."""
 BROADCAST = 2
-"""The same for the plan, which one rank sends to all others if any of them lacks the file."""
+"""Collectives for the plan, which one rank sends to all others if any of them lacks the file: its size, its bytes."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class RankCost:
     Attributes:
         rank, host: the numbers of the rank and of its host.
         moved: link -> bytes. The links are ``"file"``, ``"bus"``, ``"NVLink in"``, ``"NVLink out"``, ``"network in"``,
-            ``"network out"`` and ``"memory"``, which is what dequantizing reads and writes. No bytes count as 0.
+            ``"network out"`` and ``"memory"``, which is what dequantizing reads and writes. A missing link has 0 bytes.
         stages: the stages in order: read, copy, exchange, dequantize, wait.
     """
 
@@ -67,19 +67,22 @@ class Prediction:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """Each stage of the rank that takes longest for it."""
+        """For each stage, that of the rank that takes longest for it."""
         by_stage = zip(*(rank.stages for rank in self.ranks), strict=True)
         return tuple(max(of_ranks, key=lambda stage: stage.seconds) for of_ranks in by_stage)
 
     @property
     def seconds(self) -> float:
-        """The time if no rank exchanges before all have read and copied, which overlap. `load_file` is not slower."""
+        """Seconds if reading and copying overlap, and ranks exchange only when all have finished both.
+
+        `load_file` may be faster, because it reads the next batch while it exchanges one.
+        """
         loaded = max(stage.seconds for stage in self.stages[:2])
         return loaded + max(sum(stage.seconds for stage in rank.stages[2:]) for rank in self.ranks)
 
     @property
     def overlapped_seconds(self) -> float:
-        """The time if all stages overlap, as in `nd.load` to one GPU: that of the longest stage, and the latency."""
+        """Seconds if all stages overlap, as in `nd.load` to one GPU: those of the longest stage, plus the latency."""
         *busy, latency = self.stages
         return max(stage.seconds for stage in busy) + latency.seconds
 
@@ -98,7 +101,7 @@ def predict(
     these digests, and of the plan that a rank without the file receives; the first connection between two ranks; the
     allocation of memory; launches of kernels; rates that are lower for small pieces, or while other links are busy;
     latencies that grow with the number of ranks; a rank that waits while the rank that reads for it sends to others.
-    A collective is a ring in the order of the ranks. So most predictions are a lower limit of the time.
+    A collective is a ring in the order of the ranks. So most loads take longer than predicted.
 
     Args:
         plan: the plan.

@@ -144,8 +144,9 @@ def plan(
         rules: pairs (pattern of names, placement).
         stages: the number of pipeline stages. The layers (``blk.0.``, ``blk.1.``, ...) are divided among the stages in
             order. The ``world // stages`` ranks of a stage divide its tensors. The first stage also has the embeddings
-            of tokens and positions, every stage has the ``rope_`` tensors, and the last stage has all other tensors
-            outside the layers. If the file has no ``output.weight``, the last stage has the token embedding, too.
+            of tokens, positions and token types, every stage has the ``rope_`` tensors, and the last stage has all
+            other tensors outside the layers. If the file has no ``output.weight``, the last stage has the token
+            embedding, too.
         uneven: what to do if a tensor cannot be divided into equal parts. ``"allow"`` gives one unit more to the ranks
             that have the fewest bytes so far. ``"refuse"`` raises an error.
 

@@ -21,7 +21,7 @@ LEAST_DIVIDED = 1 << 20
 """Whole tensors of fewer bytes are read by each rank that holds them: a collective takes longer than reading them."""
 
 BATCH_BYTES = 1 << 30
-"""The default of the most bytes of memory that a rank needs to exchange a batch."""
+"""The default limit of the memory in bytes that a rank needs to exchange a batch."""
 
 ALIGNMENT = 256
 """Where pieces of several tensors are gathered together, each starts at a multiple of so many bytes."""
@@ -150,7 +150,7 @@ class Routes:
     Args:
         shares: what each rank holds, in the order of the file.
         hosts: the host of each rank that has the file; None for the others.
-        batch_bytes: the most bytes of memory that a rank needs to exchange a batch.
+        batch_bytes: the most bytes of memory that a rank needs to exchange a batch of more than one tensor.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class Routes:
     def _key(self, rank: int, share: Share) -> tuple[Any, ...]:
         """Whole tensors are gathered by the ranks of all hosts; columns are divided among those of one host.
 
-        Columns of another dimension have other rows.
+        Ranks that cut a tensor along different dimensions do not read it together.
         """
         return (share.name, self.hosts[rank], share.dim) if share.has_columns else (share.name,)
 

@@ -53,7 +53,12 @@ def check_same_device(data: Tensor, out: Tensor) -> None:
 
 
 def check_numbers(what: str, numbers: Tensor, data: Tensor) -> None:
-    """Raise an error unless `numbers` are integers on the device of `data`."""
+    """Check that `numbers` are integers on the device of `data`.
+
+    Raises:
+        DtypeError: they are not integers.
+        DataError: they are on another device.
+    """
     if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype is torch.bool:
         raise DtypeError(f"{what} hold {numbers.dtype}, not integers; pass a tensor of torch.int64")
     if numbers.device != data.device:
@@ -61,7 +66,7 @@ def check_numbers(what: str, numbers: Tensor, data: Tensor) -> None:
 
 
 def check_product(input: Tensor, weight: Tensor, bias: Tensor | None, name: str, sizes: tuple[int, int]) -> None:
-    """Raise an error unless a kernel may read all that a product needs.
+    """Check that a kernel may read all that a product needs.
 
     Args:
         input: the columns.
@@ -69,6 +74,12 @@ def check_product(input: Tensor, weight: Tensor, bias: Tensor | None, name: str,
         bias: a number for each row of weights, or None.
         name: the name of the format.
         sizes: its bytes and its elements per block.
+
+    Raises:
+        ShapeError: `input` has no dimension or rows of another length than `weight`, or `bias` has not one number for
+            each row.
+        DataError: a row of `weight` is not a whole number of blocks, a tensor is on another device, or `bias` has
+            another dtype than `input`.
     """
     if not input.dim():
         raise ShapeError("input has no dimension; pass a tensor whose last dimension is in_features")

@@ -177,15 +177,17 @@ def load_model(
             old ones.
 
     Returns:
-        The names in the module for which the file has no tensor, and the names in the file that the module lacks. Check
-        that both are as you expect.
+        Two lists: the names in the module for which the file has no tensor, and the names in the file that the module
+        lacks or that `names` leaves out. Check that both are as you expect.
 
     Raises:
-        ShapeError: a tensor has a shape other than the parameter. Nothing has been read or changed.
+        ShapeError: a tensor does not have the shape of the parameter, or not the format of a compressed layer. Nothing
+            has been read or changed.
         OptionError: `names` gives two tensors to one parameter, or an argument is wrong. Nothing has been read or
             changed.
         DtypeError: `dtype` is not an output type. Nothing has been read or changed.
         GgufError, ReadError: the file is damaged or cannot be read. Nothing has been changed.
+        DeviceError: this package cannot use the GPU. Nothing has been changed.
     """
     file, kept = open_model(path), flag_option("keep_quantized", keep_quantized)
     translate = _translation(names)

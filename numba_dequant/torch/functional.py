@@ -88,7 +88,7 @@ def get_rows(
 
     Args:
         data: uint8 of shape (rows, bytes per row).
-        indices: int32 or int64 of any shape: numbers of rows, on the device of `data`.
+        indices: the numbers of the rows: int32 or int64 of any shape, on the device of `data`.
         qtype: as for `dequantize`.
         dtype: as for `dequantize`.
 
@@ -96,8 +96,11 @@ def get_rows(
         Tensor of shape (*indices.shape, elements per row).
 
     Raises:
-        UnknownFormatError, DtypeError, DataError: the argument of that name is wrong.
-        IndexError: a number is out of range (on a GPU: a CUDA error, as in `torch.nn.functional.embedding`).
+        UnknownFormatError: there is no such format.
+        DtypeError: there is no such output type, or `indices` are not integers.
+        DataError: `data` is not a matrix of whole blocks, or `indices` are on another device.
+        IndexError: an index is out of range (on a GPU: a CUDA error, as in `torch.nn.functional.embedding`).
+        DeviceError: the GPU cannot be used.
     """
     name, result_dtype = resolved(qtype, torch.get_default_dtype() if dtype is None else dtype)
     values: Tensor = OPERATORS.get_rows.default(_matrix(_bytes(data), "data"), indices, name, result_dtype)
@@ -115,9 +118,10 @@ def linear(
     """`torch.nn.functional.linear` with a compressed weight: ``input @ weight.T + bias``.
 
     On a GPU of compute capability 8.0 or higher, a kernel multiplies the blocks themselves, on the tensor cores, and
-    adds up in float32. It takes up to 128 rows of float16 or bfloat16 input, or up to 32 if the weight has few rows.
-    Otherwise the weight is dequantized to the dtype of `input`, in pieces. Backward keeps the blocks, not the
-    dequantized weight, and dequantizes them again. The weight itself gets no gradient.
+    adds up in float32. It takes up to 128 rows of float16 or bfloat16 input. On GPUs other than those of compute
+    capability 9.0, it takes up to 32 if the weight has few rows. Otherwise the weight is dequantized to the dtype of
+    `input`, in pieces. Backward keeps the blocks, not the dequantized weight, and dequantizes them again. The weight
+    itself gets no gradient.
 
     Args:
         input: floating-point tensor of shape (..., in_features). Under `torch.autocast` it is cast first.
@@ -136,6 +140,7 @@ def linear(
         DataError: `weight` is not a matrix of whole blocks, or a tensor is on another device than `input`.
         ShapeError: the last dimension of `input` is not the number of elements in a row of `weight`, or `bias` has not
             one number for each row.
+        DeviceError: the GPU cannot be used.
     """
     device = input.device.type
     if device != "meta" and torch.is_autocast_enabled(device):

@@ -45,14 +45,14 @@ def mul_mat_id(blocks: Tensor, x: Tensor, ids: Tensor, ggml_type: int, out_featu
     """Each row of `x` times the weights of its experts.
 
     The host does not wait for `ids`. On a GPU of compute capability 8.0 or higher, a kernel multiplies the blocks of
-    the chosen experts themselves, for up to 4096 pairs of a row and an expert, if `x` needs no gradient. Otherwise the
-    weights are dequantized: those of each pair if there are not more pairs than experts, and those of all experts if
-    there are more.
+    the chosen experts themselves, for up to 4096 pairs of a row and an expert, if `x` is float16 or bfloat16 and needs
+    no gradient. Otherwise it depends on the number of pairs. If there are not more pairs than experts, the weights of
+    each pair are dequantized. If there are more, `linear` multiplies all rows of `x` with each expert.
 
     Args:
         blocks: shape (experts, out_features, bytes per row).
-        x: shape (n, in_features).
-        ids: numbers of experts, of shape (n, k), on the device of `blocks`.
+        x: floating-point tensor of shape (n, in_features), on the device of `blocks`.
+        ids: integers of shape (n, k) on the device of `blocks`: the numbers of the experts of each row.
         ggml_type: the number of the format.
         out_features: rows of each expert.
 
@@ -61,9 +61,13 @@ def mul_mat_id(blocks: Tensor, x: Tensor, ids: Tensor, ggml_type: int, out_featu
 
     Raises:
         UnknownFormatError: there is no such format.
-        ShapeError: `blocks` does not have 3 dimensions, `ids` does not have a row for each row of `x`, or a row of `x`
-            is not as long as a row of an expert.
-        DataError: a row of `blocks` is not a whole number of blocks, or `blocks` is on another device than `x`.
+        DtypeError: `x` is not of a floating-point type, or `ids` are not integers.
+        ShapeError: `blocks` does not have 3 dimensions, `ids` does not have a row for each row of `x`, a row of `x` is
+            not as long as a row of an expert, or there is no expert with one of the `ids`. On a GPU, such a number is
+            a CUDA error, or its results are 0.
+        DataError: a row of `blocks` is not a whole number of blocks, or `blocks` or `ids` is on another device than
+            `x`.
+        DeviceError: the GPU cannot be used.
     """
     if blocks.dim() != 3 or ids.dim() != 2 or ids.shape[0] != x.shape[0]:
         raise ShapeError(

@@ -263,7 +263,10 @@ def _mul_mat_id(input: Tensor, weight: Tensor, ids: Tensor, format: str) -> Tens
     if ids.device.type == "cpu" and ids.numel():
         first, last, n_experts = int(ids.min()), int(ids.max()), weight.shape[0]
         if not 0 <= first <= last < n_experts:
-            raise ShapeError(f"ids are from {first} to {last}, but there is no expert outside 0 to {n_experts - 1}")
+            raise ShapeError(
+                f"ids are from {first} to {last}, but there are only {n_experts} experts; pass numbers from 0 to "
+                f"{n_experts - 1}"
+            )
     out = input.new_empty(n, k, n_rows)
     if input.is_cuda and 0 < ids.numel() <= MOST_PAIRS:
         columns, numbers = _columns(input), ids.to(torch.int64).contiguous()

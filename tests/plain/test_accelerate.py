@@ -138,7 +138,7 @@ def test_nothing_is_replaced_before_every_program_is_known(program):
 
 
 def test_a_name_is_needed():
-    with pytest.raises(nd.OptionError, match="accelerate takes the names of programs: gguf, transformers"):
+    with pytest.raises(nd.OptionError, match="accelerate got no program; pass one or more of gguf, transformers"):
         nd.accelerate()
 
 
