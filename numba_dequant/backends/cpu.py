@@ -7,6 +7,7 @@ imported only to compile.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 import threading
@@ -161,8 +162,8 @@ def _span_function(fmt: Format, store_run: Callable[..., None], name: str) -> Ca
     register_decode(intrinsics_cpu.target, decode)
     step = max(fmt.block_size, RUN)
     step_bytes = fmt.type_size * step // fmt.block_size
-    # Four runs at a time: the compiler then computes only once what neighbouring runs share, above all scales.
-    together = min(4, step // RUN)
+    # Up to four runs at a time: the compiler then computes only once what neighbouring runs share, above all scales.
+    together = math.gcd(4, step // RUN)
     groups = step // RUN // together
 
     def dequantize_span(data_at: int, first: int, last: int, out_at: int) -> int:

@@ -108,3 +108,30 @@ def check_product(input: Tensor, weight: Tensor, bias: Tensor | None, name: str,
             f"bias is a tensor of {bias.dtype} on {bias.device}, but input is one of {input.dtype} on {input.device}; "
             "pass a bias of the same dtype on the same device"
         )
+
+
+def check_experts(input: Tensor, weight: Tensor, ids: Tensor, fmt: Format) -> None:
+    """Check what rows of `input` are multiplied by: the weights of the experts that `ids` name.
+
+    Raises:
+        ShapeError: a tensor has another number of dimensions, there is no row of `ids` for each row of `input`, rows
+            have another length than those of an expert, or an expert does not exist, which only a CPU can tell.
+        DataError: a row of `weight` is not a whole number of blocks, or a tensor is on another device.
+        DtypeError: `input` is not of a floating-point type, or `ids` are not integers.
+    """
+    if input.dim() != 2 or weight.dim() != 3 or ids.dim() != 2 or ids.shape[0] != input.shape[0]:
+        raise ShapeError(
+            "the blocks must have the shape (experts, rows, bytes per row), the input (n, in_features) and ids (n, k), "
+            f"got {tuple(weight.shape)}, {tuple(input.shape)} and {tuple(ids.shape)}"
+        )
+    check_product(input, weight, None, fmt.name, (fmt.type_size, fmt.block_size))
+    check_numbers("ids", ids, input)
+    if not input.is_floating_point():
+        raise DtypeError(f"input holds {input.dtype}; pass a tensor of floating-point numbers")
+    if ids.device.type == "cpu" and ids.numel():
+        first, last, n_experts = int(ids.min()), int(ids.max()), weight.shape[0]
+        if not 0 <= first <= last < n_experts:
+            raise ShapeError(
+                f"ids are from {first} to {last}, but there are only {n_experts} experts; pass numbers from 0 to "
+                f"{n_experts - 1}"
+            )

@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from numba_dequant.errors import ShapeError
 from numba_dequant.formats import FORMATS
 from numba_dequant.torch import functional
+from numba_dequant.torch.checks import check_experts
 from numba_dequant.torch.ops import OPERATORS, mul_mat_id_in_steps
 
 GEMV_TYPES = frozenset(fmt.ggml_id for fmt in FORMATS.values() if fmt.block_size > 1)
@@ -62,20 +62,16 @@ def mul_mat_id(blocks: Tensor, x: Tensor, ids: Tensor, ggml_type: int, out_featu
     Raises:
         UnknownFormatError: there is no such format.
         DtypeError: `x` is not of a floating-point type, or `ids` are not integers.
-        ShapeError: `blocks` does not have 3 dimensions, `ids` does not have a row for each row of `x`, a row of `x` is
-            not as long as a row of an expert, or there is no expert with one of the `ids`. On a GPU, such a number is
-            a CUDA error, or its results are 0.
+        ShapeError: `blocks` does not have 3 dimensions, `x` or `ids` does not have 2, `ids` does not have a row for
+            each row of `x`, a row of `x` is not as long as a row of an expert, or there is no expert with one of the
+            `ids`. On a GPU, such a number is a CUDA error, or its results are 0.
         DataError: a row of `blocks` is not a whole number of blocks, or `blocks` or `ids` is on another device than
             `x`.
         DeviceError: the GPU cannot be used.
     """
-    if blocks.dim() != 3 or ids.dim() != 2 or ids.shape[0] != x.shape[0]:
-        raise ShapeError(
-            "blocks must have the shape (experts, rows, bytes per row), x (n, in_features) and ids (n, k), got "
-            f"{tuple(blocks.shape)}, {tuple(x.shape)} and {tuple(ids.shape)}"
-        )
     name, _ = functional.resolved(ggml_type, torch.float32)
     if x.requires_grad and torch.is_grad_enabled():
+        check_experts(x, blocks, ids, FORMATS[name])
         return mul_mat_id_in_steps(x, blocks, ids, name)
     values: Tensor = OPERATORS.mul_mat_id.default(x, blocks, ids, name)
     return values

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from numba_dequant import api
 from numba_dequant.bits import RUN
-from numba_dequant.errors import DeviceError, DtypeError, OutputError, ShapeError
+from numba_dequant.errors import DeviceError, OutputError
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, format_named
 from numba_dequant.interop import TORCH
 from numba_dequant.torch.checks import (
     DTYPES,
     check_dtype,
+    check_experts,
     check_numbers,
     check_product,
     check_same_device,
@@ -255,18 +256,9 @@ MOST_PAIRS = 4096
 
 
 def _mul_mat_id(input: Tensor, weight: Tensor, ids: Tensor, format: str) -> Tensor:
-    (n, k), n_rows, fmt = ids.shape, weight.shape[1], _format(format)
-    check_product(input, weight, None, fmt.name, (fmt.type_size, fmt.block_size))
-    check_numbers("ids", ids, input)
-    if not input.is_floating_point():
-        raise DtypeError(f"input holds {input.dtype}; pass a tensor of floating-point numbers")
-    if ids.device.type == "cpu" and ids.numel():
-        first, last, n_experts = int(ids.min()), int(ids.max()), weight.shape[0]
-        if not 0 <= first <= last < n_experts:
-            raise ShapeError(
-                f"ids are from {first} to {last}, but there are only {n_experts} experts; pass numbers from 0 to "
-                f"{n_experts - 1}"
-            )
+    fmt = _format(format)
+    check_experts(input, weight, ids, fmt)
+    (n, k), n_rows = ids.shape, weight.shape[1]
     out = input.new_empty(n, k, n_rows)
     if input.is_cuda and 0 < ids.numel() <= MOST_PAIRS:
         columns, numbers = _columns(input), ids.to(torch.int64).contiguous()

@@ -4,7 +4,17 @@ import gc
 
 import numpy as np
 import pytest
-from blocks import DECODED, DTYPES, GOLDEN, QUANTIZED, assert_same_bits, golden, random_blocks, rounded
+from blocks import (
+    DECODED,
+    DTYPES,
+    GOLDEN,
+    QUANTIZED,
+    assert_all_values,
+    assert_same_bits,
+    golden,
+    random_blocks,
+    rounded,
+)
 
 import numba_dequant as nd
 from numba_dequant.backends.devices import is_simulated, why_no_cuda
@@ -361,3 +371,9 @@ def test_more_than_two_to_the_31_elements():
     for first in range(0, n_tiles, 512):
         assert ((bits[first : first + 512] == one) | ~ordinary).all()
     assert found[-1].item() == expected[-1] or np.isnan(expected[-1])
+
+
+@pytest.mark.parametrize("mapping", ["tile", "block"])
+@pytest.mark.parametrize("block_size", [8, 24, 40, 48, 72, 264])
+def test_any_number_of_runs(block_size, mapping):
+    assert_all_values(block_size, "cuda", mapping)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from blocks import DECODED, DTYPES, random_blocks
+from blocks import DECODED, DTYPES, assert_all_values, random_blocks
 
 import numba_dequant as nd
 from numba_dequant import disk_cache
@@ -128,6 +128,12 @@ def test_a_format_of_the_user_s_own_is_not_kept(not_loaded):
     copy = nd.Format("../Q8_0", 999, known.block_size, known.layout, "", known.dequantize, known.decode)
     np.testing.assert_array_equal(nd.dequantize(random_blocks("Q8_0", 9), copy, device="cpu"), first_use())
     assert [name.rpartition("-")[0] for name in disk_cache.entries()] == ["cpu-Q8_0-float16"]
+
+
+@pytest.mark.parametrize("block_size", [8, 16, 24, 40, 48, 56, 72, 136, 264, 512])
+def test_any_number_of_runs(block_size):
+    """The last runs of a block were not written if their number was not a multiple of four."""
+    assert_all_values(block_size, "cpu")
 
 
 def test_the_processor_and_the_versions_are_in_the_name(not_loaded, monkeypatch):

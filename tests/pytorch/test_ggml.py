@@ -69,3 +69,19 @@ def test_shapes_of_experts_that_do_not_fit():
     for wrong in ((blocks[0], x, torch.zeros(3, 2)), (blocks, x, torch.zeros(2, 2)), (blocks, x, torch.zeros(3))):
         with pytest.raises(nd.ShapeError, match=r"blocks must have the shape \(experts, rows, bytes per row\)"):
             ggml.mul_mat_id(*wrong, Q4_K, 32)
+
+
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_arguments_are_checked_with_and_without_gradients(needs_gradient, device):
+    blocks = blocks_of("Q4_K", 2, 32, 256, device=device)
+    x = torch.randn(1, 256, device=device, requires_grad=needs_gradient)
+    ids = torch.tensor([[1, 0]], device=device)
+    with pytest.raises(nd.DtypeError, match="not integers"):
+        ggml.mul_mat_id(blocks, x, ids.float(), Q4_K, 32)
+    with pytest.raises(nd.ShapeError, match=r"the input \(n, in_features\)"):
+        ggml.mul_mat_id(blocks, x[:, None].expand(1, 3, 256), ids, Q4_K, 32)
+    with pytest.raises(nd.ShapeError, match="is as long as a row"):
+        ggml.mul_mat_id(blocks, x[:, :128], ids, Q4_K, 32)
+    if device == "cpu":
+        with pytest.raises(nd.ShapeError, match="only 2 experts"):
+            ggml.mul_mat_id(blocks, x, ids + 1, Q4_K, 32)

@@ -4,7 +4,17 @@ import os
 
 import numpy as np
 import pytest
-from blocks import DECODED, DTYPES, GOLDEN, assert_same_bits, golden, random_blocks, rounded, write_model
+from blocks import (
+    DECODED,
+    DTYPES,
+    GOLDEN,
+    assert_all_values,
+    assert_same_bits,
+    golden,
+    random_blocks,
+    rounded,
+    write_model,
+)
 from numba import cuda
 
 import numba_dequant as nd
@@ -40,6 +50,12 @@ def test_sizes_around_a_tile(name, mapping):
         out = np.full(n_blocks * source.block_size, 77, np.float16)
         nd.dequantize(data, name, device="cuda", out=out, mapping=mapping)
         assert_same_bits(out, nd.dequantize(data, name, device="reference"))
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+@pytest.mark.parametrize("block_size", [8, 24, 40, 264])
+def test_any_number_of_runs(block_size, mapping):
+    assert_all_values(block_size, "cuda", mapping)
 
 
 @pytest.mark.parametrize("name", DECODED)

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from numba_dequant import FORMATS
+import numba_dequant as nd
+from numba_dequant import FORMATS, Format
+from numba_dequant.bits import half, load_8_bytes, load_u16, signed_bytes
 from numba_dequant.dtypes import NAMES, numpy_dtype
+from numba_dequant.format import block_layout
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -14,6 +17,31 @@ QUANTIZED = [name for name, source in FORMATS.items() if source.block_size > 1]
 DECODED = [name for name, source in FORMATS.items() if source.decode is not None]
 GOLDEN = sorted(path.stem for path in (DATA / "golden").glob("*.npz"))
 DTYPES = list(NAMES)
+
+
+def bytes_format(block_size):
+    """A format of one's own: a scale, and a signed byte for each element."""
+    layout = block_layout(d="f2", qs=("i1", block_size))
+
+    def dequantize(blocks):
+        return blocks["d"].astype(np.float32)[:, None] * blocks["qs"].astype(np.float32)
+
+    def decode(block, at, run):
+        quants = load_8_bytes(block, at + 2 + 8 * run)
+        return half(load_u16(block, at)) * signed_bytes(quants)
+
+    return Format(f"BYTES_{block_size}", 9000 + block_size, block_size, layout, "bytes", dequantize, decode)
+
+
+def assert_all_values(block_size, device, mapping="tile"):
+    """All values of blocks of that many bytes are right, and nothing keeps what was in the memory."""
+    fmt = bytes_format(block_size)
+    blocks = np.zeros(max(4096 // block_size, 3), fmt.layout)
+    blocks["d"], blocks["qs"] = 2, np.random.default_rng(0).integers(-127, 127, blocks["qs"].shape)
+    options = {"mapping": mapping} if device == "cuda" else {"out": np.full(blocks.size * block_size, 7, np.float16)}
+    found = nd.dequantize(blocks.view(np.uint8), fmt, device=device, **options)
+    values = found if isinstance(found, np.ndarray) else found.copy_to_host()
+    np.testing.assert_array_equal(values, 2.0 * blocks["qs"].reshape(-1))
 
 
 def golden(name):
