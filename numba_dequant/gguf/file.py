@@ -56,6 +56,7 @@ def open_gguf(source: Any, *, offset: int = 0, allow_truncated: bool = False, or
         MissingFileError: the file does not exist.
         ReadError: the file cannot be read.
         OptionError: an argument has a wrong type or value.
+        DataError: the contents of a file are not contiguous bytes.
     """
     offset = whole_option("offset", offset, 0)
     allow_truncated = flag_option("allow_truncated", allow_truncated)
