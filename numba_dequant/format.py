@@ -70,7 +70,7 @@ def element_of(name: str, element: Any, size: int) -> int:
     if number is None:
         raise ShapeError(f"element must be a whole number, got {shown(element)}")
     if not 0 <= number < size:
-        raise ShapeError(f"a block of {name} has elements 0 to {size - 1}, not {shown(number)}")
+        raise ShapeError(f"element must be from 0 to {size - 1} in a block of {name}, got {shown(number)}")
     return number
 
 
@@ -307,7 +307,7 @@ class Format:
         if number % self.type_size:
             raise DataError(
                 f"{self.name} data comes in blocks of {self.type_size} bytes, but {shown(number)} bytes were given: "
-                f"{number % self.type_size} too many. Pass whole blocks."
+                f"the last {number % self.type_size} are not a whole block. Pass whole blocks."
             )
         return number // self.type_size * self.block_size
 

@@ -76,7 +76,11 @@ def open_gguf(source: Any, *, offset: int = 0, allow_truncated: bool = False, or
 def _join_given(sources: Sequence[Any], offset: int, *, allow_truncated: bool) -> GgufFile:
     """Join the shards in a list, given in any order."""
     if not sources or offset:
-        raise OptionError("offset is for one file, not for a list" if offset else "the list of shards is empty")
+        raise OptionError(
+            "offset is for one file, not for a list; omit offset"
+            if offset
+            else "the list of shards is empty; pass the paths or the contents of all shards"
+        )
     for each in sources:
         if isinstance(each, (list, tuple)):
             raise OptionError("a list of shards holds paths or bytes, not lists")
