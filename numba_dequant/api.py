@@ -114,7 +114,8 @@ def dequantize(
         UnknownFormatError, DtypeError, DataError, ShapeError, OutputError: the argument of that name is wrong.
             Nothing has been launched or written.
         OptionError: there is no such `mapping`.
-        DeviceError: `device` or `stream` cannot be used, or there is not enough memory.
+        DeviceError: `device` or `stream` cannot be used, there is not enough memory, or a CUDA graph that is being
+            captured cannot contain the call (docs/streams.md).
     """
     fmt = format_named(format)
     job = Job(data, fmt, output_type(dtype, data, out), shape, out)
@@ -249,9 +250,9 @@ def matmul(
 
     On a GPU of compute capability 8.0 or higher, kernels multiply the blocks themselves, on the tensor cores. With many
     columns, PyTorch multiplies dequantized pieces of at most 2**28 elements, if the program has imported it and the
-    result has the type of `x`. The CPU dequantizes a few rows at a time. The kernels and the CPU add up in float32; for
-    PyTorch, its own settings of precision apply. Its autograd does not record the product;
-    `numba_dequant.torch.linear` has gradients.
+    result has the type of `x`. The CPU dequantizes about 2**20 elements at a time. The kernels and the CPU add up in
+    float32; for PyTorch, its own settings of precision apply. PyTorch's autograd does not record the product; use
+    `numba_dequant.torch.linear` for gradients.
 
     >>> import numpy as np, numba_dequant as nd
     >>> block = np.float16(0.5).tobytes() + bytes(range(32))
@@ -280,13 +281,16 @@ def matmul(
 
     Raises:
         UnknownFormatError, OutputError: the argument of that name is wrong. Nothing has been launched or written.
-        DataError: `x`, `weight` or `bias` is not an array, or `weight` is not a whole number of blocks.
-        DtypeError: the type of `x`, `weight` or `bias` cannot be multiplied, or there is no such `dtype`.
+        DataError: `x`, `weight` or `bias` is not an array, `weight` is not a whole number of blocks or is a tuple of a
+            wrong length, or its format is not `format`.
+        DtypeError: the type of `x`, `weight` or `bias` cannot be multiplied, there is no such `dtype`, or the GPU does
+            not support it.
         ShapeError: the shapes of `x`, `weight` and `bias` do not match.
-        DeviceError: `device` or `stream` cannot be used, or there is not enough memory. On a GPU, some products need
-            PyTorch, which the program must have imported: those on a GPU of compute capability below 8.0, with an `x`
-            of float32, with an F32, F16 or BF16 weight, with blocks at an address that is not a multiple of
-            `Format.alignment`, and with a format of your own whose blocks do not have 32, 64, 128 or 256 elements.
+        DeviceError: `device` or `stream` cannot be used, there is not enough memory, or a CUDA graph that is being
+            captured cannot contain the call (docs/streams.md). On a GPU, some products need PyTorch, which the program
+            must have imported: those on a GPU of compute capability below 8.0, with an `x` of float32, with an F32,
+            F16 or BF16 weight, with blocks at an address that is not a multiple of `Format.alignment`, and with a
+            format of your own whose blocks do not have 32, 64, 128 or 256 elements.
     """
     given = product_job(x, weight, format, bias, dtype, out)
     on_gpu = next((array for array in (given.x, given.weight, given.bias) if is_on_gpu(array)), None)

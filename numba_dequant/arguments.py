@@ -68,7 +68,7 @@ class Job:
         return BYTES if self.dtype is None else self.fmt.result_dtype(self.dtype)
 
     def check_output(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-        """Raise OutputError if the dtype and shape of `out` are not those of the result."""
+        """Raise OutputError if the dtype or the shape of `out` is not that of the result."""
         expected = self.result_dtype
         if dtype != expected:
             actual = dtype.name if dtype.isnative else f"{dtype.name} of the other byte order"

@@ -7,8 +7,8 @@ and for CUDA, `kernels/intrinsics.py` replaces the bodies with machine instructi
 alignment that the caller guarantees. Loads use it, and the plain Python bodies check it.
 
 A decode must follow these rules, so that it gives the same result in Python, NumPy and Numba: integers are signed
-64-bit, with shifts and masks (never ``/``, ``//``, ``%``). Floats are float32, made by the functions below. An
-integer is converted to a float before it multiplies a float.
+64-bit, with shifts and masks (never ``/``, ``//``, ``%``). Floats are float32: results of the functions below, or
+constants made by `np.float32`. An integer is converted to a float before it multiplies a float.
 """
 
 from __future__ import annotations
@@ -91,9 +91,15 @@ def single(bits: int) -> np.float32:
 
 
 def to_float(number: int) -> np.float32:
-    """An integer as a float32, from ``-2**31`` to ``2**31 - 1``: compiled code has 32 bits for it."""
+    """An integer from ``-2**31`` to ``2**31 - 1`` as a float32. Compiled code has 32 bits for it.
+
+    Raises:
+        OverflowError: the integer is out of range. Compiled code does not check this.
+    """
     if not -(2**31) <= number < 2**31:
-        raise OverflowError(f"to_float takes integers of 32 bits, not {number}; divide it before, or take it apart")
+        raise OverflowError(
+            f"to_float takes signed integers of 32 bits, got {number}; shift it right, or convert its bits in parts"
+        )
     return np.float32(number)
 
 
@@ -108,9 +114,15 @@ def signed_bytes(eight: int) -> NDArray[np.float32]:
 
 
 def centred_bytes(eight: int, centre: int) -> NDArray[np.float32]:
-    """Eight unsigned bytes, packed in an integer, as eight float32, less `centre`, which is 0 to ``2**23 - 1``."""
+    """Eight unsigned bytes, packed in an integer, as eight float32, with `centre` subtracted from each.
+
+    Raises:
+        OverflowError: `centre` is not from 0 to ``2**23 - 1``. Compiled code does not check this.
+    """
     if not 0 <= centre < 2**23:
-        raise OverflowError(f"the centre is 0 to {2**23 - 1}, not {centre}; use unsigned_bytes, and subtract it")
+        raise OverflowError(
+            f"centre must be from 0 to {2**23 - 1}, got {centre}; use unsigned_bytes, and subtract the centre"
+        )
     return unsigned_bytes(eight) - np.float32(centre)
 
 
@@ -175,7 +187,7 @@ def is_aligned(data: Any, start: int) -> bool:
 
 
 def stop_unless(condition: bool) -> None:
-    """End a kernel with an error of the driver if an index is out of range."""
+    """End a kernel with a driver error if `condition` is False. Plain Python raises an IndexError instead."""
     if not condition:
         raise IndexError("an index is out of range")
 
@@ -203,6 +215,6 @@ def lookup(table: LookupTable, index: int) -> int:
 
 
 def lookup_nibbles(table: LookupTable, eight: int) -> int:
-    """Look up eight nibbles, one per byte of an integer, in a table of 16 signed bytes."""
+    """Look up eight nibbles, one per byte of an integer, in a table of 16 signed bytes. The results are packed too."""
     nibbles = (eight & (2**64 - 1)).to_bytes(8, "little")
     return int.from_bytes(table.items[list(nibbles)].tobytes(), "little", signed=True)

@@ -18,7 +18,7 @@ from numba_dequant.locks import compile_lock
 
 @dataclass(frozen=True)
 class OutputType:
-    """An output type. Each Numba target adds the rounding to it (`NumbaTarget.rounds`).
+    """An output type. Rounding to it is in `ROUNDS` of `kernels/intrinsics.py`, or in `NumbaTarget.rounds` of a target.
 
     Attributes:
         name: the name in NumPy, ml_dtypes and PyTorch.
@@ -58,6 +58,8 @@ _SPELLINGS = {spelling: name for name, each in OUTPUT_TYPES.items() for spelling
 
 def dtype_name(dtype: Any) -> str:
     """The name of an output type that is given as a name or as a NumPy, ml_dtypes or PyTorch dtype.
+
+    None means `DEFAULT`.
 
     Raises:
         DtypeError: `dtype` is not one of `OUTPUT_TYPES`.

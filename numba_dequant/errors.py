@@ -18,7 +18,7 @@ class UnknownFormatError(NumbaDequantError, LookupError):
 
 
 class DataError(NumbaDequantError, ValueError):
-    """Compressed data that is not bytes in memory, or not a whole number of blocks."""
+    """Data that cannot be read as bytes or as numbers, or that is not a whole number of blocks."""
 
 
 class ShapeError(NumbaDequantError, ValueError):

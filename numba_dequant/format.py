@@ -70,7 +70,7 @@ def element_of(name: str, element: Any, size: int) -> int:
     if number is None:
         raise ShapeError(f"element must be a whole number, got {shown(element)}")
     if not 0 <= number < size:
-        raise ShapeError(f"a block of {name} has elements 0 to {size - 1}, not {shown(number)}")
+        raise ShapeError(f"element must be from 0 to {size - 1} in a block of {name}, got {shown(number)}")
     return number
 
 
@@ -120,6 +120,9 @@ class Format:
             elements ``8 * run`` to ``8 * run + 7`` of the block whose bytes start at ``at``.
         factors: the same values, as products need them. None means that products round the values of `decode` to
             float16.
+
+    Raises:
+        OptionError: a field has a wrong type or value.
     """
 
     name: str
@@ -136,7 +139,7 @@ class Format:
             raise OptionError(f"name and summary must be strings, got {shown(self.name)} and {shown(self.summary)}")
         ggml_id, block_size = whole_number(self.ggml_id, 0), whole_number(self.block_size, 1)
         if ggml_id is None or ggml_id >= 2**32:
-            raise OptionError(f"{self.name}: ggml_id must be a whole number of 32 bits, got {shown(self.ggml_id)}")
+            raise OptionError(f"{self.name}: ggml_id must be from 0 to 2**32 - 1, got {shown(self.ggml_id)}")
         if block_size is None or (block_size != 1 and block_size % RUN):
             raise OptionError(f"{self.name}: block_size must be 1 or a multiple of {RUN}, got {shown(self.block_size)}")
         if not isinstance(self.layout, np.dtype) or self.layout.hasobject:
@@ -231,7 +234,7 @@ class Format:
 
     @cached_property
     def value_range(self) -> tuple[float, float]:
-        """The smallest and the largest value of an element if all float fields (the scales) are 1.
+        """The smallest and the largest finite value of an element if all float fields, such as the scale, are 1.
 
         >>> from numba_dequant import FORMATS
         >>> FORMATS["Q4_0"].value_range
@@ -304,7 +307,7 @@ class Format:
         if number % self.type_size:
             raise DataError(
                 f"{self.name} data comes in blocks of {self.type_size} bytes, but {shown(number)} bytes were given: "
-                f"{number % self.type_size} too many. Pass whole blocks."
+                f"the last {number % self.type_size} are not a whole block. Pass whole blocks."
             )
         return number // self.type_size * self.block_size
 
@@ -330,7 +333,7 @@ _formats: weakref.WeakValueDictionary[tuple[Any, ...], Format] = weakref.WeakVal
 
 
 def _key(fields: tuple[Any, ...]) -> tuple[Any, ...]:
-    # Neither the summary nor the factors, which follow from `decode`.
+    # The key has neither the summary nor the factors: formats with the same `decode` have the same values.
     return fields[:4] + fields[5:7]
 
 

@@ -6,10 +6,11 @@ On a GPU, `kernels/intrinsics_halves.py` and `kernels/intrinsics_mma.py` replace
 Eight float16 fill four registers, two in each. Their order is `PACKED`, because the mask 0x00FF00FF selects the bytes 0
 and 2 of a word of four bytes, which become the two float16 of a register.
 
-A product is computed by the 32 threads of a warp together. `multiply` is the instruction ``mma.sync.m16n8k16``, twice:
-16 rows of weights times up to 8 columns, over 32 elements. Thread `lane` of a warp holds eight elements of row
-``lane // 4``, eight of row ``lane // 4 + 8``, eight of column ``lane // 4``, and the results of these two rows in the
-columns ``2 * (lane % 4)`` and ``2 * (lane % 4) + 1``. The threads with the same ``lane % 4`` hold the same elements.
+A product is computed by the 32 threads of a warp together. For every 8 columns, `multiply` executes the instruction
+``mma.sync.m16n8k16`` twice: 16 rows of weights times 8 columns, over 32 elements. Thread `lane` of a warp holds eight
+elements of row ``lane // 4``, eight of row ``lane // 4 + 8``, eight of column ``lane // 4``, and the results of these
+two rows in the columns ``2 * (lane % 4)`` and ``2 * (lane % 4) + 1``. Threads with the same ``lane % 4`` hold elements
+with the same numbers.
 """
 
 from __future__ import annotations
@@ -267,7 +268,7 @@ def multiply(sums: Any, upper: Any, lower: Any, x: Any, at: int, step: int, thre
 
 
 def multiply_panel(sums: Any, upper: Any, lower: Any, x: Any, at: int, thread: int) -> NDArray[np.float32]:
-    """Begin to add the products of 64 rows and 64 or 128 columns over 32 elements; four warps call this together.
+    """Begin to add the products of 64 rows and 32, 64 or 128 columns over 32 elements; four warps call this together.
 
     The results may be read after `wait_for_panels`. Until then, the elements must stay as they are.
 
@@ -310,15 +311,16 @@ def make_barrier(tile: Any, at: int) -> None:
 
 
 def begin_copy(tile: Any, at: int, data: Any, address: int, n_bytes: int, barrier: int) -> None:
-    """Begin to copy many bytes to byte `at` of `tile`, for which threads can wait at the barrier; one thread calls it.
+    """Begin to copy `n_bytes` bytes to byte `at` of `tile`; one thread calls this.
 
-    All numbers of bytes, and `address`, counted from `address_of` the data, are multiples of 16.
+    The bytes start at `address`, which is counted from `address_of` the data. Threads can wait for them at the barrier
+    that starts at byte `barrier`. `at`, `address` and `n_bytes` are multiples of 16.
     """
     tile.view(np.uint8)[at : at + n_bytes] = data.view(np.uint8)[address : address + n_bytes]
 
 
 def wait_for_copy(tile: Any, barrier: int, parity: int) -> None:
-    """Wait for a copy at a barrier; `parity` is 0 for its first copy, then 1 and 0 in turn."""
+    """Wait for a copy at a barrier. `parity` is 0 for the first copy there, 1 for the second, then 0 again."""
 
 
 def multiply_sums(
@@ -395,12 +397,18 @@ def add_stored_sums(sums: Any, data: Any, at: int, step: int) -> NDArray[np.floa
 
 
 def raise_flag(flags: Any, index: int) -> None:
-    """Set a uint32 in device memory to 1. Whoever sees it also sees what this thread block wrote before a barrier."""
+    """Set a uint32 in device memory to 1.
+
+    A thread that reads the 1 also sees what this thread block wrote before its last barrier.
+    """
     flags.view(np.uint32)[index] = 1
 
 
 def wait_for_flag(flags: Any, index: int) -> None:
-    """Wait until a flag is raised. Here it must be, because thread blocks run one after the other."""
+    """Wait until a flag is raised.
+
+    In the simulator, it must be raised already, because thread blocks run one after the other.
+    """
     if not flags.view(np.uint32)[index]:
         raise RuntimeError("a thread block waits for one that has not run")
 
@@ -445,7 +453,7 @@ def wait_for_groups(n: int) -> None:
 
 
 def address_of(data: Any) -> int:
-    """The address of the first byte; 0 here."""
+    """The address of the first byte. In plain Python it is 0, because arrays are indexed by bytes there."""
     return 0
 
 

@@ -102,7 +102,10 @@ class Torch:
             target.copy_(array)
 
     def host_array(self, array: Any) -> NDArray[Any]:
-        """A CPU tensor as a NumPy array of integers of the same item size, without a copy.
+        """A CPU tensor as a NumPy array of integers of the same item size.
+
+        Elements for which NumPy has no integer keep their type. The memory is shared; only a conjugate or negative view
+        is copied.
 
         Raises:
             DataError: the tensor has no memory on the CPU.
@@ -128,7 +131,8 @@ class Torch:
         A leaf that requires gradients, such as a parameter, is accepted, as in `load_state_dict`.
 
         Raises:
-            OutputError: the tensor has no memory on the CPU, or another dtype.
+            OutputError: the tensor has no memory on the CPU, has another dtype, or is the result of a computation that
+                keeps gradients.
         """
         try:
             with self._as_plain(array):

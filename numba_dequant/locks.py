@@ -19,7 +19,7 @@ class CompileLock:
     """
 
     PATIENCE = 5.0
-    """Seconds that a fork waits; compiling one format takes about one."""
+    """Maximum number of seconds that a fork waits. Compiling one format takes about one second."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()

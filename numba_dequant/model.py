@@ -96,7 +96,10 @@ class Model:
 
     @property
     def n_bytes(self) -> tuple[int, int]:
-        """The size of all files in bytes when they were opened, and their size when they are complete."""
+        """Bytes of all files up to the end of their last tensors: those that existed at `open`, and all of them.
+
+        Missing shards are not counted.
+        """
         return self._file.n_bytes_here, self._file.n_bytes
 
     @property
@@ -151,7 +154,7 @@ class Model:
                 and the number of cores, at most 12, for a GPU.
 
         Returns:
-            A result as from `dequantize`, of the tensor's shape, or a `QuantizedTensor`.
+            A result as from `dequantize`, with the shape of the tensor or of its `rows`; or a `QuantizedTensor`.
 
         Raises:
             TensorNotFoundError: the file has no such tensor.
@@ -159,7 +162,7 @@ class Model:
             DtypeError, OutputError, OptionError: another argument is wrong. Nothing has been read.
             GgufError: the file ends before the end of the tensor.
             ReadError: the file cannot be read, or has changed since it was opened.
-            DeviceError: there is no such device, or not enough memory.
+            DeviceError: `device` or `stream` cannot be used, or there is not enough memory.
         """
         output = output_type(dtype, None, out)
         kept = flag_option("keep_quantized", keep_quantized)
@@ -222,13 +225,15 @@ class Model:
                 notebook.
             out: name -> array to write to, for some or all tensors, such as the `state_dict` of a PyTorch module. The
                 arrays must not share memory.
-            keep_quantized: as for `load`.
-            threads: as for `load`.
+            keep_quantized: as for `load`. With `plan`, it applies only to formats with blocks: a tensor of F32, F16,
+                BF16, F64 or integers is loaded as values.
+            threads: as for `load`. With `plan`, all devices share these threads.
             callback: function that is called with a `Progress`, in this thread, at most ten times a second. An
                 exception from it stops the load.
             plan: a `numba_dequant.parallel.Plan`, or a function that takes this model and returns one. It says which
-                device holds what: the first rank is the first of the list `device`. What several devices need is read
-                once, and is copied between them compressed. `select`, `out` and `stream` cannot be combined with it.
+                device holds what: rank 0 is the first device of the list `device`. Data that several devices need is
+                read once, and is copied between them compressed; each device reads tensors of less than 1 MiB itself.
+                `select`, `out` and `stream` cannot be combined with it.
 
         Returns:
             name -> result as from `load`, in file order. With `plan`, a list of these: one for each device.
@@ -236,7 +241,7 @@ class Model:
         Raises:
             TensorNotFoundError: a name or a pattern matches no tensor, or `out` has the name of a tensor that is not
                 loaded.
-            DtypeError: no pattern in `dtype` matches a tensor.
+            DtypeError: there is no such output type, or no pattern in `dtype` matches a tensor.
             OutputError, OptionError: `out` or another argument is wrong. Nothing has been read.
             GgufError, ReadError, DeviceError: as for `load`. Nothing is returned, but outputs may have changed.
         """
@@ -298,8 +303,9 @@ class Model:
         >>> for name, tensor in model.stream("blk.*", device="cpu"):                       # doctest: +SKIP
         ...     print(name, tensor.shape)
 
-        `prefetch` is the maximum number of tensors to read ahead, 0 or more. With `plan`, it is the number of batches
-        of 64 MiB, and at least 1. All other arguments are as for `load_all`.
+        `prefetch` is the maximum number of tensors to read ahead, 0 or more. With `plan`, tensors are read in batches,
+        one batch ahead; a batch has at most `prefetch` times 64 MiB for each device, where 0 counts as 1, or one
+        tensor. All other arguments are as for `load_all`.
 
         Returns:
             An iterator over (name, result as from `load`), in file order. With `plan`, the second is a list with a part
@@ -328,12 +334,14 @@ class Model:
                 in the other byte order is read into memory anyway.
 
         Returns:
-            A new uint8 array of one dimension; for a model in memory, a read-only view.
+            A uint8 array of one dimension: a new array, or a read-only map with `mmap`. For a model in memory, it is a
+            read-only view, unless the model has the other byte order.
 
         Raises:
             TensorNotFoundError: the file has no such tensor.
             GgufError: the file ends before the end of the tensor.
             ReadError: the file cannot be read, or has changed since it was opened.
+            OptionError: `mmap` is not True or False.
             DeviceError: there is not enough memory.
         """
         tensor = tensor_named(self.tensors, name)
@@ -426,7 +434,7 @@ def open(source: Any, *, offset: int = 0, allow_truncated: bool = False, orig_sh
         A `Model`.
 
     Raises:
-        GgufError: the file is not a valid GGUF file.
+        GgufError: the file is not a valid GGUF file, is not the first shard of a split, or a shard is missing.
         MissingFileError: the file does not exist.
         ReadError: the file cannot be read.
         OptionError: an argument has a wrong type or value.

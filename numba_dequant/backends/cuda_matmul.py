@@ -34,7 +34,7 @@ class _Operand:
 
     Attributes:
         name: the name of the argument.
-        array: the array, until its library need not know any more that the call uses it; then None.
+        array: the array. None after a NumPy array or another buffer on the host has been copied to the GPU.
         host: the elements, if they are on the host and must be copied to the GPU.
         on_gpu: the memory on the GPU; None until the elements are there.
     """

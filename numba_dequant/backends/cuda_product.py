@@ -33,16 +33,19 @@ EXPERT_COLUMNS = 8
 """Columns that a kernel multiplies at a time if there are experts."""
 
 MOST_COLUMNS = 128
-"""Maximum number of columns for kernels that multiply blocks. With more, dequantizing first and cuBLAS is faster."""
+"""With more columns, it is faster to dequantize the weight first and to multiply with cuBLAS."""
 
 FEW_COLUMNS = 16
 """With more columns, the tensor cores of compute capability 9.0 read the columns from shared memory."""
 
 ROWS_OF_PROCESSOR = 48
-"""Minimum rows per multiprocessor for more than 32 columns on other GPUs, where thread blocks do not share rows."""
+"""With more than 32 columns and fewer rows per multiprocessor, cuBLAS is faster too, except on compute capability 9.0.
+
+On other GPUs, thread blocks do not share the work of a row.
+"""
 
 LEAST_PARTS = 2
-"""Parts of 256 elements that a thread block at least has, if thread blocks share rows."""
+"""Minimum parts of 256 elements for each thread block, if thread blocks share the work of a row."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,7 @@ def _multiply_wide(
 
 
 def has_panels(gpu: Gpu) -> bool:
-    """Whether the tensor cores read columns from shared memory. Later GPUs do it with other instructions."""
+    """Whether the tensor cores can read the columns from shared memory. Later GPUs have other instructions for it."""
     return gpu.capability == (9, 0)
 
 

@@ -101,7 +101,7 @@ class Gpu:
 
     @cached_property
     def shared_memory(self) -> int:
-        """Bytes of shared memory that a thread block can have."""
+        """Maximum bytes of shared memory of a thread block."""
         return self._attribute(driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
 
     def _attribute(self, attribute: Any) -> int:
@@ -225,9 +225,9 @@ class Gpu:
         _check(driver.cuMemcpyDtoDAsync(target, pointer, n_bytes, stream))
 
     def copy_columns(self, target: int, width: int, pointer: int, step: int, n_rows: int, stream: int) -> None:
-        """Queue a copy of `width` bytes of each row to `target`, one after the other.
+        """Queue a copy of `width` bytes of each of `n_rows` rows to `target`, where they follow one another.
 
-        The rows are `step` bytes long and may be on another GPU. The first columns are at `pointer`.
+        The rows are `step` bytes long and may be on another GPU. The bytes of the first row start at `pointer`.
         """
         copy = driver.CUDA_MEMCPY2D()
         copy.srcMemoryType = copy.dstMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_UNIFIED
@@ -236,7 +236,10 @@ class Gpu:
         _check(driver.cuMemcpy2DAsync(copy, stream))
 
     def open_to(self, other: Gpu) -> None:
-        """Let another GPU copy from this one without a detour by the host, if the machine can do that."""
+        """Let another GPU copy directly from this one, if the machine can do that.
+
+        Otherwise, the copies go through the host.
+        """
         if other is self or other.index in self._open_to:
             return
         code, is_possible = driver.cuDeviceCanAccessPeer(other.index, self.index)
@@ -347,7 +350,8 @@ class Gpu:
         """Let one stream wait for the work now queued on another. The host waits only during a capture.
 
         Raises:
-            DeviceError: `awaited` is capturing a CUDA graph, and `waiting` is not part of it.
+            DeviceError: `awaited` is capturing a CUDA graph, and `waiting` is not part of it; or one of them is the
+                legacy default stream, and a blocking stream is capturing.
         """
         if waiting == awaited:
             return
@@ -372,7 +376,10 @@ class Gpu:
             raise DeviceError(f"a CUDA graph is being captured on this stream, and {reason}")
 
     def keep_until_done(self, stream: int, array: Any) -> None:
-        """Keep an array alive until a stream has done the work now queued. A later call drops it."""
+        """Keep an array alive until a stream has done the work now queued. A later call of this method drops it.
+
+        During a capture, this does nothing: the owner of the graph must keep the array.
+        """
         if is_capturing(stream):
             return
         done = []
@@ -472,7 +479,7 @@ def timed_event() -> EventOptions:
 
 
 _kept: deque[tuple[Event, Any]] = deque()
-"""Arrays that streams still use, each with the event after which they do not, oldest first."""
+"""Arrays that streams may still use, oldest first. After the event of an array, no stream uses it."""
 
 _kept_lock = threading.Lock()
 

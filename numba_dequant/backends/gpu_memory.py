@@ -88,7 +88,7 @@ class PoolMemory:
                         self._wait_for_others()
                     self.buffer.close()
                     return
-            # If it were freed now, the graph would contain this.
+            # If it were freed now, the graph would contain the freeing.
             later = PoolMemory(self.buffer, self.gpu, self.stream, self._keeper)
             later._others = self._others
             _freed_in_capture.append(later)

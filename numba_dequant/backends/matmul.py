@@ -165,7 +165,7 @@ def _type_of_output(out: Any) -> str | None:
 
 
 def float_type(dtype: np.dtype[Any], name: str) -> str:
-    """The name of the type of an argument. Raises DtypeError if it is not one of the output types."""
+    """The name of the type of an argument. Raises DtypeError if it is not one of `PRODUCT_TYPES`."""
     if dtype.name in PRODUCT_TYPES and dtype.isnative:
         return dtype.name
     actual = dtype.name if dtype.isnative else f"{dtype.name} of the other byte order"
@@ -186,7 +186,7 @@ def host_argument(array: Any, name: str) -> NDArray[Any]:
 
     Raises:
         DataError: it is not an array on the host.
-        DtypeError: it is `x` or the bias, and its elements are not of an output type.
+        DtypeError: it is `x` or the bias, and the type of its elements is not one of `PRODUCT_TYPES`.
     """
     try:
         return host_array(array) if name == "weight" else _host_floats(array, name)

@@ -22,10 +22,10 @@ WARPS = (4, 5, 6, 7, 8)
 """Warps of a thread block."""
 
 WARPS_OF_WAVE = (8, 10)
-"""The same, if all thread blocks run at once; see `_shape_of_one_column`."""
+"""Warps of a thread block, if all thread blocks run at once; see `_shape_of_one_column`."""
 
 WAVE = 2
-"""Thread blocks of one product that a multiprocessor runs at once, if there are no more."""
+"""If there are at most this many tiles for each multiprocessor, all thread blocks of a product run at once."""
 
 RESERVED = 1024
 """Bytes of shared memory that CUDA reserves for each thread block."""
@@ -43,15 +43,18 @@ BYTES_OF_LIGHT_TABLE = 1536
 """Bytes of a table that each thread block can copy for one tile."""
 
 MANY_TILES = 2048
-"""Number of tiles from which thread blocks with memory for one chunk are faster: more of them fit into an SM."""
+"""With at least this many tiles, thread blocks with memory for one chunk are faster.
+
+More of them fit on a multiprocessor.
+"""
 
 
 def launch_size(gpu: Gpu, fmt: Format, shape: ProductShape, tiles: int, n_elements: int) -> tuple[int, int]:
     """The number of thread blocks for `tiles` tiles, and the bytes of shared memory of each.
 
-    If all thread blocks run at once, they take so much memory that none of the next product can start beside two of
-    this one. Otherwise a multiprocessor that has one of the next product would get fewer of the one after that, and
-    others more. All would wait for those.
+    If all thread blocks of a product of one column run at once, each takes so much shared memory that a multiprocessor
+    holds only `shape.resident` of them. So no thread block of the next product starts beside them. If one did, the
+    multiprocessors would later run different numbers of thread blocks, and all would wait for those with the most.
     """
     n_bytes = shared_bytes(fmt, shape, n_elements)
     is_one_column = shape.columns == 1 and shape.overlaps
@@ -72,8 +75,8 @@ def launch_size(gpu: Gpu, fmt: Format, shape: ProductShape, tiles: int, n_elemen
 def product_shape(gpu: Gpu, fmt: Format, tiles: int, n_elements: int, columns: int, is_aligned: bool) -> ProductShape:
     """The fastest shape for `tiles` tiles of 16 rows, and `columns` columns.
 
-    If possible, a thread block takes only half of the shared memory, so that another one, perhaps of the next product,
-    can start.
+    If possible, a thread block takes at most half of the shared memory, so that a multiprocessor can run two of them.
+    The second may belong to the next product.
     """
     overlaps = gpu.capability >= (9, 0)
     if columns == 1 and overlaps:
@@ -119,7 +122,7 @@ def _shape_of_one_column(gpu: Gpu, fmt: Format, tiles: int, n_elements: int, is_
         return shape if fits(shape, WAVE) else None
     warps = _warps(n_elements, 2, 1)
     ahead = ProductShape(warps, 2, 2, 1, is_aligned, overlaps=True)
-    # Formats with blocks of 32 need more registers than three thread blocks leave each other.
+    # Formats with blocks of fewer than 256 elements need more registers than each of three thread blocks can have.
     three = ProductShape(warps, 1, 2, 1, is_aligned, overlaps=True, resident=3)
     if fits(three, 3) and (fmt.block_size == PART or not fits(ahead, 2)):
         return three

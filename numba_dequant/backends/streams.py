@@ -104,7 +104,7 @@ def memory_of(array: Any, call: CallStream) -> DeviceBytes:
 
 
 def release(call: CallStream, *, data: Any = None, out: Any = None) -> None:
-    """Let everything wait for the call that later uses its arrays, or their memory after they are dropped."""
+    """Order later uses of the arrays after the call, and also uses of their memory after the arrays are dropped."""
     for array in (data, out):
         if array is None:
             continue

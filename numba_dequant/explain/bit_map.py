@@ -22,7 +22,7 @@ ROUND = 1024
 """Random blocks of each later round."""
 
 SIGHTINGS = 50
-"""How often the rarest effect of a bit must be seen before its search ends; some effects are rare."""
+"""How often each effect of a bit must be seen before the search for its effects ends; some effects are rare."""
 
 IDLE_ROUNDS = 4
 """Rounds after which a bit without a visible effect counts as having none."""
@@ -138,7 +138,7 @@ def value_range(
 
 
 def _climb(blocks: NDArray[Any], bits: list[int], element: int, sign: int, dequantize: Dequantize) -> float:
-    """The largest `sign * value` of an element that flips of these bits lead to."""
+    """The largest `sign * value` of an element that flips of these bits reach."""
 
     def height(blocks: NDArray[Any]) -> NDArray[np.float64]:
         values = bits_of(dequantize, blocks).view(np.float32)[:, element].astype(np.float64)

@@ -143,7 +143,10 @@ def format_named(name: Any) -> Format:
             return _format_spelled(name.name, name)
         named = _spelled(name.name)
         if named is not None and named.ggml_id != ggml_id:
-            raise UnknownFormatError(f"{shown(name)} has the name of {named.name}, but its id is {named.ggml_id}")
+            raise UnknownFormatError(
+                f"{shown(name)} has the name of {named.name}, whose ggml id is {named.ggml_id}, not {shown(ggml_id)}; "
+                "pass the name or the id"
+            )
     if not 0 <= ggml_id < 2**32:
         raise UnknownFormatError(
             f"a ggml id is a number from 0 to 2**32 - 1, got {shown(ggml_id)}; pass the id or the name of a format"

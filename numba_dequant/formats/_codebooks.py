@@ -1,9 +1,9 @@
 """The codebooks of the IQ and FP4 formats, and how their signs are packed.
 
 A grid is a table of points. A point is four or eight values, packed in one integer, the first value in the lowest byte.
-Each value is one of a few levels, so every possible point has a number: its values are the digits, the first value the
-lowest. GGML sorts each grid by this number. A grid is therefore stored as one bit per possible point: 1 if the point is
-in the grid. The lowest bit of the first byte is point 0.
+Each value is one of a few levels, so every possible point has a number: the levels of its values are the digits, that
+of the first value the lowest. GGML sorts each grid by this number. A grid is therefore stored as one bit per possible
+point: 1 if the point is in the grid. The lowest bit of the first byte is point 0.
 
 Source: GGML, the tables `iq..._grid`, `kvalues_...` and `ksigns_iq2xs` in ggml-common.h. The bits were computed from
 the same grids in gguf-py's quants.py.
@@ -53,8 +53,8 @@ def even_signs(seven: int) -> int:
 def signed_nibbles(grid: LookupTable) -> NDArray[np.int32]:
     """A table for `even_signs` and a grid of 8 values of at most four levels, with a nibble for each value.
 
-    The points come first. In their nibbles, bits 0 and 1 are the number of the level. Then come the 128 possible signs,
-    in bit 2.
+    The points come first. In their nibbles, bits 0 and 1 are the number of the level. Then come the 128 combinations of
+    signs. In their nibbles, bit 2 is 1 for minus.
     """
     values = grid.items.view(np.int8).reshape(len(grid.items), 8)
     levels = np.unique(values, return_inverse=True)[1].reshape(values.shape)
@@ -98,7 +98,7 @@ IQ2_XXS_GRID = _grid(
 """256 points of 8 values."""
 
 IQ2_SIGNED_LEVELS = LookupTable(np.array([8, 25, 43, 0, -8, -25, -43, 0], np.int8))
-"""The values of these grids by number, then the same negated."""
+"""The levels of the IQ2 grids by their numbers, then the same negated. Numbers 3 and 7 are not used."""
 
 IQ2_XS_GRID = _grid(
     _IQ2_LEVELS,

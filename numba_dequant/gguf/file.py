@@ -56,6 +56,7 @@ def open_gguf(source: Any, *, offset: int = 0, allow_truncated: bool = False, or
         MissingFileError: the file does not exist.
         ReadError: the file cannot be read.
         OptionError: an argument has a wrong type or value.
+        DataError: the contents of a file are not contiguous bytes.
     """
     offset = whole_option("offset", offset, 0)
     allow_truncated = flag_option("allow_truncated", allow_truncated)
@@ -75,7 +76,11 @@ def open_gguf(source: Any, *, offset: int = 0, allow_truncated: bool = False, or
 def _join_given(sources: Sequence[Any], offset: int, *, allow_truncated: bool) -> GgufFile:
     """Join the shards in a list, given in any order."""
     if not sources or offset:
-        raise OptionError("offset is for one file, not for a list" if offset else "the list of shards is empty")
+        raise OptionError(
+            "offset is for one file, not for a list; omit offset"
+            if offset
+            else "the list of shards is empty; pass the paths or the contents of all shards"
+        )
     for each in sources:
         if isinstance(each, (list, tuple)):
             raise OptionError("a list of shards holds paths or bytes, not lists")

@@ -30,7 +30,7 @@ MAX_KEY = 65535
 """Maximum bytes of a key or a tensor name."""
 
 MAX_STRING = 1 << 26
-"""Maximum bytes of a string. A chat template has thousands, a vocabulary as JSON some millions."""
+"""Maximum bytes of a string. A chat template has thousands of bytes, and a vocabulary as JSON some millions."""
 
 UINT32, BOOL, STRING, ARRAY = 4, 7, 8, 9
 
@@ -83,7 +83,7 @@ class Cursor:
     def need(self, n_bytes: int, field: str, at: int, found: object) -> None:
         """Check that `n_bytes` more bytes exist, before anything is read or allocated for them."""
         if n_bytes > self.left:
-            reason = f"{field.format(self.subject)}: {n_bytes} more bytes are needed, but the file has only {self.left}"
+            reason = f"{field.format(self.subject)}: {n_bytes} more bytes are needed, but only {self.left} are left"
             self.fail(field, at, found, f"at most {self.left} bytes", reason + INCOMPLETE)
 
     def take(self, n_bytes: int, field: str) -> bytes:

@@ -77,9 +77,9 @@ class LongString:
 class MetadataArray(list[Any]):
     """A read-only list: an array of the metadata, read from the file on access.
 
-    Reading an item or a slice reads only that from the file. After several such accesses, an array of up to
-    `MAX_KEPT_ITEMS` items is read whole and kept. Operations on all items, such as iterating, do so at once. Strings
-    keep their NULs; invalid UTF-8 becomes U+FFFD.
+    Access to an item or a slice decodes only that. In an array of strings, the strings before it are passed over. After
+    several such accesses, an array of up to `MAX_KEPT_ITEMS` items is read whole and kept. An operation on all items,
+    such as iterating, always reads the whole array and keeps it. Strings keep their NULs; invalid UTF-8 becomes U+FFFD.
 
     `json.dumps` accepts it. orjson and ujson read the memory of a list directly: pass them `to_list()`.
 
@@ -108,6 +108,7 @@ class MetadataArray(list[Any]):
         Raises:
             GgufError: the file has changed.
             ReadError: the file cannot be read.
+            DeviceError: there is not enough memory.
         """
         return list(self._all())
 

@@ -1,7 +1,7 @@
 """The source of a GGUF file's bytes, a file on disk or memory, and the detection of changes.
 
-Files are read, not mapped, because truncating a mapped file ends the process. Every file is opened by `open_regular`,
-so that a pipe or a device raises an error instead of blocking.
+Files are read. They are mapped only for `Model.read(mmap=True)`, because access to the map of a truncated file ends the
+process. Every file is opened by `open_regular`, so that a pipe or a device raises an error instead of blocking.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ ADVICE = {
 USUAL_ADVICE = "; check the disk, or copy the file again"
 
 LONGEST_WRITE = 2_000_000_000
-"""Nanoseconds after which a time stamp is trusted: it is set before the bytes are written, in steps of up to 2 s."""
+"""Nanoseconds after which a time stamp is trusted.
+
+A write sets the time stamp before it writes the bytes, and some file systems store time stamps in steps of 2 s.
+"""
 
 FILE_TYPES = (
     (stat.S_ISDIR, "a directory"),
@@ -110,7 +113,7 @@ def _open_at_once(path: str, flags: int) -> int:
 
 def _check_regular(mode: int) -> None:
     if not stat.S_ISREG(mode):
-        name = next((name for is_type, name in FILE_TYPES if is_type(mode)), "not a regular file")
+        name = next((name for is_type, name in FILE_TYPES if is_type(mode)), "a special file")
         raise NotRegularFileError(errno.EINVAL, f"it is {name}, not a file")
 
 

@@ -75,14 +75,14 @@ class TensorTable(Mapping[str, TensorInfo]):
         except (KeyError, TypeError):
             near = self._near(name) if isinstance(name, str) else []
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise TensorNotFoundError(f"there is no tensor {shown(name)} among {len(self)}{hint}") from None
+            raise TensorNotFoundError(f"there is no tensor {shown(name)} among the {len(self)} tensors{hint}") from None
 
     def _near(self, name: str) -> list[str]:
         if len(name) > COMPARED_CHARACTERS:
             return []
         names = [each for each in islice(self._tensors, MAX_COMPARED) if len(each) <= COMPARED_CHARACTERS]
         if len(names) > COMPARED_NAMES:
-            # One difference does not move the characters before it, or, counted from the end, those after it.
+            # Those with the most characters in the same places, counted from the start and from the end.
             backward = name[::-1]
             names = heapq.nlargest(
                 COMPARED_NAMES, names, lambda each: sum(map(eq, each, name)) + sum(map(eq, each[::-1], backward))

@@ -1,6 +1,6 @@
 """Compiles kernels to cubins, with numba-cuda and the CUDA toolkit; no GPU is needed.
 
-The results are cubins, cached on disk. A driver that is older than the toolkit loads its cubins, but refuses its PTX.
+The cubins are cached on disk. A driver that is older than the toolkit loads its cubins, but refuses its PTX.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class KernelSpec(NamedTuple):
         maker: "module.function" in this folder, which creates the kernel; imported only if there is no cached code.
         options: the arguments of `maker`.
         parameters: the types of the kernel's parameters: "data", "table" or "number".
-        bounds: the number of threads of a thread block, and how many of them a multiprocessor must have registers for.
-            None means any.
+        bounds: the number of threads of a thread block, and the number of thread blocks that a multiprocessor must have
+            registers for. None means any.
         is_architecture_specific: whether it uses instructions that later compute capabilities do not have.
     """
 
@@ -155,7 +155,7 @@ def cubin(kernel: KernelSpec, capability: tuple[int, int]) -> tuple[str, bytes]:
             )
         except Exception as error:
             reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-            raise DeviceError(f"the CUDA toolkit cannot compile {label} for this GPU: {reason}") from error
+            raise DeviceError(f"the CUDA toolkit cannot compile {label}: {reason}") from error
         if kernel.is_kept:
             disk_cache.write(entry, kept)
     name, code = kept.split(b"\0", 1)

@@ -304,7 +304,7 @@ def _bits_of_floats(builder: ir.IRBuilder, values: Any) -> Any:
 ROUNDS: dict[str, Emit] = {"float32": _bits_of_floats}
 """For output types, the rounding that targets share: <8 x float> -> <n x i32>, the rounded values in order.
 
-Make the words of words. A GPU would store a vector of bytes, seen as words, in several pieces.
+Build the words from words. A GPU would store a vector of bytes that is bitcast to words in several pieces.
 """
 
 

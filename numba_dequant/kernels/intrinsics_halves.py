@@ -1,6 +1,6 @@
 """The primitives of `halves.py` that make, load and store float16, on Numba's CUDA target.
 
-They need compute capability 8.0 or higher, as those of `intrinsics_mma.py`.
+They need compute capability 8.0 or higher.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from numba_dequant.kernels.intrinsics_cuda import (
 from numba_dequant.kernels.numba_cuda import extending
 
 MAGIC = 0x64006400
-"""Two float16 of 1024, whose lowest mantissa bit is 1: a number below 1024 in these bits is added to it."""
+"""Two float16 of 1024. If the ten bits of their mantissas are set to a number n, they become 1024 + n."""
 
 
 class EightHalves(types.Type):
@@ -77,7 +77,7 @@ def _twice(builder: ir.IRBuilder, half: Any) -> Any:
 
 
 def _integer_pair(builder: ir.IRBuilder, number: Any) -> Any:
-    """An integer from -512 to 511 as two equal float16: insert it into 1536, then subtract 1536."""
+    """An integer from -512 to 511 as two equal float16: add it to the mantissa of 1536, then subtract 1536."""
     # A multiplication copies it to both halves, in a pipe that has less to do than that of shifts and masks.
     both = builder.mul(builder.add(number, WORD(0x6600)), WORD(0x00010001))
     return _pair(builder, "sub.rn.f16x2", both, WORD(0x66006600))
@@ -95,7 +95,7 @@ def _power_pair(builder: ir.IRBuilder, shift: Any) -> Any:
 
 
 def _halves_of_bytes(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-    """Insert each byte below 1024, two at a time, then subtract 1024 + `centre`."""
+    """Insert each byte into the mantissa of 1024, two at a time, then subtract 1024 + `centre`."""
     eight, centre = arguments
     bias = _constant_pair(builder, builder.add(centre, WORD(1024)))
     words = []
@@ -113,7 +113,7 @@ def _mask_or(builder: ir.IRBuilder, word: Any, mask: Any) -> Any:
 
 
 def _raised_fields(builder: ir.IRBuilder, eight: Any, shift: Any, width: Any) -> list[Any]:
-    """The fields of eight bytes below 1024, times 2**shift."""
+    """1024 + field * 2**shift, as float16, for the fields of eight bytes."""
     one = builder.shl(WORD(0x00010001), width)
     mask = builder.shl(builder.sub(one, WORD(0x00010001)), shift)
     parts = [part for four in _low_and_high(builder, eight) for part in (four, builder.lshr(four, WORD(8)))]
@@ -161,7 +161,7 @@ def _halves_of_nibbles(context: Any, builder: ir.IRBuilder, signature: Any, argu
 
 
 def _halves_of_pairs(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-    """Number k moves to the lower half of a word, and number k + 2 to the upper half, without moving either by bits."""
+    """A shift by 12 puts number k + 2 into the upper half of a word, at the bits of number k in the lower half."""
     two, centre = arguments
     two = builder.and_(two, WORD(0xFFFF))
     spread = builder.or_(two, builder.shl(two, WORD(12)))
@@ -222,8 +222,9 @@ RAISED_BY = 0x64806480
 def _raised_items(builder: ir.IRBuilder, table: LookupTable, four: Any) -> list[Any]:
     """Eight items plus 1152, for the eight nibbles of a word.
 
-    A byte permutation looks up four nibbles of 16 bits among eight bytes; two and a choice make 16 bytes. The table is
-    128 too large, so that its items are unsigned and can be inserted below 1024.
+    A byte permutation takes the four nibbles of 16 bits, and looks up each among eight bytes. For a table of 16 bytes,
+    there are two permutations, and a third that chooses between their results. 128 is added to the items, so that they
+    are unsigned and fit into the mantissa of 1024.
     """
     entries = [WORD(word) for word in (table.items.view(np.uint8) ^ 0x80).view("<u4").tolist()]
     within_half, which_half = four, four
@@ -283,7 +284,7 @@ def _halves_with_bits(context: Any, builder: ir.IRBuilder, signature: Any, argum
 
 
 def _byte_as_halves(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-    """Insert the byte into 1536, twice; `index` is constant where this is used."""
+    """Insert the byte into the mantissa of 1536, twice, then subtract. `index` is constant where this is used."""
     eight, index, centre = arguments
     low, high = _low_and_high(builder, eight)
     four = builder.select(builder.icmp_unsigned("<", index, WORD(4)), low, high)

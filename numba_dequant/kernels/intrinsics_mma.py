@@ -1,6 +1,7 @@
 """The primitives of `halves.py` that many threads execute together, or that copy, on Numba's CUDA target.
 
-They need compute capability 8.0 or higher.
+They need compute capability 8.0 or higher. Those for copies with a barrier and for kernels that overlap need 9.0 or
+higher. Those for panels use `wgmma`, which only compute capability 9.0 has.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def _store_sums(context: Any, builder: ir.IRBuilder, signature: Any, arguments: 
 def _add_stored_sums(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
     sums, data, at, step = arguments
     start = builder.add(builder.ptrtoint(intrinsics.data_pointer(context, builder, signature.args[1], data), LONG), at)
-    # All loads are begun before the first sum. They pass by the L1 cache, which does not see other multiprocessors.
+    # All loads are begun before the first sum. They bypass the L1 cache, which does not see other multiprocessors.
     function = ir.FunctionType(FLOAT, [LONG])
     others = [
         builder.asm(
@@ -322,7 +323,10 @@ def _shared(context: Any, builder: ir.IRBuilder, numba_type: Any, tile: Any, at:
 
 
 MOST_PIECES = 40
-"""A chunk of 512 weights with 9.125 bits each, and its start within 16 bytes, in pieces for four threads."""
+"""Maximum 16-byte pieces of a chunk, a multiple of four.
+
+A chunk has at most 512 weights of 9.125 bits, and up to 15 bytes of a piece precede it.
+"""
 
 
 def _plain_effect(text: str) -> intrinsics.Codegen:

@@ -39,7 +39,8 @@ class LaunchShape:
 def launch_shape(name: str, fmt: Format) -> LaunchShape:
     """The launch shape of the mapping `name` for a format.
 
-    ``"tile"``: a thread block computes a tile of consecutive quant blocks, 4096 elements. This is the fast mapping.
+    ``"tile"``: a thread block computes a tile of consecutive quant blocks, at least 4096 elements. This is the fast
+    mapping.
     ``"block"``: a thread block computes one quant block. This is the simple mapping.
 
     Raises:

@@ -67,7 +67,7 @@ def make_product_kernel(fmt: Format, dtype: str, bias: str | None, shape: Produc
 
     Its parameters:
 
-    * data: the blocks.
+    * data: the blocks, row after row.
     * n_rows: number of rows.
     * row_bytes, n_groups: bytes of a row, and its number of groups of 32 elements.
     * x: the columns as `make_prepare_kernel` writes them, or one column of float16.

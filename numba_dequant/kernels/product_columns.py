@@ -36,7 +36,7 @@ float32: Any = np.float32
 def make_prepare_kernel(fmt: Format, dtype: str, overlaps: bool = False, panel: int = 0) -> Callable[..., None]:
     """The kernel ``prepare(x, n_columns, n_groups, out, powers, n_flags)``.
 
-    A column has a thread block for each 256 runs. The kernel's parameters:
+    A column has a thread block for each 256 runs of eight elements. The kernel's parameters:
 
     * x: columns of type `dtype`, one after the other.
     * n_columns, n_groups: number of columns, and of groups of 32 elements in a column.

@@ -1,8 +1,8 @@
-"""Products of compressed weights and 32 to 128 columns, by the tensor cores of compute capability 9.0.
+"""Products of compressed weights and more than 16 columns, by the tensor cores of compute capability 9.0.
 
-``out[c, r] = sum over k of weight[r, k] * x[c, k]``. Each of eight warps has 16 rows. The threads turn the bytes into
-float16 in registers. The tensor cores read the columns from shared memory themselves, and multiply while the threads
-compute the next weights.
+``out[c, r] = sum over k of weight[r, k] * x[c, k]``. A thread block has four or eight warps, and each has 16 rows. The
+threads turn the bytes into float16 in registers. The tensor cores read the columns from shared memory themselves, and
+multiply while the threads compute the next weights. A kernel multiplies 32, 64 or 128 columns at a time.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def make_panel_kernel(fmt: Format, dtype: str, bias: str | None, shape: PanelSha
     * flags: a uint32 for each thread block, which is 0.
 
     The work is a series of parts: all parts of the first rows and the first panel of columns, then of the same rows and
-    the next panel, and so on. Each thread block takes an equal share of the series. Where a share ends within some
-    rows, the thread block that has their first part adds the results of the others, always in the same order. It waits
-    for thread blocks with a smaller number, which a GPU starts earlier.
+    the next panel, and so on. Each thread block takes an equal share of the series. If several thread blocks have parts
+    of the same rows and the same panel, the one with the first part adds the results of the others, always in the same
+    order. It waits for thread blocks with smaller numbers, which a GPU starts earlier.
 
     Args:
         fmt: the format of the weights.

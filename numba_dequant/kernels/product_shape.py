@@ -78,9 +78,9 @@ class WideShape:
     threads = 128
     columns = 64
     panel = 0
-    """The columns are prepared one after the other."""
+    """0: the columns are prepared one after the other, not in panels."""
     stages = 2
-    """The parts of all rows and columns that fit into shared memory."""
+    """Number of parts, each of all rows and columns, that are in shared memory at a time."""
     parts = 1
     """Parts of 256 elements that are copied at a time."""
 
@@ -112,7 +112,7 @@ class PanelShape:
 
     @property
     def panel(self) -> int:
-        """The columns are prepared in panels of so many: a part of all of them, then their next part, and so on."""
+        """Columns of a panel. They are prepared together: a part of each column, then the next part of each."""
         return self.columns
 
 

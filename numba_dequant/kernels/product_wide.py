@@ -1,8 +1,9 @@
-"""Products of compressed weights and 64 columns, on the tensor cores.
+"""Products of compressed weights and more than 32 columns, on the tensor cores.
 
-``out[c, r] = sum over k of weight[r, k] * x[c, k]``. Each of four warps has its own tile of 16 rows, and multiplies all
-elements of these rows. The warps share the columns: they copy the next 256 elements of each column to shared memory
-while they multiply the ones before. So a column is read from the L2 cache once for 64 rows.
+``out[c, r] = sum over k of weight[r, k] * x[c, k]``. A thread block multiplies 64 rows and 64 columns. Each of its four
+warps has its own tile of 16 rows, and multiplies all elements of these rows. The warps share the columns: they copy the
+next 256 elements of each column to shared memory while they multiply the ones before. So a column is read from the L2
+cache once for 64 rows.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def make_wide_kernel(fmt: Format, dtype: str, bias: str | None, shape: WideShape
         fmt: the format of the weights.
         dtype: the output type.
         bias: the type of the bias, if there is one.
-        shape: what is known of the rows and the GPU.
+        shape: whether the rows are aligned, and whether kernels may overlap.
     """
     overlaps, rows, width, stages, threads = shape.overlaps, shape.rows, shape.columns, shape.stages, shape.threads
     is_always_aligned = shape.is_aligned and part_bytes(fmt) % 16 == 0

@@ -59,7 +59,7 @@ def test_shape_and_out():
 
 @pytest.mark.parametrize("device", ["reference", "cpu"])
 def test_length_not_whole_blocks(device):
-    with pytest.raises(nd.DataError, match="blocks of 34 bytes, but 203 bytes were given: 33 too many"):
+    with pytest.raises(nd.DataError, match="blocks of 34 bytes, but 203 bytes were given: the last 33 are"):
         nd.dequantize(BLOCKS[:-1], "Q8_0", device=device)
 
 

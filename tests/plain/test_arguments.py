@@ -54,7 +54,7 @@ class TestFormat:
     def test_any_enumeration(self):
         kinds = enum.Enum("kinds", {"Q8_0": 8, "EIGHT": 8, "Q4_0": 3, "FAR": 8.5})
         assert format_named(kinds.Q8_0).name == "Q8_0"
-        with pytest.raises(nd.UnknownFormatError, match="has the name of Q4_0, but its id is 2"):
+        with pytest.raises(nd.UnknownFormatError, match="has the name of Q4_0, whose ggml id is 2, not 3; pass"):
             format_named(kinds.Q4_0)
         with pytest.raises(nd.UnknownFormatError):
             format_named(kinds.FAR)

@@ -111,9 +111,9 @@ def test_who_watches_python_is_not_disturbed():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((bytes(17), "Q4_0"), nd.DataError, "17 too many"),
+        ((bytes(17), "Q4_0"), nd.DataError, "the last 17 are not a whole block"),
         ((bytes(18), "Q4_0", 1), nd.ShapeError, "the data has 1 blocks of 32 elements; there is no block 1"),
-        ((bytes(18), "Q4_0", 0, 32), nd.ShapeError, "elements 0 to 31, not 32"),
+        ((bytes(18), "Q4_0", 0, 32), nd.ShapeError, "element must be from 0 to 31 in a block of Q4_0, got 32"),
         ((bytes(18), "Q4_0", 0, 1.5), nd.ShapeError, "element must be a whole number, got 1.5"),
         ((bytes(18), "Q4_0", 0.5), nd.ShapeError, "there is no block 0.5"),
         ((bytes(8), "I8"), nd.DataError, "I8 is stored as it is"),

@@ -186,7 +186,7 @@ def test_what_notebooks_show():
 def test_what_cannot_be_drawn():
     with pytest.raises(nd.ShapeError, match="F32 has no blocks"):
         nd.FORMATS["F32"].picture()
-    with pytest.raises(nd.ShapeError, match="elements 0 to 31, not 32"):
+    with pytest.raises(nd.ShapeError, match="element must be from 0 to 31 in a block of Q4_0, got 32"):
         nd.FORMATS["Q4_0"].picture(32)
     with pytest.raises(nd.ShapeError, match=r"element must be a whole number, got 1\.5"):
         nd.FORMATS["Q4_0"].picture(1.5)

@@ -44,7 +44,7 @@ def test_select(model, select, names):
 @pytest.mark.parametrize(
     ("select", "message"),
     [
-        ("token_embed.weight", "there is no tensor 'token_embed.weight' among 7; did you mean 'token_embd.weight'"),
+        ("token_embed.weight", "no tensor 'token_embed.weight' among the 7 tensors; did you mean 'token_embd.weight'"),
         ("layers.*", r"no tensor name matches the glob 'layers\.\*'"),
         (["ids", "blk.9.*"], r"no tensor name matches the glob 'blk\.9\.\*'"),
         (re.compile("x+y"), r"no tensor name matches the expression 'x\+y'"),
@@ -217,4 +217,4 @@ def test_tensors_behave_like_a_dictionary(model):
     assert model.tensors.get("flt") is None
     with pytest.raises(KeyError) as raised:
         model.tensors["flt"]
-    assert str(raised.value) == "there is no tensor 'flt' among 7; did you mean 'flat'?"
+    assert str(raised.value) == "there is no tensor 'flt' among the 7 tensors; did you mean 'flat'?"

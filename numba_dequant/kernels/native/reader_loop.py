@@ -1,4 +1,4 @@
-"""The thread function of `loading.native_threads`, compiled by Numba."""
+"""The function that the threads of `loading.native_threads` run, and one that joins them, compiled by Numba."""
 
 from __future__ import annotations
 
