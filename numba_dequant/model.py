@@ -17,6 +17,7 @@ from numba_dequant.arguments import flag_option, output_type, whole_option
 from numba_dequant.backends.batch import Array
 from numba_dequant.backends.devices import parse_device
 from numba_dequant.backends.host import HostBackend
+from numba_dequant.errors import DeviceError, shown
 from numba_dequant.gguf.file import GgufFile, TensorInfo, TensorTable, open_gguf
 from numba_dequant.gguf.metadata import Metadata
 from numba_dequant.loading.files import check_complete, map_tensor, read_tensor
@@ -225,8 +226,7 @@ class Model:
                 notebook.
             out: name -> array to write to, for some or all tensors, such as the `state_dict` of a PyTorch module. The
                 arrays must not share memory.
-            keep_quantized: as for `load`. With `plan`, it applies only to formats with blocks: a tensor of F32, F16,
-                BF16, F64 or integers is loaded as values.
+            keep_quantized: as for `load`.
             threads: as for `load`. With `plan`, all devices share these threads.
             callback: function that is called with a `Progress`, in this thread, at most ten times a second. An
                 exception from it stops the load.
@@ -508,9 +508,12 @@ def release_buffers(device: Any = None) -> None:
         device: a GPU, such as "cuda:1"; None for all GPUs.
 
     Raises:
-        DeviceError: there is no such GPU.
+        DeviceError: there is no such GPU, or the device is no GPU.
     """
-    index = None if device is None else parse_device(device).index
+    parsed = None if device is None else parse_device(device)
+    if parsed is not None and parsed.kind not in ("cuda", "simulator"):
+        raise DeviceError(f"device is {shown(device)}, but only a GPU has such buffers; pass 'cuda:0' or omit device")
+    index = None if parsed is None else parsed.index
     if "numba_dequant.loading.gpu_buffers" in sys.modules:
         from numba_dequant.loading import gpu_buffers
 

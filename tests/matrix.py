@@ -153,7 +153,7 @@ def check_native() -> str:
     ctypes.CFUNCTYPE(None, ctypes.c_void_p)(native.load("walk_strings").value)(strings.ctypes.data)
     if (strings["at"][0], strings["left"][0]) != (data.size, 0):
         raise AssertionError(f"walk_strings: {strings}")
-    for name in ("pump", "join_threads"):
+    for name in ("read_and_send", "join_threads"):
         native.load(name)
     return "3 of 3"
 

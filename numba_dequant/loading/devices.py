@@ -68,8 +68,7 @@ def load_by_plan(
     n_threads = None if threads is None else whole_option("threads", threads, 1)
 
     def dtype_of(name: str) -> str | None:
-        is_kept = kept and model.tensors[name].format.block_size > 1
-        return None if is_kept else output_type(type_of(name))
+        return None if kept else output_type(type_of(name))
 
     return DeviceLoad(model.tensors, found, devices, dtype_of, n_threads, batch_bytes)
 

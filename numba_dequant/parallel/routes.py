@@ -150,13 +150,14 @@ class Routes:
     Args:
         shares: what each rank holds, in the order of the file.
         hosts: the host of each rank that has the file; None for the others.
-        batch_bytes: the most bytes of memory that a rank needs to exchange a batch of more than one tensor.
+        batch_bytes: the most bytes of memory that a rank needs to read and exchange a batch of more than one tensor.
+            If you omit it, all tensors are kept, so only the memory for the exchange counts, up to `BATCH_BYTES`.
     """
 
     def __init__(
         self, shares: Sequence[Sequence[Share]], hosts: Sequence[str | None], batch_bytes: int | None = None
     ) -> None:
-        self.shares, self.hosts, self._batch_bytes = shares, hosts, batch_bytes or BATCH_BYTES
+        self.shares, self.hosts, self._batch_bytes = shares, hosts, batch_bytes
         self._sources = [rank for rank, host in enumerate(hosts) if host is not None]
         self._holders: dict[tuple[Any, ...], dict[int, Share]] = defaultdict(dict)
         for rank in self._sources:
@@ -228,12 +229,15 @@ class Routes:
         needed = np.zeros((n_tensors, len(self.shares)), np.int64)
         for rank, of_rank in enumerate(self.shares):
             for share in of_rank:
-                if not self.is_direct(rank, share):
+                if self.is_direct(rank, share):
+                    if self._batch_bytes is not None:
+                        needed[share.number, rank] += share.n_bytes
+                else:
                     needed[share.number, rank] += share.n_bytes
                     needed[share.number, self.source_of(rank)] += self.read(rank, share).n_bytes
                     if self.is_held_by_all(rank, share):
                         needed[share.number, rank] += self.packed(rank, share) * len(self.shares)
-        return batches(needed, self._batch_bytes)
+        return batches(needed, self._batch_bytes or BATCH_BYTES)
 
     @property
     def n_batches(self) -> int:

@@ -124,7 +124,7 @@ def test_rounding_on_the_cpu_is_numpy_s_for_every_float16_and_its_neighbours():
     halves = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32).view(np.uint32)
     near = (halves[:, None] + np.array([-1, 0, 1, 4095, 4096, 4097, 8191], np.int64)).astype(np.uint32).reshape(-1)
     values = np.concatenate([near, np.random.default_rng(1).integers(0, 2**32, 1 << 20, np.uint32)]).view(np.float32)
-    for dtype in ("float16", "bfloat16"):
+    for dtype in DTYPES:
         assert_same_bits(nd.dequantize(values, "F32", dtype, device="cpu"), rounded(values, dtype))
 
 

@@ -90,3 +90,9 @@ def test_a_real_model():
     with nd.open(path) as model:
         for name in model.tensors:
             assert_same_bits(model.load(name, device="cpu"), model.load(name, device="reference"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+def test_only_a_gpu_has_buffers_to_release(device):
+    with pytest.raises(nd.DeviceError, match=f"device is '{device}', but only a GPU has such buffers"):
+        nd.release_buffers(device)

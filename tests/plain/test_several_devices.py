@@ -6,8 +6,9 @@ from blocks import random_blocks, write_model
 from parts import assert_parts, planned
 
 import numba_dequant as nd
-from numba_dequant.loading import chunks, files
-from numba_dequant.parallel import Part, Plan, RankPlan, plan, routes
+from numba_dequant.loading import chunks, devices, files
+from numba_dequant.loading.parts import PartReader
+from numba_dequant.parallel import Part, Plan, RankPlan, Shard, plan, routes
 
 
 @pytest.fixture
@@ -22,9 +23,9 @@ def batches(request, monkeypatch):
         monkeypatch.setattr(routes, "BATCH_BYTES", 3000)
 
 
-@pytest.mark.parametrize("devices", [["cpu"], ["cpu", "cpu"], ("reference", "cpu", "cpu"), ["cpu"] * 4])
-def test_each_device_has_its_parts(path, devices):
-    assert_parts(path, nd.load(path, device=devices, plan=planned(len(devices))), planned(len(devices)))
+@pytest.mark.parametrize("names", [["cpu"], ["cpu", "cpu"], ("reference", "cpu", "cpu"), ["cpu"] * 4])
+def test_each_device_has_its_parts(path, names):
+    assert_parts(path, nd.load(path, device=names, plan=planned(len(names))), planned(len(names)))
 
 
 def test_blocks_stay_compressed(path):
@@ -86,6 +87,29 @@ def test_stream(path):
                 if part is not None:
                     of_device[name] = part
     assert_parts(path, found, planned(2, 2))
+
+
+@pytest.mark.parametrize("options", [{"stages": 2}, {"rules": [("*", Shard(0))]}, {"rules": []}])
+def test_a_stream_does_not_read_the_whole_model(path, monkeypatch, options):
+    """It did, if no tensor was exchanged."""
+    monkeypatch.setattr(devices, "STREAM_BYTES", 1)
+    read = []
+    really = PartReader._read
+
+    def counted(reader, batch):
+        own, pieces = really(reader, batch)
+        read.extend([*own, *pieces])
+        return own, pieces
+
+    monkeypatch.setattr(PartReader, "_read", counted)
+    rules = options.pop("rules", [])
+    with nd.open(path) as model:
+        found = model.stream(
+            device=["cpu", "cpu"], plan=lambda model: plan(model.tensors.values(), 2, rules, **options), prefetch=1
+        )
+        next(found)
+        found.close()
+        assert 0 < len(read) < len(model.tensors)
 
 
 def test_a_stream_may_end_early(path):

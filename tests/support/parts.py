@@ -38,14 +38,13 @@ def assert_parts(path, found, of_plan, *, blocks=False):
             assert list(parts) == list(rank.parts)
             for name, part in rank.parts.items():
                 fmt, shape = part.tensor.format, part.tensor.shape
-                is_kept = blocks and fmt.block_size > 1
-                if is_kept:
+                if blocks:
                     whole, got = model.read(name).reshape(*shape[:-1], -1), parts[name].data
                     assert (parts[name].format, parts[name].shape) == (fmt, part.shape)
                 else:
                     whole, got = model.load(name, device="reference"), parts[name]
                 if part.dim is not None:
-                    size = fmt.type_size if is_kept and part.dim == len(shape) - 1 else 1
+                    size = fmt.type_size if blocks and part.dim == len(shape) - 1 else 1
                     per = fmt.block_size if size > 1 else 1
                     ends = (end // per * size for end in (part.start, part.stop))
                     whole = np.take(whole, np.arange(*ends), part.dim)
