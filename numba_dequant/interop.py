@@ -140,8 +140,8 @@ class Torch:
                 name = str(array.dtype).removeprefix("torch.")
                 if problem is None and name != dtype.name:
                     problem = f"it holds {name}, the result is {dtype.name}; pass a tensor of {dtype.name}"
-                if problem is None and array.requires_grad and not array.is_leaf and self._torch.is_grad_enabled():
-                    problem = "it is the result of a computation that keeps gradients; pass out.detach()"
+                if problem is None:
+                    problem = self.why_not_written(array)
                 if problem is None:
                     plain = self._torch.Tensor.detach(array)
                     if dtype.isbuiltin != 1:  # PyTorch's `numpy` takes only types of NumPy itself
@@ -151,6 +151,12 @@ class Torch:
         except Exception as error:  # a subclass of tensors may fail in any way
             problem = _first_line(error)
         raise OutputError(f"cannot write to out, a {type(array).__name__}, where the device is {device}: {problem}")
+
+    def why_not_written(self, array: Any) -> str | None:
+        """Why autograd would not let a tensor be written, or None if it would."""
+        if array.requires_grad and not array.is_leaf and self._torch.is_grad_enabled():
+            return "it is the result of a computation that keeps gradients; pass out.detach()"
+        return None
 
     def _problem_on_host(self, array: Any) -> str | None:
         """Why a tensor has no memory on the CPU, or None if it has."""
@@ -254,6 +260,10 @@ class CuPy:
     def is_contiguous(self, array: Any) -> bool:
         """Whether an array is C-contiguous."""
         return bool(array.flags.c_contiguous)
+
+    def why_not_written(self, array: Any) -> str | None:
+        """None: CuPy lets every array be written."""
+        return None
 
     def view(self, array: Any) -> ArrayView:
         """The memory of an array."""

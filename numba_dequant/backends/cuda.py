@@ -175,6 +175,9 @@ def checked_output(job: Job, call: CallStream, data: DeviceBytes | None = None) 
             )
         if library is not None and not library.is_contiguous(out):
             raise OutputError("out is not C-contiguous; pass a C-contiguous array")
+        problem = library.why_not_written(out) if library is not None else None
+        if problem is not None:
+            raise OutputError(f"cannot write to out: {problem}")
     target = streams.memory_of(out, call)
     if target.gpu is not call.gpu:
         raise OutputError(

@@ -562,6 +562,13 @@ class TestStridedData:
         weight = torch.nn.Parameter(torch.ones(64, device="cuda"))
         assert (nd.dequantize(weight, "F32").copy_to_host() == 1).all()
 
+    def test_an_output_that_keeps_gradients(self, blocks):
+        """As on the CPU: only a leaf may be written."""
+        leaf = torch.zeros(blocks.numel() // 34 * 32, device="cuda", requires_grad=True)
+        with pytest.raises(nd.OutputError, match=r"keeps gradients; pass out\.detach\(\)"):
+            nd.dequantize(blocks, "Q8_0", out=leaf * 1)
+        assert nd.dequantize(blocks, "Q8_0", out=leaf) is leaf
+
 
 class TestMany:
     def test_a_batch_that_is_dropped_while_a_named_stream_reads_its_data(self, blocks, expected):
