@@ -43,8 +43,12 @@ def operators(results: Results) -> str:
         f"The operator takes {min(ratios):.3f} to {max(ratios):.3f} of the bare kernel's time "
         f"(median {statistics.median(ratios):.3f}), and {extra} bytes of memory beside the result."
     )
-    calls = [[f"`{each['name']}`", _us(info), spread(info)] for each, info in results.of("test_host_time")]
-    host = table(["one call, nothing awaited", "host time, us", "spread"], sorted(calls))
+    # Older results are of several cores of a machine.
+    calls = [
+        [f"`{each['name']}`", each.get("core", ""), _us(info), spread(info)]
+        for each, info in results.of("test_host_time")
+    ]
+    host = table(["one call, nothing awaited", "core", "host time, us", "spread"], sorted(calls))
     measured = ("test_operator", "test_arithmetic_of_programs", "test_transformers")
     spreads = spread_note([info for test in measured for _, info in results.of(test)])
     return "\n\n".join([table(head, rows), note, spreads, host, machine_line(results)])
