@@ -257,21 +257,24 @@ class DeviceLoad:
 
     def _exchange(self, batch: int, pieces: list[dict[Read, Any]], found: list[dict[str, Any]]) -> None:
         """Give each device what others have read for it, and add its parts to `found`."""
-        routes = self._routes
+        routes, batch_of = self._routes, self._routes.batch_of
         self._order()
-        for rank, (place, of_rank) in enumerate(zip(self._places, routes.shares, strict=True)):
-            for share in of_rank:
-                if routes.batch_of[share.number] != batch or (share.n_bytes and routes.is_direct(rank, share)):
+        for place, shares, transfers, own in zip(self._places, routes.shares, routes.transfers, found, strict=True):
+            for share in shares:
+                if not share.n_bytes and batch_of[share.number] == batch:
+                    own[share.name] = self._finished(place, share, place.empty(0))
+            for rank, share, *_ in transfers:
+                if batch_of[share.number] != batch:
                     continue
                 raw, at = place.empty(share.n_bytes), 0
-                for other, theirs in routes.holders(rank, share).items() if share.n_bytes else ():
+                for other, theirs in routes.holders(rank, share).items():
                     n_rows = len(routes.rows(other, theirs)) if share.has_columns else 1
                     piece = pieces[other][routes.read(other, theirs)]
                     if not len(piece):  # there are fewer rows or blocks than ranks
                         continue
                     place.copy(raw, at, piece, share, n_rows)
                     at += n_rows * (share.columns[2] - share.columns[1]) if share.has_columns else len(piece)
-                found[rank][share.name] = self._finished(place, share, raw)
+                own[share.name] = self._finished(place, share, raw)
         self._order()
 
     def _order(self) -> None:

@@ -65,15 +65,14 @@ class PartReader:
     ) -> None:
         # By loader: the requests, each with the name of the own part or the read that it is for.
         loads: dict[Load, list[tuple[int, str | Read, Request]]] = defaultdict(list)
-        for share in routes.shares[rank]:
-            if share.n_bytes and routes.is_direct(rank, share):
-                tensor = tensors[share.name]
-                check_complete(tensor)
-                loads[load_own].append((share.number, share.name, own(part_of(tensor, share))))
+        for share in routes.direct(rank):
+            tensor = tensors[share.name]
+            check_complete(tensor)
+            loads[load_own].append((share.number, share.name, own(part_of(tensor, share))))
         reads: dict[Read, TensorInfo] = {}
-        for other, share in routes.exchanged(rank):
-            if routes.source_of(other) == rank:
-                reads.setdefault(routes.read(other, share), tensors[share.name])
+        for transfer in routes.exchanged(rank):
+            if transfer.source == rank:
+                reads.setdefault(transfer.read, tensors[transfer.share.name])
         for read, tensor in reads.items():
             check_complete(tensor)
             loads[load_pieces].append((read.number, read, request_for(range_of(tensor, read), None)))

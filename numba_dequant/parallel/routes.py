@@ -20,7 +20,7 @@ from numba_dequant.parallel.plan import Part, Plan
 LEAST_DIVIDED = 1 << 20
 """Whole tensors of fewer bytes are read by each rank that holds them: a collective takes longer than reading them."""
 
-BATCH_BYTES = 1 << 30
+BATCH_BYTES = 2 << 30
 """The default limit of the memory in bytes that a rank needs to exchange a batch."""
 
 ALIGNMENT = 256
@@ -85,6 +85,31 @@ class Read(NamedTuple):
     name: str
     first: int
     n_bytes: int
+
+
+class Transfer(NamedTuple):
+    """A share that a rank does not simply read itself.
+
+    Attributes:
+        rank: the rank that needs the share.
+        share: the share.
+        source: the rank that reads for it; the same rank if it has the file.
+        read: what the source reads: the share, or only a piece of it, whose other pieces other ranks read.
+        longest: the bytes of the longest piece, if several ranks read a piece of a whole tensor each; otherwise 0.
+        is_held_by_all: whether these are all ranks, so that a collective can gather the pieces.
+    """
+
+    rank: int
+    share: Share
+    source: int
+    read: Read
+    longest: int
+    is_held_by_all: bool
+
+    @property
+    def packed(self) -> int:
+        """The bytes of the place of a piece among the pieces that are gathered together."""
+        return packed_bytes(self.longest)
 
 
 def shares_of(plan: Plan, tensors: Mapping[str, TensorInfo]) -> list[list[Share]]:
@@ -160,11 +185,14 @@ class Routes:
         self.shares, self.hosts, self._batch_bytes = shares, hosts, batch_bytes
         self._sources = [rank for rank, host in enumerate(hosts) if host is not None]
         self._holders: dict[tuple[Any, ...], dict[int, Share]] = defaultdict(dict)
+        self._order: dict[tuple[Any, ...], dict[int, int]] = defaultdict(dict)
         for rank in self._sources:
             for share in shares[rank]:
                 is_divided = share.has_columns or (share.dim is None and share.n_bytes >= LEAST_DIVIDED)
                 if share.n_bytes and is_divided:
-                    self._holders[self._key(rank, share)][rank] = share
+                    key = self._key(rank, share)
+                    self._order[key][rank] = len(self._holders[key])
+                    self._holders[key][rank] = share
 
     def _key(self, rank: int, share: Share) -> tuple[Any, ...]:
         """Whole tensors are gathered by the ranks of all hosts; columns are divided among those of one host.
@@ -181,62 +209,65 @@ class Routes:
         """The rank that reads the parts of a rank."""
         return rank if self.hosts[rank] is not None else self._sources[rank % len(self._sources)]
 
-    def is_gathered(self, rank: int, share: Share) -> bool:
-        """Whether several ranks read a piece of a whole tensor each."""
-        return share.dim is None and len(self.holders(rank, share)) > 1
-
-    def is_held_by_all(self, rank: int, share: Share) -> bool:
-        """Whether all ranks read a piece of a whole tensor each, so that a collective can gather them."""
-        return share.dim is None and 1 < len(self.holders(rank, share)) == len(self.shares)
-
-    def is_direct(self, rank: int, share: Share) -> bool:
-        """Whether a rank reads all bytes of its share and no others, and so needs no exchange."""
-        has_file = self.hosts[rank] is not None
-        return not share.n_bytes or (has_file and not share.has_columns and not self.is_gathered(rank, share))
-
     def read(self, rank: int, share: Share) -> Read:
         """The bytes that are read for a share by the rank itself, or by the rank that reads for it."""
         first, size = 0, share.whole_bytes
         if share.dim == 0:
             first, size = size * share.start // share.whole[0], share.n_bytes
-        elif self.is_gathered(rank, share):
-            longest = self.longest(rank, share)
-            first = min(list(self.holders(rank, share)).index(rank) * longest, size)
+        elif (longest := self._longest(rank, share)) > 0:
+            first = min(self._order[self._key(rank, share)][rank] * longest, size)
             size = min(longest, size - first)
         elif share.has_columns and self.holders(rank, share):
-            rows = self.rows(rank, share)
-            first, size = rows.start * share.columns[0], len(rows) * share.columns[0]
+            rows, step = self.rows(rank, share), share.columns[0]
+            first, size = rows.start * step, len(rows) * step
         return Read(share.number, share.name, first, size)
 
     def rows(self, rank: int, share: Share) -> range:
         """The rows that a rank reads of columns."""
-        holders = list(self.holders(rank, share))
-        index = holders.index(rank)
-        return range(*(share.n_rows * edge // len(holders) for edge in (index, index + 1)))
+        order = self._order[self._key(rank, share)]
+        n_rows, index, count = share.n_rows, order[rank], len(order)
+        return range(n_rows * index // count, n_rows * (index + 1) // count)
 
-    def longest(self, rank: int, share: Share) -> int:
-        """The bytes of the longest piece of a whole tensor that is gathered."""
-        return piece_bytes(share.n_bytes, format_named(share.format), len(self.holders(rank, share)))
+    def _longest(self, rank: int, share: Share) -> int:
+        """The bytes of the longest piece, if several ranks read a piece of a whole tensor each; otherwise 0."""
+        count = len(self.holders(rank, share)) if share.dim is None else 0
+        return piece_bytes(share.n_bytes, format_named(share.format), count) if count > 1 else 0
 
-    def packed(self, rank: int, share: Share) -> int:
-        """The bytes of the place of its pieces among the pieces that are gathered together."""
-        return packed_bytes(self.longest(rank, share))
+    @cached_property
+    def transfers(self) -> list[list[Transfer]]:
+        """For each rank the shares that it does not simply read itself, in the order of the file."""
+        found: list[list[Transfer]] = [[] for _ in self.shares]
+        for rank, (of_rank, host) in enumerate(zip(self.shares, self.hosts, strict=True)):
+            source = self.source_of(rank)
+            for share in of_rank:
+                longest = self._longest(rank, share)
+                if share.n_bytes and (host is None or share.has_columns or longest):
+                    is_held_by_all = bool(longest) and len(self.holders(rank, share)) == len(self.shares)
+                    found[rank].append(Transfer(rank, share, source, self.read(rank, share), longest, is_held_by_all))
+        return found
+
+    def direct(self, rank: int) -> Iterator[Share]:
+        """The shares whose bytes a rank reads itself, all of them and no others. They need no exchange."""
+        exchanged = {transfer.share.number for transfer in self.transfers[rank]}
+        for share in self.shares[rank]:
+            if share.n_bytes and share.number not in exchanged:
+                yield share
 
     @cached_property
     def batch_of(self) -> list[int]:
         """The number of the batch of each tensor of the file; they never decrease."""
         n_tensors = 1 + max((share.number for of_rank in self.shares for share in of_rank), default=-1)
         needed = np.zeros((n_tensors, len(self.shares)), np.int64)
-        for rank, of_rank in enumerate(self.shares):
-            for share in of_rank:
-                if self.is_direct(rank, share):
-                    if self._batch_bytes is not None:
-                        needed[share.number, rank] += share.n_bytes
-                else:
+        for rank, of_rank in enumerate(self.transfers):
+            for transfer in of_rank:
+                of_tensor = needed[transfer.share.number]
+                of_tensor[rank] += transfer.share.n_bytes
+                of_tensor[transfer.source] += transfer.read.n_bytes
+                if transfer.is_held_by_all:
+                    of_tensor[rank] += transfer.packed * len(self.shares)
+            if self._batch_bytes is not None:
+                for share in self.direct(rank):
                     needed[share.number, rank] += share.n_bytes
-                    needed[share.number, self.source_of(rank)] += self.read(rank, share).n_bytes
-                    if self.is_held_by_all(rank, share):
-                        needed[share.number, rank] += self.packed(rank, share) * len(self.shares)
         return batches(needed, self._batch_bytes or BATCH_BYTES)
 
     @property
@@ -244,13 +275,10 @@ class Routes:
         """The number of batches, at least 1."""
         return 1 + max(self.batch_of, default=0)
 
-    def exchanged(self, rank: int) -> Iterator[tuple[int, Share]]:
-        """The shares that a rank needs from others, or reads for an exchange, each with the rank that needs it.
-
-        All ranks have them in the order of the file.
-        """
-        others = [other for other in range(len(self.shares)) if rank in (other, self.source_of(other))]
-        found = [(share.number, other, share) for other in others for share in self.shares[other]]
-        for _, other, share in sorted(found, key=lambda each: each[:2]):
-            if not self.is_direct(other, share):
-                yield other, share
+    def exchanged(self, rank: int) -> list[Transfer]:
+        """The transfers to a rank and from it. All ranks have them in the order of the file."""
+        found = list(self.transfers[rank])
+        for other in range(len(self.shares)):
+            if other != rank and self.source_of(other) == rank:
+                found += self.transfers[other]
+        return sorted(found, key=lambda transfer: (transfer.share.number, transfer.rank))

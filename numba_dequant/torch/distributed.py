@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext, suppress
 from fnmatch import fnmatchcase
@@ -21,7 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from numba_dequant.api import dequantize_many
 from numba_dequant.arguments import flag_option
+from numba_dequant.dtypes import DEFAULT
 from numba_dequant.errors import DeviceError, OptionError, ReadError, ShapeError, shown
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, format_named
@@ -35,7 +38,8 @@ from numba_dequant.model import open as open_model
 from numba_dequant.parallel import Placement, Plan, Replicate, Shard, plan
 from numba_dequant.parallel.placements import checked_rules
 from numba_dequant.parallel.routes import Routes, Share, shares_of
-from numba_dequant.torch.functional import dequantize, resolved
+from numba_dequant.torch.checks import DTYPES
+from numba_dequant.torch.functional import resolved
 from numba_dequant.torch.loading import blocks_shape, load, request_of, tensor_of
 from numba_dequant.torch.ranks import Exchange, Ranks, device_of, told
 
@@ -149,7 +153,22 @@ class _Load:
         return {name: found[name] for name in self._shares}
 
     def _values(self, received: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: _values(self._shares[name], raw, self._device, self._type_of) for name, raw in received.items()}
+        """The tensors of what this rank has received: blocks, or values, which take one launch for each format."""
+        found: dict[str, Tensor] = {}
+        jobs: dict[str, dict[str, tuple[Tensor, Format, tuple[int, ...]]]] = defaultdict(dict)
+        for name, raw in received.items():
+            share = self._shares[name]
+            fmt = format_named(share.format)
+            dtype, data = _dtype(fmt, name, self._type_of), raw.to(self._place)
+            if dtype is None:
+                found[name] = data.view(blocks_shape(fmt, share.shape))
+                continue
+            found[name] = torch.empty(share.shape, dtype=dtype, device=self._place)
+            if share.n_bytes:
+                jobs[DTYPES.get(dtype, DEFAULT)][name] = data, fmt, share.shape
+        for output, tensors in jobs.items():
+            dequantize_many(tensors, output, out={name: found[name] for name in tensors})
+        return {name: tensor.to(self._device) for name, tensor in found.items()}
 
     def close(self) -> None:
         """Stop reading."""
@@ -162,12 +181,6 @@ def _dtype(fmt: Format, name: str, type_of: Callable[[str], Any] | None) -> torc
     if type_of is None and fmt.block_size > 1:
         return None
     return resolved(fmt, (type_of and type_of(name)) or torch.get_default_dtype())[1]
-
-
-def _values(share: Share, raw: Tensor, device: torch.device, type_of: Callable[[str], Any] | None) -> Tensor:
-    fmt = format_named(share.format)
-    blocks, dtype = raw.to(device).view(blocks_shape(fmt, share.shape)), _dtype(fmt, share.name, type_of)
-    return blocks if dtype is None else dequantize(blocks, fmt, dtype, share.shape)
 
 
 def _as_tensor(data: Any) -> Tensor:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from numba_dequant.errors import DeviceError, OptionError, shown
-from numba_dequant.parallel.routes import Read, Routes, Share
+from numba_dequant.parallel.routes import Read, Routes, Share, Transfer
 
 
 class Ranks:
@@ -154,21 +154,20 @@ class Exchange:
 
     def __init__(self, ranks: Ranks, routes: Routes, device: torch.device) -> None:
         self._ranks, self._routes, self._device = ranks, routes, device
-        self._batches: list[list[tuple[int, Share]]] = [[] for _ in range(routes.n_batches)]
-        for other, share in routes.exchanged(ranks.rank):
-            self._batches[routes.batch_of[share.number]].append((other, share))
+        self._batches: list[list[Transfer]] = [[] for _ in range(routes.n_batches)]
+        for transfer in routes.exchanged(ranks.rank):
+            self._batches[routes.batch_of[transfer.share.number]].append(transfer)
         # NCCL connects a whole group in its first collective, but in an exchange only some ranks may take part.
         ranks.call(dist.all_reduce, torch.zeros(1, device=device), group=ranks.group)
 
     def memory(self, batch: int) -> ExchangeMemory:
         """Memory for what this rank receives in a batch. Get it before the exchange, because no rank may fail then."""
-        rank, routes, of_row = self._ranks.rank, self._routes, 0
-        own = [share for other, share in self._batches[batch] if other == rank]
-        for share in own:
-            if routes.is_held_by_all(rank, share):
-                of_row += routes.packed(rank, share)
+        own = [transfer for transfer in self._batches[batch] if transfer.rank == self._ranks.rank]
+        of_row = sum(transfer.packed for transfer in own if transfer.is_held_by_all)
         gathered = torch.empty((self._ranks.count, of_row), dtype=torch.uint8, device=self._device)
-        shares = {share.name: torch.empty(share.n_bytes, dtype=torch.uint8, device=self._device) for share in own}
+        shares = {
+            share.name: torch.empty(share.n_bytes, dtype=torch.uint8, device=self._device) for _, share, *_ in own
+        }
         return ExchangeMemory(shares, gathered)
 
     def run(self, batch: int, pieces: dict[Read, Tensor], memory: ExchangeMemory) -> dict[str, Tensor]:
@@ -177,22 +176,23 @@ class Exchange:
         Raises:
             DeviceError: another rank has ended or does not answer.
         """
-        rank, routes, found = self._ranks.rank, self._routes, memory.shares
+        rank, found = self._ranks.rank, memory.shares
         sent: list[tuple[int, Tensor]] = []
         received: list[tuple[int, Tensor]] = []
-        gathered: list[tuple[Share, Tensor]] = []
-        in_rings: list[tuple[Share, Tensor]] = []
-        for other, share in self._batches[batch]:
-            if rank != routes.source_of(other):
-                received.append((routes.source_of(other), found[share.name]))
+        gathered: list[tuple[Transfer, Tensor]] = []
+        in_rings: list[tuple[Transfer, Tensor]] = []
+        for transfer in self._batches[batch]:
+            share = transfer.share
+            if rank != transfer.source:
+                received.append((transfer.source, found[share.name]))
                 continue
-            piece = pieces[routes.read(other, share)]
-            if rank != other:
-                sent.append((other, _columns(piece, share) if share.has_columns else piece))
+            piece = pieces[transfer.read]
+            if rank != transfer.rank:
+                sent.append((transfer.rank, _columns(piece, share) if share.has_columns else piece))
             elif share.has_columns:
                 self._divide(share, piece, found[share.name], sent, received)
             else:
-                (gathered if routes.is_held_by_all(rank, share) else in_rings).append((share, piece))
+                (gathered if transfer.is_held_by_all else in_rings).append((transfer, piece))
         self._ranks.swap(sent, received)
         self._pass_around(in_rings, found)
         if gathered:
@@ -219,7 +219,7 @@ class Exchange:
                 sent.append((other, _columns(rows, theirs)))
                 received.append((other, part))
 
-    def _pass_around(self, tensors: list[tuple[Share, Tensor]], found: dict[str, Tensor]) -> None:
+    def _pass_around(self, tensors: list[tuple[Transfer, Tensor]], found: dict[str, Tensor]) -> None:
         """Gather the pieces of whole tensors that only some ranks hold: in rings, in which all tensors go at once.
 
         A process group of these ranks could gather them. But to make one, all ranks of the program must take part, or
@@ -227,10 +227,10 @@ class Exchange:
         """
         rank, routes = self._ranks.rank, self._routes
         rings: list[tuple[list[int], int, tuple[Tensor, ...]]] = []
-        for share, piece in tensors:
-            holders = list(routes.holders(rank, share))
-            index, longest = holders.index(rank), routes.longest(rank, share)
-            parts = found[share.name].split(longest)
+        for transfer, piece in tensors:
+            holders = list(routes.holders(rank, transfer.share))
+            index = holders.index(rank)
+            parts = found[transfer.share.name].split(transfer.longest)
             parts += (parts[0][:0],) * (len(holders) - len(parts))  # there may be fewer blocks than ranks
             parts[index].copy_(piece)
             rings.append((holders, index, parts))
@@ -243,23 +243,19 @@ class Exchange:
                     received.append((holders[index - 1], parts[(index - step - 1) % count]))
             self._ranks.swap(sent, received)
 
-    def _gather(self, tensors: list[tuple[Share, Tensor]], memory: ExchangeMemory) -> None:
+    def _gather(self, tensors: list[tuple[Transfer, Tensor]], memory: ExchangeMemory) -> None:
         """Gather the pieces of the tensors that all ranks hold, in one collective."""
-        ranks, routes, gathered = self._ranks, self._routes, memory.gathered
-        own, rows = gathered[ranks.rank], gathered.unbind()
-        places, packed, first = [], [], 0
-        for share, piece in tensors:
-            places.append(own[first : first + piece.numel()])
-            packed.append(first)
-            first += routes.packed(ranks.rank, share)
+        ranks, gathered = self._ranks, memory.gathered
+        sizes = [transfer.packed for transfer, _ in tensors]
+        rows = [row.split(sizes) for row in gathered.unbind()]
+        places = [place[: piece.numel()] for place, (_, piece) in zip(rows[ranks.rank], tensors, strict=True)]
         torch._foreach_copy_(places, [piece for _, piece in tensors])
-        ranks.call(dist.all_gather_into_tensor, gathered.view(-1), own, group=ranks.group)
+        ranks.call(dist.all_gather_into_tensor, gathered.view(-1), gathered[ranks.rank], group=ranks.group)
         targets, sources = [], []
-        for (share, _), first in zip(tensors, packed, strict=True):
-            longest = routes.longest(ranks.rank, share)
-            for row, part in zip(rows, memory.shares[share.name].split(longest), strict=False):
-                targets.append(part)
-                sources.append(row[first : first + part.numel()])
+        for (transfer, _), *places in zip(tensors, *rows, strict=True):
+            parts = memory.shares[transfer.share.name].split(transfer.longest)
+            targets += parts  # there may be fewer blocks than ranks
+            sources += [place[: part.numel()] for place, part in zip(places, parts, strict=False)]
         torch._foreach_copy_(targets, sources)
 
 

@@ -566,8 +566,8 @@ class TestStridedData:
         """As on the CPU: only a leaf may be written."""
         leaf = torch.zeros(blocks.numel() // 34 * 32, device="cuda", requires_grad=True)
         with pytest.raises(nd.OutputError, match=r"keeps gradients; pass out\.detach\(\)"):
-            nd.dequantize(blocks, "Q8_0", out=leaf * 1)
-        assert nd.dequantize(blocks, "Q8_0", out=leaf) is leaf
+            nd.dequantize(blocks, "Q8_0", "float32", out=leaf * 1)
+        assert nd.dequantize(blocks, "Q8_0", "float32", out=leaf) is leaf
 
 
 class TestMany:
