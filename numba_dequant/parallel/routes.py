@@ -152,14 +152,19 @@ def batches(needed: NDArray[np.int64], batch_bytes: int) -> list[int]:
         needed: the bytes that each rank needs memory for (dimension 1) to exchange each tensor (dimension 0).
         batch_bytes: the most of these bytes that a batch has, unless it has only one tensor.
     """
-    found, number, total, last = np.zeros(len(needed), np.int64), 0, np.zeros(needed.shape[1], np.int64), 0
-    for place in np.flatnonzero(needed.any(1)).tolist():
-        together = total + needed[place]
-        if total.any() and together.max() > batch_bytes:
-            found[last:place] = number
-            number, together, last = number + 1, needed[place], place
-        total = together
-    found[last:] = number
+    found = np.zeros(len(needed), np.int64)
+    places = np.flatnonzero(needed.any(1))
+    sums = np.ascontiguousarray(needed[places].cumsum(0).T)  # by rank, so that each row is sorted
+    first = 0
+    while first < len(places):
+        before = sums[:, first - 1] if first else np.zeros(len(sums), np.int64)
+        fitting = min(
+            int(np.searchsorted(of_rank, start + batch_bytes, "right"))
+            for of_rank, start in zip(sums, before, strict=True)
+        )
+        first = max(fitting, first + 1)
+        if first < len(places):
+            found[places[first] :] += 1
     numbers: list[int] = found.tolist()
     return numbers
 
