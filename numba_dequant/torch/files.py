@@ -74,8 +74,8 @@ def load_file(
         TensorNotFoundError, DtypeError, OptionError: an argument is wrong. Without `plan`, no tensor has been read.
         ShapeError: a tensor cannot be divided equally for `device_mesh`. No tensor has been read.
         GgufError, ReadError: the file is damaged or cannot be read.
-        DeviceError: this package cannot use the GPU, or another rank has failed. If PyTorch cannot use the device, this
-            is a DeviceError with `plan`, and PyTorch's own error without.
+        DeviceError: this package cannot use the GPU, it has too little memory, or another rank has failed. If PyTorch
+            cannot use the device, this is a DeviceError with `plan`, and PyTorch's own error without.
     """
     if device_mesh is not None or placements is not None:
         if device_mesh is None or placements is None or plan is not None or group is not None or select is not None:
@@ -187,7 +187,7 @@ def load_model(
             changed.
         DtypeError: `dtype` is not an output type. Nothing has been read or changed.
         GgufError, ReadError: the file is damaged or cannot be read. Nothing has been changed.
-        DeviceError: this package cannot use the GPU. Nothing has been changed.
+        DeviceError: this package cannot use the GPU, or it has too little memory. Nothing has been changed.
     """
     file, kept = open_model(path), flag_option("keep_quantized", keep_quantized)
     translate = _translation(names)
