@@ -18,7 +18,7 @@ from numba_dequant.gguf.tensors import TensorInfo
 from numba_dequant.parallel.plan import Part, Plan
 
 LEAST_DIVIDED = 1 << 20
-"""Whole tensors of fewer bytes are read by each rank that holds them: exchanging them takes longer than reading them."""
+"""Whole tensors of fewer bytes are read by each rank that holds them: exchanging them would take longer."""
 
 BATCH_BYTES = 2 << 30
 """The default limit of the memory in bytes that a rank needs to exchange a batch."""
