@@ -262,7 +262,13 @@ class Model:
 
     @overload
     def stream(
-        self, *, dtype: Any = ..., plan: Planner, keep_quantized: bool = ..., **options: Unpack[_Walk]
+        self,
+        *,
+        dtype: Any = ...,
+        plan: Planner,
+        prefetch: int = ...,
+        keep_quantized: bool = ...,
+        **options: Unpack[_Walk],
     ) -> Iterator[tuple[str, list[Any]]]: ...
 
     @overload

@@ -27,7 +27,7 @@ from numba_dequant.parallel.plan import Plan
 from numba_dequant.parallel.routes import Read, Routes, Share, shares_of
 
 STREAM_BYTES = 64 << 20
-"""The limit of the bytes to exchange in a batch of `Model.stream` is this number times `prefetch`."""
+"""The limit of the bytes to read and exchange in a batch of `Model.stream` is this number times `prefetch`."""
 
 if TYPE_CHECKING:
     from numba_dequant.backends.device_tensor import DeviceTensor

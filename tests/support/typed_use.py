@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from typing_extensions import assert_type
 
 import numba_dequant as nd
+import numba_dequant.parallel
 from numba_dequant.backends.device_tensor import DeviceTensor
 
 Array = NDArray[Any] | DeviceTensor
@@ -33,3 +34,9 @@ for name, values in model.stream(prefetch=3):
     assert_type((name, values), tuple[str, Array])
 for name, kept in model.stream(keep_quantized=True):
     assert_type((name, kept), tuple[str, nd.QuantizedTensor])
+
+planned = nd.parallel.plan(model.tensors.values(), 2, [])
+for name, parts in model.stream(device=["cpu", "cpu"], plan=planned, prefetch=1, dtype="float32"):
+    assert_type((name, parts), tuple[str, list[Any]])
+assert_type(model.load_all(device=["cpu", "cpu"], plan=planned, keep_quantized=True), list[dict[str, Any]])
+assert_type(nd.load("x.gguf", device=["cpu", "cpu"], plan=lambda model: planned, threads=2), list[dict[str, Any]])
