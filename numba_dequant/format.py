@@ -145,11 +145,17 @@ class Format:
         if not isinstance(self.layout, np.dtype) or self.layout.hasobject:
             got = shown(self.layout)
             raise OptionError(f"{self.name}: layout must be a structured NumPy dtype (see block_layout), got {got}")
-        sizes = [field[0].itemsize for field in (self.layout.fields or {}).values()]
-        if not self.layout.itemsize or sum(sizes) != self.layout.itemsize:
+        fields = sorted((field[1], field[0].itemsize) for field in (self.layout.fields or {}).values())
+        ends = [0, *(offset + size for offset, size in fields)]
+        if not self.layout.itemsize or ends != [*(offset for offset, _ in fields), self.layout.itemsize]:
             raise OptionError(f"{self.name}: layout must have named fields and no padding, got {self.layout}")
         if (self.dequantize is None) != (self.decode is None):
             raise OptionError(f"{self.name}: pass both `dequantize` and `decode`, or neither")
+        if self.decode is None and (block_size != 1 or len(fields) != 1 or self.layout[0].subdtype is not None):
+            raise OptionError(
+                f"{self.name}: without `decode`, values are passed on as they are stored, so block_size must be 1 and "
+                f"layout must have one field, which is a number; got {block_size} and {self.layout}"
+            )
         for function in (self.dequantize, self.decode):
             if function is not None and not (callable(function) and isinstance(function, Hashable)):
                 raise OptionError(f"{self.name}: dequantize and decode must be functions, got {shown(function)}")

@@ -12,9 +12,10 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -93,8 +94,17 @@ def _share(work: Callable[[int, int], object], n_steps: int, n_shares: int) -> N
         work(0, n_steps)
         return
     bounds = [n_steps * share // n_shares for share in range(n_shares + 1)]
-    for _ in pool.map(work, bounds[:-1], bounds[1:]):
-        pass
+    futures: list[Future[object]] = []
+    try:
+        with suppress(RuntimeError):  # Python ends the threads of pools before other threads, and before atexit
+            for first, last in pairwise(bounds):
+                futures.append(pool.submit(work, first, last))
+        if len(futures) < n_shares:
+            work(bounds[len(futures)], n_steps)
+    finally:
+        wait(futures)
+    for future in futures:
+        future.result()
 
 
 @lru_cache(maxsize=1)

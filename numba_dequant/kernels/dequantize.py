@@ -106,7 +106,8 @@ def make_rows_kernel(fmt: Format, dtype: str, mapping: LaunchShape) -> Callable[
 def _tile_writer(fmt: Format, dtype: str, mapping: LaunchShape) -> Callable[[Any, int, int, Any, int, int], None]:
     """The work of one thread block: ``write_tile(data, data_start, n_elements, out, out_start, number)``."""
     decode, output_type = fmt.decode, OUTPUT_TYPES[dtype]
-    has_pairs = fmt.block_size % (2 * RUN) == 0
+    # The last of an odd number of threads would have no partner.
+    has_pairs = fmt.block_size % (2 * RUN) == 0 and mapping.threads % 2 == 0
     store = (has_pairs and output_type.store_in_pairs) or output_type.store
     assert decode is not None
     if IS_SIMULATED:

@@ -64,7 +64,7 @@ def plan_chunks(
     for index in order:
         tensor = tensors[index]
         n_bytes, smallest = tensor.n_bytes, largest // 8
-        first, step, grain = _ends(tensor, smallest)
+        first, step, grain = _ends(tensor, largest)
         start = 0
         while start < n_bytes:
             offset = tensor.offset + start
@@ -93,11 +93,14 @@ def _follows(chunk: Chunk, path: str, offset: int) -> bool:
     return path == chunk.path and 0 <= at - chunk.n_bytes <= MAX_GAP and at % 16 == 0
 
 
-def _ends(tensor: TensorInfo, longest: int) -> tuple[int, int, int]:
+def _ends(tensor: TensorInfo, largest: int) -> tuple[int, int, int]:
     """Where a part of a tensor may end (first position, distance to the next), and the size of the shortest part."""
     grain, common, inverse = _grain(tensor.format)
+    if grain > largest:  # large blocks of an odd size are not aligned
+        grain = tensor.format.type_size
+        return 0, grain, grain
     step = grain * (PAGE // common)
-    if step > longest or tensor.offset % common:
+    if step > largest // 8 or tensor.offset % common:
         return 0, grain, grain
     # The first multiple of the grain at the start of a page.
     return -(tensor.offset // common) * inverse % (PAGE // common) * grain, step, grain

@@ -51,7 +51,8 @@ def load(
     n_threads = 1 if isinstance(backend, SimulatorBackend) else threads or available_cores() + WAITING_THREADS
     if prefetch is None and len(groups) > 1:
         prefetch = max(end - start for start, end in zip((0, *groups), groups, strict=False))
-    work = Work(results.prepare, results.consume, CHUNK_BYTES)
+    largest_block = max((tensor.format.type_size for tensor, _ in requests), default=0)
+    work = Work(results.prepare, results.consume, max(CHUNK_BYTES, largest_block))
     pipeline = Pipeline([request.tensor for request in requests], work, n_threads, prefetch, on_bytes_read)
     return (results.pop(index) for index in pipeline)
 

@@ -374,6 +374,7 @@ def test_more_than_two_to_the_31_elements():
 
 
 @pytest.mark.parametrize("mapping", ["tile", "block"])
-@pytest.mark.parametrize("block_size", [8, 24, 40, 48, 72, 264])
+@pytest.mark.parametrize("block_size", [8, 24, 40, 48, 72, 112, 144, 264, 496])
 def test_any_number_of_runs(block_size, mapping):
-    assert_all_values(block_size, "cuda", mapping)
+    for dtype in DTYPES:
+        assert_all_values(block_size, "cuda", mapping, dtype)

@@ -168,7 +168,7 @@ class TestRegister:
     def test_clashes(self, name, ggml_id):
         before = dict(nd.FORMATS)
         with pytest.raises(nd.OptionError, match="clashes with Q8_0"):
-            nd.register(nd.Format(name, ggml_id, 32, block_layout(qs=("u1", 16)), ""))
+            nd.register(nd.Format(name, ggml_id, 1, block_layout(value="u2"), ""))
         assert dict(nd.FORMATS) == before
 
     @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ def test_a_layout_with_padding_is_refused():
 
 def test_a_registered_format_must_be_new():
     with pytest.raises(ValueError, match="clashes with Q8_0"):
-        register(Format("Q8_0", 1000, 32, block_layout(qs=("u1", 16)), ""))
+        register(Format("Q8_0", 1000, 1, block_layout(value="u2"), ""))
 
 
 def test_a_format_of_the_user_s_own_runs_on_the_cpu(request):
@@ -233,3 +233,33 @@ def test_a_format_of_the_user_s_own_runs_on_the_cpu(request):
     data = np.random.default_rng(0).integers(0, 256, 17 * 50, np.uint8)
     assert_same_bits(nd.dequantize(data, toy, device="cpu"), nd.dequantize(data, toy, device="reference"))
     assert intrinsics_cpu.target.registered >= {decode}
+
+
+@pytest.mark.parametrize(
+    ("layout", "block_size"),
+    [
+        (block_layout(v="u2", w="u2"), 1),
+        (block_layout(v=("u1", 32)), 32),
+        (block_layout(v="u1"), 8),
+        (block_layout(v=("f4", 4)), 1),
+    ],
+)
+def test_values_without_a_decode_are_single_numbers(layout, block_size):
+    with pytest.raises(nd.OptionError, match="M: without `decode`, values are passed on as they are stored"):
+        nd.Format("M", 5103, block_size, layout, "stored")
+
+
+def test_fields_must_not_overlap():
+    layout = np.dtype({"names": ["a", "b"], "formats": ["u1", "u1"], "offsets": [0, 0], "itemsize": 2})
+    with pytest.raises(nd.OptionError, match="no padding"):
+        nd.Format("M", 5103, 1, layout, "stored")
+
+
+@pytest.mark.parametrize("count", [8, 24])
+def test_a_specification_returns_a_value_for_each_element(count):
+    def dequantize(blocks):
+        return np.zeros((len(blocks), count), np.float32)
+
+    fmt = nd.Format("M", 5104, 16, block_layout(q=("i1", 16)), "wrong", dequantize, nd.FORMATS["Q8_0"].decode)
+    with pytest.raises(nd.OptionError, match=f"M: dequantize returned {2 * count} values, but the blocks have 32 elem"):
+        nd.dequantize(bytes(32), fmt, device="reference")

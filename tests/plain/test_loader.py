@@ -1,10 +1,14 @@
 import os
 
+import gguf_bytes
 import numpy as np
 import pytest
 from blocks import assert_same_bits, random_blocks, write_model
 
 import numba_dequant as nd
+from numba_dequant import formats
+from numba_dequant.bits import load_8_bytes, signed_bytes
+from numba_dequant.format import block_layout
 
 
 @pytest.fixture
@@ -96,3 +100,26 @@ def test_a_real_model():
 def test_only_a_gpu_has_buffers_to_release(device):
     with pytest.raises(nd.DeviceError, match=f"device is '{device}', but only a GPU has such buffers"):
         nd.release_buffers(device)
+
+
+@pytest.mark.parametrize("block_size", [40_008, 1_100_000])
+def test_blocks_whose_size_is_odd_and_large(tmp_path, monkeypatch, block_size):
+    """A chunk was larger than the buffer of a thread, and the file seemed to be too short."""
+    layout = block_layout(scale="u1", quants=("i1", block_size))
+
+    def dequantize(blocks):
+        return blocks["quants"].astype(np.float32)
+
+    def decode(block, at, run):
+        return signed_bytes(load_8_bytes(block, at + 1 + 8 * run))
+
+    fmt = nd.Format("LARGE", 6000, block_size, layout, "large", dequantize, decode)
+    shape = (max(1_200_000 // block_size, 1), block_size)
+    blocks = np.random.default_rng(0).integers(0, 256, shape[0] * fmt.type_size, "u1")
+    monkeypatch.setitem(formats._formats, "LARGE", fmt)
+    monkeypatch.setitem(formats._with_id, 6000, fmt)
+    path = tmp_path / "large.gguf"
+    path.write_bytes(gguf_bytes.gguf([("t", shape, 6000, blocks.tobytes())]))
+    for device in ("cpu", "reference"):
+        found = nd.load(path, device=device)["t"]
+        np.testing.assert_array_equal(found.reshape(-1), dequantize(blocks.view(layout)).reshape(-1))

@@ -203,3 +203,22 @@ def test_pickle_is_not_used():
         r"^\s*(import|from) .*\b(pickle|marshal|shelve|dill|cloudpickle|serialize)\b|\bpickle\.", re.MULTILINE
     )
     assert [path.name for path in sources if used.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_a_thread_and_atexit_compute_after_the_main_thread_has_ended():
+    code = """
+import atexit, threading
+import numpy as np, numba_dequant as nd
+from numba_dequant.backends import cpu
+cpu.available_cores = lambda: 2
+data = np.zeros(34 * 65536, np.uint8)
+nd.dequantize(data, "Q8_0", device="cpu")
+main = threading.current_thread()
+def work():
+    main.join()
+    print("thread", nd.dequantize(data, "Q8_0", device="cpu").size)
+threading.Thread(target=work).start()
+atexit.register(lambda: print("atexit", nd.dequantize(data, "Q8_0", device="cpu").size))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (found.stdout.split(), found.stderr) == (["thread", "2097152", "atexit", "2097152"], "")

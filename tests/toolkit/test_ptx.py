@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from blocks import DECODED, DTYPES
+from blocks import DECODED, DTYPES, bytes_format
 from ptx_rules import WIDE_LOAD, faults
 
 import numba_dequant as nd
@@ -71,3 +71,10 @@ def test_what_no_linker_takes_is_refused_for_its_first_reason():
     text = compiler.ptx(Q4_K, (9, 0))
     with pytest.raises(Exception, match="PTX_COMPILE"):
         compiler.assemble(text.replace("ld.global", "ld.globe"), (9, 0))
+
+
+@pytest.mark.parametrize(("block_size", "n_shuffles"), [(112, 0), (144, 0), (256, 8)])
+def test_threads_store_in_pairs_only_if_each_has_a_partner(block_size, n_shuffles):
+    """Tiles of blocks of 112 elements have 259 threads. The last one wrote what it had not, behind the tile."""
+    text = compiler.ptx(compiler.dequantize_kernel(bytes_format(block_size), "float32"), (9, 0))
+    assert text.count("shfl.sync.bfly") == n_shuffles
