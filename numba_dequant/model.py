@@ -324,7 +324,7 @@ class Model:
         if plan is not None or isinstance(device, (list, tuple)):
             from numba_dequant.loading import devices
 
-            refused, size = {"select": select, "stream": stream}, max(ahead, 1) * devices.STREAM_BYTES
+            refused, size = {"select": select, "stream": stream}, min(max(ahead, 1) * devices.STREAM_BYTES, 1 << 60)
             load = devices.load_by_plan(self, device, plan, dtype, keep_quantized, threads, refused, size)
             return load.run(Reporter(load.n_bytes, progress, callback))
         chosen = plan_requests(self.tensors, select, dtype, None, keep_quantized=keep_quantized)

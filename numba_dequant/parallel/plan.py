@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import translate
-from math import lcm, prod
+from math import gcd, lcm, prod
 from typing import Literal
 
 from numba_dequant.arguments import whole_option
@@ -287,7 +287,7 @@ class _Divider:
 
     def _layer(self, tensor: TensorInfo) -> str:
         match = LAYER.search(tensor.name)
-        return match[0] if match else ""
+        return tensor.name[: match.end()] if match else ""
 
     def _cut(self, tensors: list[TensorInfo], shards: dict[str, Shard]) -> dict[str, list[Part]]:
         """The parts of tensors that are cut at the same places."""
@@ -320,8 +320,15 @@ class _Divider:
         return found
 
     def _unit(self, tensor: TensorInfo, shard: Shard) -> int:
-        is_last = shard.dim % len(tensor.shape) == len(tensor.shape) - 1
-        return lcm(shard.unit, tensor.format.block_size) if is_last else shard.unit
+        """The elements that stay together, so that cuts are between blocks."""
+        dim, block_size = shard.dim % len(tensor.shape), tensor.format.block_size
+        inner = prod(tensor.shape[dim + 1 :])
+        if dim and tensor.n_elements and tensor.shape[dim] * inner % block_size:
+            raise ShapeError(
+                f"{tensor.name} of shape {tensor.shape} cannot be cut along dimension {dim}, because a block of "
+                f"{tensor.format.name} has elements of several indices before it; pass dim=0 or Replicate"
+            )
+        return lcm(shard.unit, block_size // gcd(block_size, inner) if inner else 1)
 
     def _cuts(self, tensors: list[TensorInfo], whole: int, unit: int) -> list[tuple[int, int]]:
         """Where each rank's part starts and ends, in elements of the longest tensor."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.errors import OptionError
+from numba_dequant.errors import OptionError, shown
 from numba_dequant.format import Format
 from numba_dequant.formats import format_named
 from numba_dequant.gguf.tensors import TensorInfo
@@ -116,11 +116,13 @@ def shares_of(plan: Plan, tensors: Mapping[str, TensorInfo]) -> list[list[Share]
     """What each rank holds of the tensors of a model, in the order of the file.
 
     Raises:
-        OptionError: the plan is for another model.
+        OptionError: the plan is for another model, or a part made by hand is not a part of its tensor.
     """
     known = {tensor.name: (number, tensor) for number, tensor in enumerate(tensors.values())}
 
-    def share_of(part: Part) -> Share:
+    def share_of(name: str, part: Part) -> Share:
+        if not isinstance(part, Part) or part.tensor.name != name:
+            raise OptionError(f"the plan has {shown(part)} as the part of {shown(name)}; pass a Part of that tensor")
         planned = part.tensor
         number, own = known.get(planned.name, (0, None))
         if own is None or (own is not planned and (own.format, own.shape) != (planned.format, planned.shape)):
@@ -128,11 +130,35 @@ def shares_of(plan: Plan, tensors: Mapping[str, TensorInfo]) -> list[list[Share]
                 f"the plan is for another model: it has {planned.name} as {planned.format.name} of shape "
                 f"{planned.shape}; make it with the tensors of this model"
             )
+        if part.dim is not None and not (
+            type(part.dim) is int
+            and 0 <= part.dim < len(own.shape)
+            and 0 <= part.start <= part.stop <= own.shape[part.dim]
+        ):
+            raise OptionError(
+                f"{own.name} of shape {own.shape} has no part of dimension {part.dim} from {part.start} to "
+                f"{part.stop}; count dimensions from 0, and pass a start and a stop within the tensor"
+            )
+        if not _has_whole_blocks(own, part):
+            raise OptionError(
+                f"the part of {own.name} of shape {own.shape} from {part.start} to {part.stop} of dimension {part.dim} "
+                f"is not whole blocks of {own.format.name}; pass other limits"
+            )
         where = part.dim, part.start, part.stop, part.n_bytes, own.n_bytes
         return Share(number, own.name, own.format.name, own.shape, *where)
 
-    shares = ([share_of(part) for part in rank.parts.values()] for rank in plan.ranks)
+    shares = ([share_of(name, part) for name, part in rank.parts.items()] for rank in plan.ranks)
     return [sorted(of_rank, key=lambda share: share.number) for of_rank in shares]
+
+
+def _has_whole_blocks(tensor: TensorInfo, part: Part) -> bool:
+    """Whether a part consists of ranges of whole blocks."""
+    block_size, dim = tensor.format.block_size, part.dim
+    if block_size == 1 or dim is None or part.start == part.stop:
+        return True
+    inner = prod(tensor.shape[dim + 1 :])
+    ends = [part.start, part.stop] + ([tensor.shape[dim]] if dim else [])
+    return all(end * inner % block_size == 0 for end in ends)
 
 
 def piece_bytes(n_bytes: int, fmt: Format, count: int) -> int:

@@ -129,7 +129,8 @@ def check_experts(input: Tensor, weight: Tensor, ids: Tensor, fmt: Format) -> No
     if not input.is_floating_point():
         raise DtypeError(f"input holds {input.dtype}; pass a tensor of floating-point numbers")
     if ids.device.type == "cpu" and ids.numel():
-        first, last, n_experts = int(ids.min()), int(ids.max()), weight.shape[0]
+        numbers, n_experts = ids.to(torch.int64), weight.shape[0]
+        first, last = int(numbers.min()), int(numbers.max())
         if not 0 <= first <= last < n_experts:
             raise ShapeError(
                 f"ids are from {first} to {last}, but there are only {n_experts} experts; pass numbers from 0 to "

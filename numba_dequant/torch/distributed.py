@@ -74,7 +74,7 @@ def load_sharded(
     if missing is not None and not any(hosts):
         raise missing
     with ExitStack() as stack:
-        load = _Load(ranks, device, None if kept else type_of)
+        load = _Load(ranks, device, type_of, is_kept=kept)
         stack.callback(load.close)
         with ranks.all_or_none("begin its load") as agreement:
             if model is not None:
@@ -96,11 +96,12 @@ class _Load:
     Args:
         ranks: the ranks.
         device: the device of the results.
-        type_of: output type of a tensor by its name. Without it, blocks stay compressed.
+        type_of: output type of a tensor by its name.
+        is_kept: whether blocks stay compressed.
     """
 
-    def __init__(self, ranks: Ranks, device: torch.device, type_of: Callable[[str], Any] | None) -> None:
-        self._ranks, self._device, self._type_of = ranks, device, type_of
+    def __init__(self, ranks: Ranks, device: torch.device, type_of: Callable[[str], Any], *, is_kept: bool) -> None:
+        self._ranks, self._device, self._type_of, self._is_kept = ranks, device, type_of, is_kept
         self._place = device if device.type in ("cpu", "cuda") else torch.device("cpu")
         between = device_of(ranks.group, device)
         self._between = self._place if between.type == self._place.type else between
@@ -126,14 +127,20 @@ class _Load:
         )  # fmt: skip
         self._future = self._reader.begin(0)
 
+    def _dtype(self, fmt: Format, name: str) -> torch.dtype | None:
+        """The dtype of a tensor; None for blocks."""
+        if self._is_kept and fmt.block_size > 1:
+            return None
+        return resolved(fmt, self._type_of(name) or torch.get_default_dtype())[1]
+
     def _own(self, part: TensorInfo) -> Request:
-        return request_of(part, _dtype(part.format, part.name, self._type_of), self._place)
+        return request_of(part, self._dtype(part.format, part.name), self._place)
 
     def finish(self) -> dict[str, Tensor]:
         """Read all batches, exchange them, and return what this rank holds."""
         ranks, routes = self._ranks, self._routes
         exchange = Exchange(ranks, routes, self._between)
-        empty = torch.empty(0, dtype=torch.uint8)
+        empty = torch.empty(0, dtype=torch.uint8, device=self._place)
         received = {name: empty for name, share in self._shares.items() if not share.n_bytes}
         found: dict[str, Tensor] = {}
         for batch in range(routes.n_batches):
@@ -159,7 +166,7 @@ class _Load:
         for name, raw in received.items():
             share = self._shares[name]
             fmt = format_named(share.format)
-            dtype, data = _dtype(fmt, name, self._type_of), raw.to(self._place)
+            dtype, data = self._dtype(fmt, name), raw.to(self._place)
             if dtype is None:
                 found[name] = data.view(blocks_shape(fmt, share.shape))
                 continue
@@ -174,13 +181,6 @@ class _Load:
         """Stop reading."""
         if self._reader is not None:
             self._reader.close()
-
-
-def _dtype(fmt: Format, name: str, type_of: Callable[[str], Any] | None) -> torch.dtype | None:
-    """The dtype of a tensor; None for blocks."""
-    if type_of is None and fmt.block_size > 1:
-        return None
-    return resolved(fmt, (type_of and type_of(name)) or torch.get_default_dtype())[1]
 
 
 def _as_tensor(data: Any) -> Tensor:

@@ -266,8 +266,8 @@ def _wanted(tensor: TensorInfo, place: _Place, dtype: torch.dtype | None, kept: 
 def _replace(place: _Place, tensor: Tensor, qtype: str, dtype: torch.dtype | None) -> None:
     old = place.tensor
     is_blocks = tensor.dtype is torch.uint8 and old.dtype is not torch.uint8
-    if not is_blocks and dtype is None:
-        tensor = tensor.to(old.dtype)
+    if not is_blocks:
+        tensor = tensor.to((dtype or old.dtype) if old.is_floating_point() else old.dtype)
     if isinstance(old, nn.Parameter):
         tensor = nn.Parameter(tensor, requires_grad=old.requires_grad and not is_blocks)
     for module, attribute in place.owners:

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from numba_dequant.formats import FORMATS
 from numba_dequant.torch import functional
-from numba_dequant.torch.checks import check_experts
-from numba_dequant.torch.ops import OPERATORS, mul_mat_id_in_steps
+from numba_dequant.torch.ops import OPERATORS
 
 GEMV_TYPES = frozenset(fmt.ggml_id for fmt in FORMATS.values() if fmt.block_size > 1)
 """The types that `mul_mat_vec` and `mul_mat_id` accept: all formats of blocks."""
@@ -45,9 +44,9 @@ def mul_mat_id(blocks: Tensor, x: Tensor, ids: Tensor, ggml_type: int, out_featu
     """Each row of `x` times the weights of its experts.
 
     The host does not wait for `ids`. On a GPU of compute capability 8.0 or higher, a kernel multiplies the blocks of
-    the chosen experts themselves, for up to 4096 pairs of a row and an expert, if `x` is float16 or bfloat16 and needs
-    no gradient. Otherwise it depends on the number of pairs. If there are not more pairs than experts, the weights of
-    each pair are dequantized. If there are more, `linear` multiplies all rows of `x` with each expert.
+    the chosen experts themselves, for up to 4096 pairs of a row and an expert, if `x` is float16 or bfloat16. Otherwise
+    it depends on the number of pairs. If there are not more pairs than experts, the weights of each pair are
+    dequantized. If there are more, all rows of `x` are multiplied with each expert. Gradients of `x` are computed.
 
     Args:
         blocks: shape (experts, out_features, bytes per row).
@@ -70,9 +69,6 @@ def mul_mat_id(blocks: Tensor, x: Tensor, ids: Tensor, ggml_type: int, out_featu
         DeviceError: the GPU cannot be used.
     """
     name, _ = functional.resolved(ggml_type, torch.float32)
-    if x.requires_grad and torch.is_grad_enabled():
-        check_experts(x, blocks, ids, FORMATS[name])
-        return mul_mat_id_in_steps(x, blocks, ids, name)
     values: Tensor = OPERATORS.mul_mat_id.default(x, blocks, ids, name)
     return values
 

@@ -133,7 +133,7 @@ def _dequantize(data: Tensor, format: str, dtype: torch.dtype) -> Tensor:
 
 
 def _dequantize_out(data: Tensor, format: str, *, out: Tensor) -> None:
-    fmt = _format(format)
+    fmt, data = _format(format), data.contiguous()
     check_dtype(fmt, out.dtype)
     if out.numel() != data.numel() // fmt.type_size * fmt.block_size:
         raise OutputError(
@@ -164,7 +164,9 @@ def _get_rows(data: Tensor, indices: Tensor, format: str, dtype: torch.dtype) ->
             with gpu.active():
                 _cuda().launch_rows(gpu, fmt, name, arguments, numbers.numel(), TORCH.current_stream(gpu.index))
         return out
-    rows = data.index_select(0, indices.reshape(-1))
+    if indices.numel() and not data.shape[0]:
+        raise IndexError("there are indices, but data has no rows")
+    rows = data.index_select(0, indices.reshape(-1).to(torch.int64))
     return _dequantize(rows, format, dtype).view(*indices.shape, n_elements)
 
 
@@ -256,6 +258,9 @@ MOST_PAIRS = 4096
 
 
 def _mul_mat_id(input: Tensor, weight: Tensor, ids: Tensor, format: str) -> Tensor:
+    if torch.is_autocast_enabled(input.device.type):
+        with torch.autocast(input.device.type, enabled=False):
+            return _mul_mat_id(input, weight, ids, format)
     fmt = _format(format)
     check_experts(input, weight, ids, fmt)
     (n, k), n_rows = ids.shape, weight.shape[1]
@@ -270,23 +275,15 @@ def _mul_mat_id(input: Tensor, weight: Tensor, ids: Tensor, format: str) -> Tens
                 experts = cuda.Experts(weight.shape[0], numbers.data_ptr(), k)
                 cuda.multiply_experts(gpu, operands, experts, memory, TORCH.current_stream(weight.get_device()))
             return out
-    return mul_mat_id_in_steps(input, weight, ids, format)
-
-
-def mul_mat_id_in_steps(input: Tensor, weight: Tensor, ids: Tensor, format: str) -> Tensor:
-    """`mul_mat_id` by other operators. The host does not wait for `ids`, so it does not know which experts are chosen.
-
-    If there are not more pairs of a row and an expert than experts, the blocks of each pair are gathered. Otherwise
-    each expert computes all rows.
-    """
-    (n, k), n_rows = ids.shape, weight.shape[1]
+    # The host does not wait for `ids`, so it does not know which experts are chosen.
+    ids = ids.to(torch.int64).contiguous()
     if n * k <= weight.shape[0]:
-        values = OPERATORS.dequantize.default(weight.index_select(0, ids.reshape(-1)), format, input.dtype)
+        values = _values(weight.index_select(0, ids.view(-1)), format, input.dtype, _dequantize)
         inputs = input.unsqueeze(1).expand(n, k, input.shape[1]).reshape(n * k, 1, input.shape[1])
         return torch.bmm(inputs, values.transpose(1, 2)).view(n, k, n_rows)
-    out = input.new_zeros(n, k, n_rows)
+    out.zero_()
     for expert in range(weight.shape[0]):
-        values = OPERATORS.linear.default(input, weight[expert], format, None)
+        values = _linear(input, weight[expert], format, None)
         out = torch.where((ids == expert).unsqueeze(-1), values.unsqueeze(1), out)
     return out
 
@@ -321,6 +318,31 @@ def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, N
     if ctx.needs_input_grad[3]:
         of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
     return of_input, None, None, of_bias, None
+
+
+def _save_experts_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, ids, ctx.format = inputs
+    ctx.save_for_backward(weight, ids)
+    ctx.dtype = input.dtype
+
+
+def _mul_mat_id_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
+    weight, ids = ctx.saved_tensors
+    if not ctx.needs_input_grad[0]:
+        return None, None, None, None
+    (n, k), n_rows, dequantize = ids.shape, weight.shape[1], OPERATORS.dequantize.default
+    if n * k <= weight.shape[0]:
+        values = _values(weight.index_select(0, ids.reshape(-1).to(torch.int64)), ctx.format, ctx.dtype, dequantize)
+        of_pairs = torch.bmm(gradient.reshape(n * k, 1, n_rows), values)
+        return of_pairs.view(n, k, values.shape[-1]).sum(1), None, None, None
+    of_input = None
+    for expert in range(weight.shape[0]):
+        # An expert that a row did not choose may have infinities.
+        is_chosen = (ids == expert).unsqueeze(-1)
+        part = torch.where(is_chosen, gradient, 0).sum(1) @ _values(weight[expert], ctx.format, ctx.dtype, dequantize)
+        part = torch.where(is_chosen.any(1), part, 0)
+        of_input = part if of_input is None else of_input + part
+    return of_input, None, None, None
 
 
 def _dequantize_fake(data: Tensor, format: str, dtype: torch.dtype) -> Tensor:
@@ -362,3 +384,6 @@ torch.library.register_autograd(
 )
 
 OPERATORS = torch.ops.numba_dequant
+torch.library.register_autograd(
+    "numba_dequant::mul_mat_id", _mul_mat_id_backward, setup_context=_save_experts_for_backward, lib=LIBRARY
+)

@@ -83,7 +83,7 @@ class Ranks:
         agreement = Agreement()
         try:
             yield agreement
-        except Exception as error:
+        except BaseException as error:
             with suppress(DeviceError):  # if the others cannot be told, this rank still raises its own error
                 self.gather((told(error), None))
             raise
@@ -102,7 +102,7 @@ class Agreement:
     of_all: list[Any] = field(default_factory=list)
 
 
-def told(error: Exception) -> str:
+def told(error: BaseException) -> str:
     """An error for other ranks: its type and the first line of its message, if it has one."""
     lines = str(error).split("\n")
     return f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
@@ -262,4 +262,4 @@ class Exchange:
 def _columns(rows: Tensor, share: Share) -> Tensor:
     """The bytes of the columns of a share, of some whole rows."""
     step, first, last = share.columns
-    return rows.view(-1, step)[:, first:last].reshape(-1)
+    return rows.view(-1, step)[:, first:last].contiguous().view(-1)

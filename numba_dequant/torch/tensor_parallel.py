@@ -87,11 +87,15 @@ class QuantizedRowwiseParallel(ParallelStyle):
         layer.weight = nn.Parameter(layer.weight[:, first:last].clone(), requires_grad=False)
         if device_mesh.get_local_rank() > 0:
             layer.register_parameter("bias", None)
-        layer.in_features = stop - start
+        whole, layer.in_features = layer.in_features, stop - start
+
+        def split(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            if inputs[0].shape[-1] != whole:  # on all ranks, so that none waits for another
+                raise ShapeError(f"the input has {inputs[0].shape[-1]} features, but the layer takes {whole}")
+            return _GradientsAdded.apply(inputs[0], group)[..., start:stop].contiguous(), *inputs[1:]
+
         if self.split_input:
-            layer.register_forward_pre_hook(
-                lambda _, inputs: (_GradientsAdded.apply(inputs[0], group)[..., start:stop].contiguous(), *inputs[1:])
-            )
+            layer.register_forward_pre_hook(split)
         layer.register_forward_hook(lambda _, inputs, output: _Added.apply(output, group))
         return layer
 

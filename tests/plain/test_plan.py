@@ -311,3 +311,26 @@ def test_wrong_rules():
         llama_rules({"general.architecture": "t5"})
     with pytest.raises(nd.OptionError, match=r"metadata must be that of a model, such as model\.metadata, got None"):
         llama_rules(None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "units"), [((8, 4, 3, 32), 2, 1), ((8, 2, 16, 3), 1, None), ((4, 8, 8), 1, 4)]
+)
+def test_cuts_are_between_blocks(shape, dim, units):
+    """Programs may give a tensor a shape whose rows are not whole blocks."""
+    (tensor,) = tensors_of({"w": ("F32", shape)})
+    tensor = tensor._replace(format=nd.FORMATS["Q8_0"], n_bytes=nd.FORMATS["Q8_0"].n_bytes((tensor.n_elements,)))
+    if units is None:
+        tensor = tensor._replace(shape=(8, 4, 3, 3), n_elements=288)
+        with pytest.raises(nd.ShapeError, match=r"w of shape .* cannot be cut along dimension 1, because a block"):
+            plan([tensor], 2, [("w", Shard(dim))])
+        return
+    for rank in plan([tensor], 2, [("w", Shard(dim))]).ranks:
+        part = rank.parts["w"]
+        assert part.start % units == part.stop % units == 0
+
+
+def test_layers_of_two_networks_are_not_one_group():
+    tensors = tensors_of({"enc.blk.0.up": ("F32", (8, 4)), "dec.blk.0.up": ("F32", (12, 4))})
+    found = plan(tensors, 2, [("*.up", Shard(0, group="ffn"))])
+    assert [part.stop - part.start for part in found.ranks[0].parts.values()] == [4, 6]

@@ -172,3 +172,31 @@ def test_a_plan_for_another_model(path, tmp_path):
         wrong = planned(2)(model)
     with pytest.raises(nd.OptionError, match=r"the plan is for another model: it has blk\.0\.rows as Q8_0"):
         nd.load(path, device=["cpu", "cpu"], plan=wrong)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (lambda tensor: Part(tensor, -1, 0, 256), "has no part of dimension -1"),
+        (lambda tensor: Part(tensor, 2, 0, 1), "has no part of dimension 2"),
+        (lambda tensor: Part(tensor, "0", 0, 1), "has no part of dimension 0"),
+        (lambda tensor: Part(tensor, 0, -2, 1), "from -2 to 1"),
+        (lambda tensor: Part(tensor, 0, 3, 1), "from 3 to 1"),
+        (lambda tensor: Part(tensor, 0, 0, 7), "from 0 to 7"),
+        (lambda tensor: Part(tensor, 1, 0, 100), "is not whole blocks of Q4_K"),
+        (lambda tensor: tensor, "pass a Part of that tensor"),
+    ],
+)
+def test_a_part_that_is_none(path, part, message):
+    with nd.open(path) as model:
+        rank = RankPlan(0, 0, {"blk.0.rows": part(model.tensors["blk.0.rows"])})
+        with pytest.raises(nd.OptionError, match=message):
+            model.load_all(device=["cpu"], plan=Plan((rank,), ()))
+        rank = RankPlan(0, 0, {"another": Part(model.tensors["blk.0.rows"])})
+        with pytest.raises(nd.OptionError, match="as the part of 'another'; pass a Part of that tensor"):
+            model.load_all(device=["cpu"], plan=Plan((rank,), ()))
+
+
+def test_a_stream_may_read_far_ahead(path):
+    with nd.open(path) as model:
+        assert len(list(model.stream(device=["cpu"], plan=planned(1), prefetch=2**62))) == len(model.tensors)

@@ -23,7 +23,7 @@ if not torch.distributed.is_available():
 
 from numba_dequant.backends.devices import DeviceSpec  # noqa: E402
 from numba_dequant.backends.host import HostBackend  # noqa: E402
-from numba_dequant.torch.ranks import Exchange  # noqa: E402
+from numba_dequant.torch.ranks import Exchange, _columns  # noqa: E402
 
 
 class Threads:
@@ -127,3 +127,10 @@ def test_columns_of_two_dimensions(model):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_each_rank_gets_its_bytes(model, data):
     assert_loaded(model, *data.draw(cases(model.tensors)))
+
+
+def test_a_column_of_one_byte_can_be_sent():
+    share = routes.Share(0, "w", "I8", (9, 2), 1, 0, 1, 9, 18)
+    found = _columns(torch.arange(18, dtype=torch.uint8), share)
+    assert found.is_contiguous()
+    assert found.tolist() == list(range(0, 18, 2))

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from blocks import write_model
+from blocks import random_blocks, write_model
 from finite_blocks import finite_blocks
 
 import numba_dequant as nd
+from numba_dequant.parallel import plan
 
 torch = pytest.importorskip("torch")
 
@@ -218,3 +219,50 @@ def test_a_failure_changes_nothing(path, fault):
     assert type(network.up) is torch.nn.Linear
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    dist = torch.distributed
+    if not dist.is_available():
+        pytest.skip("PyTorch was built without torch.distributed")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_kept_blocks_and_a_dtype_mean_the_same_with_a_plan(alone, tmp_path):
+    tensors = {
+        "norm": ("F32", (4,), np.arange(4, dtype="<f4").tobytes()),
+        "w": ("Q8_0", (2, 32), random_blocks("Q8_0", 2)),
+        "empty": ("F32", (0,), b""),
+    }
+    path = write_model(tmp_path / "model.gguf", tensors)
+
+    def whole(model):
+        return plan(model.tensors.values(), 1, [])
+
+    for dtype in (torch.bfloat16, {"n*": "float16", "*": "bfloat16"}):
+        with torch.device("meta"):
+            planned = nt.load_file(path, "cpu", dtype, keep_quantized=True, plan=whole)
+        for name, tensor in nt.load_file(path, "cpu", dtype, keep_quantized=True).items():
+            assert planned[name].dtype == tensor.dtype
+            assert torch.equal(planned[name], tensor)
+
+
+def test_types_of_a_module_are_kept(tmp_path):
+    """A float64 tensor becomes what was asked for, and integers stay integers."""
+    tensors = {
+        "weight": ("F64", (2, 4), np.arange(8, dtype="<f8").tobytes()),
+        "bias": ("F32", (2,), np.arange(2, dtype="<f4").tobytes()),
+        "count": ("I32", (3,), np.arange(3, dtype="<i4").tobytes()),
+    }
+    path = write_model(tmp_path / "model.gguf", tensors)
+    module = torch.nn.Linear(4, 2)
+    module.register_buffer("count", torch.zeros(3, dtype=torch.int64))
+    assert nt.load_model(module, path, dtype=torch.bfloat16) == ([], [])
+    assert {name: each.dtype for name, each in module.state_dict().items()} == {
+        "weight": torch.bfloat16, "bias": torch.bfloat16, "count": torch.int64,
+    }  # fmt: skip
+    assert module.count.tolist() == [0, 1, 2]

@@ -85,3 +85,43 @@ def test_arguments_are_checked_with_and_without_gradients(needs_gradient, device
     if device == "cpu":
         with pytest.raises(nd.ShapeError, match="only 2 experts"):
             ggml.mul_mat_id(blocks, x, ids + 1, Q4_K, 32)
+
+
+@pytest.mark.parametrize("n", [2, 7])
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_gradients_of_experts(n, backend, device):
+    """Fewer pairs than experts, and more; in one graph."""
+    blocks = blocks_of("Q4_K", 5, 32, 256, device=device)
+    x = torch.randn(n, 256, device=device, requires_grad=True)
+    ids = torch.rand(n, 5, device=device).topk(2).indices.t().contiguous().t()
+
+    def product(x):
+        return ggml.mul_mat_id(blocks, x, ids, Q4_K, 32)
+
+    call = product if backend is None else torch.compile(product, backend=backend, fullgraph=True)
+    found = call(x)
+    values = nt.dequantize(blocks, Q4_K)
+    expected = torch.einsum("nkoi,ni->nko", values[ids], x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert found.is_contiguous()
+    weight = torch.randn_like(found)
+    (of_x,) = torch.autograd.grad(found, x, weight)
+    (of_expected,) = torch.autograd.grad(expected, x, weight)
+    torch.testing.assert_close(of_x, of_expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 7])
+def test_types_of_experts(n):
+    """Autocast does not change the type of the result; double has as many digits, and all integers are numbers."""
+    blocks, x = blocks_of("Q4_K", 5, 32, 256, device="cpu"), torch.randn(n, 256)
+    ids = torch.rand(n, 5).topk(2).indices
+    expected = ggml.mul_mat_id(blocks, x.double(), ids, Q4_K, 32)
+    assert expected.dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ggml.mul_mat_id(blocks, x, ids, Q4_K, 32)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    for dtype in (torch.int8, torch.uint8, torch.int16, torch.uint16):
+        assert torch.equal(ggml.mul_mat_id(blocks, x, ids.to(dtype), Q4_K, 32), found)
+        rows = nt.get_rows(blocks[0], ids.to(dtype), Q4_K, torch.float32)
+        assert torch.equal(rows, nt.get_rows(blocks[0], ids, Q4_K, torch.float32))

@@ -362,3 +362,16 @@ def test_operators_take_tensors_of_one_device():
     for given in ((input.cuda(), blocks), (input, blocks.cuda())):
         with pytest.raises(nd.DataError, match="pass both on the same device"):
             OPERATORS.linear(*given, "Q4_K", None)
+
+
+def test_strided_data_and_an_output_in_the_same_memory():
+    memory = torch.arange(400, dtype=torch.int32).to(torch.uint8)
+    data, out = memory[0:100:2], memory[60:110].view(torch.int8)
+    expected = data.clone().view(torch.int8)
+    nt.dequantize(data, "I8", torch.float32, out=out)
+    assert torch.equal(out, expected)
+
+
+def test_a_table_without_rows():
+    with pytest.raises(IndexError, match="data has no rows"):
+        nt.get_rows(torch.zeros(0, 18, dtype=torch.uint8), torch.tensor([0]), "Q4_0", torch.float32)
