@@ -1,6 +1,7 @@
 import gc
 import os
 import signal
+from itertools import count
 
 import pytest
 
@@ -75,6 +76,9 @@ def threads(request):
     return request.param
 
 
+NUMBERS = count()
+
+
 @pytest.fixture
 def own_format():
     """A format that is not registered. If a test registers it, that is undone."""
@@ -82,7 +86,9 @@ def own_format():
 
     known, ids = dict(formats._formats), dict(formats._with_id)
     ours = FORMATS["Q8_0"]
-    yield formats.Format("OWN_by_hand", 907, 32, ours.layout, "of one's own", ours.dequantize, ours.decode)
+    # Another test's format of the same fields, if something keeps it, would be what unpickling returns.
+    summary = f"of one's own, number {next(NUMBERS)}"
+    yield formats.Format("OWN_by_hand", 907, 32, ours.layout, summary, ours.dequantize, ours.decode)
     for kept, before in ((formats._formats, known), (formats._with_id, ids)):
         kept.clear()
         kept.update(before)
