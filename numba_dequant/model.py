@@ -310,8 +310,8 @@ class Model:
         ...     print(name, tensor.shape)
 
         `prefetch` is the maximum number of tensors to read ahead, 0 or more. With `plan`, tensors are read in batches,
-        one batch ahead; a batch has at most `prefetch` times 64 MiB for each device, where 0 counts as 1, or one
-        tensor. All other arguments are as for `load_all`.
+        of which up to three are in memory; a batch has at most `prefetch` times 64 MiB for each device, where 0 counts
+        as 1, or one tensor. All other arguments are as for `load_all`.
 
         Returns:
             An iterator over (name, result as from `load`), in file order. With `plan`, the second is a list with a part
