@@ -263,7 +263,8 @@ class DeviceLoad:
             for share in shares:
                 if not share.n_bytes and batch_of[share.number] == batch:
                     own[share.name] = self._finished(place, share, place.empty(0))
-            for rank, share, *_ in transfers:
+            for transfer in transfers:
+                rank, share = transfer.rank, transfer.share
                 if batch_of[share.number] != batch:
                     continue
                 raw, at = place.empty(share.n_bytes), 0

@@ -165,9 +165,8 @@ class Exchange:
         own = [transfer for transfer in self._batches[batch] if transfer.rank == self._ranks.rank]
         of_row = sum(transfer.packed for transfer in own if transfer.is_held_by_all)
         gathered = torch.empty((self._ranks.count, of_row), dtype=torch.uint8, device=self._device)
-        shares = {
-            share.name: torch.empty(share.n_bytes, dtype=torch.uint8, device=self._device) for _, share, *_ in own
-        }
+        parts = [transfer.share for transfer in own]
+        shares = {part.name: torch.empty(part.n_bytes, dtype=torch.uint8, device=self._device) for part in parts}
         return ExchangeMemory(shares, gathered)
 
     def run(self, batch: int, pieces: dict[Read, Tensor], memory: ExchangeMemory) -> dict[str, Tensor]:
