@@ -120,6 +120,9 @@ def _tile_writer(fmt: Format, dtype: str, mapping: LaunchShape) -> Callable[[Any
     has_partial_runs = block_size % RUN != 0
     threads, runs = mapping.threads, mapping.runs
     tile_blocks = mapping.tile_elements // block_size
+    # The runs of the last threads may belong to the next tile.
+    has_rest = threads * runs * RUN > mapping.tile_elements
+    tile_elements = mapping.tile_elements
     wide_steps = -(-tile_blocks * type_size // (16 * threads))
     # 16 extra bytes, because unaligned loads read the whole words around their bytes.
     tile_units = (-(-tile_blocks * type_size // 16) + 1) * 16 // fmt.alignment
@@ -149,11 +152,14 @@ def _tile_writer(fmt: Format, dtype: str, mapping: LaunchShape) -> Callable[[Any
             byte += threads
         cuda.syncthreads()
 
+        end = n_elements
+        if has_rest:
+            end = min(end, (number + 1) * tile_elements)
         # Unsigned, so that the compiler can divide by shifts.
         for step in range(runs):
             run = uint32(thread + int32(step * threads))
             element = first_block * block_size + int64(run) * RUN
-            if element < n_elements:
+            if element < end:
                 at = int32(run // uint32(runs_per_block)) * int32(blocks_per_run * type_size)
                 values = decode(tile, at, int32(run % uint32(runs_per_block)))
                 store(out, out_start + element, values, n_elements - element if has_partial_runs else RUN)

@@ -10,6 +10,7 @@ from blocks import (
     GOLDEN,
     assert_all_values,
     assert_same_bits,
+    bytes_format,
     golden,
     random_blocks,
     rounded,
@@ -55,6 +56,18 @@ def test_sizes_around_a_tile(name, mapping):
 @pytest.mark.parametrize(("block_size", "mapping"), [(40, "tile"), (24, "block"), (264, "block")])
 def test_any_number_of_runs(block_size, mapping):
     assert_all_values(block_size, "cuda", mapping)
+
+
+@pytest.mark.parametrize("block_size", [24, 40, 72])
+def test_a_thread_block_writes_only_its_tile(block_size):
+    fmt = bytes_format(block_size)
+    shape = launch_shape("tile", fmt)
+    n = 2 * shape.tile_elements
+    out = cuda.to_device(np.full(n, 77, np.float16))
+    jit(fmt, mapping="tile")[1, shape.threads](cuda.to_device(np.zeros(fmt.n_bytes((n,)), np.uint8)), n, out)
+    found = out.copy_to_host()
+    assert not found[: shape.tile_elements].any()
+    assert (found[shape.tile_elements :] == 77).all()
 
 
 @pytest.mark.parametrize("name", DECODED)
