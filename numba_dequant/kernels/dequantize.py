@@ -122,7 +122,6 @@ def _tile_writer(fmt: Format, dtype: str, mapping: LaunchShape) -> Callable[[Any
     tile_blocks = mapping.tile_elements // block_size
     # The runs of the last threads may belong to the next tile.
     has_rest = threads * runs * RUN > mapping.tile_elements
-    tile_elements = mapping.tile_elements
     wide_steps = -(-tile_blocks * type_size // (16 * threads))
     # 16 extra bytes, because unaligned loads read the whole words around their bytes.
     tile_units = (-(-tile_blocks * type_size // 16) + 1) * 16 // fmt.alignment
@@ -154,7 +153,7 @@ def _tile_writer(fmt: Format, dtype: str, mapping: LaunchShape) -> Callable[[Any
 
         end = n_elements
         if has_rest:
-            end = min(end, (number + 1) * tile_elements)
+            end = min(end, (first_block + tile_blocks) * block_size)
         # Unsigned, so that the compiler can divide by shifts.
         for step in range(runs):
             run = uint32(thread + int32(step * threads))

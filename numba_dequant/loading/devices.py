@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +13,13 @@ from numba_dequant.api import backend_for, dequantize
 from numba_dequant.arguments import flag_option, output_type, whole_option
 from numba_dequant.backends.batch import Array
 from numba_dequant.backends.devices import available_cores
-from numba_dequant.backends.host import HostBackend, SimulatorBackend
+from numba_dequant.backends.host import HostBackend
 from numba_dequant.errors import OptionError, shown
 from numba_dequant.formats import format_named
 from numba_dequant.gguf.tensors import TensorInfo
+from numba_dequant.loading.groups import Groups
 from numba_dequant.loading.parts import PartReader
 from numba_dequant.loading.progress import Reporter
-from numba_dequant.loading.python_threads import POLL_SECONDS
 from numba_dequant.loading.requests import QuantizedTensor, Request, dtype_resolver, request_for
 from numba_dequant.locks import compile_lock
 from numba_dequant.parallel.plan import Plan
@@ -101,12 +100,12 @@ class _HostPlace:
         self.backend, self.device = backend, str(backend.device)
 
     def load(
-        self, threads: int, requests: Sequence[Request], on_bytes_read: Callable[[int], None], groups: Sequence[int]
-    ) -> Generator[Any, None, None]:
+        self, threads: int, requests: Sequence[Request], on_bytes_read: Callable[[int], None], ends: Sequence[int]
+    ) -> Groups:
         with compile_lock:  # no fork during the import
             from numba_dequant.loading import host_loader
 
-        return host_loader.load(requests, self.backend, threads, None, on_bytes_read, groups)
+        return host_loader.load_groups(requests, self.backend, threads, on_bytes_read, ends)
 
     def empty(self, n_bytes: int) -> Blocks:
         return np.empty(n_bytes, np.uint8)
@@ -127,13 +126,12 @@ class _GpuPlace:
         self.call = CallStream(self.gpu)
 
     def load(
-        self, threads: int, requests: Sequence[Request], on_bytes_read: Callable[[int], None], groups: Sequence[int]
-    ) -> Generator[Any, None, None]:
+        self, threads: int, requests: Sequence[Request], on_bytes_read: Callable[[int], None], ends: Sequence[int]
+    ) -> Groups:
         from numba_dequant.loading import gpu_buffers, gpu_loader
 
-        return gpu_loader.load(
-            requests, self.call, min(threads, gpu_buffers.TUNING.threads), None, on_bytes_read, groups
-        )
+        n_threads = min(threads, gpu_buffers.TUNING.threads)
+        return gpu_loader.load_groups(requests, self.call, n_threads, on_bytes_read, ends)
 
     def empty(self, n_bytes: int) -> Blocks:
         from numba_dequant.backends.cuda import new_memory
@@ -206,10 +204,8 @@ class DeviceLoad:
         self._readers: list[PartReader] = []
         for number, place in enumerate(self._places):
             load = partial(place.load, each)
-            self._readers.append(PartReader(tensors, routes, number, self._own, load, load))
+            self._readers.append(PartReader(tensors, routes, number, self._own, load, load, self._progress))
         self.n_bytes = sum(reader.n_bytes for reader in self._readers)
-        # The simulator starts threads of its own, so only one of the readers may work.
-        self._is_simulated = any(isinstance(backend, SimulatorBackend) for backend in backends)
 
     def _own(self, part: TensorInfo) -> Request:
         return request_for(part, self._dtype_of(part.name))
@@ -219,41 +215,36 @@ class DeviceLoad:
 
         A part is None if the device does not hold the tensor.
         """
+        self._report = report
+        n_batches = self._routes.n_batches
         names = sorted({(share.number, share.name) for of_rank in self._routes.shares for share in of_rank})
-        batch_of, n_batches = self._routes.batch_of, self._routes.n_batches
+        batch_of = self._routes.batch_of
+        found: list[dict[str, Any]] = [{} for _ in self._readers]
         try:
-            futures = self._begin(0)
-            for batch in range(n_batches):
-                self._wait(futures, report)
-                found, pieces = map(list, zip(*(future.result() for future in futures), strict=True))
+            self._begin()
+            for batch in range(n_batches + 1):
                 # The next batch is read while this one is exchanged.
-                futures = self._begin(batch + 1) if batch + 1 < n_batches else []
-                self._exchange(batch, pieces, found)
+                if batch < n_batches:
+                    self._begin()
+                own, pieces = map(list, zip(*(reader.finish(batch) for reader in self._readers), strict=True))
+                self._exchange(batch, pieces, own)
                 del pieces
-                for index, name in names:
-                    if batch_of[index] == batch:
-                        yield name, [own.pop(name, None) for own in found]
+                for of_device, more in zip(found, own, strict=True):
+                    of_device.update(more)
+                while names and batch_of[names[0][0]] <= batch:
+                    _, name = names.pop(0)
+                    yield name, [of_device.pop(name, None) for of_device in found]
         finally:
             for reader in self._readers:
                 reader.close()
             report.close()
 
-    def _begin(self, batch: int) -> list[Future[Any]]:
-        futures = []
+    def _begin(self) -> None:
         for reader in self._readers:
-            futures.append(reader.begin(batch))
-            if self._is_simulated:
-                wait(futures)
-        return futures
+            reader.begin()
 
-    def _wait(self, futures: list[Future[Any]], report: Reporter) -> None:
-        """Wait until all have read, and report in this thread. The first error ends the load."""
-        left = set(futures)
-        while left:
-            done, left = wait(left, POLL_SECONDS, FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            report(sum(reader.n_read for reader in self._readers))
+    def _progress(self) -> None:
+        self._report(sum(reader.n_read for reader in self._readers))
 
     def _exchange(self, batch: int, pieces: list[dict[Read, Any]], found: list[dict[str, Any]]) -> None:
         """Give each device what others have read for it, and add its parts to `found`."""

@@ -11,7 +11,9 @@ import os
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from io import RawIOBase
+from itertools import pairwise
 from typing import Any
 
 from numba_dequant.arguments import with_tensor_name
@@ -27,6 +29,7 @@ from numba_dequant.kernels.native.records import END_OF_FILE, FAULT_GPU
 from numba_dequant.loading import gpu_buffers, native_threads
 from numba_dequant.loading.chunks import Chunk, TensorSlice, plan_chunks, round_robin_by_disk
 from numba_dequant.loading.files import changed, check_unchanged, open_unchanged, read_error, read_tensor
+from numba_dequant.loading.groups import Groups, GroupsOfGenerator
 from numba_dequant.loading.python_threads import POLL_SECONDS
 from numba_dequant.loading.requests import Request
 
@@ -49,24 +52,46 @@ def load(
     threads: int | None,
     prefetch: int | None,
     on_bytes_read: Callable[[int], None],
-    groups: Sequence[int] = (),
 ) -> Generator[Any, None, None]:
     """The results of the requests, in order, ready in the order of the stream of `call`.
-
-    `groups` are the ends of groups of requests whose results are returned together. The next group is read meanwhile.
 
     Raises:
         OutputError, DtypeError: an `out` or an output type is wrong. Nothing has been read.
         ReadError, GgufError, DeviceError: reading or allocating failed, or a CUDA graph is being captured.
     """
     _check(requests, call)
-    # Native threads only read files in the byte order of this machine.
-    needs_python = any(tensor.byte_order == "big" or tensor.source.data is not None for tensor, _ in requests)
-    if needs_python or call.gpu.thread_functions is None:
+    if _needs_python(requests, call):
         return _load_alone(requests, call, on_bytes_read)
-    n_threads = threads or min(available_cores(), gpu_buffers.TUNING.threads)
-    load = _Load(requests, call, n_threads, prefetch, on_bytes_read, is_whole=prefetch is None and len(groups) < 2)
-    return load.run_in_groups(groups or [len(requests)]) if prefetch is None else load.run()
+    load = _Load(requests, call, threads, on_bytes_read, is_whole=prefetch is None, in_turn=prefetch is not None)
+    return load.run() if prefetch is None else load.run_in_turn(prefetch)
+
+
+def load_groups(
+    requests: Sequence[Request],
+    call: CallStream,
+    threads: int | None,
+    on_bytes_read: Callable[[int], None],
+    ends: Sequence[int],
+) -> Groups:
+    """Loads the requests in groups with these ends.
+
+    The caller's thread plans the reads, and native threads read. A Python thread in between would take the interpreter
+    from the caller for milliseconds at a time.
+
+    Raises:
+        OutputError, DtypeError, ReadError, GgufError, DeviceError: as for `load`.
+    """
+    _check(requests, call)
+    if _needs_python(requests, call):
+        return GroupsOfGenerator(partial(_load_alone, requests, call), ends, on_bytes_read, has_thread=False)
+    return _Groups(_Load(requests, call, threads, on_bytes_read, is_whole=False), ends)
+
+
+def _needs_python(requests: Sequence[Request], call: CallStream) -> bool:
+    """Whether Python must read. Native threads only read files, in the byte order of this machine."""
+    return call.gpu.thread_functions is None or any(
+        tensor.byte_order == "big" or tensor.source.data is not None for tensor, _ in requests
+    )
 
 
 def _load_alone(
@@ -115,19 +140,19 @@ class _Load:
         self,
         requests: Sequence[Request],
         call: CallStream,
-        n_threads: int,
-        prefetch: int | None,
+        threads: int | None,
         on_bytes_read: Callable[[int], None],
         *,
         is_whole: bool,
+        in_turn: bool = False,
     ) -> None:
         self.requests, self.tensors = requests, [request.tensor for request in requests]
         self.call, self.gpu, self.stream = call, call.gpu, call.handle
-        self._prefetch, self._on_bytes_read = prefetch, on_bytes_read
+        self._on_bytes_read = on_bytes_read
         self._tuning = gpu_buffers.TUNING
         # Unless all are returned together, tensors are read in the order in which they are returned.
         order = round_robin_by_disk(self.tensors) if is_whole else range(len(requests))
-        self._cut = plan_chunks(self.tensors, order, self._tuning.chunk_bytes, in_turn=prefetch is not None)
+        self._cut = plan_chunks(self.tensors, order, self._tuning.chunk_bytes, in_turn=in_turn)
         self._next = next(self._cut, None)
         self._chunks: list[Chunk] = []
         self._results: dict[int, _Result] = {}
@@ -136,16 +161,27 @@ class _Load:
         self._ready: list[Any] = []
         self._files: dict[str, RawIOBase] = {}
         self._stack = ExitStack()
+        n_threads = threads or min(available_cores(), self._tuning.threads)
         self._n_threads = max(1, min(n_threads, native_threads.MAX_THREADS))
         self._is_sound = True
 
     def run(self) -> Generator[Any, None, None]:
+        """All tensors together, so that the caller's stream waits only once for each of our streams."""
+        self.start()
+        try:
+            self.plan(len(self.requests))
+            results = self.finish(0, len(self.requests))
+            yield from results
+            results.clear()
+        finally:
+            self.stop()
+
+    def run_in_turn(self, prefetch: int) -> Generator[Any, None, None]:
         """One tensor after the other."""
-        assert self._prefetch is not None
-        self._start()
+        self.start()
         try:
             for index in range(len(self.requests)):
-                self._plan(index + self._prefetch)
+                self.plan(index + prefetch + 1)
                 self._wait_for(index)
                 with self.gpu.active():
                     numbered = enumerate(self._buffers.streams)
@@ -155,25 +191,10 @@ class _Load:
                     finished = [self._finish_tensor(index)]
                 yield finished.pop()
         finally:
-            self._threads.stop()
+            self.stop()
 
-    def run_in_groups(self, ends: Sequence[int]) -> Generator[Any, None, None]:
-        """The tensors of a group together, so that the caller's stream waits only once for each of our streams."""
-        self._start()
-        try:
-            for first, end, next_end in zip((0, *ends), ends, (*ends[1:], ends[-1]), strict=False):
-                self._plan(next_end - 1)
-                for index in range(first, end):
-                    self._wait_for(index)
-                with self.gpu.active():
-                    self._let_caller_wait(self._buffers.streams)
-                    finished = [self._finish_tensor(index) for index in range(first, end)]
-                yield from finished
-                finished.clear()
-        finally:
-            self._threads.stop()
-
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Take the buffers. The threads start when there is work for them."""
         most = sum(tensor.n_bytes // (self._tuning.chunk_bytes // 2) + 2 for tensor in self.tensors)
         native_threads.stop_interrupted()
         with self.gpu.active():
@@ -189,12 +210,24 @@ class _Load:
             gpu_buffers.give_back(self._buffers)
             raise
 
-    def _plan(self, last: int) -> None:
-        """Pass the chunks of all tensors up to `last` to the threads."""
+    def stop(self) -> None:
+        """Stop the threads, and free what has not been returned."""
+        self._threads.stop()
+
+    def finish(self, first: int, end: int) -> list[Any]:
+        """Wait for some tensors, which are planned, and return them."""
+        for index in range(first, end):
+            self._wait_for(index)
+        with self.gpu.active():
+            self._let_caller_wait(self._buffers.streams)
+            return [self._finish_tensor(index) for index in range(first, end)]
+
+    def plan(self, end: int) -> None:
+        """Pass the chunks of all tensors before number `end` to the threads."""
         if self._next is None:
             return
         with self.gpu.active():
-            while self._next is not None and self._next.parts[0].index <= last:
+            while self._next is not None and self._next.parts[0].index < end:
                 chunk = self._next
                 size = self._tuning.chunk_bytes
                 if chunk.n_bytes > size:  # the native code does not check this
@@ -335,3 +368,24 @@ class _Load:
         # After a failure, the GPU may never release a buffer.
         if self._is_sound:
             gpu_buffers.give_back(self._buffers)
+
+
+class _Groups:
+    """The groups of a load. Its threads start with the first group."""
+
+    def __init__(self, load: _Load, ends: Sequence[int]) -> None:
+        self._load, self._to_begin, self._to_finish = load, iter(ends), pairwise((0, *ends))
+        self._has_started = False
+
+    def begin(self) -> None:
+        if not self._has_started:
+            self._load.start()
+            self._has_started = True
+        self._load.plan(next(self._to_begin))
+
+    def finish(self) -> list[Any]:
+        return self._load.finish(*next(self._to_finish))
+
+    def close(self) -> None:
+        if self._has_started:
+            self._load.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from numba_dequant.backends.host import HostBackend, SimulatorBackend
 from numba_dequant.backends.overlap import check_apart, memory_of_array
 from numba_dequant.errors import DeviceError, OutputError
 from numba_dequant.loading.chunks import Chunk, TensorSlice
+from numba_dequant.loading.groups import Groups, GroupsOfGenerator
 from numba_dequant.loading.python_threads import Pipeline, Work
 from numba_dequant.loading.requests import Request
 
@@ -30,9 +32,8 @@ def load(
     threads: int | None,
     prefetch: int | None,
     on_bytes_read: Callable[[int], None],
-    groups: Sequence[int] = (),
 ) -> Generator[Any, None, None]:
-    """The results of the requests, in order. `groups` are as for a GPU: the next group is read ahead.
+    """The results of the requests, in order.
 
     Raises:
         OutputError: an `out` is wrong. Nothing has been read.
@@ -49,12 +50,33 @@ def load(
     results = _Results(requests, backend, outputs)
     # The simulator starts threads of its own.
     n_threads = 1 if isinstance(backend, SimulatorBackend) else threads or available_cores() + WAITING_THREADS
-    if prefetch is None and len(groups) > 1:
-        prefetch = max(end - start for start, end in zip((0, *groups), groups, strict=False))
     largest_block = max((tensor.format.type_size for tensor, _ in requests), default=0)
     work = Work(results.prepare, results.consume, max(CHUNK_BYTES, largest_block))
     pipeline = Pipeline([request.tensor for request in requests], work, n_threads, prefetch, on_bytes_read)
     return (results.pop(index) for index in pipeline)
+
+
+def load_groups(
+    requests: Sequence[Request],
+    backend: HostBackend,
+    threads: int | None,
+    on_bytes_read: Callable[[int], None],
+    ends: Sequence[int],
+) -> Groups:
+    """Loads the requests in groups with these ends.
+
+    Raises:
+        OutputError, ReadError, GgufError, DeviceError: as for `load`.
+    """
+    # The last group may have any number of tensors, whose memory is not needed before.
+    prefetch = max((end - start for start, end in pairwise((0, *ends[:-1]))), default=None)
+
+    def results(on_bytes_read: Callable[[int], None]) -> Generator[Any, None, None]:
+        return load(requests, backend, threads, prefetch, on_bytes_read)
+
+    # The simulator starts threads of its own.
+    has_thread = not isinstance(backend, SimulatorBackend)
+    return GroupsOfGenerator(results, ends, on_bytes_read, has_thread=has_thread)
 
 
 class _Results:

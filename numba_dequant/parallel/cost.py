@@ -18,11 +18,12 @@ from numba_dequant.parallel.machine import Machine
 from numba_dequant.parallel.plan import Part, Plan
 from numba_dequant.parallel.routes import LEAST_DIVIDED, batches, packed_bytes, piece_bytes
 
-AGREEMENTS = 7
-"""Collectives of every load. Ranks exchange objects twice at its start and once at its end. Each of these exchanges is
-two collectives: first the sizes, then the bytes. One more collective makes the first connection."""
-OF_BATCH = 2
-"""Collectives of each batch, in which ranks tell each other that they have read it: the sizes, then the bytes."""
+AGREEMENTS = 6
+"""Collectives of every load. Ranks exchange objects twice at its start. Each of these exchanges is two collectives:
+first the sizes, then the bytes. Another collective makes the first connection, and in the last one, all ranks say that
+they have loaded their parts."""
+OF_BATCH = 1
+"""Collectives of each batch, in which all ranks say that they have read it."""
 BROADCAST = 2
 """Collectives for the plan, which one rank sends to all others if any of them lacks the file: its size, its bytes."""
 

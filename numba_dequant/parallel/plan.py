@@ -7,8 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import translate
+from itertools import accumulate
 from math import gcd, lcm, prod
-from typing import Literal
+from operator import add
+from typing import Any, Literal, NamedTuple
 
 from numba_dequant.arguments import whole_option
 from numba_dequant.errors import OptionError, ShapeError, shown
@@ -243,6 +245,14 @@ def _contiguous(sizes: list[int], count: int, before: int, after: int) -> list[i
     return found
 
 
+class _Cut(NamedTuple):
+    """Where a tensor is cut: along which dimension, and for each rank the start, the stop and the bytes."""
+
+    dim: int
+    bounds: list[tuple[int, int]]
+    sizes: list[int]
+
+
 class _Divider:
     """The division of the tensors of one stage among its ranks."""
 
@@ -250,8 +260,14 @@ class _Divider:
         self, ranks: Sequence[RankPlan], rules: Sequence[Rule], notes: dict[str, None], *, refuses: bool
     ) -> None:
         self._ranks, self._notes, self._refuses = ranks, notes, refuses
-        self._rules = [(re.compile(translate(pattern)).match, placement) for pattern, placement in rules]
+        # One expression for all rules, because a model has thousands of names. Each rule is one of its groups.
+        patterns = [f"({translate(pattern)})" for pattern, _ in rules]
+        self._match = re.compile("|".join(patterns) or "(?!)").match
+        n_groups = accumulate((re.compile(pattern).groups for pattern in patterns), initial=1)
+        self._placements = dict(zip(n_groups, (placement for _, placement in rules), strict=False))
         self._sizes = [0] * len(ranks)
+        # What layers have in common: the shapes, formats and placements of tensors -> their bounds and bytes.
+        self._known: dict[tuple[Any, ...], list[_Cut]] = {}
 
     def divide(self, tensors: list[TensorInfo]) -> None:
         """Give each rank its parts."""
@@ -277,7 +293,8 @@ class _Divider:
             plan_of_rank.parts.update({tensor.name: parts[tensor.name][rank] for tensor in tensors})
 
     def _placement(self, tensor: TensorInfo) -> Placement:
-        placement = next((each for matches, each in self._rules if matches(tensor.name)), Replicate())
+        match = self._match(tensor.name)
+        placement = Replicate() if match is None else self._placements[match.lastindex or 0]
         if isinstance(placement, Shard) and not -len(tensor.shape) <= placement.dim < len(tensor.shape):
             raise ShapeError(
                 f"{tensor.name} of shape {tensor.shape} has no dimension {placement.dim}; pass another dim in the "
@@ -291,33 +308,42 @@ class _Divider:
 
     def _cut(self, tensors: list[TensorInfo], shards: dict[str, Shard]) -> dict[str, list[Part]]:
         """The parts of tensors that are cut at the same places."""
-        extents = {tensor.name: tensor.shape[shards[tensor.name].dim] for tensor in tensors}
-        units = {tensor.name: self._unit(tensor, shards[tensor.name]) for tensor in tensors}
-        whole = max(extents.values())
+        key = tuple((tensor.shape, tensor.format.name, shards[tensor.name]) for tensor in tensors)
+        cuts = self._known.get(key)
+        if cuts is None:
+            cuts, is_even = self._new_cuts(tensors, [shards[tensor.name] for tensor in tensors])
+            if is_even:  # otherwise the cuts depend on what the ranks have so far
+                self._known[key] = cuts
+        found: dict[str, list[Part]] = {}
+        for tensor, (dim, bounds, sizes) in zip(tensors, cuts, strict=True):
+            found[tensor.name] = [Part(tensor, dim, start, stop) for start, stop in bounds]
+            self._sizes = list(map(add, self._sizes, sizes))
+        return found
+
+    def _new_cuts(self, tensors: list[TensorInfo], shards: list[Shard]) -> tuple[list[_Cut], bool]:
+        """The cuts of tensors that are cut at the same places, and whether all ranks get equal parts."""
+        extents = [tensor.shape[shard.dim] for tensor, shard in zip(tensors, shards, strict=True)]
+        units = [self._unit(tensor, shard) for tensor, shard in zip(tensors, shards, strict=True)]
+        whole = max(extents)
         unit = 1
-        for tensor in tensors:
-            extent = extents[tensor.name]
-            if extent and whole % extent == 0 and not shards[tensor.name].overlaps:
-                unit = lcm(unit, units[tensor.name] * (whole // extent))
+        for tensor, shard, extent, own in zip(tensors, shards, extents, units, strict=True):
+            if extent and whole % extent == 0 and not shard.overlaps:
+                unit = lcm(unit, own * (whole // extent))
             elif extent and whole % extent:
                 raise ShapeError(
                     f"{tensor.name} has {extent} elements along the dimension to cut, but another tensor of its group "
-                    f"{shards[tensor.name].group!r} has {whole}, which is not a multiple of that; change the rules"
+                    f"{shard.group!r} has {whole}, which is not a multiple of that; change the rules"
                 )
-        cuts = self._cuts(tensors, whole, unit)
-        found: dict[str, list[Part]] = {}
-        for tensor in tensors:
-            extent, own = extents[tensor.name], units[tensor.name]
-            dim = shards[tensor.name].dim % len(tensor.shape)
-            ratio = max(whole // max(extent, 1), 1)
+        places, is_even = self._places(tensors, whole, unit)
+        found: list[_Cut] = []
+        for tensor, shard, extent, own in zip(tensors, shards, extents, units, strict=True):
+            dim, ratio = shard.dim % len(tensor.shape), max(whole // max(extent, 1), 1)
             bounds = [
                 (start // ratio // own * own, min(-(-stop // (ratio * own)) * own, extent)) if start < stop else (0, 0)
-                for start, stop in cuts
+                for start, stop in places
             ]
-            found[tensor.name] = [Part(tensor, dim, start, stop) for start, stop in bounds]
-            for rank, part in enumerate(found[tensor.name]):
-                self._sizes[rank] += part.n_bytes
-        return found
+            found.append(_Cut(dim, bounds, [Part(tensor, dim, *each).n_bytes for each in bounds]))
+        return found, is_even
 
     def _unit(self, tensor: TensorInfo, shard: Shard) -> int:
         """The elements that stay together, so that cuts are between blocks."""
@@ -330,12 +356,13 @@ class _Divider:
             )
         return lcm(shard.unit, block_size // gcd(block_size, inner) if inner else 1)
 
-    def _cuts(self, tensors: list[TensorInfo], whole: int, unit: int) -> list[tuple[int, int]]:
-        """Where each rank's part starts and ends, in elements of the longest tensor."""
+    def _places(self, tensors: list[TensorInfo], whole: int, unit: int) -> tuple[list[tuple[int, int]], bool]:
+        """Where each rank's part starts and ends, in elements of the longest tensor, and whether all are equal."""
         count = len(self._ranks)
         n_units = -(-whole // unit)
         each, more = divmod(n_units, count)
-        if more or (whole % unit and count > 1):
+        is_even = not more and not (whole % unit and count > 1)
+        if not is_even:
             self._note_uneven(tensors, n_units, unit, count)
         least = set(sorted(range(count), key=lambda rank: (self._sizes[rank], rank))[:more])
         found, start = [], 0
@@ -343,7 +370,7 @@ class _Divider:
             stop = start + each + (rank in least)
             found.append((min(start * unit, whole), min(stop * unit, whole)))
             start = stop
-        return found
+        return found, is_even
 
     def _note_uneven(self, tensors: list[TensorInfo], n_units: int, unit: int, count: int) -> None:
         names = " and ".join(sorted({LAYER.sub("blk.*.", tensor.name) for tensor in tensors}))

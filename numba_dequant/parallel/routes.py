@@ -119,6 +119,8 @@ def shares_of(plan: Plan, tensors: Mapping[str, TensorInfo]) -> list[list[Share]
         OptionError: the plan is for another model, or a part made by hand is not a part of its tensor.
     """
     known = {tensor.name: (number, tensor) for number, tensor in enumerate(tensors.values())}
+    # What layers have in common: the shape and the format of a tensor, and its part -> the bytes of the part.
+    checked: dict[tuple[Any, ...], int] = {}
 
     def share_of(name: str, part: Part) -> Share:
         if not isinstance(part, Part) or part.tensor.name != name:
@@ -130,25 +132,31 @@ def shares_of(plan: Plan, tensors: Mapping[str, TensorInfo]) -> list[list[Share]
                 f"the plan is for another model: it has {planned.name} as {planned.format.name} of shape "
                 f"{planned.shape}; make it with the tensors of this model"
             )
-        if part.dim is not None and not (
-            type(part.dim) is int
-            and 0 <= part.dim < len(own.shape)
-            and 0 <= part.start <= part.stop <= own.shape[part.dim]
-        ):
-            raise OptionError(
-                f"{own.name} of shape {own.shape} has no part of dimension {part.dim} from {part.start} to "
-                f"{part.stop}; count dimensions from 0, and pass a start and a stop within the tensor"
-            )
-        if not _has_whole_blocks(own, part):
-            raise OptionError(
-                f"the part of {own.name} of shape {own.shape} from {part.start} to {part.stop} of dimension {part.dim} "
-                f"is not whole blocks of {own.format.name}; pass other limits"
-            )
-        where = part.dim, part.start, part.stop, part.n_bytes, own.n_bytes
-        return Share(number, own.name, own.format.name, own.shape, *where)
+        dim, start, stop = part.dim, part.start, part.stop
+        key = own.shape, own.format.name, dim, start, stop, type(dim)
+        n_bytes = checked.get(key)
+        if n_bytes is None:
+            _check_part(own, part)
+            n_bytes = checked[key] = part.n_bytes
+        return Share(number, name, own.format.name, own.shape, dim, start, stop, n_bytes, own.n_bytes)
 
     shares = ([share_of(name, part) for name, part in rank.parts.items()] for rank in plan.ranks)
     return [sorted(of_rank, key=lambda share: share.number) for of_rank in shares]
+
+
+def _check_part(own: TensorInfo, part: Part) -> None:
+    if part.dim is not None and not (
+        type(part.dim) is int and 0 <= part.dim < len(own.shape) and 0 <= part.start <= part.stop <= own.shape[part.dim]
+    ):
+        raise OptionError(
+            f"{own.name} of shape {own.shape} has no part of dimension {part.dim} from {part.start} to {part.stop}; "
+            "count dimensions from 0, and pass a start and a stop within the tensor"
+        )
+    if not _has_whole_blocks(own, part):
+        raise OptionError(
+            f"the part of {own.name} of shape {own.shape} from {part.start} to {part.stop} of dimension {part.dim} "
+            f"is not whole blocks of {own.format.name}; pass other limits"
+        )
 
 
 def _has_whole_blocks(tensor: TensorInfo, part: Part) -> bool:
@@ -242,10 +250,13 @@ class Routes:
 
     def read(self, rank: int, share: Share) -> Read:
         """The bytes that are read for a share by the rank itself, or by the rank that reads for it."""
+        return self._read(rank, share, self._longest(rank, share))
+
+    def _read(self, rank: int, share: Share, longest: int) -> Read:
         first, size = 0, share.whole_bytes
         if share.dim == 0:
             first, size = size * share.start // share.whole[0], share.n_bytes
-        elif (longest := self._longest(rank, share)) > 0:
+        elif longest:
             first = min(self._order[self._key(rank, share)][rank] * longest, size)
             size = min(longest, size - first)
         elif share.has_columns and self.holders(rank, share):
@@ -261,7 +272,9 @@ class Routes:
 
     def _longest(self, rank: int, share: Share) -> int:
         """The bytes of the longest piece, if several ranks read a piece of a whole tensor each; otherwise 0."""
-        count = len(self.holders(rank, share)) if share.dim is None else 0
+        if share.dim is not None or share.n_bytes < LEAST_DIVIDED:
+            return 0
+        count = len(self.holders(rank, share))
         return piece_bytes(share.n_bytes, format_named(share.format), count) if count > 1 else 0
 
     @cached_property
@@ -273,8 +286,9 @@ class Routes:
             for share in of_rank:
                 longest = self._longest(rank, share)
                 if share.n_bytes and (host is None or share.has_columns or longest):
-                    is_held_by_all = bool(longest) and len(self.holders(rank, share)) == len(self.shares)
-                    found[rank].append(Transfer(rank, share, source, self.read(rank, share), longest, is_held_by_all))
+                    is_held_by_all = longest > 0 and len(self.holders(rank, share)) == len(self.shares)
+                    read = self._read(rank, share, longest)
+                    found[rank].append(Transfer(rank, share, source, read, longest, is_held_by_all))
         return found
 
     def direct(self, rank: int) -> Iterator[Share]:
@@ -285,26 +299,40 @@ class Routes:
                 yield share
 
     @cached_property
-    def batch_of(self) -> list[int]:
-        """The number of the batch of each tensor of the file; they never decrease."""
+    def _needed(self) -> list[list[int]]:
+        """For each tensor of the file, the bytes that each rank needs memory for to exchange it."""
         n_tensors = 1 + max((share.number for of_rank in self.shares for share in of_rank), default=-1)
-        needed = np.zeros((n_tensors, len(self.shares)), np.int64)
+        needed = [[0] * len(self.shares) for _ in range(n_tensors)]
         for rank, of_rank in enumerate(self.transfers):
             for transfer in of_rank:
                 of_tensor = needed[transfer.share.number]
-                of_tensor[rank] += transfer.share.n_bytes
                 of_tensor[transfer.source] += transfer.read.n_bytes
-                if transfer.is_held_by_all:
-                    of_tensor[rank] += transfer.packed * len(self.shares)
+                packed = transfer.packed * len(self.shares) if transfer.is_held_by_all else 0
+                of_tensor[rank] += transfer.share.n_bytes + packed
             if self._batch_bytes is not None:
                 for share in self.direct(rank):
-                    needed[share.number, rank] += share.n_bytes
-        return batches(needed, self._batch_bytes or BATCH_BYTES)
+                    needed[share.number][rank] += share.n_bytes
+        return needed
 
-    @property
+    @cached_property
+    def batch_of(self) -> list[int]:
+        """The number of the batch of each tensor of the file.
+
+        Unless `batch_bytes` is passed, tensors that no rank exchanges come after the last batch, as number `n_batches`:
+        the ranks exchange the others while they read these.
+        """
+        needed = np.array(self._needed, np.int64).reshape(-1, len(self.shares))
+        found = batches(needed, self._batch_bytes or BATCH_BYTES)
+        if self._batch_bytes is None:
+            last = 1 + max(found, default=0)
+            found = [batch if any(of_ranks) else last for batch, of_ranks in zip(found, self._needed, strict=True)]
+        return found
+
+    @cached_property
     def n_batches(self) -> int:
         """The number of batches, at least 1."""
-        return 1 + max(self.batch_of, default=0)
+        of_tensors = zip(self.batch_of, self._needed, strict=True)
+        return 1 + max((batch for batch, of_ranks in of_tensors if any(of_ranks)), default=0)
 
     def exchanged(self, rank: int) -> list[Transfer]:
         """The transfers to a rank and from it. All ranks have them in the order of the file."""

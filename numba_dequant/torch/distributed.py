@@ -11,7 +11,7 @@ import hashlib
 import platform
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -31,19 +31,23 @@ from numba_dequant.formats import FORMATS, format_named
 from numba_dequant.gguf.tensors import TensorInfo
 from numba_dequant.loading.chunks import Chunk, TensorSlice
 from numba_dequant.loading.files import OpenFiles
-from numba_dequant.loading.parts import Load, PartReader
+from numba_dequant.loading.groups import LoadGroups
+from numba_dequant.loading.parts import PartReader
 from numba_dequant.loading.requests import Request, dtype_resolver
 from numba_dequant.model import Model
 from numba_dequant.model import open as open_model
 from numba_dequant.parallel import Placement, Plan, Replicate, Shard, plan
 from numba_dequant.parallel.placements import checked_rules
-from numba_dequant.parallel.routes import Routes, Share, shares_of
+from numba_dequant.parallel.routes import Read, Routes, Share, shares_of
 from numba_dequant.torch.checks import DTYPES
 from numba_dequant.torch.functional import resolved
-from numba_dequant.torch.loading import blocks_shape, load, request_of, tensor_of
+from numba_dequant.torch.loading import blocks_shape, load_groups, request_of, tensor_of
 from numba_dequant.torch.ranks import Exchange, Ranks, device_of, told
 
 Planner = Plan | Callable[[Model], Plan]
+
+AHEAD = 3
+"""The number of batches that are read at a time."""
 
 
 def load_sharded(
@@ -108,24 +112,20 @@ class _Load:
         self._reader: PartReader | None = None
 
     def begin(self, model: Model | None, routes: Routes) -> None:
-        """Begin to read the first batch, if this rank has the file."""
+        """Begin to read the first batches, if this rank has the file."""
         self._routes, rank = routes, self._ranks.rank
         self._shares = {share.name: share for share in routes.shares[rank]}
         if model is None:
             return
-        on_gpu = next((each for each in (self._place, self._between) if each.type == "cuda"), None)
-        stream = torch.cuda.current_stream(on_gpu) if on_gpu is not None else None
 
-        def load_on(device: torch.device) -> Load:
-            return partial(load, device=device, sharers=routes.hosts.count(routes.hosts[rank]))
+        def load_on(device: torch.device) -> LoadGroups:
+            return partial(load_groups, device=device, sharers=routes.hosts.count(routes.hosts[rank]))
 
         own = load_on(self._place)
         pieces = own if self._between == self._place else load_on(self._between)
-        self._reader = PartReader(
-            model.tensors, routes, rank, self._own, own, pieces,
-            lambda: torch.cuda.stream(stream) if stream is not None else nullcontext(),
-        )  # fmt: skip
-        self._future = self._reader.begin(0)
+        self._reader = PartReader(model.tensors, routes, rank, self._own, own, pieces)
+        for _ in range(min(AHEAD, routes.n_batches + 1)):
+            self._reader.begin()
 
     def _dtype(self, fmt: Format, name: str) -> torch.dtype | None:
         """The dtype of a tensor; None for blocks."""
@@ -144,20 +144,28 @@ class _Load:
         received = {name: empty for name, share in self._shares.items() if not share.n_bytes}
         found: dict[str, Tensor] = {}
         for batch in range(routes.n_batches):
-            with ranks.all_or_none("load its part"):
+            with ranks.all_succeed("load its part"):
                 found |= self._values(received)
-                pieces = {}
-                if self._reader is not None:
-                    own, read = self._future.result()
-                    found |= {name: tensor_of(result).to(self._device) for name, result in own.items()}
-                    pieces = {each: _as_tensor(data) for each, data in read.items()}
+                own, pieces = self._read(batch)
+                found |= own
                 memory = exchange.memory(batch)
-            if self._reader is not None and batch + 1 < routes.n_batches:
-                self._future = self._reader.begin(batch + 1)
             received = exchange.run(batch, pieces, memory)
-        with ranks.all_or_none("load its part"):
+        with ranks.all_succeed("load its part"):
             found |= self._values(received)
+            found |= self._read(routes.n_batches)[0]
         return {name: found[name] for name in self._shares}
+
+    def _read(self, batch: int) -> tuple[dict[str, Tensor], dict[Read, Tensor]]:
+        """Own tensors of a batch, and what is exchanged. The reads of a later batch begin."""
+        if self._reader is None:
+            return {}, {}
+        own, pieces = self._reader.finish(batch)
+        if batch + AHEAD <= self._routes.n_batches:
+            self._reader.begin()
+        return (
+            {name: tensor_of(result).to(self._device) for name, result in own.items()},
+            {each: _as_tensor(data) for each, data in pieces.items()},
+        )
 
     def _values(self, received: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of what this rank has received: blocks, or values, which take one launch for each format."""

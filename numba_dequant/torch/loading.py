@@ -13,24 +13,40 @@ from numba_dequant.backends.host import HostBackend
 from numba_dequant.dtypes import DEFAULT
 from numba_dequant.format import Format
 from numba_dequant.gguf.tensors import TensorInfo
+from numba_dequant.loading.groups import Groups
 from numba_dequant.loading.requests import QuantizedTensor, Request, request_for
 from numba_dequant.torch.checks import DTYPES
 
 
-def load(
+def load(requests: Sequence[Request], device: torch.device) -> Generator[Any, None, None]:
+    """The results of the requests on a CPU or GPU, in order. On a GPU they are ready in the order of its stream.
+
+    Raises:
+        NumbaDequantError: as for `Model.load_all`.
+    """
+    if device.type != "cuda":
+        from numba_dequant.loading import host_loader
+
+        return host_loader.load(requests, HostBackend(DeviceSpec("cpu")), None, None, _ignore)
+    from numba_dequant.loading import gpu_loader
+
+    return gpu_loader.load(requests, _call_on(device), None, None, _ignore)
+
+
+def load_groups(
     requests: Sequence[Request],
-    on_bytes_read: Callable[[int], None] = lambda n_bytes: None,
-    groups: Sequence[int] = (),
+    on_bytes_read: Callable[[int], None],
+    ends: Sequence[int],
     *,
     device: torch.device,
-    sharers: int = 1,
-) -> Generator[Any, None, None]:
-    """The results of the requests on a CPU or GPU, in order. On a GPU they are ready in the order of its stream.
+    sharers: int,
+) -> Groups:
+    """Loads the requests in groups with these ends. On a GPU, results are ready in the order of its stream.
 
     Args:
         requests: what to load.
         on_bytes_read: called with the number of bytes that have been read.
-        groups: the ends of groups whose results are returned together.
+        ends: the ends of the groups.
         device: the device.
         sharers: the number of processes of this host that load at the same time.
 
@@ -41,15 +57,25 @@ def load(
     if device.type != "cuda":
         from numba_dequant.loading import host_loader
 
-        return host_loader.load(requests, HostBackend(DeviceSpec("cpu")), threads, None, on_bytes_read, groups)
+        return host_loader.load_groups(requests, HostBackend(DeviceSpec("cpu")), threads, on_bytes_read, ends)
+    from numba_dequant.loading import gpu_buffers, gpu_loader
+
+    threads = threads and min(threads, gpu_buffers.TUNING.threads)
+    return gpu_loader.load_groups(requests, _call_on(device), threads, on_bytes_read, ends)
+
+
+def _ignore(n_bytes: int) -> None:
+    pass
+
+
+def _call_on(device: torch.device) -> Any:
+    """PyTorch's current stream of a GPU, for a load that returns tensors."""
     spec = gpu_device(torch.cuda.current_device() if device.index is None else device.index)
     from numba_dequant.backends import streams
     from numba_dequant.backends.gpu import gpu_at
-    from numba_dequant.loading import gpu_buffers, gpu_loader
 
     torch.cuda.init()
-    threads = threads and min(threads, gpu_buffers.TUNING.threads)
-    return gpu_loader.load(requests, streams.of_torch(gpu_at(spec.index)), threads, None, on_bytes_read, groups)
+    return streams.of_torch(gpu_at(spec.index))
 
 
 def request_of(tensor: TensorInfo, dtype: torch.dtype | None, device: torch.device) -> Request:

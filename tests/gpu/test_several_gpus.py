@@ -94,22 +94,23 @@ def test_any_plan(tmp_path_factory, data):
 
 def test_an_error_of_one_device_ends_the_load(path, monkeypatch):
     """Nothing waits, no thread is left, and the next load works."""
-    load, devices = gpu_loader.load, ["cuda:0"] * 3
+    load, devices, loads = gpu_loader.load_groups, ["cuda:0"] * 3, []
 
     def fail(requests, *arguments):
-        results = load(requests, *arguments)
-        if requests and requests[0].tensor.offset == first:
+        groups = load(requests, *arguments)
+        loads.append(groups)
+        if len(loads) == 2:
+            finish = groups.finish
 
             def failing():
-                yield next(results)
+                finish()
                 raise nd.ReadError("model.gguf", "a", 0, "the disk has failed", 5)
 
-            return failing()
-        return results
+            groups.finish = failing
+        return groups
 
     with nd.open(path) as model:
-        first = model.tensors["token_embd"].offset
-        monkeypatch.setattr(gpu_loader, "load", fail)
+        monkeypatch.setattr(gpu_loader, "load_groups", fail)
         with pytest.raises(nd.ReadError, match="the disk has failed"):
             model.load_all(device=devices, plan=planned(3))
         monkeypatch.undo()

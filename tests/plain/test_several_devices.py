@@ -7,7 +7,7 @@ from parts import assert_parts, planned
 
 import numba_dequant as nd
 from numba_dequant.loading import chunks, devices, files
-from numba_dequant.loading.parts import PartReader
+from numba_dequant.loading.groups import GroupsOfGenerator
 from numba_dequant.parallel import Part, Plan, RankPlan, Shard, plan, routes
 
 
@@ -94,14 +94,13 @@ def test_a_stream_does_not_read_the_whole_model(path, monkeypatch, options):
     """It did, if no tensor was exchanged."""
     monkeypatch.setattr(devices, "STREAM_BYTES", 1)
     read = []
-    really = PartReader._read
+    really = GroupsOfGenerator._read
 
-    def counted(reader, batch):
-        own, pieces = really(reader, batch)
-        read.extend([*own, *pieces])
-        return own, pieces
+    def counted(groups, size):
+        read.extend(found := really(groups, size))
+        return found
 
-    monkeypatch.setattr(PartReader, "_read", counted)
+    monkeypatch.setattr(GroupsOfGenerator, "_read", counted)
     rules = options.pop("rules", [])
     with nd.open(path) as model:
         found = model.stream(

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 from blocks import random_blocks, write_model
 
 import numba_dequant as nd
+from numba_dequant.loading.groups import GroupsOfGenerator
 from numba_dequant.loading.parts import PartReader
 from numba_dequant.loading.requests import request_for
 from numba_dequant.parallel import Machine, Part, Plan, RankPlan, cost, plan, predict, routes
@@ -84,15 +86,21 @@ def counted(model, found, n_readers):
         recorder = Recorder(rank, world)
         exchange = ranks.Exchange(recorder, taken, torch.device("cpu"))
 
-        def load(requests, on_bytes_read, groups, recorder=recorder):
+        def read(requests, on_bytes_read, recorder):
             for request in requests:
                 recorder.found["file"] += request.tensor.n_bytes
                 yield request.finished(np.zeros(request.tensor.n_bytes, np.uint8))
 
+        def load(requests, on_bytes_read, ends, recorder=recorder):
+            results = partial(read, requests, recorder=recorder)
+            return GroupsOfGenerator(results, ends, on_bytes_read, has_thread=False)
+
         reader = PartReader(model.tensors, taken, rank, lambda part: request_for(part, None), load, load)
-        for batch in range(taken.n_batches):
-            pieces = {read: torch.from_numpy(data) for read, data in reader.begin(batch).result()[1].items()}
-            exchange.run(batch, pieces, exchange.memory(batch))
+        for batch in range(taken.n_batches + 1):
+            reader.begin()
+            pieces = {each: torch.from_numpy(data) for each, data in reader.finish(batch)[1].items()}
+            if batch < taken.n_batches:
+                exchange.run(batch, pieces, exchange.memory(batch))
         reader.close()
         recorder.found["bus"] = recorder.found["file"]
         yield recorder.found, taken.n_batches

@@ -71,8 +71,8 @@ def model(tmp_path_factory):
         yield model
 
 
-def load(requests, on_bytes_read, groups):
-    return host_loader.load(requests, HostBackend(DeviceSpec("cpu")), 1, None, on_bytes_read, groups)
+def load(requests, on_bytes_read, ends):
+    return host_loader.load_groups(requests, HostBackend(DeviceSpec("cpu")), 1, on_bytes_read, ends)
 
 
 def loaded(model, taken, rank):
@@ -81,11 +81,14 @@ def loaded(model, taken, rank):
     exchange = Exchange(rank, taken, torch.device("cpu"))
     reader = PartReader(model.tensors, taken, rank.rank, lambda part: request_for(part, None), load, load)
     try:
-        for batch in range(taken.n_batches):
-            own, pieces = reader.begin(batch).result()
+        for batch in range(taken.n_batches + 1):
+            reader.begin()
+            own, pieces = reader.finish(batch)
             found |= {name: torch.from_numpy(each.data) for name, each in own.items()}
             read = {each: torch.from_numpy(data) for each, data in pieces.items()}
-            found |= exchange.run(batch, read, exchange.memory(batch))
+            if batch < taken.n_batches:
+                found |= exchange.run(batch, read, exchange.memory(batch))
+            assert not read or batch < taken.n_batches
     finally:
         reader.close()
     return found

@@ -59,8 +59,8 @@ def watched(counts, patches):
         counts["bus"] = counts["file"]
         return really(requests, *arguments, **options)
 
-    really = distributed.load
-    patches.enter_context(mock.patch.object(distributed, "load", load))
+    really = distributed.load_groups
+    patches.enter_context(mock.patch.object(distributed, "load_groups", load))
     patches.enter_context(mock.patch.object(distributed, "_host", return_value=str(dist.get_rank() // HOST)))
     patches.enter_context(mock.patch.object(routes, "LEAST_DIVIDED", 1))
 

@@ -32,7 +32,7 @@ RULES = [("*.rows", parallel.Shard(0)), ("*.columns", parallel.Shard(-1)), ("*.e
 FAULTS = {
     "memory": (distributed, "dequantize_many", MemoryError("no memory is left")),
     "type": (distributed, "dequantize_many", TypeError()),
-    "unreadable": (PartReader, "_read", nd.ReadError("model.gguf", "b.rows", 0, "the disk has failed", 5)),
+    "unreadable": (PartReader, "finish", nd.ReadError("model.gguf", "b.rows", 0, "the disk has failed", 5)),
     "header": (distributed, "_digest", OSError("the disk has failed")),
     "no room": (Exchange, "memory", RuntimeError("no memory is left\non this GPU")),
 }

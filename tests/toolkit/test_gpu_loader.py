@@ -162,19 +162,35 @@ def test_what_is_reported_is_what_was_asked_for(model, late, select, prefetch):
 
 @pytest.mark.parametrize("ends", [[1, 3], [0, 2, 2, 5]])
 def test_groups(model, late, ends):
-    """The tensors of a group come together, and the memory of a group is not taken before the one before the last."""
+    """The tensors of a group come together, and the memory of a group is not taken before it begins."""
     chosen = requests.plan_requests(model.tensors, None, "float16", None, keep_quantized=False)
     ends = [*ends, len(chosen)]
-    results = gpu_loader.load(chosen, CallStream(late), 3, None, lambda n_bytes: None, ends)
+    groups = gpu_loader.load_groups(chosen, CallStream(late), 3, lambda n_bytes: None, ends)
     found, before = [], late.in_use
+    groups.begin()
     for number, end in enumerate(ends):
-        found += [next(results) for _ in range(end - len(found))]
-        allowed = ends[min(number + 1, len(ends) - 1)]
-        most = sum(request.job.n_elements * 2 + 256 for request in chosen[:allowed])
+        following = ends[min(number + 1, len(ends) - 1)]
+        if number + 1 < len(ends):
+            groups.begin()
+        found += groups.finish()
+        assert len(found) == end
+        most = sum(request.job.n_elements * 2 + 256 for request in chosen[:following])
         assert late.in_use - before <= most + 2 * MAX_BYTES
-    assert next(results, None) is None
+    groups.close()
     for request, values in zip(chosen, found, strict=True):
         assert_right(values, request.tensor.name)
+
+
+@pytest.mark.parametrize("n_begun", [0, 1, 2])
+def test_groups_may_be_closed_early(model, late, n_begun):
+    chosen = requests.plan_requests(model.tensors, None, "float16", None, keep_quantized=False)
+    before = late.in_use
+    groups = gpu_loader.load_groups(chosen, CallStream(late), 3, lambda n_bytes: None, [2, 3, len(chosen)])
+    for _ in range(n_begun):
+        groups.begin()
+    groups.close()
+    assert late.in_use <= before + 2 * MAX_BYTES
+    assert_right(model.load("a.q", device="cuda"), "a.q")
 
 
 @pytest.mark.parametrize(

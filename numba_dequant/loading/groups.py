@@ -1,0 +1,91 @@
+"""Loads in groups: the next groups are read while the caller uses one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import islice, pairwise
+from typing import Any, Protocol
+
+from numba_dequant.loading.python_threads import POLL_SECONDS
+from numba_dequant.loading.requests import Request
+
+
+class Groups(Protocol):
+    """A load in groups. Groups are begun and finished in order, and several may have begun at a time."""
+
+    def begin(self) -> None:
+        """Begin to read the next group, without waiting for it."""
+
+    def finish(self) -> list[Any]:
+        """Wait for the first group that has not been finished, and return its results."""
+
+    def close(self) -> None:
+        """Stop reading."""
+
+
+LoadGroups = Callable[[Sequence[Request], Callable[[int], None], Sequence[int]], Groups]
+"""Loads requests in groups with these ends. `finish` calls a function with the number of bytes that have been read."""
+
+
+class _StoppedError(Exception):
+    """The load has been closed, and nobody waits for this thread."""
+
+
+class GroupsOfGenerator:
+    """The groups of a generator of results.
+
+    Args:
+        results: takes a function, which it calls with the number of bytes that it has read, and returns the generator.
+        ends: the ends of the groups.
+        on_bytes_read: as for `LoadGroups`.
+        has_thread: whether a thread of its own reads. Otherwise, `finish` reads.
+    """
+
+    def __init__(
+        self,
+        results: Callable[[Callable[[int], None]], Generator[Any, None, None]],
+        ends: Sequence[int],
+        on_bytes_read: Callable[[int], None],
+        *,
+        has_thread: bool,
+    ) -> None:
+        self._sizes = iter([end - start for start, end in pairwise((0, *ends))])
+        self._on_bytes_read, self._n_read = on_bytes_read, 0
+        self._stopped = threading.Event()
+        self._pool = ThreadPoolExecutor(1, "numba_dequant load") if has_thread else None
+        self._begun: list[int | Future[list[Any]]] = []
+        self._results = results(self._count)
+
+    def _count(self, n_bytes: int) -> None:
+        self._n_read = n_bytes
+        if self._stopped.is_set():
+            raise _StoppedError
+        if self._pool is None:
+            self._on_bytes_read(n_bytes)
+
+    def _read(self, size: int) -> list[Any]:
+        return list(islice(self._results, size))
+
+    def begin(self) -> None:
+        """Begin to read the next group, if there is a thread for it."""
+        size = next(self._sizes)
+        self._begun.append(self._pool.submit(self._read, size) if self._pool is not None else size)
+
+    def finish(self) -> list[Any]:
+        """Wait for the first group that has not been finished, and return its results."""
+        group = self._begun.pop(0)
+        if isinstance(group, int):
+            return self._read(group)
+        while not wait([group], POLL_SECONDS).done:
+            self._on_bytes_read(self._n_read)
+        self._on_bytes_read(self._n_read)
+        return group.result()
+
+    def close(self) -> None:
+        """Stop reading, and wait until the thread has ended."""
+        self._stopped.set()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._results.close()
