@@ -1,18 +1,20 @@
-"""Measure loads by several GPUs of one host, each with a process of its own, and check their values.
+"""Measure loads by several GPUs of one host, and check their values. Predictions are made before.
 
-python benchmarks/ranks.py [--gpus 2] [--rounds 7] [--small]     # writes results/ranks.json; needs the GPUs and 10 GB
+python benchmarks/ranks.py [--gpus 1 2 4] [--models 8B 70B] [--rounds 7]     # writes results/ranks.json
+python benchmarks/ranks.py --small --cpu --gpus 1 2                            # tries the script on a CPU, with Gloo
 
-The file is like Llama-3.1-8B with 56 layers in Q4_K_M, in the page cache. All values become FP16.
+The files are like Llama in Q4_K_M, and in the page cache. 8B is Llama-3.1-8B with 56 layers (8 GB), whose values become
+FP16. 70B is Llama-3.1-70B (42 GB), whose blocks stay compressed, because one GPU could not hold its values. For each
+number of GPUs, there are as many processes:
 
 - alone: one process loads the whole file to its GPU with `nd.load`, while the others wait.
 - together: each process does that at the same time.
 - sharded: `load_file(plan=...)` by `llama_rules`.
-- sharded, compressed: the same, but the blocks stay compressed.
 - replicated: each rank holds the whole model, and the ranks exchange compressed pieces.
 - one process: `nd.load(device=[...], plan=...)`, while the others wait.
 
-A time is that from the first start to the last end, after a barrier. The ways take turns in each round, and the table
-has the median of the rounds. With --small, a tiny file is loaded, to try the script.
+A time is that from the first start to the last end, after a barrier. The ways take turns in each round. "host MB" is
+the memory that a first load adds to its process at its peak, with the buffers that the process keeps for the next load.
 """
 
 import argparse
@@ -27,17 +29,19 @@ from functools import partial
 from pathlib import Path
 
 import models
+import report_ranks
 import torch
 import torch.distributed as dist
 from tables import described
 
 import numba_dequant as nd
 from numba_dequant import torch as nt
-from numba_dequant.parallel import llama_rules, plan
+from numba_dequant.parallel import llama_rules, plan, predict
 
 RESULTS = Path(__file__).parent / "results" / "ranks.json"
 METADATA = {"general.architecture": "llama", "llama.attention.key_length": 128}
-LAYERS, SMALL = {"n_layers": 56}, {"n_layers": 2, "n_vocab": 4096}
+MODELS = dict(zip(("8B", "70B"), report_ranks.MODELS.values(), strict=True))
+SMALL = {"n_layers": 2, "n_vocab": 4096}
 
 
 def divided(model, world):
@@ -48,137 +52,207 @@ def replicated(model, world):
     return plan(model.tensors.values(), world, [])
 
 
-def of_one_process(path, world, planner):
-    return nd.load(path, device=[f"cuda:{index}" for index in range(world)], plan=planner)
+def of_one_process(path, devices, planner, kept):
+    return nd.load(path, device=devices, plan=planner, keep_quantized=kept)
 
 
-def ways(path, rank, world):
+def ways(path, rank, world, kind, kept):
     """Name -> (the ranks that take part, or all of them; what each does)."""
-    device = f"cuda:{rank}"
-    whole = partial(nd.load, path, device=device)
-    sharded = partial(nt.load_file, path, device, torch.float16, plan=lambda model: divided(model, world))
-    return {
-        "alone": ([0], whole),
-        "together": (None, whole),
-        "sharded": (None, sharded),
-        "sharded, compressed": (None, partial(sharded, keep_quantized=True)),
-        "replicated": (
-            None, partial(nt.load_file, path, device, torch.float16, plan=lambda model: replicated(model, world))
-        ),
-        "one process, sharded": ([0], partial(of_one_process, path, world, lambda model: divided(model, world))),
-        "one process, replicated": ([0], partial(of_one_process, path, world, lambda model: replicated(model, world))),
-    }  # fmt: skip
+    devices = [f"cuda:{index}" for index in range(world)] if kind == "cuda" else ["cpu"] * world
+    whole = partial(nd.load, path, device=devices[rank], keep_quantized=kept)
+    found = {"alone": ([0], whole)}
+    if world == 1:
+        return found
+    found["together"] = None, whole
+    for way, planned in (("sharded", divided), ("replicated", replicated)):
+        planner = partial(planned, world=world)
+        found[way] = None, partial(nt.load_file, path, devices[rank], torch.float16, plan=planner, keep_quantized=kept)
+        if not kept:
+            found[f"one process, {way}"] = [0], partial(of_one_process, path, devices, planner, kept)
+    return found
 
 
-def synchronize(world):
-    for index in range(world):
+def synchronize(world, kind):
+    for index in range(world if kind == "cuda" else 0):
         torch.cuda.synchronize(index)
 
 
 def bits(tensor):
-    return tensor.view(-1).view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def part_of(whole, part):
-    return whole if part.dim is None else whole.narrow(part.dim, part.start, part.stop - part.start)
+def part_of(whole, part, n_columns):
+    """What a rank holds of the values or of the blocks of a tensor. `n_columns` are those of the values."""
+    if part.dim is None:
+        return whole
+    scale = whole.shape[-1] / n_columns if part.dim == whole.ndim - 1 else 1
+    return whole.narrow(part.dim, int(part.start * scale), int((part.stop - part.start) * scale))
 
 
-def check(path, rank, world, way, load):
+def as_tensor(found, kept):
+    """A result of ours or of PyTorch as a tensor; blocks in the shape (..., bytes per row)."""
+    if isinstance(found, nd.QuantizedTensor):
+        data = torch.from_dlpack(found.data)
+        return data.view(*found.shape[:-1], -1) if kept else data
+    return found if isinstance(found, torch.Tensor) else torch.from_dlpack(found)
+
+
+def check(path, rank, world, way, load, kind, kept):
     """Compare what was loaded with parts of the whole tensors, bit by bit."""
     with nd.open(path) as model:
         planned = (replicated if "replicated" in way else divided)(model, world).ranks
-    found = load()
-    by_rank = dict(enumerate(found)) if isinstance(found, list) else {rank: found}
-    whole = {}
-    for owner, tensors in by_rank.items():
-        device = torch.device("cuda", owner)
-        whole = {name: torch.from_dlpack(each) for name, each in nd.load(path, device=f"cuda:{owner}").items()}
-        assert list(tensors) == list(planned[owner].parts), way
-        for name, tensor in tensors.items():
-            expected = part_of(whole[name], planned[owner].parts[name]).contiguous()
-            values = torch.from_dlpack(tensor)
-            assert values.device == device
-            assert torch.equal(bits(values), bits(expected)), (way, owner, name)
+        found = load()
+        by_rank = dict(enumerate(found)) if isinstance(found, list) else {rank: found}
+        for owner, tensors in by_rank.items():
+            assert list(tensors) == list(planned[owner].parts), way
+            device = f"cuda:{owner}" if kind == "cuda" else "cpu"
+            for name, whole in model.stream(device=device, keep_quantized=kept):
+                tensor, values = model.tensors[name], as_tensor(tensors[name], kept)
+                expected = as_tensor(whole, kept)
+                if kept and tensor.format.name == "F32":  # `load_file` makes values of it
+                    expected = expected.view(torch.float32).to(values.dtype)
+                expected = part_of(expected, planned[owner].parts[name], tensor.shape[-1])
+                assert str(values.device) == device
+                assert torch.equal(bits(values), bits(expected)), (way, owner, name)
 
 
-def measure(path, rank, world, rounds):
-    """Way -> seconds of each round, on the first rank."""
-    seconds = {}
-    for number in range(-1, rounds):
-        for way, (members, load) in ways(path, rank, world).items():
-            dist.barrier()
-            start = end = None
-            if members is None or rank in members:
-                start = time.perf_counter()
-                kept = load()
-                synchronize(world)
-                end = time.perf_counter()
-                del kept
+class HostMemory:
+    """The memory of this process at its peak, beyond what it had before, in MB."""
+
+    def __enter__(self):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from now on
+        self._before = self._of("VmRSS")
+        return self
+
+    def __exit__(self, *_):
+        self.n_bytes = self._of("VmHWM") - self._before
+
+    @staticmethod
+    def _of(name):
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+        return 1024 * int(line.split()[1])
+
+
+def measure(path, arguments, kept):
+    """Way -> seconds of each round, and the most host memory of a process, on the first rank."""
+    rank, world, kind = arguments.rank, arguments.gpus[0], "cpu" if arguments.cpu else "cuda"
+    seconds, memory = {}, {}
+    for number in range(-1, arguments.rounds):
+        for way, (members, load) in ways(path, rank, world, kind, kept).items():
+            takes_part = members is None or rank in members
+            dist.all_reduce(torch.zeros(1))  # by Gloo: a barrier of NCCL would keep the GPUs of those who wait busy
+            start = end = used = None
+            if takes_part:
+                with HostMemory() as host:
+                    start = time.perf_counter()
+                    found = load()
+                    synchronize(world, kind)
+                    end = time.perf_counter()
+                used = host.n_bytes
+                del found
             spans = [None] * world
-            dist.all_gather_object(spans, (start, end))
+            dist.all_gather_object(spans, (start, end, used))
             spans = [span for span in spans if span[0] is not None]
-            if number >= 0:  # the first round allocates memory and makes connections
-                seconds.setdefault(way, []).append(max(end for _, end in spans) - min(start for start, _ in spans))
-            if number < 0 and (members is None or rank in members) and way not in ("alone", "together"):
-                if "compressed" not in way:
-                    check(path, rank, world, way, load)
-                torch.cuda.empty_cache()
-    return seconds
+            if number >= 0:
+                seconds.setdefault(way, []).append(max(end for _, end, _ in spans) - min(start for start, *_ in spans))
+                continue
+            # The first round allocates memory, makes connections and checks values.
+            memory[way] = max(used for *_, used in spans) / 1e6
+            if takes_part and way not in ("alone", "together"):
+                check(path, rank, world, way, load, kind, kept)
+                if kind == "cuda":
+                    torch.cuda.empty_cache()
+    return seconds, memory
 
 
 def of_rank(arguments):
-    torch.cuda.set_device(arguments.rank)
+    world = arguments.gpus[0]
+    options = {}
+    if not arguments.cpu:
+        torch.cuda.set_device(arguments.rank)
+        options["device_id"] = torch.device("cuda", arguments.rank)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl",
-        init_method=f"file://{arguments.folder}/group",
+        "gloo" if arguments.cpu else "cpu:gloo,cuda:nccl",
+        init_method=f"file://{arguments.folder}/group{world}",
         rank=arguments.rank,
-        world_size=arguments.gpus,
-        device_id=torch.device("cuda", arguments.rank),
+        world_size=world,
+        **options,
     )
-    path = arguments.folder / "model.gguf"
-    found = measure(path, arguments.rank, arguments.gpus, arguments.rounds)
+    found = {name: measure(arguments.folder / f"{name}.gguf", arguments, name == "70B") for name in arguments.models}
     if arguments.rank == 0:
-        names = {torch.cuda.get_device_name(index) for index in range(arguments.gpus)}
-        result = described(f"python benchmarks/ranks.py --gpus {arguments.gpus}", "cuda")
-        result |= {"machine": f"{arguments.gpus} GPUs of one host, {' and '.join(names)}"}
-        result |= {"file bytes": path.stat().st_size, "cores": len(os.sched_getaffinity(0)), "rounds": found}
-        result["seconds"] = {
-            f"{'two' if arguments.gpus == 2 else arguments.gpus} GPUs, {way}": statistics.median(each)
-            for way, each in found.items()
-        }
-        (arguments.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        (arguments.folder / "result.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
+def predicted(path, world, kept):
+    """Way -> seconds, predicted with the rates of docs/ranks-cost.md: all stages overlap, or the exchange is last."""
+    machine, _ = report_ranks.machine_of(
+        json.loads((RESULTS.parent / "ranks-machine.json").read_text()), RESULTS.parent
+    )
+    with nd.open(path) as model:
+        plans = {"sharded": divided(model, world), "replicated": replicated(model, world)}
+        plans["together"] = report_ranks.whole_reads(world, list(model.tensors.values()))
+        plans["alone"] = report_ranks.whole_reads(1, list(model.tensors.values()))
+    found = {}
+    for way, of_way in plans.items():
+        prediction = predict(of_way, machine, value_bytes=0 if kept else 2)
+        found[way] = {"overlapped": prediction.overlapped_seconds, "exchanged last": prediction.seconds}
+    return found
+
+
+def run(folder, arguments):
+    """The loads of all models and numbers of GPUs."""
+    loads = []
+    predictions = {
+        (world, name): predicted(folder / f"{name}.gguf", world, name == "70B")
+        for world in arguments.gpus
+        for name in arguments.models
+    }
+    for world in arguments.gpus:
+        command = [sys.executable, __file__, "--folder", folder, "--gpus", str(world)]
+        command += ["--rounds", str(arguments.rounds), "--models", *arguments.models, *["--cpu"] * arguments.cpu]
+        processes = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(world)]
+        codes = [process.wait() for process in processes]
+        if any(codes):
+            sys.exit(f"a process of {world} has failed")
+        for name, (seconds, memory) in json.loads((folder / "result.json").read_text()).items():
+            n_bytes = (folder / f"{name}.gguf").stat().st_size
+            for way, of_way in seconds.items():
+                one = {"model": name, "file bytes": n_bytes, "gpus": world, "way": way, "seconds": of_way}
+                one |= {"blocks": name == "70B", "host MB": memory[way]}
+                one["predicted"] = predictions[world, name].get(way.removeprefix("one process, "))
+                loads.append(one)
+                print({**one, "seconds": statistics.median(of_way)}, flush=True)
+    return loads
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["8B"])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--rank", type=int)
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--small", action="store_true", help="a tiny file; nothing is written to results")
+    parser.add_argument("--cpu", action="store_true", help="processes that load to the CPU, with Gloo")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank is not None:
         of_rank(arguments)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        changes = SMALL if arguments.small else LAYERS
-        models.write(Path(folder) / "model.gguf", models.tensors("Llama-3.1-8B", "Q4_K_M", **changes), 128_256)
-        command = [sys.executable, __file__, "--gpus", str(arguments.gpus), "--rounds", str(arguments.rounds)]
-        processes = [
-            subprocess.Popen([*command, "--rank", str(rank), "--folder", folder]) for rank in range(arguments.gpus)
-        ]
-        codes = [process.wait() for process in processes]
-        if any(codes):
-            sys.exit("a process has failed")
-        result = (Path(folder) / "result.json").read_text()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for model in arguments.models:
+            content = models.tensors("Llama-3.1-8B", "Q4_K_M", **(SMALL if arguments.small else MODELS[model]))
+            models.write(folder / f"{model}.gguf", content, 0 if arguments.small else 128_256)
+        loads = run(folder, arguments)
+    result = described("python benchmarks/ranks.py " + " ".join(sys.argv[1:]), "cpu" if arguments.cpu else "cuda")
+    if not arguments.cpu:
+        names = sorted({torch.cuda.get_device_name(index) for index in range(max(arguments.gpus))})
+        result["machine"] = f"{max(arguments.gpus)} GPUs of one host, {' and '.join(names)}"
+    result |= {"cores": len(os.sched_getaffinity(0)), "loads": loads}
     if not arguments.small:
-        RESULTS.write_text(result)
-    found = json.loads(result)
-    for way, of_way in found["rounds"].items():
-        median, least, most = statistics.median(of_way), min(of_way), max(of_way)
-        print(f"{way}: {1e3 * median:.1f} ms ({1e3 * least:.1f} to {1e3 * most:.1f})")
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

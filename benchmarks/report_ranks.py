@@ -198,11 +198,11 @@ def key(model, way, place, ranks):
     return f"{model}; {way}; {place}; {ranks}"
 
 
-def whole_reads(ranks):
+def whole_reads(ranks, tensors=None):
     """A plan with which each rank loads a file of its own."""
     plans = []
     for rank in range(ranks):
-        own = [tensor._replace(name=f"{rank}.{tensor.name}") for tensor in tensors_of(MEASURED_MODEL)]
+        own = [tensor._replace(name=f"{rank}.{tensor.name}") for tensor in tensors or tensors_of(MEASURED_MODEL)]
         plans.append(RankPlan(rank, 0, {tensor.name: Part(tensor) for tensor in own}))
     return Plan(tuple(plans), ())
 

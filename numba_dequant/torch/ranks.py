@@ -14,6 +14,9 @@ from torch import Tensor
 from numba_dequant.errors import DeviceError, OptionError, shown
 from numba_dequant.parallel.routes import Read, Routes, Share, Transfer
 
+# PyTorch 2.13 has renamed it.
+ALL_GATHER: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+
 
 class Ranks:
     """The ranks of a process group: communication, and errors that all of them raise."""
@@ -271,7 +274,7 @@ class Exchange:
         rows = [row.split(sizes) for row in gathered.unbind()]
         places = [place[: piece.numel()] for place, (_, piece) in zip(rows[ranks.rank], tensors, strict=True)]
         torch._foreach_copy_(places, [piece for _, piece in tensors])
-        ranks.call(dist.all_gather_into_tensor, gathered.view(-1), gathered[ranks.rank], group=ranks.group)
+        ranks.call(ALL_GATHER, gathered.view(-1), gathered[ranks.rank], group=ranks.group)
         targets, sources = [], []
         for (transfer, _), *places in zip(tensors, *rows, strict=True):
             parts = memory.shares[transfer.share.name].split(transfer.longest)

@@ -23,7 +23,7 @@ if not torch.distributed.is_available():
 
 from numba_dequant.backends.devices import DeviceSpec  # noqa: E402
 from numba_dequant.backends.host import HostBackend  # noqa: E402
-from numba_dequant.torch.ranks import Exchange, _columns  # noqa: E402
+from numba_dequant.torch.ranks import ALL_GATHER, Exchange, _columns  # noqa: E402
 
 
 class Threads:
@@ -56,7 +56,7 @@ class ThreadRank:
                 tensor.copy_(self.threads.box(source, self.rank).get(timeout=20))
 
     def call(self, function, *arguments, group=None):
-        if function is torch.distributed.all_gather_into_tensor:
+        if function is ALL_GATHER:
             gathered, piece = arguments
             everyone = [other for other in range(self.count) if other != self.rank]
             own = gathered.split(piece.numel())[self.rank]

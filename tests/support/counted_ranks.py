@@ -19,9 +19,10 @@ from torch.distributed import distributed_c10d
 
 from numba_dequant import torch as nt
 from numba_dequant.parallel import Shard, plan, routes
-from numba_dequant.torch import distributed
+from numba_dequant.torch import distributed, ranks
 
 RULES = [("rows", Shard(0)), ("columns", Shard(-1)), ("stack", Shard(0))]
+ALL_GATHER = ranks.ALL_GATHER.__name__
 HOST = 2
 """Ranks of a host."""
 
@@ -30,7 +31,7 @@ def count_call(counts, function, arguments):
     """Count a collective, and its bytes as those of a ring. The bytes of objects are not counted."""
     name = function.__name__
     counts["calls"] += 1
-    if name == "all_gather_into_tensor":
+    if name == ALL_GATHER:
         n_bytes = arguments[0].nbytes - arguments[1].nbytes
         counts["out"] += n_bytes
         counts["in"] += n_bytes
@@ -49,7 +50,8 @@ def watched(counts, patches):
 
         return call
 
-    for name in ("all_gather", "all_reduce", "broadcast", "all_gather_into_tensor", "batch_isend_irecv"):
+    patches.enter_context(mock.patch.object(ranks, "ALL_GATHER", wrapped(ranks.ALL_GATHER)))
+    for name in ("all_gather", "all_reduce", "broadcast", "batch_isend_irecv"):
         replacement = wrapped(getattr(distributed_c10d, name))
         for module in (dist, distributed_c10d):
             patches.enter_context(mock.patch.object(module, name, replacement))
