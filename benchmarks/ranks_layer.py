@@ -53,10 +53,10 @@ class Layer(nn.Module):
         return nt.QuantizedLinear.from_blocks(data, kind)
 
     def forward(self, x):
-        # Divided by their size, so that random weights do not overflow.
-        mixed = self.o(self.q(x) / 64) / 64
-        hidden = nn.functional.silu(self.gate(mixed)) * torch.tanh(self.up(mixed))
-        return self.down(hidden) / 64, self.k(x), self.v(x)
+        # Random weights make large numbers, which must not overflow.
+        mixed = torch.tanh(self.o(torch.tanh(self.q(x) / 512)) / 512)
+        hidden = torch.tanh(self.gate(mixed) / 512) * torch.tanh(self.up(mixed) / 512)
+        return self.down(hidden), self.k(x), self.v(x)
 
     def n_bytes(self):
         return sum(layer.weight.numel() for layer in self.children())
