@@ -4,14 +4,12 @@ python benchmarks/report_ranks.py [benchmarks/results]
 
 Rates come from results/ranks-machine.json, which says where each of them is from. The script calculates all predictions
 and keeps them in results/ranks-predicted.json, from which it writes the page. Loads by several ranks come from
-results/ranks.json, if it exists:
-
-{"machine": "two GPUs of ...", "seconds": {"two GPUs, sharded": 0.5, "two GPUs, replicated": 0.5}}
-
-The seconds are those of `load_file(plan=...)` for the first of MODELS.
+results/ranks.json, and layers from results/ranks-layer.json, if these exist. Both have the predictions that were made
+before the measurement.
 """
 
 import json
+import statistics
 import sys
 from dataclasses import replace
 from functools import cache
@@ -20,7 +18,7 @@ from math import prod
 from pathlib import Path
 
 import models
-from tables import Results, table
+from tables import Results, described_line, table
 
 import numba_dequant as nd
 from numba_dequant.gguf.tensors import TensorInfo
@@ -45,11 +43,11 @@ PAGE_TEXT = """\
 `numba_dequant.parallel.predict` calculates the load time of [a plan](ranks.md) from the bytes that each rank moves and
 from the rates of a machine. `benchmarks/report_ranks.py` writes this page.
 
-- **Predicted**: the chart, the tables of *Times*, *Stages* and *Where the file is*, and the column *predicted, ms*.
-- **Measured**: the column *measured, ms*, and the rates that *The machine* calls measured.
+- **Predicted**: the chart, the tables of *Times*, *Stages* and *Where the file is*, and the columns named so.
+- **Measured**: the columns named so, on one, two and four GPUs of a host, and the rates that *The machine* calls
+  measured.
 - **Assumed**: the other rates of *The machine*: those of the network and of the disks, and the latency. Every
   prediction for a plan contains the latency. Predictions for more than one host also contain the rate of the network.
-- {measured}
 
 The bytes are not only calculated: tests compare them with those that `load_file` reads and sends for up to six ranks.
 
@@ -72,8 +70,8 @@ print(found.seconds, found.overlapped_seconds, found.bottleneck)
 - **Overlapped**: all stages run at the same time, and the longest one decides. `nd.load` does this for one GPU.
 - **Exchanged last**: reading and copying run at the same time. When all ranks have finished them, they exchange, and
   then dequantize.
-- `load_file(plan=...)` reads and copies the next batch of tensors while a batch is exchanged and dequantized. If all
-  tensors fit in one batch, it exchanges last.
+- `load_file(plan=...)` reads and copies the next batches of tensors while a batch is exchanged and dequantized. Tensors
+  that no rank exchanges are read last.
 - **Bottleneck**: the link that bounds the longest stage of *overlapped*.
 - 1 GB is 10^9 bytes. All values become FP16. The shapes are those of Llama. With 56 layers, the model is the file that
   [the benchmarks](../benchmarks/README.md#loading) load.
@@ -103,11 +101,15 @@ and sends them to each rank that holds them.
 
 ## Predicted and measured
 
-Files are in the page cache. The measured times of the H200 follow from rates of the file, in GB/s, which have no
-results file. The rate of the page cache comes from the row of the two processes, so the ratio of this row says nothing
-about the model.
+Files are in the page cache. In the first table, the measured times of the H200 follow from rates of the file, in GB/s,
+which have no results file. The rate of the page cache comes from the row of the two processes, so the ratio of this row
+says nothing about the model.
 
 {beside}
+
+{loads}
+
+{layers}
 
 ## The machine
 
@@ -260,45 +262,90 @@ def rates(found, folder):
     return table(["of `Machine`", "rate", "measured or assumed", "source"], rows)
 
 
-def measured_plans(folder):
-    """The machine and the seconds of loads with a plan, if they were measured."""
-    path = folder / "ranks.json"
-    return json.loads(path.read_text()) if path.exists() else {"seconds": {}}
+def measured(folder, name):
+    """The results of a script, if it was run."""
+    path = folder / name
+    return json.loads(path.read_text()) if path.exists() else None
 
 
-def beside(found, rates, folder):
-    """The predictions beside what was measured."""
+def beside(rates, folder):
+    """The predictions of `nd.load` beside what was measured."""
     machine, _ = machine_of(rates, folder)
     rows, n_bytes = [], bytes_of(MEASURED_MODEL)
     for load in rates["loads"]:
         seconds = n_bytes / rate(load, folder)
         # `nd.load` has no collectives.
         prediction = predict(whole_reads(load["ranks"]), replace(machine, latency=0)).overlapped_seconds
-        rows.append([load["title"], "overlapped", ms(prediction), ms(seconds), f"{prediction / seconds:.2f}"])
-    results = measured_plans(folder)
-    for way in WAYS:
-        seconds = results["seconds"].get(f"two GPUs, {way}")
-        one = found[key(MEASURED_MODEL, way, "page caches", 2)]
-        for how in ("overlapped", "exchanged last"):
-            measured = [ms(seconds), f"{one[how] / seconds:.2f}"] if seconds else ["not measured yet", None]
-            rows.append([f"two GPUs, {way}", how, ms(one[how]), *measured])
-    head = [f"load of {n_bytes / 1e9:.2f} GB", "stages", "predicted, ms", "measured, ms", "predicted / measured"]
-    return "\n\n".join([table(head, rows), *([f"Two GPUs: {results['machine']}."] if "machine" in results else [])])
+        rows.append([load["title"], ms(prediction), ms(seconds), f"{prediction / seconds:.2f}"])
+    head = [f"load of {n_bytes / 1e9:.2f} GB", "predicted, overlapped, ms", "measured, ms", "predicted / measured"]
+    return table(head, rows)
+
+
+def loads(rates, folder):
+    """Loads by plans on several GPUs, beside the predictions that were made before."""
+    results = measured(folder, "ranks.json")
+    if results is None:
+        return "No load with a plan has been measured yet."
+    bus = machine_of(rates, folder)[0].bus
+    rows = []
+    for one in results["loads"]:
+        median, n_bytes = statistics.median(one["seconds"]), one["file bytes"]
+        way = f"{one['way']}, {'blocks' if one['blocks'] else 'FP16'}"
+        least, most = ms(min(one["seconds"])), ms(max(one["seconds"]))
+        # The file crosses the buses once, or to each GPU if all read it whole.
+        copied = n_bytes * (one["gpus"] if one["way"] == "together" else 1)
+        used = 1 if one["way"] == "alone" else one["gpus"]
+        predicted = one["predicted"]
+        rows.append([
+            f"{n_bytes / 1e9:.2f} GB, {way}", one["gpus"], ms(predicted["overlapped"]), ms(predicted["exchanged last"]),
+            ms(median), f"{least} to {most}", f"{predicted['overlapped'] / median:.2f}", f"{copied / median / 1e9:.1f}",
+            f"{copied / median / (used * bus):.0%}", f"{one['host MB']:,.0f}",
+        ])  # fmt: skip
+    head = ["load", "GPUs", "predicted: overlapped, ms", "exchanged last, ms", "measured: median, ms", "range, ms"]
+    head += ["overlapped / measured", "GB/s of the file", "share of the buses", "host memory, MB"]
+    notes = (
+        "*Alone*: one process reads the whole file, with `nd.load`. *Together*: each process does, at the same time. "
+        "The share is that of the sum of the rates of the buses of the GPUs that load. The host memory is what the "
+        "first load of that kind adds to its process at its peak; the first loads of a process also import modules and "
+        "allocate buffers."
+    )
+    return "\n\n".join([table(head, rows), notes, f"{results['machine']}. {described_line(results)}"])
+
+
+def layers(folder):
+    """The matrices of a layer on several GPUs, beside the predictions that were made before."""
+    results = measured(folder, "ranks-layer.json")
+    if results is None:
+        return "No layer has been measured yet."
+    rows = []
+    for one in results["layers"]:
+        median = statistics.median(one["seconds"])
+        alone = next(each for each in results["layers"] if (each["gpus"], each["tokens"]) == (1, one["tokens"]))
+        rows.append([
+            one["tokens"], one["gpus"], f"{1e6 * one['predicted']:.0f}", f"{1e6 * median:.0f}",
+            f"{one['predicted'] / median:.2f}", f"{statistics.median(alone['seconds']) / median:.2f}",
+            f"{one['error']:.1e}",
+        ])  # fmt: skip
+    head = ["tokens", "GPUs", "predicted, us", "measured, us", "predicted / measured", "times one GPU", "difference"]
+    notes = (
+        "These are the seven matrices of a layer of Llama-3.1-70B, divided by `QuantizedColwiseParallel` and "
+        "`QuantizedRowwiseParallel`, in a CUDA graph. The prediction counts only the bytes of the blocks and those of "
+        "two all-reduces, not the arithmetic. The difference is the relative one from the results of one GPU."
+    )
+    return "\n\n".join([notes, table(head, rows), described_line(results)])
 
 
 def page(found, folder=RESULTS):
     """The text of the page, with these predictions."""
     of_machine = json.loads((folder / "ranks-machine.json").read_text())
-    is_measured = bool(measured_plans(folder)["seconds"])
     return PAGE_TEXT.format(
-        measured="Loads with a plan were measured with two GPUs alone."
-        if is_measured
-        else "No load with a plan has been measured yet.",
         size=machine_of(of_machine, folder)[0].gpus_per_host,
         times=times(found),
         stages=stages(found),
         elsewhere=elsewhere(found),
-        beside=beside(found, of_machine, folder),
+        beside=beside(of_machine, folder),
+        loads=loads(of_machine, folder),
+        layers=layers(folder),
         rates=rates(of_machine, folder),
     )
 

@@ -130,21 +130,28 @@ def test_the_page_of_load_times_is_that_of_the_predictions(report_ranks):
 
 
 def test_the_page_of_load_times_shows_what_is_measured(report_ranks, tmp_path):
-    """It has no measured time of two ranks until there is a result, and then the ratio."""
+    """It has no measured loads until there is a result, and then the ratio to what was predicted."""
     for name in ("ranks-machine.json", "h100-loading.json", "h100.json"):
         (tmp_path / name).write_text((report_ranks.RESULTS / name).read_text())
     stored = json.loads((report_ranks.RESULTS / report_ranks.PREDICTED).read_text())
-    assert "- No load with a plan has been measured yet." in report_ranks.page(stored, tmp_path)
-    (tmp_path / "ranks.json").write_text('{"machine": "two of them", "seconds": {"two GPUs, sharded": 0.5}}')
+    page = report_ranks.page(stored, tmp_path)
+    assert "No load with a plan has been measured yet." in page
+    assert "No layer has been measured yet." in page
+    described = {"gpu": "a GPU", "python": "3", "versions": {}, "command": "python"}
+    one = {"file bytes": 10**10, "gpus": 2, "blocks": False, "host MB": 5, "seconds": [0.5, 0.4, 0.6]}
+    loads = [
+        {**one, "way": way, "predicted": {"overlapped": 0.25, "exchanged last": 0.3}} for way in ("sharded", "together")
+    ]
+    (tmp_path / "ranks.json").write_text(json.dumps({**described, "machine": "two of them", "loads": loads}))
+    layers = [{"gpus": gpus, "tokens": 1, "seconds": [2e-4 / gpus], "predicted": 5e-5, "error": 0} for gpus in (1, 2)]
+    (tmp_path / "ranks-layer.json").write_text(json.dumps({**described, "layers": layers}))
     lines = report_ranks.page(stored, tmp_path).splitlines()
-    assert "- Loads with a plan were measured with two GPUs alone." in lines
-    assert "Two GPUs: two of them." in lines
-    rows = [line.split(" | ") for line in lines]
-    sharded, replicated = (
-        next(row for row in rows if row[:2] == [f"| two GPUs, {way}", "overlapped"]) for way in report_ranks.WAYS
-    )
-    assert sharded[3:] == ["500.0", f"{float(sharded[2]) / 500:.2f} |"]
-    assert replicated[3] == "not measured yet"
+    assert "two of them. a GPU; Python 3, . `python`" in lines
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in lines if line.startswith("| 10.00 GB")}
+    sharded, together = rows["| 10.00 GB, sharded, FP16"], rows["| 10.00 GB, together, FP16"]
+    assert sharded[:7] == ["2", "250.0", "300.0", "500.0", "400.0 to 600.0", "0.50", "20.0"]
+    assert together[6] == "40.0"
+    assert "| 1 | 2 | 50 | 100 | 0.50 | 2.00 | 0.0e+00 |" in lines
 
 
 def test_the_example_of_the_page_of_load_times(report_ranks, monkeypatch, capsys):
