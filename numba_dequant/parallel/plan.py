@@ -15,7 +15,7 @@ from numba_dequant.errors import OptionError, ShapeError, shown
 from numba_dequant.gguf.tensors import TensorInfo
 from numba_dequant.parallel.placements import Placement, Replicate, Rule, Shard, checked_rules
 
-LAYER = re.compile(r"(?:^|\.)blk\.(\d+)\.")
+LAYER = re.compile(r"(?:^|\.)blk\.(\d{1,9})\.", re.ASCII)
 OF_FIRST_STAGE = ("token_embd", "position_embd", "token_types")
 OF_EVERY_STAGE = ("rope_",)
 TOKENS, OUTPUT = "token_embd.weight", "output.weight"
@@ -280,8 +280,8 @@ class _Divider:
         placement = next((each for matches, each in self._rules if matches(tensor.name)), Replicate())
         if isinstance(placement, Shard) and not -len(tensor.shape) <= placement.dim < len(tensor.shape):
             raise ShapeError(
-                f"{tensor.name} of shape {tensor.shape} has no dimension {placement.dim}; pass another dim in the "
-                "placement for it"
+                f"{shown(tensor.name)} of shape {tensor.shape} has no dimension {placement.dim}; pass another dim in "
+                "the placement for it"
             )
         return placement
 
@@ -301,8 +301,9 @@ class _Divider:
                 unit = lcm(unit, units[tensor.name] * (whole // extent))
             elif extent and whole % extent:
                 raise ShapeError(
-                    f"{tensor.name} has {extent} elements along the dimension to cut, but another tensor of its group "
-                    f"{shards[tensor.name].group!r} has {whole}, which is not a multiple of that; change the rules"
+                    f"{shown(tensor.name)} has {extent} elements along the dimension to cut, but another tensor of its "
+                    f"group {shards[tensor.name].group!r} has {whole}, which is not a multiple of that; change the "
+                    "rules"
                 )
         cuts = self._cuts(tensors, whole, unit)
         found: dict[str, list[Part]] = {}
@@ -325,7 +326,7 @@ class _Divider:
         inner = prod(tensor.shape[dim + 1 :])
         if dim and tensor.n_elements and tensor.shape[dim] * inner % block_size:
             raise ShapeError(
-                f"{tensor.name} of shape {tensor.shape} cannot be cut along dimension {dim}, because a block of "
+                f"{shown(tensor.name)} of shape {tensor.shape} cannot be cut along dimension {dim}, because a block of "
                 f"{tensor.format.name} has elements of several indices before it; pass dim=0 or Replicate"
             )
         return lcm(shard.unit, block_size // gcd(block_size, inner) if inner else 1)
