@@ -11,10 +11,13 @@ from math import gcd, lcm, prod
 from typing import Literal
 
 from numba_dequant.arguments import whole_option
+from numba_dequant.display import cell
 from numba_dequant.errors import OptionError, ShapeError, shown
 from numba_dequant.gguf.tensors import TensorInfo
 from numba_dequant.parallel.placements import Placement, Replicate, Rule, Shard, checked_rules
 
+NOTED = 10
+"""Maximum names in a note."""
 LAYER = re.compile(r"(?:^|\.)blk\.(\d{1,9})\.", re.ASCII)
 OF_FIRST_STAGE = ("token_embd", "position_embd", "token_types")
 OF_EVERY_STAGE = ("rope_",)
@@ -347,7 +350,9 @@ class _Divider:
         return found
 
     def _note_uneven(self, tensors: list[TensorInfo], n_units: int, unit: int, count: int) -> None:
-        names = " and ".join(sorted({LAYER.sub("blk.*.", tensor.name) for tensor in tensors}))
+        every = sorted({cell(LAYER.sub("blk.*.", tensor.name)) for tensor in tensors})
+        more = [f"{len(every) - NOTED:,} more"] if len(every) > NOTED else []
+        names = " and ".join([*every[:NOTED], *more])
         is_block = unit in {tensor.format.block_size for tensor in tensors}
         what = f"units of {unit}{', which is a block,' * is_block}" if unit > 1 else "rows or matrices"
         sentence = f"{names}: {n_units} {what} cannot be divided equally among {count} ranks"
