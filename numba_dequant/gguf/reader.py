@@ -25,6 +25,8 @@ _ENTRY = tuple(f"{n_dimensions}QIQ" for n_dimensions in range(MAX_DIMENSIONS + 1
 """Format of a tensor entry after the number of dimensions: the dimensions, the type, the offset."""
 MAX_ELEMENTS = 1 << 60
 """A tensor must have fewer elements: NumPy counts bytes up to 2**63, and an element may take 8."""
+FIXED = 24
+"""Bytes of the magic, the version and the two counts."""
 MIN_ENTRY = 13
 """Minimum bytes of a metadata entry: the length of the key, the type, and one byte."""
 MIN_TENSOR = 24
@@ -83,6 +85,7 @@ def _check_magic(cursor: Cursor) -> None:
     if at > cursor.size:
         reason = f"offset {at} is beyond the end of the file, which has {cursor.size} bytes"
         cursor.fail("offset", at, f"a file of {cursor.size} bytes", f"at most {cursor.size}", reason)
+    cursor.need(min(cursor.left, FIXED), "the counts", at, f"{cursor.left} bytes")  # more may exceed the limit
     start = cursor.peek(LOOKED_AT)
     if start[:4] == b"GGUF":
         cursor.position += 4

@@ -198,6 +198,13 @@ def test_a_string_in_an_array_is_checked_when_it_is_read_at_the_latest(strings):
         nd.open(file, limits=nd.Limits(string_bytes=longest - 1)).metadata["k"].to_list()
 
 
+@pytest.mark.parametrize("n_bytes", [1, 3, 4, 23])
+def test_a_limit_below_the_smallest_header_is_no_other_error(n_bytes):
+    assert "the header is not read beyond the counts" in refused(gguf(), header_bytes=n_bytes)
+    with pytest.raises(nd.GgufError, match="this is not a GGUF file: it has only 3 bytes"):
+        nd.open(b"GG\0", limits=nd.Limits(header_bytes=3))
+
+
 def test_a_file_that_is_cut_short_is_not_said_to_be_too_long():
     for length in range(25, 100):
         with pytest.raises(nd.GgufError, match="incomplete"):
@@ -234,6 +241,9 @@ def test_limits_are_for_all_shards_together(tmp_path):
         size = 3 * (24 + (8 + 8 + 6) + (8 + 11 + 6) + 2 * (8 + 2 + 4 + 8 + 12))
         assert len(nd.open(source, limits=nd.Limits(header_bytes=size)).tensors) == 6
         refused(source, header_bytes=size - 1)
+    for source in (paths[0], files):
+        for left in (0, 1, 23):  # after the first shard
+            assert "the header is not read beyond the counts" in refused(source, header_bytes=size // 3 + left)
     # The caller chose the length of the list.
     assert len(nd.open(paths, limits=nd.Limits(shards=1)).tensors) == 6
     assert "the model has 3 shards" in refused(paths[0], shards=2)
