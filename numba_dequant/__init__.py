@@ -22,6 +22,7 @@ from numba_dequant.errors import (
 from numba_dequant.explain.explanation import Explanation, explain
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, register
+from numba_dequant.gguf.limits import Limits
 from numba_dequant.loading.progress import Progress
 from numba_dequant.loading.requests import QuantizedTensor
 from numba_dequant.model import Model, load, open, release_buffers
@@ -43,6 +44,7 @@ __all__ = [
     "Explanation",
     "Format",
     "GgufError",
+    "Limits",
     "MissingFileError",
     "Model",
     "NumbaDequantError",
@@ -69,7 +71,7 @@ __all__ = [
 # Tracebacks and pickles use the public names, so that modules may move.
 for _each in list(globals().values()):
     if isinstance(_each, type) and issubclass(
-        _each, (NumbaDequantError, Batch, Bfloat16Array, Progress, QuantizedTensor)
+        _each, (NumbaDequantError, Batch, Bfloat16Array, Limits, Progress, QuantizedTensor)
     ):
         _each.__module__ = __name__
 del _each

@@ -40,16 +40,19 @@ def metadata_rows(entries: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(cell(key), printable(value)) for key, value in entries]
 
 
-def text(head: Sequence[str], rows: Sequence[Sequence[str]], sides: str, most: int | None = None) -> str:
-    """A table for a terminal, of at most `most` rows; `sides` has < or > for each column."""
-    shown = [head, *rows[:most]]
+def text(head: Sequence[str], rows: Sequence[Sequence[str]], sides: str, total: int | None = None) -> str:
+    """A table for a terminal; `sides` has < or > for each column.
+
+    If `total` is more than the number of rows, a last line says how many are missing. All cells must be `printable`.
+    """
+    shown = [head, *rows]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     lines = []
     for row in shown:
         cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)]
         lines.append("  ".join(cells).rstrip())
-    if most is not None and len(rows) > most:
-        lines.append(f"and {len(rows) - most:,} more")
+    if total is not None and total > len(rows):
+        lines.append(f"and {total - len(rows):,} more")
     return "\n".join(lines)
 
 
@@ -64,13 +67,13 @@ def tensor_rows(tensors: Iterable[Any]) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for a notebook, of at most `MAX_ROWS` rows."""
+def html(head: Sequence[str], rows: Sequence[Sequence[str]], total: int | None = None) -> str:
+    """A table for a notebook. If `total` is more than the number of rows, a last line says how many are missing."""
 
     def line(cells: Sequence[str], tag: str) -> str:
-        inside = "".join(f"<{tag} style='text-align:left'>{escape(cell)}</{tag}>" for cell in cells)
+        inside = "".join(f"<{tag} style='text-align:left'>{escape(printable(cell))}</{tag}>" for cell in cells)
         return f"<tr>{inside}</tr>"
 
-    body = "".join(line(row, "td") for row in rows[:MAX_ROWS])
-    more = f"<p>and {len(rows) - MAX_ROWS:,} more</p>" if len(rows) > MAX_ROWS else ""
+    body = "".join(line(row, "td") for row in rows)
+    more = f"<p>and {total - len(rows):,} more</p>" if total is not None and total > len(rows) else ""
     return f"<table>{line(head, 'th')}{body}</table>{more}"

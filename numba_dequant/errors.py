@@ -8,9 +8,17 @@ import warnings
 from functools import lru_cache
 from typing import Any
 
+from numba_dequant.display import printable
+
 
 class NumbaDequantError(Exception):
-    """Base class of all errors of `numba_dequant`."""
+    """Base class of all errors of `numba_dequant`.
+
+    Control characters in a message are escaped, because names in a file or in a path may contain them.
+    """
+
+    def __init__(self, *parts: object) -> None:
+        super().__init__(*(printable(part) if isinstance(part, str) else part for part in parts))
 
 
 class UnknownFormatError(NumbaDequantError, LookupError):
@@ -64,12 +72,12 @@ class ReadError(NumbaDequantError, OSError):
         self.path = path
         self.tensor = tensor
         self.offset = offset
-        self.reason = reason
-        what = f"tensor {tensor!r}" if tensor is not None else ""
+        self.reason = printable(reason)
+        what = f"tensor {shown(tensor)}" if tensor is not None else ""
         location = " ".join(filter(None, (what, f"at byte {offset}" if offset is not None else "")))
-        self._message = f"{path}: {location}: {reason}" if location else f"{path}: {reason}"
+        self._message = printable(f"{path}: {location}: {reason}" if location else f"{path}: {reason}")
         super().__init__(self._message)
-        self.errno, self.filename, self.strerror = number, path, reason
+        self.errno, self.filename, self.strerror = number, path, self.reason
 
     def __str__(self) -> str:
         return self._message  # OSError would show the errno and the path again
@@ -100,7 +108,7 @@ class GgufError(NumbaDequantError, ValueError):
         self.offset = offset
         self.found = found
         self.allowed = allowed
-        self.reason = reason
+        self.reason = printable(reason)
         super().__init__(f"{path}: {reason}" if offset is None else f"{path}: at byte {offset}: {reason}")
 
     def __reduce__(self) -> tuple[type[GgufError], tuple[str, str, int | None, object, str, str]]:
@@ -134,11 +142,14 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 def warn(message: str) -> None:
-    """Issue a RuntimeWarning that points to the line of the caller outside this package."""
+    """Issue a RuntimeWarning that points to the line of the caller outside this package.
+
+    Control characters are escaped.
+    """
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and (frame.f_globals.get("__package__") or "").partition(".")[0] == _PACKAGE:
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, RuntimeWarning, stacklevel=level)
+    warnings.warn(printable(message), RuntimeWarning, stacklevel=level)
 
 
 @lru_cache(maxsize=64)

@@ -137,6 +137,8 @@ class Format:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name or not isinstance(self.summary, str):
             raise OptionError(f"name and summary must be strings, got {shown(self.name)} and {shown(self.summary)}")
+        if not self.name.isprintable():  # it becomes the name of a function, and a NUL in it ends the compiler
+            raise OptionError(f"the name of a format must be printable characters, got {shown(self.name)}")
         ggml_id, block_size = whole_number(self.ggml_id, 0), whole_number(self.block_size, 1)
         if ggml_id is None or ggml_id >= 2**32:
             raise OptionError(f"{self.name}: ggml_id must be from 0 to 2**32 - 1, got {shown(self.ggml_id)}")

@@ -19,6 +19,7 @@ from numba_dequant.backends.devices import parse_device
 from numba_dequant.backends.host import HostBackend
 from numba_dequant.errors import DeviceError, shown
 from numba_dequant.gguf.file import GgufFile, TensorInfo, TensorTable, open_gguf
+from numba_dequant.gguf.limits import Limits
 from numba_dequant.gguf.metadata import Metadata
 from numba_dequant.loading.files import check_complete, map_tensor, read_tensor
 from numba_dequant.loading.progress import Progress, Reporter
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
         offset: int
         allow_truncated: bool
         orig_shapes: bool
+        limits: Limits | None
 
     # The options of a load that returns values, not blocks.
     class _LoadValues(_Options, total=False):
@@ -414,15 +416,22 @@ class Model:
         self.close()
 
     def _repr_html_(self) -> str:
-        metadata = display.html(("metadata", "value"), display.metadata_rows(self.metadata.shown()))
-        tensors = display.html(display.TENSOR_HEAD, display.tensor_rows(self.tensors.values()))
-        return f"<p>{html.escape(repr(self))}</p>{metadata}{tensors}"
+        rows = display.metadata_rows(self.metadata.shown(display.MAX_ROWS))
+        metadata = display.html(("metadata", "value"), rows, len(self.metadata))
+        return f"<p>{html.escape(repr(self))}</p>{metadata}{self.tensors._repr_html_()}"
 
     def __repr__(self) -> str:
         return f"Model({self.path!r}, {len(self.tensors)} tensors)"
 
 
-def open(source: Any, *, offset: int = 0, allow_truncated: bool = False, orig_shapes: bool = False) -> Model:
+def open(
+    source: Any,
+    *,
+    offset: int = 0,
+    allow_truncated: bool = False,
+    orig_shapes: bool = False,
+    limits: Limits | None = None,
+) -> Model:
     """Open a GGUF model, which is one file or a split, and read its header.
 
     Args:
@@ -435,18 +444,22 @@ def open(source: Any, *, offset: int = 0, allow_truncated: bool = False, orig_sh
             the tensors of missing shards.
         orig_shapes: restore the original shapes of tensors that ComfyUI-GGUF reshaped, which are in the metadata as
             ``comfy.gguf.orig_shape.NAME``.
+        limits: what the header may have at most, as a `Limits`; None means the default limits, which no published
+            model reaches.
 
     Returns:
         A `Model`.
 
     Raises:
-        GgufError: the file is not a valid GGUF file, is not the first shard of a split, or a shard is missing.
+        GgufError: the file is not a valid GGUF file, exceeds a limit, is not the first shard of a split, or a shard is
+            missing.
         MissingFileError: the file does not exist.
         ReadError: the file cannot be read.
         OptionError: an argument has a wrong type or value.
         DataError: the contents are not contiguous bytes.
     """
-    return Model(open_gguf(source, offset=offset, allow_truncated=allow_truncated, orig_shapes=orig_shapes))
+    options: Any = {"offset": offset, "allow_truncated": allow_truncated, "orig_shapes": orig_shapes, "limits": limits}
+    return Model(open_gguf(source, **options))
 
 
 @overload
@@ -489,10 +502,12 @@ def load(
     offset: int = 0,
     allow_truncated: bool = False,
     orig_shapes: bool = False,
+    limits: Limits | None = None,
 ) -> Any:
     """Load the tensors of a file: `open` and `Model.load_all` in one call.
 
-    `source`, `offset`, `allow_truncated` and `orig_shapes` are as for `open`, all others as for `Model.load_all`.
+    `source`, `offset`, `allow_truncated`, `orig_shapes` and `limits` are as for `open`, all others as for
+    `Model.load_all`.
 
     Returns:
         name -> result, in file order. With `plan`, a list of these: one for each device.
@@ -500,7 +515,7 @@ def load(
     Raises:
         NumbaDequantError: as for `open` and `Model.load_all`.
     """
-    model = open(source, offset=offset, allow_truncated=allow_truncated, orig_shapes=orig_shapes)
+    model = open(source, offset=offset, allow_truncated=allow_truncated, orig_shapes=orig_shapes, limits=limits)
     options: Any = {"device": device, "out": out, "stream": stream, "keep_quantized": keep_quantized, "plan": plan}
     return model.load_all(select, dtype, threads=threads, progress=progress, callback=callback, **options)
 

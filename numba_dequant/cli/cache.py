@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from numba_dequant import disk_cache
+from numba_dequant import disk_cache, display
 
 
 def add_to(commands: Any) -> None:
@@ -22,11 +22,12 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    folder = display.printable(str(disk_cache.directory()))
     if options.clear:
-        print(f"{disk_cache.directory()}: {disk_cache.clear()} entries removed")
+        print(f"{folder}: {disk_cache.clear()} entries removed")
         return 0
     entries = disk_cache.entries()
-    print(f"{disk_cache.directory()}: {len(entries)} entries, {sum(entries.values()):,} bytes")
+    print(f"{folder}: {len(entries)} entries, {sum(entries.values()):,} bytes")
     for name, size in sorted(entries.items()):
         print(f"  {size:>9,}  {name.rpartition('-')[0]}")
     if problem := disk_cache.problem():

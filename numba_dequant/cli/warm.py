@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 import numba_dequant as nd
-from numba_dequant import disk_cache
+from numba_dequant import disk_cache, display
 from numba_dequant.backends import cpu, devices
 from numba_dequant.backends.devices import available_cores
 from numba_dequant.cli.common import fail, named_formats
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
             f"{disk_cache.directory()}; check whether the disk is full"
         )
     targets = ["the CPU"] * options.cpu + [f"sm_{major}{minor}" for major, minor in capabilities]
-    folder = disk_cache.directory()
+    folder = display.printable(str(disk_cache.directory()))
     how_many = "1 format" if len(formats) == 1 else f"{len(formats)} formats"
     print(f"{how_many} to {', '.join(dtypes)} compiled for {', '.join(targets)}, in {folder}")
     return 0

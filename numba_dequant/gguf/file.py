@@ -12,8 +12,10 @@ Source of the format: ggml's docs/gguf.md and src/gguf.cpp. Where they leave a c
 * Only three keys with the prefix "split." are used, and must be integers: split.no, split.count, split.tensors.count.
 * Accepted: a scalar (no dimensions), an empty tensor name, a dimension of 0, no padding after the last tensor.
 * Refused: an empty key, keys and tensor names that are not UTF-8, duplicate keys or tensor names (after NULs are
-  removed), arrays of arrays, arrays of more than 64 Mi items, strings of more than 64 MiB, an alignment of more than
-  1 MiB, a shape of 2**60 elements or more, where a dimension of 0 counts as 1.
+  removed), arrays of arrays, arrays of more than 64 Mi items, an alignment of more than 1 MiB, a shape of 2**60
+  elements or more, where a dimension of 0 counts as 1, and what exceeds the `Limits`.
+* No path in the metadata is ever opened. The names of other shards come from the path of the first one, so they are in
+  its folder. Symbolic links are followed, because download caches consist of them.
 * A GGUF file that begins inside another file (`offset`) is aligned relative to its own start.
 
 This module imports no CUDA package and no Numba, and reads only headers.
@@ -29,7 +31,8 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from numba_dequant.arguments import flag_option, whole_option
-from numba_dequant.errors import GgufError, MissingFileError, OptionError
+from numba_dequant.errors import GgufError, MissingFileError, OptionError, shown
+from numba_dequant.gguf.limits import Allowance, Limits, checked_limits
 from numba_dequant.gguf.metadata import MetadataArray
 from numba_dequant.gguf.reader import MAX_DIMENSIONS, MAX_ELEMENTS, read_file
 from numba_dequant.gguf.source import source_of
@@ -42,7 +45,14 @@ ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 """ComfyUI-GGUF stores the original shape of a reshaped tensor under this prefix plus the tensor name."""
 
 
-def open_gguf(source: Any, *, offset: int = 0, allow_truncated: bool = False, orig_shapes: bool = False) -> GgufFile:
+def open_gguf(
+    source: Any,
+    *,
+    offset: int = 0,
+    allow_truncated: bool = False,
+    orig_shapes: bool = False,
+    limits: Limits | None = None,
+) -> GgufFile:
     """Read the header of a GGUF file. If it is the first shard of a split, read those of the other shards too.
 
     Args:
@@ -50,9 +60,11 @@ def open_gguf(source: Any, *, offset: int = 0, allow_truncated: bool = False, or
         offset: byte position where the GGUF file begins.
         allow_truncated: accept a file without all of its tensor data, and a split without its later shards.
         orig_shapes: restore the original shapes of tensors that ComfyUI-GGUF reshaped.
+        limits: what the header may have at most; None means the default limits.
 
     Raises:
-        GgufError: the file is not a GGUF file, violates the format or is not the first shard, or a shard is missing.
+        GgufError: the file is not a GGUF file, violates the format, exceeds a limit or is not the first shard, or a
+            shard is missing.
         MissingFileError: the file does not exist.
         ReadError: the file cannot be read.
         OptionError: an argument has a wrong type or value.
@@ -61,19 +73,22 @@ def open_gguf(source: Any, *, offset: int = 0, allow_truncated: bool = False, or
     offset = whole_option("offset", offset, 0)
     allow_truncated = flag_option("allow_truncated", allow_truncated)
     orig_shapes = flag_option("orig_shapes", orig_shapes)
+    allowance = Allowance(checked_limits(limits))
     if isinstance(source, (list, tuple)):
-        file = _join_given(source, offset, allow_truncated=allow_truncated)
+        file = _join_given(source, offset, allowance, allow_truncated=allow_truncated)
     else:
         origin = source_of(source)
-        file = read_file(origin, offset, allow_truncated=allow_truncated)
+        file = read_file(origin, offset, allow_truncated=allow_truncated, allowance=allowance)
         count = _split_number(file, "split.count", 0)
         if count > 1:
             paths = _shard_paths(file, count, None if offset or origin.data is not None else origin.path)
-            file = _join_found(file, paths, allow_truncated=allow_truncated)
+            if count > allowance.limits.shards:
+                raise allowance.limits.exceeded("shards", file.path, None, count, f"the model has {count:,} shards")
+            file = _join_found(file, paths, allowance, allow_truncated=allow_truncated)
     return _with_original_shapes(file) if orig_shapes else file
 
 
-def _join_given(sources: Sequence[Any], offset: int, *, allow_truncated: bool) -> GgufFile:
+def _join_given(sources: Sequence[Any], offset: int, allowance: Allowance, *, allow_truncated: bool) -> GgufFile:
     """Join the shards in a list, given in any order."""
     if not sources or offset:
         raise OptionError(
@@ -85,7 +100,7 @@ def _join_given(sources: Sequence[Any], offset: int, *, allow_truncated: bool) -
         if isinstance(each, (list, tuple)):
             raise OptionError("a list of shards holds paths or bytes, not lists")
     origins = [source_of(each, number) for number, each in enumerate(sources, 1)]
-    shards = [read_file(origin, allow_truncated=allow_truncated) for origin in origins]
+    shards = [read_file(origin, allow_truncated=allow_truncated, allowance=allowance) for origin in origins]
     if len(shards) == 1 and _split_number(shards[0], "split.count", 0) <= 1:
         return shards[0]
     by_number: dict[int, GgufFile] = {}
@@ -99,12 +114,12 @@ def _join_given(sources: Sequence[Any], offset: int, *, allow_truncated: bool) -
     return _joined([by_number[number] for number in range(len(shards))])
 
 
-def _join_found(first: GgufFile, paths: Sequence[str], *, allow_truncated: bool) -> GgufFile:
+def _join_found(first: GgufFile, paths: Sequence[str], allowance: Allowance, *, allow_truncated: bool) -> GgufFile:
     """Join the first shard, which is already read, with the other shards at `paths`."""
     shards, missing = [first], []
     for number, path in enumerate(paths[1:], 1):
         try:
-            shard = read_file(source_of(path), allow_truncated=allow_truncated)
+            shard = read_file(source_of(path), allow_truncated=allow_truncated, allowance=allowance)
         except MissingFileError:
             if not allow_truncated:
                 reason = f"shard {path} is missing (split.count is {len(paths)})"
@@ -123,8 +138,8 @@ def _joined(shards: Sequence[GgufFile], missing: tuple[str, ...] = ()) -> GgufFi
     for shard in shards:
         for name, tensor in shard.tensors.items():
             if name in tensors:
-                reason = f"tensor {name!r} appears both in this shard and in {tensors[name].path}"
-                raise GgufError(shard.path, f"tensor {name!r} name", None, tensors[name].path, "one shard", reason)
+                reason = f"tensor {shown(name)} appears both in this shard and in {tensors[name].path}"
+                raise GgufError(shard.path, f"tensor {shown(name)} name", None, tensors[name].path, "one shard", reason)
             tensors[name] = tensor
     total = _split_number(first, "split.tensors.count", len(tensors))
     if total != len(tensors) and not missing:
@@ -154,7 +169,7 @@ def _expect(shard: GgufFile, key: str, expected: int, why: str) -> None:
 def _split_error(shard: GgufFile, key: str, allowed: str) -> GgufError:
     value = shard.metadata.get(key)
     reason = f"{key} is {'missing' if value is None else value}; it must be {allowed}"
-    return GgufError(shard.path, f"metadata {key!r}", None, value, allowed, reason)
+    return GgufError(shard.path, f"metadata {shown(key)}", None, value, allowed, reason)
 
 
 def _shard_paths(first: GgufFile, count: int, path: str | None) -> list[str]:
@@ -192,8 +207,8 @@ def _original_shape(file: GgufFile, key: str, tensor: TensorInfo) -> tuple[int, 
 
     def fail(value: object) -> NoReturn:
         allowed = f"up to {MAX_DIMENSIONS} integers whose product is {tensor.n_elements}"
-        reason = f"metadata {key!r} is {value}; it must be {allowed}"
-        raise GgufError(file.path, f"metadata {key!r}", getattr(stored, "offset", None), value, allowed, reason)
+        reason = f"metadata {shown(key)} is {value}; it must be {allowed}"
+        raise GgufError(file.path, f"metadata {shown(key)}", getattr(stored, "offset", None), value, allowed, reason)
 
     stored = file.metadata[key]
     if not isinstance(stored, MetadataArray) or not stored.is_of_integers or len(stored) > MAX_DIMENSIONS:

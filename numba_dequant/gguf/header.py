@@ -13,7 +13,8 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from numba_dequant.errors import GgufError
+from numba_dequant.errors import GgufError, shown
+from numba_dequant.gguf.limits import Allowance, Limits
 from numba_dequant.gguf.source import Source, checksum
 from numba_dequant.kernels import native
 from numba_dequant.kernels.native.records import strings_dtype
@@ -28,9 +29,6 @@ SMALL_WINDOW = 1 << 12
 
 MAX_KEY = 65535
 """Maximum bytes of a key or a tensor name."""
-
-MAX_STRING = 1 << 26
-"""Maximum bytes of a string. A chat template has thousands of bytes, and a vocabulary as JSON some millions."""
 
 UINT32, BOOL, STRING, ARRAY = 4, 7, 8, 9
 
@@ -54,11 +52,18 @@ class Cursor:
     formatted only in an error, because a header has thousands of fields.
     """
 
-    def __init__(self, source: Source, file: io.RawIOBase, position: int, *, is_first: bool) -> None:
-        """Start at byte `position`. With `is_first`, store checksums of the header in `source`."""
+    def __init__(
+        self, source: Source, file: io.RawIOBase, position: int, *, is_first: bool, allowance: Allowance | None = None
+    ) -> None:
+        """Start at byte `position`. With `is_first`, store checksums of the header in `source`.
+
+        Without an `allowance`, the header may be as long as the file, and other limits are the default ones.
+        """
         self.source = source
         self._is_first = is_first
         self.size = source.size(file)
+        self.end = self.size if allowance is None else max(min(self.size, position + allowance.header_bytes), position)
+        self.limits = Limits() if allowance is None else allowance.limits
         self.position = position
         self.subject: object = None
         self.byte_order: ByteOrder = "little"
@@ -67,7 +72,7 @@ class Cursor:
         self._window_start = position
         self._next_window = WINDOW if is_first else SMALL_WINDOW
         self._links_of = -1
-        # Positions in the window, which never exceeds `MAX_STRING` bytes.
+        # Positions in the window, which never exceeds `LONGEST_STRING` bytes.
         self._starts = self._ends = np.empty(0, np.int32)
         self._chain_ends = np.empty(0, np.int64)
 
@@ -76,15 +81,22 @@ class Cursor:
         """Bytes from the current position to the end of the file."""
         return self.size - self.position
 
+    def what(self, field: str) -> str:
+        """The name of a field, for errors. A long `subject` is shortened."""
+        return field.replace("{!r}", shown(self.subject))
+
     def fail(self, field: str, at: int, found: object, allowed: str, reason: str) -> NoReturn:
         """Raise a `GgufError` for a field at byte `at`."""
-        raise GgufError(self.source.name, field.format(self.subject), at, found, allowed, reason)
+        raise GgufError(self.source.name, self.what(field), at, found, allowed, reason)
 
     def need(self, n_bytes: int, field: str, at: int, found: object) -> None:
         """Check that `n_bytes` more bytes exist, before anything is read or allocated for them."""
         if n_bytes > self.left:
-            reason = f"{field.format(self.subject)}: {n_bytes} more bytes are needed, but only {self.left} are left"
+            reason = f"{self.what(field)}: {n_bytes} more bytes are needed, but only {self.left} are left"
             self.fail(field, at, found, f"at most {self.left} bytes", reason + INCOMPLETE)
+        if n_bytes > self.end - self.position:
+            what = f"the header is not read beyond {self.what(field)}, because it is too long"
+            raise self.limits.exceeded("header_bytes", self.source.name, at, found, what)
 
     def take(self, n_bytes: int, field: str) -> bytes:
         """Read the next `n_bytes` bytes."""
@@ -94,7 +106,7 @@ class Cursor:
             self._load_window(n_bytes)
             start = 0
             if len(self._window) < n_bytes:
-                reason = f"{field.format(self.subject)} cannot be read: the file has become shorter since it was opened"
+                reason = f"{self.what(field)} cannot be read: the file has become shorter since it was opened"
                 self.fail(field, self.position, f"{len(self._window)} bytes", f"{n_bytes} bytes", reason)
         self.position += n_bytes
         return self._window[start : start + n_bytes]
@@ -104,7 +116,7 @@ class Cursor:
             self._next_window = SMALL_WINDOW
         self.keep_checksum()
         self._file.seek(self.position)
-        self._window = self._file.read(max(self._next_window, n_bytes))
+        self._window = self._file.read(min(max(self._next_window, n_bytes), max(self.end - self.position, 0)))
         self._window_start = self.position
         self._next_window = min(4 * self._next_window, WINDOW)
 
@@ -147,27 +159,35 @@ class Cursor:
 
     def name(self, field: str) -> str:
         """The next string, a key or a tensor name: UTF-8, without NULs at its end."""
-        length = self.string_length(field, MAX_KEY)
+        length = self.name_length(field)
         raw = self.take(length, field).rstrip(b"\0")
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
             byte = f"byte {raw[error.start]:#04x}"
-            reason = f"{field.format(self.subject)} is not valid UTF-8: {byte}"
+            reason = f"{self.what(field)} is not valid UTF-8: {byte}"
             self.fail(field, self.position - length + error.start, byte, "UTF-8", reason)
 
-    def string_length(self, field: str, largest: int = MAX_STRING) -> int:
-        """Read and check the length of the next string, before the string is read or allocated."""
+    def name_length(self, field: str) -> int:
+        """Read and check the length of the next key or tensor name, before it is read or allocated."""
         length = self.u64(field)
-        if length > largest:
-            reason = f"{field.format(self.subject)} has {length} bytes; at most {largest} are allowed"
-            self.fail(f"{field} length", self.position - 8, length, f"at most {largest}", reason)
+        if length > MAX_KEY:
+            reason = f"{self.what(field)} has {length} bytes; at most {MAX_KEY} are allowed"
+            self.fail(f"{field} length", self.position - 8, length, f"at most {MAX_KEY}", reason)
         return length
 
-    def item(self, field: str, most: int = MAX_STRING) -> str:
+    def string_length(self, field: str) -> int:
+        """Read and check the length of the next string, before the string is read or allocated."""
+        length = self.u64(field)
+        if length > self.limits.string_bytes:
+            what = f"{self.what(field)} has {length:,} bytes"
+            raise self.limits.exceeded("string_bytes", self.source.name, self.position - 8, length, what)
+        return length
+
+    def item(self, field: str, most: int | None = None) -> str:
         """The next array item that is a string, up to `most` bytes; invalid UTF-8 becomes U+FFFD."""
-        length = self.string_length(field, MAX_STRING)
-        raw = self.take(min(length, most), field)
+        length = self.string_length(field)
+        raw = self.take(length if most is None else min(length, most), field)
         self.position += length - len(raw)
         return raw.decode(errors="replace")
 
@@ -207,7 +227,7 @@ class Cursor:
     def _skip_singly(self, count: int, field: str) -> None:
         unpack = _record(self.byte_order, "Q").unpack_from
         while count:
-            length = self.string_length(field, MAX_STRING)
+            length = self.string_length(field)
             self.need(length, f"{field} length", self.position - 8, length)
             self.position += length
             count -= 1

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copyreg
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NoReturn
 
 import numpy as np
 
-from numba_dequant.errors import DeviceError, NumbaDequantError, OptionError
-from numba_dequant.gguf.header import ARRAY, BOOL, INTEGERS, MAX_STRING, NUMBERS, STRING, ByteOrder, Cursor
+from numba_dequant import display
+from numba_dequant.errors import DeviceError, NumbaDequantError, OptionError, shown
+from numba_dequant.gguf.header import ARRAY, BOOL, INTEGERS, NUMBERS, STRING, ByteOrder, Cursor
+from numba_dequant.gguf.limits import Limits
 from numba_dequant.gguf.source import Source, read_error
 
 LONG_STRING = 1 << 20
@@ -27,7 +30,7 @@ SHOWN_ITEMS, SHOWN_CHARACTERS = 3, 60
 
 
 @contextmanager
-def _reopened(source: Source, key: str, offset: int, byte_order: ByteOrder) -> Iterator[Cursor]:
+def _reopened(source: Source, key: str, offset: int, byte_order: ByteOrder, limits: Limits) -> Iterator[Cursor]:
     """A cursor at byte `offset` of a file whose header was read before.
 
     Raises:
@@ -38,17 +41,17 @@ def _reopened(source: Source, key: str, offset: int, byte_order: ByteOrder) -> I
     try:
         with source.open() as file:
             cursor = Cursor(source, file, offset, is_first=False)
-            cursor.subject, cursor.byte_order = key, byte_order
+            cursor.subject, cursor.byte_order, cursor.limits = key, byte_order, limits
             if not source.is_unchanged(file):
-                reason = f"metadata {key!r} cannot be read: the file has changed since it was opened; reopen it"
+                reason = f"metadata {shown(key)} cannot be read: the file has changed since it was opened; reopen it"
                 cursor.fail("metadata {!r}", offset, "a file that has changed", "the file that was opened", reason)
             yield cursor
     except NumbaDequantError:
         raise
     except OSError as error:
-        raise read_error(source.name, error, offset=offset, what=f"metadata {key!r}: ") from error
+        raise read_error(source.name, error, offset=offset, what=f"metadata {shown(key)}: ") from error
     except MemoryError as error:
-        raise DeviceError(f"{source.name}: metadata {key!r}: out of memory") from error
+        raise DeviceError(f"{source.name}: metadata {shown(key)}: out of memory") from error
 
 
 def _decoded(raw: bytes) -> str:
@@ -62,12 +65,13 @@ class LongString:
     def __init__(self, cursor: Cursor, length: int) -> None:
         self._source, self._key = cursor.source, str(cursor.subject)
         self._offset, self._length = cursor.position - length, length
-        self._byte_order = cursor.byte_order
+        self._byte_order, self._limits = cursor.byte_order, cursor.limits
 
-    def read(self, most: int = MAX_STRING) -> str:
+    def read(self, most: int | None = None) -> str:
         """The string, or at most its first `most` bytes."""
-        with _reopened(self._source, self._key, self._offset, self._byte_order) as cursor:
-            return _decoded(cursor.take(min(self._length, most), "metadata {!r}"))
+        with _reopened(self._source, self._key, self._offset, self._byte_order, self._limits) as cursor:
+            length = self._length if most is None else min(self._length, most)
+            return _decoded(cursor.take(length, "metadata {!r}"))
 
     def shown(self) -> str:
         """The first characters, for tables."""
@@ -92,7 +96,7 @@ class MetadataArray(list[Any]):
         super().__init__()
         self.key = key
         self.offset = cursor.position
-        self._source, self._byte_order = cursor.source, cursor.byte_order
+        self._source, self._byte_order, self._limits = cursor.source, cursor.byte_order, cursor.limits
         self._type, self._length = value_type, length
         self._items: list[Any] | None = None
         self._accesses = 0
@@ -117,12 +121,12 @@ class MetadataArray(list[Any]):
             self._items = self._read(0, self._length)
         return self._items
 
-    def _read(self, start: int, stop: int, most: int = MAX_STRING) -> list[Any]:
-        """Items `start` to `stop` (exclusive); at most `most` bytes of each string."""
+    def _read(self, start: int, stop: int, most: int | None = None) -> list[Any]:
+        """Items `start` to `stop` (exclusive); at most `most` bytes of each string, if given."""
         if stop <= start:
             return []
         field = "metadata {!r} item"
-        with _reopened(self._source, self.key, self.offset, self._byte_order) as cursor:
+        with _reopened(self._source, self.key, self.offset, self._byte_order, self._limits) as cursor:
             if self._type == STRING:
                 cursor.skip_strings(start, field)
                 return [cursor.item(field, most) for _ in range(start, stop)]
@@ -160,7 +164,7 @@ class MetadataArray(list[Any]):
         return other + self._all()
 
     def __repr__(self) -> str:
-        return f"MetadataArray({self.key!r}, {self._length} items)"
+        return f"MetadataArray({shown(self.key)}, {self._length} items)"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return copyreg.__newobj__, (type(self),), self.__dict__  # type: ignore[attr-defined]
@@ -179,7 +183,7 @@ def _by_items(name: str) -> Any:
 
 def _refused(name: str) -> Any:
     def method(self: MetadataArray, *others: Any, **options: Any) -> NoReturn:
-        raise OptionError(f"metadata {self.key!r} is read-only; change the list that its to_list() returns")
+        raise OptionError(f"metadata {shown(self.key)} is read-only; change the list that its to_list() returns")
 
     return method
 
@@ -214,17 +218,20 @@ class Metadata(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._values)
 
-    def shown(self) -> Iterator[tuple[str, str]]:
-        """Each key with its value, shortened for tables. Only the shown part is read."""
-        for key, value in self._values.items():
+    def shown(self, most: int | None = None) -> Iterator[tuple[str, str]]:
+        """Each key with its value, shortened for tables, or the first `most`. Only the shown part is read."""
+        for key, value in islice(self._values.items(), most):
             try:
-                shown = value.shown() if isinstance(value, (LongString, MetadataArray)) else _shown(value)
+                text = value.shown() if isinstance(value, (LongString, MetadataArray)) else _shown(value)
             except NumbaDequantError as error:
-                shown = f"cannot be read: {error}"
-            yield key, shown
+                text = f"cannot be read: {error}"
+            yield key, text
 
     def __repr__(self) -> str:
-        return f"Metadata({', '.join(f'{key!r}: {shown}' for key, shown in self.shown())})"
+        parts = [f"{shown(key)}: {text}" for key, text in self.shown(display.MAX_LINES)]
+        if len(self) > len(parts):
+            parts.append(f"and {len(self) - len(parts):,} more")
+        return f"Metadata({', '.join(parts)})"
 
 
 def _shown(value: Any) -> str:
@@ -244,7 +251,7 @@ def read_value(cursor: Cursor, key: str) -> tuple[int, Any]:
     if value_type == STRING:
         return value_type, _read_string(cursor)
     if value_type not in NUMBERS:
-        reason = f"metadata {key!r} has the unknown value type {value_type}; GGUF has types 0 to 12"
+        reason = f"metadata {shown(key)} has the unknown value type {value_type}; GGUF has types 0 to 12"
         cursor.fail(f"{field} type", at, value_type, "0 to 12", reason)
     return value_type, cursor.number(value_type, field)
 
@@ -265,12 +272,12 @@ def _read_array(cursor: Cursor, key: str) -> MetadataArray:
     item_type = cursor.u32(f"{field} item type")
     if item_type != STRING and item_type not in NUMBERS:
         what = "is an array of arrays" if item_type == ARRAY else f"is an array of the unknown value type {item_type}"
-        reason = f"metadata {key!r} {what}; items may be numbers, bools and strings (types 0 to 8 and 10 to 12)"
+        reason = f"metadata {shown(key)} {what}; items may be numbers, bools and strings (types 0 to 8 and 10 to 12)"
         cursor.fail(f"{field} item type", at, item_type, "0 to 8 and 10 to 12", reason)
     at = cursor.position
     length = cursor.u64(f"{field} length")
     if length > MAX_ITEMS:
-        reason = f"metadata {key!r} has {length} items; at most {MAX_ITEMS} are allowed"
+        reason = f"metadata {shown(key)} has {length} items; at most {MAX_ITEMS} are allowed"
         cursor.fail(f"{field} length", at, length, f"at most {MAX_ITEMS} items", reason)
     n_bytes = length * (8 if item_type == STRING else np.dtype(NUMBERS[item_type]).itemsize)
     cursor.need(n_bytes, f"{field} length", at, length)

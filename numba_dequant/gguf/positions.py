@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_dequant.gguf.header import MAX_KEY, ByteOrder, Cursor
+from numba_dequant.errors import shown
+from numba_dequant.gguf.header import ByteOrder, Cursor
 from numba_dequant.gguf.metadata import read_value
 from numba_dequant.gguf.source import Source
 
@@ -36,7 +37,7 @@ def entry_positions(
             at, cursor.subject = cursor.position, number
             key = _key(cursor)
             if key in positions:
-                reason = f"metadata key {key!r} appears twice; a key must be unique"
+                reason = f"metadata key {shown(key)} appears twice; a key must be unique"
                 cursor.fail("metadata key {!r}", at, key, "each key once", reason)
             positions[key] = at
             read_value(cursor, key)
@@ -45,8 +46,10 @@ def entry_positions(
 
 def _key(cursor: Cursor) -> str:
     field = "metadata key {!r}"
-    raw = cursor.take(cursor.string_length(field, MAX_KEY), field)
+    raw = cursor.take(cursor.name_length(field), field)
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        cursor.fail(field, cursor.position - len(raw), repr(raw), "UTF-8", f"metadata key {raw!r} is not valid UTF-8")
+        cursor.fail(
+            field, cursor.position - len(raw), shown(raw), "UTF-8", f"metadata key {shown(raw)} is not valid UTF-8"
+        )

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from numba_dequant.errors import GgufError, NumbaDequantError, UnknownFormatError
+from numba_dequant.errors import GgufError, NumbaDequantError, UnknownFormatError, shown
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, format_with_id
 from numba_dequant.gguf.header import INCOMPLETE, INTEGERS, UINT32, Cursor
+from numba_dequant.gguf.limits import Allowance, Limits
 from numba_dequant.gguf.metadata import Metadata, read_value
 from numba_dequant.gguf.not_gguf import LOOKED_AT, guess
 from numba_dequant.gguf.source import NotRegularFileError, Source, read_error
@@ -24,6 +25,8 @@ _ENTRY = tuple(f"{n_dimensions}QIQ" for n_dimensions in range(MAX_DIMENSIONS + 1
 """Format of a tensor entry after the number of dimensions: the dimensions, the type, the offset."""
 MAX_ELEMENTS = 1 << 60
 """A tensor must have fewer elements: NumPy counts bytes up to 2**63, and an element may take 8."""
+FIXED = 24
+"""Bytes of the magic, the version and the two counts."""
 MIN_ENTRY = 13
 """Minimum bytes of a metadata entry: the length of the key, the type, and one byte."""
 MIN_TENSOR = 24
@@ -31,17 +34,23 @@ MIN_TENSOR = 24
 SPLIT_KEYS = frozenset({"split.no", "split.count", "split.tensors.count"})
 
 
-def read_file(source: Source, offset: int = 0, *, allow_truncated: bool = False) -> GgufFile:
+def read_file(
+    source: Source, offset: int = 0, *, allow_truncated: bool = False, allowance: Allowance | None = None
+) -> GgufFile:
     """Read the header of one file, which begins at byte `offset` of the source.
 
+    What the file has is subtracted from `allowance`, which the shards of a model share.
+
     Raises:
-        GgufError: the file is not a GGUF file, or violates the format.
+        GgufError: the file is not a GGUF file, violates the format, or exceeds a limit.
         ReadError: the file cannot be read.
     """
+    allowance = Allowance(Limits()) if allowance is None else allowance
     try:
         with source.open_first() as file:
-            cursor = Cursor(source, file, offset, is_first=True)
-            gguf_file = _read_header(cursor, allow_truncated=allow_truncated)
+            cursor = Cursor(source, file, offset, is_first=True, allowance=allowance)
+            gguf_file = _read_header(cursor, allowance, allow_truncated=allow_truncated)
+            allowance.header_bytes -= cursor.position - offset
             cursor.keep_checksum()
             source.may_grow = gguf_file.n_bytes_here < gguf_file.n_bytes
             return gguf_file
@@ -54,12 +63,15 @@ def read_file(source: Source, offset: int = 0, *, allow_truncated: bool = False)
         raise read_error(source.name, error) from error
 
 
-def _read_header(cursor: Cursor, *, allow_truncated: bool) -> GgufFile:
+def _read_header(cursor: Cursor, allowance: Allowance, *, allow_truncated: bool) -> GgufFile:
     start = cursor.position
     _check_magic(cursor)
     version = _read_version(cursor)
+    at = cursor.position
     n_tensors = _read_count(cursor, "tensor count", MIN_TENSOR)
     n_entries = _read_count(cursor, "metadata count", MIN_ENTRY)
+    allowance.spend_tensors(n_tensors, cursor.source.name, at)
+    allowance.spend_entries(n_entries, cursor.source.name, at + 8)
     metadata, alignment = _read_metadata(cursor, n_entries)
     entries = _read_table(cursor, n_tensors)
     data_start = start + _padded(cursor.position - start, alignment)
@@ -73,6 +85,7 @@ def _check_magic(cursor: Cursor) -> None:
     if at > cursor.size:
         reason = f"offset {at} is beyond the end of the file, which has {cursor.size} bytes"
         cursor.fail("offset", at, f"a file of {cursor.size} bytes", f"at most {cursor.size}", reason)
+    cursor.need(min(cursor.left, FIXED), "the counts", at, f"{cursor.left} bytes")  # more may exceed the limit
     start = cursor.peek(LOOKED_AT)
     if start[:4] == b"GGUF":
         cursor.position += 4
@@ -117,7 +130,7 @@ def _read_metadata(cursor: Cursor, n_entries: int) -> tuple[Metadata, int]:
         if not key:
             cursor.fail("metadata key {!r}", at, "an empty key", "a key", f"metadata key {number} is empty")
         if key in metadata:
-            reason = f"metadata key {key!r} appears twice; a key must be unique"
+            reason = f"metadata key {shown(key)} appears twice; a key must be unique"
             cursor.fail("metadata key {!r}", at, key, "each key once", reason)
         at = cursor.position
         value_type, value = read_value(cursor, key)
@@ -154,10 +167,10 @@ def _read_table(cursor: Cursor, n_tensors: int) -> list[_Entry]:
         at, cursor.subject = cursor.position, number
         name = cursor.name("name of tensor {!r}")
         if "\0" in name:
-            reason = f"tensor name {name!r} contains a NUL; NULs are allowed only at the end"
-            cursor.fail("name of tensor {!r}", at, repr(name), "no NUL, except at the end", reason)
+            reason = f"tensor name {shown(name)} contains a NUL; NULs are allowed only at the end"
+            cursor.fail("name of tensor {!r}", at, shown(name), "no NUL, except at the end", reason)
         if name in names:
-            reason = f"tensor name {name!r} appears twice; a name must be unique"
+            reason = f"tensor name {shown(name)} appears twice; a name must be unique"
             cursor.fail("name of tensor {!r}", at, name, "each name once", reason)
         names.add(name)
         entries.append(_read_entry(cursor, name))
@@ -170,24 +183,24 @@ def _read_entry(cursor: Cursor, name: str) -> _Entry:
     shape_at = cursor.position
     if n_dimensions > MAX_DIMENSIONS:
         allowed = f"at most {MAX_DIMENSIONS}"
-        reason = f"tensor {name!r} has {n_dimensions} dimensions; {allowed} are allowed"
+        reason = f"tensor {shown(name)} has {n_dimensions} dimensions; {allowed} are allowed"
         cursor.fail("tensor {!r} number of dimensions", shape_at - 4, n_dimensions, allowed, reason)
     *extents, ggml_id, offset = cursor.numbers(_ENTRY[n_dimensions], "tensor {!r} dimensions, type and offset")
     shape = tuple(extents[::-1])
     if math.prod(extent or 1 for extent in shape) >= MAX_ELEMENTS:
         allowed = "fewer than 2**60 elements, where a dimension of 0 counts as 1"
         cursor.fail(
-            "tensor {!r} dimensions", shape_at, shape, allowed, f"tensor {name!r} has shape {shape}; use {allowed}"
+            "tensor {!r} dimensions", shape_at, shape, allowed, f"tensor {shown(name)} has shape {shape}; use {allowed}"
         )
     try:
         fmt = format_with_id(ggml_id)
     except UnknownFormatError as error:
         allowed = ", ".join(str(known.ggml_id) for known in FORMATS.values())
-        cursor.fail("tensor {!r} type", cursor.position - 12, ggml_id, allowed, f"tensor {name!r} has an {error}")
+        cursor.fail("tensor {!r} type", cursor.position - 12, ggml_id, allowed, f"tensor {shown(name)} has an {error}")
     row = shape[-1] if shape else 1
     if row % fmt.block_size:
         allowed = f"a multiple of {fmt.block_size}, the block size of {fmt.name}"
-        reason = f"tensor {name!r} has rows of {row} elements; the length of a row must be {allowed}"
+        reason = f"tensor {shown(name)} has rows of {row} elements; the length of a row must be {allowed}"
         cursor.fail("tensor {!r} dimensions", shape_at, f"rows of {row}", allowed, reason)
     n_elements = math.prod(shape)
     n_bytes = n_elements // fmt.block_size * fmt.type_size
@@ -206,7 +219,9 @@ def _locate(
         if start + offset != expected:
             cursor.subject = name
             allowed = str(expected - start)
-            reason = f"tensor {name!r} has offset {offset}; it must be {allowed}, directly after the previous tensor"
+            reason = (
+                f"tensor {shown(name)} has offset {offset}; it must be {allowed}, directly after the previous tensor"
+            )
             cursor.fail("tensor {!r} offset", offset_at, offset, allowed, reason)
         source, order = cursor.source, cursor.byte_order
         tensors[name] = TensorInfo(name, fmt, shape, source.name, expected, n_bytes, n_elements, order, source)

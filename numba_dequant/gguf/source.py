@@ -80,24 +80,18 @@ class OpenFile(io.FileIO):
 
 
 def open_regular(path: str) -> OpenFile:
-    """Open a regular file for reading, without blocking.
+    """Open a regular file for reading, without blocking. A symbolic link is followed.
 
     Raises:
         NotRegularFileError: the path is not a regular file.
         OSError: the file cannot be opened.
     """
     try:
+        _check_regular(os.stat(path).st_mode)  # opening a device or a pipe may have an effect
         file = OpenFile(path, "rb", opener=_open_at_once)
     except ValueError as error:  # a NUL, or a character that paths cannot have on this system
         raise OSError(errno.ENOENT, f"No such file ({error})") from error
-    except OSError as error:
-        try:
-            mode = os.stat(path).st_mode
-        except OSError:
-            raise error from None
-        _check_regular(mode)
-        raise
-    try:
+    try:  # another file may have this path by now
         _check_regular(os.fstat(file.fileno()).st_mode)
         if hasattr(os, "O_NONBLOCK"):
             os.set_blocking(file.fileno(), True)
@@ -108,7 +102,8 @@ def open_regular(path: str) -> OpenFile:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # without it, opening a pipe waits for a writer
+    # Without O_NONBLOCK, opening a pipe waits for a writer. Without O_NOCTTY, a terminal may become the process's own.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
 
 
 def _check_regular(mode: int) -> None:

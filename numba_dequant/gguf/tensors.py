@@ -19,7 +19,7 @@ from numba_dequant.gguf.source import Source
 
 CUT_SHORT = "its download is incomplete, or it was truncated"
 
-MAX_COMPARED, COMPARED_NAMES, COMPARED_CHARACTERS = 50_000, 500, 200
+MAX_COMPARED, COMPARED_NAMES, COMPARED_CHARACTERS = 50_000, 100, 200
 """Limits of the search for similar names, against hostile files: names considered, names compared, characters."""
 
 
@@ -49,8 +49,9 @@ class TensorInfo(NamedTuple):
     source: Source
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value!r}" for name, value in zip(self._fields[:-1], self, strict=False))
-        return f"TensorInfo({shown})"
+        pairs = zip(self._fields[:-1], self, strict=False)
+        texts = (f"{name}={shown(value) if isinstance(value, str) else repr(value)}" for name, value in pairs)
+        return f"TensorInfo({', '.join(texts)})"
 
     def _repr_html_(self) -> str:
         rows = [
@@ -74,7 +75,7 @@ class TensorTable(Mapping[str, TensorInfo]):
             return self._tensors[name]
         except (KeyError, TypeError):
             near = self._near(name) if isinstance(name, str) else []
-            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+            hint = f"; did you mean {' or '.join(map(shown, near))}?" if near else ""
             raise TensorNotFoundError(f"there is no tensor {shown(name)} among the {len(self)} tensors{hint}") from None
 
     def _near(self, name: str) -> list[str]:
@@ -103,13 +104,14 @@ class TensorTable(Mapping[str, TensorInfo]):
         return len(self._tensors)
 
     def _repr_html_(self) -> str:
-        return display.html(display.TENSOR_HEAD, display.tensor_rows(self.values()))
+        rows = display.tensor_rows(islice(self.values(), display.MAX_ROWS))
+        return display.html(display.TENSOR_HEAD, rows, len(self))
 
     def __repr__(self) -> str:
         if not self:
             return "no tensors"
-        rows = display.tensor_rows(self.values())
-        return display.text(display.TENSOR_HEAD, rows, display.TENSOR_SIDES, display.MAX_LINES)
+        rows = display.tensor_rows(islice(self.values(), display.MAX_LINES))
+        return display.text(display.TENSOR_HEAD, rows, display.TENSOR_SIDES, len(self))
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,6 @@ class GgufFile:
 def truncated(tensor: TensorInfo, size: int, more: str = "") -> GgufError:
     """The error for a file of `size` bytes that ends before the end of a tensor."""
     end = tensor.offset + tensor.n_bytes
-    reason = f"the file has {size} bytes, but tensor {tensor.name!r} ends at byte {end}{more}: {CUT_SHORT}"
-    field = f"tensor {tensor.name!r} data"
+    reason = f"the file has {size} bytes, but tensor {shown(tensor.name)} ends at byte {end}{more}: {CUT_SHORT}"
+    field = f"tensor {shown(tensor.name)} data"
     return GgufError(tensor.path, field, tensor.offset, f"a file of {size} bytes", f"at least {end} bytes", reason)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_dequant.arguments import allocated
-from numba_dequant.errors import DeviceError, ReadError
+from numba_dequant.errors import DeviceError, ReadError, shown
 from numba_dequant.gguf.source import CHANGED, read_into
 from numba_dequant.gguf.source import read_error as error_of_system
 from numba_dequant.gguf.tensors import TensorInfo, truncated
@@ -135,7 +135,7 @@ def read_tensor(tensor: TensorInfo) -> NDArray[np.uint8]:
     try:
         buffer = allocated(lambda: np.empty(tensor.n_bytes, np.uint8), tensor.n_bytes, "its blocks")
     except DeviceError as error:
-        raise DeviceError(f"{tensor.path}: tensor {tensor.name!r}: {error}") from error
+        raise DeviceError(f"{tensor.path}: tensor {shown(tensor.name)}: {error}") from error
     if not tensor.n_bytes:
         return buffer
     chunk = Chunk(tensor.path, tensor.offset, tensor.n_bytes, [TensorSlice(0, 0, 0, tensor.n_bytes)])

@@ -72,7 +72,7 @@ class Request(NamedTuple):
 
     def blame(self, error: NumbaDequantError) -> NumbaDequantError:
         """The same error, with the path and the name of the tensor in its message."""
-        return type(error)(f"{self.tensor.path}: tensor {self.tensor.name!r}: {error}")
+        return type(error)(f"{self.tensor.path}: tensor {shown(self.tensor.name)}: {error}")
 
 
 def request_for(tensor: TensorInfo, dtype: str | None, out: Any = None) -> Request:
@@ -212,7 +212,7 @@ def dtype_resolver(dtype: Any) -> Callable[[str], str | None]:
             ):
                 return output
         raise DtypeError(
-            f"dtype has no pattern that matches tensor {name!r}; add the pattern '*' for all other tensors"
+            f"dtype has no pattern that matches tensor {shown(name)}; add the pattern '*' for all other tensors"
         )
 
     return first_match
@@ -232,15 +232,15 @@ def slice_rows(tensor: TensorInfo, rows: slice | None) -> TensorInfo:
     if not isinstance(rows, slice) or is_wrong or numbers[2] not in (None, 1):
         raise ShapeError(f"rows must be a slice of consecutive rows, such as slice(0, 100), got {shown(rows)}")
     if not tensor.shape:
-        raise ShapeError(f"tensor {tensor.name!r} is a scalar and has no rows; omit rows")
+        raise ShapeError(f"tensor {shown(tensor.name)} is a scalar and has no rows; omit rows")
     start, stop, _ = slice(*numbers).indices(tensor.shape[0])
     stop = max(start, stop)
     row = tensor.n_elements // tensor.shape[0] if tensor.shape[0] else 0
     block = tensor.format.block_size
     if row * start % block or row * stop % block:
         raise ShapeError(
-            f"rows {start} to {stop} of tensor {tensor.name!r}, {tensor.shape}, are not whole blocks of {block} values"
-            "; pass rows that are"
+            f"rows {start} to {stop} of tensor {shown(tensor.name)}, {tensor.shape}, are not whole blocks of {block} "
+            "values; pass rows that are"
         )
     n_elements = row * (stop - start)
     return tensor._replace(

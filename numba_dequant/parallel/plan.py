@@ -13,11 +13,14 @@ from operator import add
 from typing import Any, Literal, NamedTuple
 
 from numba_dequant.arguments import whole_option
+from numba_dequant.display import cell
 from numba_dequant.errors import OptionError, ShapeError, shown
 from numba_dequant.gguf.tensors import TensorInfo
 from numba_dequant.parallel.placements import Placement, Replicate, Rule, Shard, checked_rules
 
-LAYER = re.compile(r"(?:^|\.)blk\.(\d+)\.")
+NOTED = 10
+"""Maximum names in a note."""
+LAYER = re.compile(r"(?:^|\.)blk\.(\d{1,9})\.", re.ASCII)
 OF_FIRST_STAGE = ("token_embd", "position_embd", "token_types")
 OF_EVERY_STAGE = ("rope_",)
 TOKENS, OUTPUT = "token_embd.weight", "output.weight"
@@ -297,8 +300,8 @@ class _Divider:
         placement = Replicate() if match is None else self._placements[match.lastindex or 0]
         if isinstance(placement, Shard) and not -len(tensor.shape) <= placement.dim < len(tensor.shape):
             raise ShapeError(
-                f"{tensor.name} of shape {tensor.shape} has no dimension {placement.dim}; pass another dim in the "
-                "placement for it"
+                f"{shown(tensor.name)} of shape {tensor.shape} has no dimension {placement.dim}; pass another dim in "
+                "the placement for it"
             )
         return placement
 
@@ -331,8 +334,9 @@ class _Divider:
                 unit = lcm(unit, own * (whole // extent))
             elif extent and whole % extent:
                 raise ShapeError(
-                    f"{tensor.name} has {extent} elements along the dimension to cut, but another tensor of its group "
-                    f"{shard.group!r} has {whole}, which is not a multiple of that; change the rules"
+                    f"{shown(tensor.name)} has {extent} elements along the dimension to cut, but another tensor of its "
+                    f"group {shard.group!r} has {whole}, which is not a multiple of that; change the "
+                    "rules"
                 )
         places, is_even = self._places(tensors, whole, unit)
         found: list[_Cut] = []
@@ -351,7 +355,7 @@ class _Divider:
         inner = prod(tensor.shape[dim + 1 :])
         if dim and tensor.n_elements and tensor.shape[dim] * inner % block_size:
             raise ShapeError(
-                f"{tensor.name} of shape {tensor.shape} cannot be cut along dimension {dim}, because a block of "
+                f"{shown(tensor.name)} of shape {tensor.shape} cannot be cut along dimension {dim}, because a block of "
                 f"{tensor.format.name} has elements of several indices before it; pass dim=0 or Replicate"
             )
         return lcm(shard.unit, block_size // gcd(block_size, inner) if inner else 1)
@@ -373,7 +377,9 @@ class _Divider:
         return found, is_even
 
     def _note_uneven(self, tensors: list[TensorInfo], n_units: int, unit: int, count: int) -> None:
-        names = " and ".join(sorted({LAYER.sub("blk.*.", tensor.name) for tensor in tensors}))
+        every = sorted({cell(LAYER.sub("blk.*.", tensor.name)) for tensor in tensors})
+        more = [f"{len(every) - NOTED:,} more"] if len(every) > NOTED else []
+        names = " and ".join([*every[:NOTED], *more])
         is_block = unit in {tensor.format.block_size for tensor in tensors}
         what = f"units of {unit}{', which is a block,' * is_block}" if unit > 1 else "rows or matrices"
         sentence = f"{names}: {n_units} {what} cannot be divided equally among {count} ranks"

@@ -129,7 +129,7 @@ def shares_of(plan: Plan, tensors: Mapping[str, TensorInfo]) -> list[list[Share]
         number, own = known.get(planned.name, (0, None))
         if own is None or (own is not planned and (own.format, own.shape) != (planned.format, planned.shape)):
             raise OptionError(
-                f"the plan is for another model: it has {planned.name} as {planned.format.name} of shape "
+                f"the plan is for another model: it has {shown(planned.name)} as {planned.format.name} of shape "
                 f"{planned.shape}; make it with the tensors of this model"
             )
         dim, start, stop = part.dim, part.start, part.stop
@@ -149,13 +149,13 @@ def _check_part(own: TensorInfo, part: Part) -> None:
         type(part.dim) is int and 0 <= part.dim < len(own.shape) and 0 <= part.start <= part.stop <= own.shape[part.dim]
     ):
         raise OptionError(
-            f"{own.name} of shape {own.shape} has no part of dimension {part.dim} from {part.start} to {part.stop}; "
-            "count dimensions from 0, and pass a start and a stop within the tensor"
+            f"{shown(own.name)} of shape {own.shape} has no part of dimension {part.dim} from {part.start} to "
+            f"{part.stop}; count dimensions from 0, and pass a start and a stop within the tensor"
         )
     if not _has_whole_blocks(own, part):
         raise OptionError(
-            f"the part of {own.name} of shape {own.shape} from {part.start} to {part.stop} of dimension {part.dim} "
-            f"is not whole blocks of {own.format.name}; pass other limits"
+            f"the part of {shown(own.name)} of shape {own.shape} from {part.start} to {part.stop} of dimension "
+            f"{part.dim} is not whole blocks of {own.format.name}; pass other limits"
         )
 
 

@@ -206,8 +206,8 @@ def load_model(
         other = taken.setdefault(id(place), tensor.name)
         if other != tensor.name:
             raise OptionError(
-                f"tensors {other!r} and {tensor.name!r} are for the same parameter; give them different names, "
-                "leave one out, or untie the parameters of the module"
+                f"tensors {shown(other)} and {shown(tensor.name)} are for the same parameter; give them different "
+                "names, leave one out, or untie the parameters of the module"
             )
         matched[tensor.name] = place
     loaded: dict[str, Tensor] = {}
@@ -244,12 +244,12 @@ def _check_shape(tensor: TensorInfo, place: _Place) -> None:
         expected = FORMATS[module.qtype].n_elements(shape[1])
         if tensor.format.name != module.qtype or tensor.shape != (shape[0], expected):
             raise ShapeError(
-                f"tensor {tensor.name!r} is {tensor.format.name} of shape {tensor.shape}, but the layer is "
+                f"tensor {shown(tensor.name)} is {tensor.format.name} of shape {tensor.shape}, but the layer is "
                 f"{module.qtype} of shape {(shape[0], expected)}; make a layer of that format and shape"
             )
     elif tensor.shape != shape:
         raise ShapeError(
-            f"tensor {tensor.name!r} has shape {tensor.shape}, but the parameter has shape {shape}; correct names "
+            f"tensor {shown(tensor.name)} has shape {tensor.shape}, but the parameter has shape {shape}; correct names "
             "or the module"
         )
 

@@ -169,7 +169,7 @@ def test_arrays_are_pickled_and_copied_without_being_read(tmp_path):
 
 
 def test_looking_at_items_reads_no_more_than_they_need(tmp_path):
-    n = 1 << 26
+    n = 1 << 25
     head = gguf(entries=[entry("a", 9, struct.pack("<IQ", FLOAT32, n))])[:49]
     path = tmp_path / "m.gguf"
     path.write_bytes(head)
@@ -182,7 +182,7 @@ def test_looking_at_items_reads_no_more_than_they_need(tmp_path):
     model = nd.open(path)
     array = model.metadata["a"]
     assert (array[0], array[-1], array[n - 1], array[:3], array[-2:]) == (0, 7, 7, [0, 0, 0], [0, 7])
-    assert "(67,108,864 items)" in model._repr_html_()
+    assert "(33,554,432 items)" in model._repr_html_()
     assert main.main(["info", str(path)]) == 0
     assert sum(array[index] for index in range(100)) == 0
     assert time.process_time() - start < 1
@@ -233,8 +233,8 @@ def test_opening_takes_no_memory_for_long_strings(tmp_path):
     with path.open("wb") as file:
         file.write(struct.pack("<4sIQQ", b"GGUF", 3, 0, 60))
         for number in range(60):
-            file.write(text(f"k{number}") + struct.pack("<IQ", STRING, 1 << 26) + "\N{GRINNING FACE}".encode())
-            file.seek((1 << 26) - 4, os.SEEK_CUR)
+            file.write(text(f"k{number}") + struct.pack("<IQ", STRING, 1 << 22) + "\N{GRINNING FACE}".encode())
+            file.seek((1 << 22) - 4, os.SEEK_CUR)
         file.truncate()
     tracemalloc.start()
     start = time.process_time()
@@ -255,7 +255,7 @@ def test_a_string_that_is_longer_than_any_may_be_is_refused_when_opened(tmp_path
     with path.open("wb") as file:
         file.write(gguf(entries=[entry("k", STRING if kind == "string" else 9, payload)])[: 37 + len(payload)])
         file.truncate(1 << 28)
-    with pytest.raises(nd.GgufError, match=r"metadata 'k' (item )?has 67108865 bytes; at most 67108864 are allowed"):
+    with pytest.raises(nd.GgufError, match=r"metadata 'k' (item )?has 67,108,865 bytes; the limit is 67,108,864"):
         nd.open(path)
 
 
@@ -271,7 +271,7 @@ def test_strings_beyond_2_gib_of_a_header_are_passed_over_and_read(tmp_path):
     if path.stat().st_blocks * 512 > 1 << 28:
         pytest.skip("this disk has no sparse files")
     assert path.stat().st_size > 5 << 29
-    model = nd.open(path)
+    model = nd.open(path, limits=nd.Limits(header_bytes=1 << 32))
     assert model.metadata["n"] == 7
     assert model.metadata["v"] == tokens
 

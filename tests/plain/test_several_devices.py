@@ -169,7 +169,7 @@ def test_a_plan_for_another_model(path, tmp_path):
     other = write_model(tmp_path / "other.gguf", {"blk.0.rows": ("Q8_0", (2, 32), random_blocks("Q8_0", 2))})
     with nd.open(other) as model:
         wrong = planned(2)(model)
-    with pytest.raises(nd.OptionError, match=r"the plan is for another model: it has blk\.0\.rows as Q8_0"):
+    with pytest.raises(nd.OptionError, match=r"the plan is for another model: it has 'blk\.0\.rows' as Q8_0"):
         nd.load(path, device=["cpu", "cpu"], plan=wrong)
 
 

@@ -242,7 +242,7 @@ def test_a_rank_without_the_file_receives(two, folder):
         ("dtensor wrong", ["OptionError: the placement of '*.rows' is 1; pass a Shard or a Replicate of torch"] * 2),
         (
             "dtensor dimension",
-            ["ShapeError: blk.0.norm of shape (7,) has no dimension 3; pass another dim in the placement for it"] * 2,
+            ["ShapeError: 'blk.0.norm' of shape (7,) has no dimension 3; pass another dim in the placement for it"] * 2,
         ),
         (
             "dtensor list",
@@ -294,7 +294,7 @@ def test_a_rank_without_the_file_receives(two, folder):
         ("wrong group", ["OptionError: group must be a process group to which this rank belongs, got 'gloo'"] * 2),
         (
             "other model",
-            ["OptionError: the plan is for another model: it has blk.0.norm as F32 of shape (8,); make it with"] * 2,
+            ["OptionError: the plan is for another model: it has 'blk.0.norm' as F32 of shape (8,); make it with"] * 2,
         ),
         ("dtype", ["DeviceError: rank 1 could not begin its load: DtypeError", "DtypeError"]),
         ("no plan", ["OptionError: plan must be a Plan or a function that returns one for a model, got {}"] * 2),
