@@ -16,7 +16,7 @@ def test_a_thousand_loads_by_eight_threads(tmp_path):
     folders = [Path(__file__).parents[1] / "support", Path(__file__).parents[2]]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
     command = [sys.executable, "-W", "error", thousand_loads.__file__, tmp_path]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert not done.returncode, done.stderr
     found = json.loads(done.stdout)
     assert not found["faults"]

@@ -1,6 +1,7 @@
-"""1000 loads of good and of hostile files by eight threads: `python thousand_loads.py <folder>`, for test_many_loads.py.
+"""1000 loads of good and of hostile files by eight threads: `python thousand_loads.py <folder>`.
 
-It prints a line of JSON: how many loads there were of each kind, and by how much memory, handles and threads have grown.
+For test_many_loads.py. It prints a line of JSON: how many loads there were of each kind, and by how much memory,
+handles and threads have grown.
 """
 
 import ctypes
