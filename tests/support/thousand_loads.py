@@ -124,6 +124,8 @@ def main():
     folder = Path(sys.argv[1])
     files = good(folder)
     broken = hostile(folder, files)
+    for path in files:  # compiles
+        nd.load(path, device="cpu")
     counts, faults = [Counter() for _ in range(THREADS)], []
     after = []
     for first, end in ((0, WARM), (WARM, LOADS)):
