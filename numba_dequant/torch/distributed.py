@@ -47,7 +47,7 @@ from numba_dequant.torch.ranks import Exchange, Ranks, device_of, told
 Planner = Plan | Callable[[Model], Plan]
 
 AHEAD = 3
-"""The number of batches that are read at a time."""
+"""The number of batches that are read ahead."""
 
 
 def load_sharded(
