@@ -1,0 +1,32 @@
+"""All targets by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import commands
+import computing
+import loading
+import passing
+import reading
+import selecting
+import splitting
+
+TARGETS: dict[str, Callable[[bytes], str]] = {
+    "header": reading.header,
+    "files": reading.files,
+    "shards": splitting.shards,
+    "strings": passing.strings,
+    "arrays": passing.arrays,
+    "selection": selecting.selection,
+    "loads": loading.loads,
+    "batches": computing.batches,
+    "products": computing.products,
+    "commands": commands.commands,
+}
+
+with suppress(ImportError):  # PyTorch is optional
+    import operators
+
+    TARGETS["operators"] = operators.operators
