@@ -20,16 +20,21 @@ FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def check_tensor(name: str, given: Any) -> None:
-    """Raise DataError unless `given` is a tensor whose elements are in memory one by one.
-
-    PyTorch has no common error for others. Some calls with the bytes of a quantized tensor end the process.
-    """
+    """Raise DataError unless `given` is a tensor whose elements are in memory one by one."""
     if not isinstance(given, Tensor):
         raise DataError(f"{name} must be a tensor, got {shown(given)}")
-    if given.layout is torch.strided and not given.is_quantized and not given.is_nested:
-        return
-    kind = "quantized by PyTorch" if given.is_quantized else "nested" if given.is_nested else f"of {given.layout}"
-    raise DataError(f"{name} is a tensor {kind}; pass a dense tensor with the same numbers")
+    if kind := kind_of_memory(given):
+        raise DataError(f"{name} is a tensor {kind}; pass a dense tensor with the same numbers")
+
+
+def kind_of_memory(tensor: Tensor) -> str | None:
+    """What a tensor is whose elements are not in memory one by one; None for all others.
+
+    PyTorch has no common error for them. Some calls with the bytes of a quantized tensor end the process.
+    """
+    if tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested:
+        return None
+    return "quantized by PyTorch" if tensor.is_quantized else "nested" if tensor.is_nested else f"of {tensor.layout}"
 
 
 def result_shape(data: Tensor, fmt: Format) -> list[Any]:

@@ -119,8 +119,22 @@ def test_a_tensor_that_pytorch_quantized_does_not_end_the_process():
         arguments |= {"indices": torch.tensor([0])} if call is nt.get_rows else {"shape": (2, 32)}
         with pytest.raises(nd.DataError, match="data is a tensor quantized by PyTorch; pass a dense tensor"):
             call(**arguments)
-    with pytest.raises(nd.OutputError, match="out holds quantized numbers"):
+    with pytest.raises(nd.OutputError, match="out is a tensor quantized by PyTorch"):
         nt.dequantize(torch.zeros(2, 34, dtype=torch.uint8), "Q8_0", torch.float16, out=quantized(2, 32))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "CSR", "nested", "strided nested"])
+def test_an_output_that_is_not_dense_is_refused(kind):
+    with pytest.raises(nd.OutputError, match="out is a tensor .*; pass a dense tensor"):
+        nt.dequantize(torch.zeros(2, 34, dtype=torch.uint8), "Q8_0", out=dict(odd_things())[kind])
+
+
+def test_an_output_that_negates_other_memory_is_refused():
+    out = torch.view_as_complex(torch.zeros(1, 2)).conj().imag
+    assert out.is_neg()
+    assert out.is_contiguous()
+    with pytest.raises(nd.OutputError, match="out is a view that negates other memory"):
+        nt.dequantize(torch.tensor([2.0]), "F32", out=out)
 
 
 def test_lazy_conjugates_and_negatives_are_read_as_the_bytes_that_they_stand_for():
