@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+from three_tensors import open_model
 
 import numba_dequant as nd
 
@@ -112,6 +113,48 @@ def test_an_odd_argument_works_or_is_refused_with_a_sentence(kind):
     assert refused > 5
 
 
+def calls_of_layers(path):
+    """Layers and files with right arguments. A device that PyTorch does not have is PyTorch's own error."""
+    blocks, bias = torch.zeros(2, 34, dtype=torch.uint8), torch.zeros(2)
+    linear, embedding = nt.QuantizedLinear, nt.QuantizedEmbedding
+    yield linear.from_blocks, {"weight": blocks, "qtype": "Q8_0", "bias": bias}
+    yield embedding.from_blocks, {"weight": blocks, "qtype": "Q8_0", "dtype": torch.float16}
+    right = {"qtype": "Q8_0", "dtype": torch.float16}
+    yield linear, right | {"in_features": 32, "out_features": 2, "bias": True}
+    yield embedding, right | {"num_embeddings": 2, "embedding_dim": 32}
+    yield linear.from_blocks(blocks, "Q8_0").forward, {"input": torch.zeros(3, 32)}
+    yield embedding.from_blocks(blocks, "Q8_0").forward, {"input": torch.tensor([0])}
+    yield linear.from_blocks(blocks, "Q8_0").dequantize, {"dtype": torch.float16}
+    right = {"path": path, "dtype": torch.float16, "select": "ids", "keep_quantized": False}
+    yield nt.load_file, right
+    yield nt.load_model, {"model": torch.nn.Linear(1, 1), "path": path, "dtype": torch.float16, "keep_quantized": True}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_an_odd_argument_of_a_layer_or_a_file_is_refused_with_a_sentence(kind, tmp_path):
+    refused = 0
+    for function, right in calls_of_layers(open_model(tmp_path).path):
+        function(**right)
+        for name in right:
+            odd = dict(odd_things())[kind]
+            try:
+                function(**right | {name: odd})
+            except nd.NumbaDequantError as error:
+                said = str(error)
+            except Exception as error:
+                raise AssertionError(f"{function.__qualname__} {name}: {type(error).__name__}: {error}") from error
+            else:
+                continue
+            assert len(said) > 15, (function, name)
+            refused += 1
+    assert refused > 5
+
+
+def test_a_bias_has_one_number_for_each_row():
+    with pytest.raises(nd.ShapeError, match=r"bias has shape \(3,\), but weight has 2 rows"):
+        nt.QuantizedLinear.from_blocks(torch.zeros(2, 34, dtype=torch.uint8), "Q8_0", torch.zeros(3))
+
+
 def test_a_tensor_that_pytorch_quantized_does_not_end_the_process():
     """PyTorch has a reshape of such bytes that reads where nothing is."""
     for call in (nt.dequantize, nt.get_rows):
@@ -125,7 +168,7 @@ def test_a_tensor_that_pytorch_quantized_does_not_end_the_process():
 
 @pytest.mark.parametrize("kind", ["sparse", "CSR", "nested", "strided nested"])
 def test_an_output_that_is_not_dense_is_refused(kind):
-    with pytest.raises(nd.OutputError, match="out is a tensor .*; pass a dense tensor"):
+    with pytest.raises(nd.OutputError, match=r"out is a tensor .*; pass a dense tensor"):
         nt.dequantize(torch.zeros(2, 34, dtype=torch.uint8), "Q8_0", out=dict(odd_things())[kind])
 
 
