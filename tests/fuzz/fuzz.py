@@ -107,6 +107,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, help="a folder to start from and, with atheris, to write to")
     parser.add_argument("--out", type=Path, default=Path("faults"), help="a folder for the inputs of faults")
     parser.add_argument("--plain", action="store_true", help="without atheris, which is used if it is installed")
+    parser.add_argument("--all-formats", action="store_true", help="compute with all formats instead of ten")
     parser.add_argument("--replay", nargs="+", type=Path, help="run these inputs, or folders of inputs, once")
     return parser.parse_args()
 
@@ -125,6 +126,8 @@ def main() -> int:
             import targets
     else:
         import targets
+    if options.all_formats:
+        targets.Scope.formats = targets.FORMATS
     warnings.simplefilter("error")
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)  # a run has one core

@@ -10,8 +10,12 @@ import computing
 import loading
 import passing
 import reading
+import replacing
 import selecting
 import splitting
+from computing import FORMATS, Scope
+
+__all__ = ["FORMATS", "TARGETS", "Scope"]
 
 TARGETS: dict[str, Callable[[bytes], str]] = {
     "header": reading.header,
@@ -23,6 +27,7 @@ TARGETS: dict[str, Callable[[bytes], str]] = {
     "loads": loading.loads,
     "batches": computing.batches,
     "products": computing.products,
+    "readers": replacing.readers,
     "commands": commands.commands,
 }
 
