@@ -63,27 +63,30 @@ WORDS += [
 NUMBERS = ["0", "-1", "1", "5", "255", "256", "4294967296", "-99999999999999999999", "²", "0.5", ""]
 
 
-def small_tensors(path: Path, choices: Choices) -> Path:
-    """A file that breaks a rule, or none."""
+def written(path: Path, choices: Choices) -> list[str]:
+    """Writes a file that breaks a rule, or none; returns the names of its tensors."""
     described = structured.valid(choices)
     if choices.one_in(3):
         broken(choices, described)
     path.write_bytes(described.content())
-    return path
+    return [tensor.name.decode(errors="replace") for tensor in described.tensors]
 
 
 def arguments(choices: Choices) -> list[str]:
     """Arguments that mostly mean something."""
-    path = small_tensors(folder() / "command.gguf", choices)
+    path = folder() / "command.gguf"
+    names = written(path, choices) or ["none"]
     file = choices.pick([str(path), str(path), str(path), str(path.parent), "/dev/null", "none.gguf", ""])
-    name = choices.pick([*structured.NAMES, "no such tensor"])
+    name = choices.pick([choices.pick(names), choices.pick(names), choices.pick(structured.NAMES), "no such tensor"])
     way = choices.below(8)
     if way in (0, 1):
         given = ["info", file]
     elif way == 2:
         given = ["verify", file, "--device", choices.pick(["reference", "reference", "cuda:7", "gpu", ""])]
-    elif way in (3, 4):
+    elif way == 3:
         given = ["show", file, name, "--block", choices.pick(NUMBERS), "--element", choices.pick(NUMBERS)]
+    elif way == 4:
+        given = ["show", str(path), *choices.some([name], 1), "--element", choices.pick(["0", "1", "31", "255"])]
     elif way == 5:
         given = ["show", choices.pick(["Q4_K", "f32", "IQ1_M", "99", "-3", ""]), "--element", choices.pick(NUMBERS)]
     elif way == 6:

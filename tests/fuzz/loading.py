@@ -149,7 +149,7 @@ def loads(data: bytes) -> str:
         if change is not None and model.path != "<memory>":
             warnings.simplefilter("ignore", RuntimeWarning)  # the time stamp has changed
         try:
-            found = loaded(choices, model, dtype, device)
+            found = loaded(choices, model, dtype, device, is_safe=change is None)
         except (nd.ReadError, nd.GgufError) as error:
             check_said(error)
             expect(change is not None and model.path != "<memory>", f"refused, but the file is as it was: {error}")
@@ -162,8 +162,8 @@ def loads(data: bytes) -> str:
     return "changed" if change else "loaded"
 
 
-def loaded(choices: Choices, model: nd.Model, dtype: str, device: str) -> dict[str, Any]:
-    """The tensors, loaded in one of the ways."""
+def loaded(choices: Choices, model: nd.Model, dtype: str, device: str, *, is_safe: bool) -> dict[str, Any]:
+    """The tensors, loaded in one of the ways; only a file that `is_safe` from changes is mapped."""
     threads, way = choices.pick([None, 1, 1, 2, 3]), choices.below(6)
     names = list(model.tensors)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "threads": threads}
@@ -177,7 +177,8 @@ def loaded(choices: Choices, model: nd.Model, dtype: str, device: str) -> dict[s
         kept = model.load_all(keep_quantized=True, **options)
         return {name: tensor.dequantize(dtype, device=device) for name, tensor in kept.items()}
     if way == 4:
-        blocks = {name: model.read(name) for name in names[:3]}
+        is_mapped = choices.one_in(2) and is_safe
+        blocks = {name: model.read(name, mmap=is_mapped) for name in names[:3]}
         return {
             name: nd.dequantize(raw, model.tensors[name].format, dtype, shape=model.tensors[name].shape, device=device)
             for name, raw in blocks.items()

@@ -6,10 +6,12 @@ A target takes bytes and returns what happened, in a word. Any exception that le
 from __future__ import annotations
 
 import contextlib
+import pickle
 import warnings
 import zlib
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import gguf
 import numpy as np
@@ -21,6 +23,7 @@ from common import check_said, folder
 
 import numba_dequant as nd
 from numba_dequant.gguf import header as header_module
+from numba_dequant.gguf import metadata as metadata_module
 from numba_dequant.kernels import native
 
 WINDOWS = [(1 << 20, 1 << 12), (64, 64), (256, 64), (1000, 77), (1 << 12, 1 << 12)]
@@ -28,15 +31,18 @@ WINDOWS = [(1 << 20, 1 << 12), (64, 64), (256, 64), (1000, 77), (1 << 12, 1 << 1
 
 @contextlib.contextmanager
 def way(number: int) -> Iterator[None]:
-    """One of the ways through the reader: windows of another size, with or without the compiled walk."""
-    before = header_module.WINDOW, header_module.SMALL_WINDOW, native.is_loaded
-    header_module.WINDOW, header_module.SMALL_WINDOW = WINDOWS[number // 2 % len(WINDOWS)]
-    is_compiled = bool(number % 2)
-    native.is_loaded = lambda: is_compiled
-    try:
+    """One of the ways through the reader.
+
+    Windows have other sizes, the compiled walk is there or not, and strings that are long stay in the file.
+    """
+    window, small_window = WINDOWS[number // 2 % len(WINDOWS)]
+    with (
+        mock.patch.object(header_module, "WINDOW", window),
+        mock.patch.object(header_module, "SMALL_WINDOW", small_window),
+        mock.patch.object(metadata_module, "LONG_STRING", 1 << 20 if number % 3 else 20),
+        mock.patch.object(native, "is_loaded", return_value=bool(number % 2)),
+    ):
         yield
-    finally:
-        header_module.WINDOW, header_module.SMALL_WINDOW, native.is_loaded = before
 
 
 def opened(source: Any, **options: Any) -> nd.Model | nd.NumbaDequantError:
@@ -111,6 +117,9 @@ def check_use(model: nd.Model) -> None:
     """Tables, original shapes, rows and values."""
     model._repr_html_()
     repr(model.tensors)
+    for value in model.metadata.values():
+        if isinstance(value, metadata_module.MetadataArray):
+            check_array(value)
     for name, tensor in model.tensors.items():
         if tensor.n_elements > 1 << 16 or tensor.offset + tensor.n_bytes > tensor.source.stamp.size:
             continue
@@ -119,6 +128,26 @@ def check_use(model: nd.Model) -> None:
             assert values.shape == tensor.shape
             if tensor.shape:
                 assert model.load(name, "float32", device="reference", rows=slice(0, 0)).shape[0] == 0
+
+
+def check_array(array: metadata_module.MetadataArray) -> None:
+    """An array is a list: by item, by slice, and as a whole."""
+    items = array.to_list()
+    fresh = pickle.loads(pickle.dumps(array))  # which has read nothing so far
+    fresh._items = None
+    n = len(items)
+    assert len(fresh) == n
+    for part in (slice(1, None, 2), slice(None, None, -3), slice(5, 2), slice(-2, 1 << 70), slice(n // 2, n)):
+        assert plain(fresh[part]) == plain(items[part]), part
+    for index in (0, -1, n // 2, n, -n - 1, n - 1):
+        if -n <= index < n:
+            assert plain(fresh[index]) == plain(items[index]), index
+        else:
+            with contextlib.suppress(IndexError):
+                raise AssertionError(f"item {index} of {n}: {fresh[index]!r}")
+    assert plain(list(fresh)) == plain(items)
+    assert plain(fresh[::-1]) == plain(list(reversed(array)))
+    assert plain([*fresh, *fresh[:1]]) == plain(items + items[:1])
 
 
 def header(data: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any
 
@@ -102,6 +103,9 @@ def selection(data: bytes) -> str:
     elif choices.one_in(2):
         select = choices.pick([tuple(select), iter(select)])
     is_wrong = any(found is None for _, found in picks)
+    missing = choices.pick([*PIECES, *structured.NAMES]) + choices.pick(["", "x", "weight"])
+    with contextlib.suppress(nd.TensorNotFoundError):
+        expect(model.load(missing, device="reference").shape == model.tensors[missing].shape, missing)
     wanted = [name for name in names if any(name in (found or ()) for _, found in picks)]
     if choices.one_in(8):
         select, is_wrong, wanted = None, False, names
