@@ -9,6 +9,7 @@ import commands
 import computing
 import loading
 import passing
+import planning
 import reading
 import replacing
 import selecting
@@ -27,6 +28,7 @@ TARGETS: dict[str, Callable[[bytes], str]] = {
     "loads": loading.loads,
     "batches": computing.batches,
     "products": computing.products,
+    "plans": planning.plans,
     "readers": replacing.readers,
     "commands": commands.commands,
 }

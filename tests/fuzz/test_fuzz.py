@@ -28,6 +28,7 @@ SHORT = {
     "loads": (300, ["loaded", "changed", "refused"]),
     "batches": (600, ["values", "refused"]),
     "products": (800, ["values", "refused"]),
+    "plans": (400, ["loaded", "planned", "refused"]),
     "readers": (300, ["opened", "refused"]),
     "commands": (120, ["'info' 0", "'info' 2", "'show' 2", "'verify' 0", "'cache' 0"]),
     "operators": (600, ["values", "refused", "out of range"]),
