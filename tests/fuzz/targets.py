@@ -34,6 +34,8 @@ TARGETS: dict[str, Callable[[bytes], str]] = {
 }
 
 with suppress(ImportError):  # PyTorch is optional
+    import modules
     import operators
 
     TARGETS["operators"] = operators.operators
+    TARGETS["modules"] = modules.modules

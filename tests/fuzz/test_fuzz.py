@@ -32,6 +32,7 @@ SHORT = {
     "readers": (300, ["opened", "refused"]),
     "commands": (120, ["'info' 0", "'info' 2", "'show' 2", "'verify' 0", "'cache' 0"]),
     "operators": (600, ["values", "refused", "out of range"]),
+    "modules": (300, ["file", "module", "refused"]),
 }
 
 
