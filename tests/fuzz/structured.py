@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,9 +157,9 @@ def tensor(choices: Choices, name: str, kinds: list[int] = KINDS) -> Tensor:
     row = choices.pick([1, 2, 3, 0, 1]) * block if block > 1 else choices.pick([1, 2, 5, 8, 33, 0])
     if shape or block > 1 or not choices.one_in(8):
         shape = (*shape, row)
-    n_bytes = size
-    for extent in shape:
-        n_bytes *= extent
+    while math.prod(shape) > 1 << 16:
+        shape = shape[1:]
+    n_bytes = size * math.prod(shape)
     seed = choices.bytes(2)
     data = (seed * (n_bytes // block // 2 + 1))[: n_bytes // block]
     return Tensor(name.encode(), kind, shape, data)
