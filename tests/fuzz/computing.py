@@ -133,7 +133,8 @@ def one(choices: Choices, dtype: str) -> tuple[tuple[Any, ...], Array | None, Ar
     given: Any = raw.reshape(n_blocks, -1) if choices.one_in(2) and n_blocks else raw
     given = strided(choices, given)
     if choices.one_in(10):
-        given = choices.pick([raw[:-1], raw.tobytes(), memoryview(given), bytearray(raw), given.view(np.int8)])
+        cut = raw[:-1] if fmt.type_size > 1 else raw
+        given = choices.pick([cut, raw.tobytes(), memoryview(given), bytearray(raw), given.view(np.int8)])
     fits = (
         shape is not None
         and 0 <= min(shape, default=0) <= max(shape, default=0) < 1 << 20
