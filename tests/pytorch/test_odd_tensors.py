@@ -68,7 +68,7 @@ def odd_things():
         "float8": torch.zeros(3, 32).to(torch.float8_e4m3fn),
         "complex": torch.zeros(2, dtype=torch.complex64),
         "int32": torch.zeros(3, 32, dtype=torch.int32),
-        "uint64": torch.tensor([0], dtype=torch.uint64),
+        "uint64": torch.tensor([0], dtype=getattr(torch, "uint64", torch.int64)),
         "a parameter": torch.nn.Parameter(torch.zeros(2, 17)),
     }.items()
 
