@@ -85,7 +85,7 @@ CHANGES: list[Change] = [
 def sizes(choices: Choices) -> Iterator[None]:
     """Chunks and gaps of another size."""
     with (
-        mock.patch.object(host_loader, "CHUNK_BYTES", choices.pick([1, 64, 300, 1000, 4096, 1 << 20])),
+        mock.patch.object(host_loader, "CHUNK_BYTES", choices.pick([34, 64, 300, 1000, 4096, 1 << 20])),
         mock.patch.object(chunks, "MAX_GAP", choices.pick([0, 16, 100, 1 << 16])),
     ):
         yield

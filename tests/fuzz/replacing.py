@@ -54,8 +54,8 @@ def readers(data: bytes) -> str:
     path = folder() / "replaced.gguf"
     path.unlink(missing_ok=True)
     path.write_bytes(described.content())
-    if b"\xff" * 7 in path.read_bytes() or max(count(described)) > 1 << 24:
-        return "too long"  # gguf-py makes an array of each item, for hours
+    if b"\xff" * 7 in path.read_bytes() or max(count(described)) > 1 << 12:
+        return "too long"  # gguf-py makes an array of each item
     expected = read(gguf.GGUFReader, path)
     found = read(GGUFReader, path)
     assert found == expected, f"{found!r:.500} instead of {expected!r:.500}"
