@@ -325,15 +325,18 @@ class Format:
         Raises:
             ShapeError: a row is not a whole number of blocks, or an extent is not an integer.
         """
-        if not isinstance(shape, (tuple, list)) or not all(whole_number(extent, 0) is not None for extent in shape):
+        extents = [whole_number(extent, 0) for extent in shape] if isinstance(shape, (tuple, list)) else [None]
+        # Integers of NumPy would wrap around in the products below.
+        whole = [extent for extent in extents if extent is not None]
+        if len(whole) < len(extents):
             raise ShapeError(f"shape must be a tuple of whole numbers, rows first, got {shown(shape)}")
-        row = shape[-1] if shape else 1
+        row = whole[-1] if whole else 1
         if row % self.block_size:
             raise ShapeError(
                 f"a row of a {self.name} tensor is a whole number of blocks of {self.block_size} elements, "
-                f"but the last dimension of shape {shape} is {row}"
+                f"but the last dimension of shape {shown(tuple(whole))} is {row}"
             )
-        return math.prod(shape) // self.block_size * self.type_size
+        return math.prod(whole) // self.block_size * self.type_size
 
 
 # Every live format by its fields, so that unpickling returns the same object.

@@ -8,6 +8,9 @@ from typing import Any
 import numba_dequant as nd
 from numba_dequant import display
 
+SHOWN_SHARDS = 10
+"""Maximum number of missing shards whose names are shown. A small file can say that there are 65535."""
+
 
 def add_to(commands: Any) -> None:
     """Add the command's arguments."""
@@ -26,7 +29,9 @@ def run(options: argparse.Namespace) -> int:
         if here < needed:
             print(f"{here:,} of {needed:,} bytes are here; the file looks incomplete")
         if model.missing_shards:
-            print(f"missing: {', '.join(map(display.printable, model.missing_shards))}; tensors of the other shards:")
+            first = ", ".join(map(display.printable, model.missing_shards[:SHOWN_SHARDS]))
+            more = len(model.missing_shards) - SHOWN_SHARDS
+            print(f"missing: {first}{f' and {more:,} more' if more > 0 else ''}; tensors of the other shards:")
         entries = display.metadata_rows(model.metadata.shown())
         width = max((len(key) for key, _ in entries), default=0)
         for key, value in entries:

@@ -148,8 +148,8 @@ def select_tensors(tensors: Mapping[str, TensorInfo], select: Select) -> list[Te
             raise _wrong_selection(select)
         try:
             picks = list(select)
-        except TypeError:  # an array without dimensions, or a class
-            raise _wrong_selection(select) from None
+        except (TypeError, RuntimeError) as error:  # an array without dimensions, a class, or a nested tensor
+            raise _wrong_selection(select) from error
     picked: set[str] = set()
     for pick in picks:
         picked.update(_picked(tensors, pick))

@@ -20,7 +20,11 @@ from numba_dequant.parallel.placements import Placement, Replicate, Rule, Shard,
 
 NOTED = 10
 """Maximum names in a note."""
-LAYER = re.compile(r"(?:^|\.)blk\.(\d{1,9})\.", re.ASCII)
+
+LAYER = re.compile(r"(?:^|\.)blk\.([0-9]{1,9})\.")
+"""No model has a layer number of ten digits; Python cannot convert more than 4300 digits."""
+
+MAX_RANKS = 1 << 16
 OF_FIRST_STAGE = ("token_embd", "position_embd", "token_types")
 OF_EVERY_STAGE = ("rope_",)
 TOKENS, OUTPUT = "token_embd.weight", "output.weight"
@@ -159,13 +163,15 @@ def plan(
         The plan. ``print(plan)`` shows the bytes of each rank.
 
     Raises:
-        OptionError: an argument has a wrong type, `world` or `stages` is less than 1, `world` is not a multiple of
-            `stages`, or `uneven` is wrong.
+        OptionError: an argument has a wrong type, `world` or `stages` is less than 1, `world` is more than 65536 or
+            not a multiple of `stages`, or `uneven` is wrong.
         ShapeError: a tensor cannot be divided as its rule says, or cannot be divided equally (``"refuse"``).
     """
     if not isinstance(uneven, str) or uneven not in ("allow", "refuse"):
         raise OptionError(f"uneven is {shown(uneven)}; pass 'allow' or 'refuse'")
     world, stages = whole_option("world", world, 1), whole_option("stages", stages, 1)
+    if world > MAX_RANKS:
+        raise OptionError(f"world is {world}; pass at most {MAX_RANKS} ranks")
     if world % stages:
         raise OptionError(f"{world} ranks cannot be divided into {stages} stages; pass as world a multiple of stages")
     rules = checked_rules(rules)

@@ -8,11 +8,33 @@ import torch
 from torch import Tensor
 
 from numba_dequant.dtypes import OUTPUT_TYPES
-from numba_dequant.errors import DataError, DtypeError, OutputError, ShapeError
+from numba_dequant.errors import DataError, DtypeError, OutputError, ShapeError, shown
 from numba_dequant.format import Format
 
 DTYPES = {getattr(torch, name): name for name in OUTPUT_TYPES}
 """The output types."""
+
+
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+"""The types of the columns of a product. PyTorch does not multiply float8."""
+
+
+def check_tensor(name: str, given: Any) -> None:
+    """Raise DataError unless `given` is a tensor whose elements are in memory one by one."""
+    if not isinstance(given, Tensor):
+        raise DataError(f"{name} must be a tensor, got {shown(given)}")
+    if kind := kind_of_memory(given):
+        raise DataError(f"{name} is a tensor {kind}; pass a dense tensor with the same numbers")
+
+
+def kind_of_memory(tensor: Tensor) -> str | None:
+    """What a tensor is whose elements are not in memory one by one; None for all others.
+
+    PyTorch has no common error for them. Some calls with the bytes of a quantized tensor end the process.
+    """
+    if tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested:
+        return None
+    return "quantized by PyTorch" if tensor.is_quantized else "nested" if tensor.is_nested else f"of {tensor.layout}"
 
 
 def result_shape(data: Tensor, fmt: Format) -> list[Any]:
@@ -76,11 +98,15 @@ def check_product(input: Tensor, weight: Tensor, bias: Tensor | None, name: str,
         sizes: its bytes and its elements per block.
 
     Raises:
+        DtypeError: `input` is not of one of `FLOATS`.
         ShapeError: `input` has no dimension or rows of another length than `weight`, or `bias` has not one number for
             each row.
         DataError: a row of `weight` is not a whole number of blocks, a tensor is on another device, or `bias` has
             another dtype than `input`.
     """
+    if input.dtype not in FLOATS:
+        allowed = "float16, bfloat16, float32 or float64"
+        raise DtypeError(f"input holds {input.dtype}; pass a tensor of floating-point numbers: {allowed}")
     if not input.dim():
         raise ShapeError("input has no dimension; pass a tensor whose last dimension is in_features")
     n_bytes, (type_size, block_size) = weight.shape[-1], sizes
@@ -110,6 +136,14 @@ def check_product(input: Tensor, weight: Tensor, bias: Tensor | None, name: str,
         )
 
 
+def shapes_of_experts(input: Tensor, weight: Tensor, ids: Tensor) -> ShapeError:
+    """The error for tensors whose shapes are not those of rows, experts and the numbers of experts."""
+    return ShapeError(
+        "the blocks must have the shape (experts, rows, bytes per row), the input (n, in_features) and ids (n, k), "
+        f"got {tuple(weight.shape)}, {tuple(input.shape)} and {tuple(ids.shape)}"
+    )
+
+
 def check_experts(input: Tensor, weight: Tensor, ids: Tensor, fmt: Format) -> None:
     """Check what rows of `input` are multiplied by: the weights of the experts that `ids` name.
 
@@ -117,17 +151,12 @@ def check_experts(input: Tensor, weight: Tensor, ids: Tensor, fmt: Format) -> No
         ShapeError: a tensor has another number of dimensions, there is no row of `ids` for each row of `input`, rows
             have another length than those of an expert, or an expert does not exist, which only a CPU can tell.
         DataError: a row of `weight` is not a whole number of blocks, or a tensor is on another device.
-        DtypeError: `input` is not of a floating-point type, or `ids` are not integers.
+        DtypeError: `input` is not of one of `FLOATS`, or `ids` are not integers.
     """
     if input.dim() != 2 or weight.dim() != 3 or ids.dim() != 2 or ids.shape[0] != input.shape[0]:
-        raise ShapeError(
-            "the blocks must have the shape (experts, rows, bytes per row), the input (n, in_features) and ids (n, k), "
-            f"got {tuple(weight.shape)}, {tuple(input.shape)} and {tuple(ids.shape)}"
-        )
+        raise shapes_of_experts(input, weight, ids)
     check_product(input, weight, None, fmt.name, (fmt.type_size, fmt.block_size))
     check_numbers("ids", ids, input)
-    if not input.is_floating_point():
-        raise DtypeError(f"input holds {input.dtype}; pass a tensor of floating-point numbers")
     if ids.device.type == "cpu" and ids.numel():
         numbers, n_experts = ids.to(torch.int64), weight.shape[0]
         first, last = int(numbers.min()), int(numbers.max())

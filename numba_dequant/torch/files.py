@@ -189,6 +189,8 @@ def load_model(
         GgufError, ReadError: the file is damaged or cannot be read. Nothing has been changed.
         DeviceError: this package cannot use the GPU, or it has too little memory. Nothing has been changed.
     """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model must be a torch.nn.Module, got {shown(model)}")
     file, kept = open_model(path), flag_option("keep_quantized", keep_quantized)
     translate = _translation(names)
     if dtype is not None:

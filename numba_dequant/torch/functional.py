@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from numba_dequant.arguments import output_type
+from numba_dequant.arguments import flag_option, output_type
 from numba_dequant.arguments import result_shape as checked_shape
 from numba_dequant.errors import DataError, DtypeError, OutputError, UnknownFormatError, shown
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, format_named
-from numba_dequant.torch.checks import check_product, check_same_device
+from numba_dequant.torch.checks import check_product, check_same_device, check_tensor, kind_of_memory
 from numba_dequant.torch.ops import OPERATORS
 
 
@@ -54,7 +54,7 @@ def dequantize(
     if out is not None:
         return _dequantize_into(data, qtype, dtype, shape, out)
     name, result_dtype = resolved(qtype, torch.get_default_dtype() if dtype is None else dtype)
-    blocks = _bytes(data)
+    blocks = as_bytes(data)
     if shape is None:
         values: Tensor = OPERATORS.dequantize.default(blocks, name, result_dtype)
         return values
@@ -65,12 +65,16 @@ def dequantize(
 def _dequantize_into(data: Tensor, qtype: Any, dtype: Any, shape: Any, out: Tensor) -> Tensor:
     if not isinstance(out, Tensor):
         raise OutputError(f"out must be a tensor, got {shown(out)}")
+    if kind := kind_of_memory(out):
+        raise OutputError(f"out is a tensor {kind}; pass a dense tensor")
+    if not torch.compiler.is_compiling() and out.is_neg():
+        raise OutputError("out is a view that negates other memory; pass a tensor that does not")
     name, result_dtype = resolved(qtype, out.dtype if dtype is None else dtype)
     if result_dtype != out.dtype:
         raise OutputError(f"out holds {out.dtype}, the result is {result_dtype}; pass a tensor of {result_dtype}")
-    if shape is not None and tuple(_shape(shape, out.numel())) != tuple(out.shape):
-        raise OutputError(f"out has shape {tuple(out.shape)}, the result has shape {tuple(shape)}; pass the same shape")
-    blocks = _bytes(data)
+    if shape is not None and (wanted := tuple(_shape(shape, out.numel()))) != tuple(out.shape):
+        raise OutputError(f"out has shape {tuple(out.shape)}, the result has shape {wanted}; pass the same shape")
+    blocks = as_bytes(data)
     check_same_device(blocks, out)
     OPERATORS.dequantize.out(_flat(blocks), name, out=out)
     return out
@@ -98,12 +102,13 @@ def get_rows(
     Raises:
         UnknownFormatError: there is no such format.
         DtypeError: there is no such output type, or `indices` are not integers.
-        DataError: `data` is not a matrix of whole blocks, or `indices` are on another device.
+        DataError: `data` is not a matrix of whole blocks, or `indices` are no tensor or on another device.
         IndexError: an index is out of range (on a GPU: a CUDA error, as in `torch.nn.functional.embedding`).
         DeviceError: the GPU cannot be used.
     """
     name, result_dtype = resolved(qtype, torch.get_default_dtype() if dtype is None else dtype)
-    values: Tensor = OPERATORS.get_rows.default(_matrix(_bytes(data), "data"), indices, name, result_dtype)
+    check_tensor("indices", indices)
+    values: Tensor = OPERATORS.get_rows.default(_matrix(as_bytes(data), "data"), indices, name, result_dtype)
     return values
 
 
@@ -136,20 +141,28 @@ def linear(
 
     Raises:
         UnknownFormatError: there is no such format.
-        DtypeError: `input` is not of a floating-point type.
-        DataError: `weight` is not a matrix of whole blocks, or a tensor is on another device than `input`.
+        DtypeError: `input` is not of float16, bfloat16, float32 or float64, or `bias` is complex.
+        DataError: `weight` is not a matrix of whole blocks, a tensor is on another device than `input`, or an argument
+            is no tensor.
         ShapeError: the last dimension of `input` is not the number of elements in a row of `weight`, or `bias` has not
             one number for each row.
+        OptionError: `weight_is_constant` is not True or False.
         DeviceError: the GPU cannot be used.
     """
+    check_tensor("input", input)
     device = input.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         input = input.to(torch.get_autocast_dtype(device))
     if not input.is_floating_point():
         raise DtypeError(f"input holds {input.dtype}; pass a floating-point tensor")
+    if type(weight_is_constant) is not bool:
+        weight_is_constant = flag_option("weight_is_constant", weight_is_constant)
     name, _ = resolved(qtype, torch.float32)
-    blocks = _matrix(_bytes(weight), "weight")
+    blocks = _matrix(as_bytes(weight, "weight"), "weight")
     if bias is not None:
+        check_tensor("bias", bias)
+        if bias.is_complex():
+            raise DtypeError(f"bias holds {bias.dtype}; pass a tensor of real numbers")
         bias = bias.to(input.dtype)
     if torch.compiler.is_compiling():  # otherwise the operator itself does it
         check_product(input, blocks, bias, name, _sizes(name))
@@ -193,17 +206,27 @@ def _sizes(name: str) -> tuple[int, int]:
     return fmt.type_size, fmt.block_size
 
 
-def _bytes(data: Tensor) -> Tensor:
-    """A tensor as uint8, without a subclass of Tensor."""
+def as_bytes(data: Tensor, name: str = "data") -> Tensor:
+    """A tensor as uint8, without a subclass of Tensor.
+
+    Raises:
+        DataError: it is no tensor, it has no dimension, or its elements are not in memory one by one.
+    """
     if type(data) is not Tensor and type(data) is not torch.nn.Parameter:
         if not isinstance(data, Tensor):
-            raise DataError(f"data must be a tensor, got {shown(data)}; numba_dequant.dequantize takes other arrays")
+            raise DataError(f"{name} must be a tensor, got {shown(data)}; numba_dequant.dequantize takes other arrays")
         if type(data).__torch_dispatch__ is Tensor.__torch_dispatch__:
             # A subclass that only overrides methods, as ComfyUI-GGUF's; fake tensors and other wrappers stay.
             data = data.detach().as_subclass(Tensor)
+    check_tensor(name, data)
     if data.dtype is torch.uint8:
         return data
-    return data.detach().contiguous().view(torch.uint8)
+    if not data.dim():
+        raise DataError(f"{name} has no dimension; pass a tensor of rows, each a whole number of blocks")
+    data = data.detach()
+    if not torch.compiler.is_compiling():  # PyTorch does not view a tensor of another dtype that it has yet to negate
+        data = data.resolve_conj().resolve_neg()
+    return data.contiguous().view(torch.uint8)
 
 
 def _flat(blocks: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from numba_dequant.formats import FORMATS
 from numba_dequant.torch import functional
+from numba_dequant.torch.checks import check_tensor, shapes_of_experts
 from numba_dequant.torch.ops import OPERATORS
 
 GEMV_TYPES = frozenset(fmt.ggml_id for fmt in FORMATS.values() if fmt.block_size > 1)
@@ -60,19 +61,24 @@ def mul_mat_id(blocks: Tensor, x: Tensor, ids: Tensor, ggml_type: int, out_featu
 
     Raises:
         UnknownFormatError: there is no such format.
-        DtypeError: `x` is not of a floating-point type, or `ids` are not integers.
+        DtypeError: `x` is not of float16, bfloat16, float32 or float64, or `ids` are not integers.
         ShapeError: `blocks` does not have 3 dimensions, `x` or `ids` does not have 2, `ids` does not have a row for
             each row of `x`, a row of `x` is not as long as a row of an expert, or there is no expert with one of the
             `ids`. On a GPU, such a number is a CUDA error, or its results are 0.
-        DataError: a row of `blocks` is not a whole number of blocks, or `blocks` or `ids` is on another device than
-            `x`.
+        DataError: a row of `blocks` is not a whole number of blocks, `blocks` or `ids` is on another device than `x`,
+            or an argument is no tensor.
         DeviceError: the GPU cannot be used.
     """
     name, _ = functional.resolved(ggml_type, torch.float32)
-    values: Tensor = OPERATORS.mul_mat_id.default(x, blocks, ids, name)
+    check_tensor("x", x)
+    check_tensor("ids", ids)
+    weight = functional.as_bytes(blocks, "blocks")
+    if (x.dim(), weight.dim(), ids.dim()) != (2, 3, 2):  # for tensors on "meta", the operator does not check it
+        raise shapes_of_experts(x, weight, ids)
+    values: Tensor = OPERATORS.mul_mat_id.default(x, weight, ids, name)
     return values
 
 
 def ggml_dequantize(W: Tensor, type: int, m: int, n: int, dtype: torch.dtype | None = None) -> Tensor:  # noqa: N803
     """The values of `W`: shape (m, n); the default dtype is float16."""
-    return functional.dequantize(W, type, dtype or torch.float16, (m, n))
+    return functional.dequantize(W, type, torch.float16 if dtype is None else dtype, (m, n))

@@ -7,25 +7,57 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from numba_dequant.errors import DataError
+from numba_dequant.arguments import flag_option, whole_option
+from numba_dequant.errors import DataError, DtypeError, ShapeError
 from numba_dequant.formats import FORMATS
-from numba_dequant.torch.functional import dequantize, get_rows, linear, qtype_name
+from numba_dequant.torch.checks import check_tensor
+from numba_dequant.torch.functional import dequantize, get_rows, linear, qtype_name, resolved
 
 
 def _blocks(qtype: str, n_rows: int, n_columns: int, device: Any) -> nn.Parameter:
-    """An uninitialized weight. Raises ShapeError if a row is not a whole number of blocks."""
+    """An uninitialized weight.
+
+    Raises:
+        ShapeError: a row is not a whole number of blocks, or no memory has so many bytes.
+    """
     row_bytes = FORMATS[qtype].n_bytes((1, n_columns))
+    if max(n_rows, 1) * row_bytes >= 2**60:
+        raise ShapeError(f"a layer of {n_rows} rows of {n_columns} elements is too large; pass smaller numbers")
     return nn.Parameter(torch.empty(n_rows, row_bytes, dtype=torch.uint8, device=device), requires_grad=False)
 
 
 def _checked_blocks(weight: Tensor, qtype: Any) -> tuple[Tensor, str, int]:
     """A weight as a matrix of uint8, the name of its format, and the number of elements in a row."""
     name = qtype_name(qtype)
+    check_tensor("weight", weight)
     if weight.dtype is not torch.uint8 or weight.dim() != 2:
         raise DataError(
             f"weight must be uint8 of shape (rows, bytes per row), got {weight.dtype} of shape {tuple(weight.shape)}"
         )
     return weight.detach(), name, FORMATS[name].n_elements(weight.shape[1])
+
+
+def _checked_bias(bias: Tensor, n_rows: int) -> Tensor:
+    """A bias for a layer.
+
+    Raises:
+        DataError: it is no tensor.
+        DtypeError: it does not hold floating-point numbers.
+        ShapeError: it has not one number for each row.
+    """
+    check_tensor("bias", bias)
+    if not bias.is_floating_point():
+        raise DtypeError(f"bias holds {bias.dtype}; pass a tensor of floating-point numbers")
+    if tuple(bias.shape) != (n_rows,):
+        raise ShapeError(f"bias has shape {tuple(bias.shape)}, but weight has {n_rows} rows; pass a number for each")
+    return bias
+
+
+def _checked_dtype(dtype: Any) -> torch.dtype | None:
+    """A floating-point dtype, also by its name, or None. Raises DtypeError for others."""
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return dtype
+    return resolved("F32", dtype)[1]
 
 
 class QuantizedLinear(nn.Linear):
@@ -61,16 +93,20 @@ class QuantizedLinear(nn.Linear):
     Raises:
         UnknownFormatError: there is no such format.
         ShapeError: `in_features` is not a whole number of blocks.
+        OptionError: a number of features is not a whole number, or `bias` is not True or False.
+        DtypeError: `dtype` is no floating-point type.
     """
 
     def __init__(
         self, in_features: int, out_features: int, qtype: Any, bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
         nn.Module.__init__(self)
+        in_features = whole_option("in_features", in_features, 0)
+        out_features, dtype = whole_option("out_features", out_features, 0), _checked_dtype(dtype)
         self.in_features, self.out_features, self.qtype = in_features, out_features, qtype_name(qtype)
         self.weight = _blocks(self.qtype, out_features, in_features, device)
         self.register_parameter("bias", None)
-        if bias:
+        if flag_option("bias", bias):
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
 
     @classmethod
@@ -79,9 +115,13 @@ class QuantizedLinear(nn.Linear):
 
         Raises:
             UnknownFormatError: there is no such format.
-            DataError: `weight` is not a matrix of whole blocks.
+            DataError: `weight` is not a matrix of whole blocks, or `bias` is no tensor.
+            DtypeError: `bias` does not hold floating-point numbers.
+            ShapeError: `bias` has not one number for each row.
         """
         blocks, name, in_features = _checked_blocks(weight, qtype)
+        if bias is not None:
+            bias = _checked_bias(bias, blocks.shape[0])
         layer = cls(in_features, blocks.shape[0], name, bias=False, device="meta")
         layer.weight = nn.Parameter(blocks, requires_grad=False)
         if bias is not None:
@@ -135,6 +175,8 @@ class QuantizedEmbedding(nn.Embedding):
     Raises:
         UnknownFormatError: there is no such format.
         ShapeError: `embedding_dim` is not a whole number of blocks.
+        OptionError: `num_embeddings` or `embedding_dim` is not a whole number.
+        DtypeError: `dtype` is no floating-point type.
     """
 
     def __init__(
@@ -147,6 +189,8 @@ class QuantizedEmbedding(nn.Embedding):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)
+        embedding_dim = whole_option("embedding_dim", embedding_dim, 0)
+        num_embeddings, dtype = whole_option("num_embeddings", num_embeddings, 0), _checked_dtype(dtype)
         self.num_embeddings, self.embedding_dim, self.qtype = num_embeddings, embedding_dim, qtype_name(qtype)
         self.padding_idx, self.max_norm, self.norm_type = padding_idx, None, 2.0
         self.scale_grad_by_freq = self.sparse = False
@@ -161,6 +205,7 @@ class QuantizedEmbedding(nn.Embedding):
         Raises:
             UnknownFormatError: there is no such format.
             DataError: `weight` is not a matrix of whole blocks.
+            DtypeError: `dtype` is no floating-point type.
         """
         blocks, name, embedding_dim = _checked_blocks(weight, qtype)
         layer = cls(0, embedding_dim, name, device=blocks.device, dtype=dtype)

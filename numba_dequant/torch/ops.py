@@ -164,9 +164,17 @@ def _get_rows(data: Tensor, indices: Tensor, format: str, dtype: torch.dtype) ->
             with gpu.active():
                 _cuda().launch_rows(gpu, fmt, name, arguments, numbers.numel(), TORCH.current_stream(gpu.index))
         return out
+    numbers = indices.reshape(-1).to(torch.int64)
     if indices.numel() and not data.shape[0]:
         raise IndexError("there are indices, but data has no rows")
-    rows = data.index_select(0, indices.reshape(-1).to(torch.int64))
+    if indices.numel() and numbers.device.type == "cpu":  # index_select has several errors for them
+        first, last = (int(number) for number in numbers.aminmax())
+        if not 0 <= first <= last < data.shape[0]:
+            raise IndexError(
+                f"indices are from {first} to {last}, but data has only {data.shape[0]} rows; pass numbers from 0 to "
+                f"{data.shape[0] - 1}"
+            )
+    rows = data.index_select(0, numbers)
     return _dequantize(rows, format, dtype).view(*indices.shape, n_elements)
 
 

@@ -263,3 +263,12 @@ def test_a_specification_returns_a_value_for_each_element(count):
     fmt = nd.Format("M", 5104, 16, block_layout(q=("i1", 16)), "wrong", dequantize, nd.FORMATS["Q8_0"].decode)
     with pytest.raises(nd.OptionError, match=f"M: dequantize returned {2 * count} values, but the blocks have 32 elem"):
         nd.dequantize(bytes(32), fmt, device="reference")
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.uint16, np.int64, int])
+def test_the_bytes_of_a_shape_do_not_wrap_around(kind):
+    """Extents are often integers of NumPy, whose product has their size."""
+    shape = (kind(60_000), kind(60_000), kind(64_000))
+    n_bytes = nd.FORMATS["Q8_0"].n_bytes(shape)
+    assert n_bytes == 60_000 * 60_000 * 2_000 * 34
+    assert type(n_bytes) is int

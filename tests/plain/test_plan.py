@@ -182,6 +182,14 @@ def test_stages_hold_layers_in_order():
     assert "stages of whole layers have" in found.notes[0]
 
 
+@pytest.mark.parametrize("digits", ["9" * 5000, "9" * 10], ids=len)
+def test_a_number_that_no_layer_has_is_no_number_of_a_layer(digits):
+    """A name comes from the file, and Python does not convert more than 4300 digits."""
+    tensors = tensors_of({"blk.0.x": ("F32", (2, 4)), "blk.1.x": ("F32", (2, 4)), f"blk.{digits}.x": ("F32", (2, 4))})
+    found = plan(tensors, 2, [("blk.*", Shard(0))], stages=2)
+    assert [list(rank.parts) for rank in found.ranks] == [["blk.0.x", "blk.1.x"], [f"blk.{digits}.x"]]
+
+
 def test_a_table_of_tokens_that_is_also_the_output_is_in_both_stages():
     tensors = [tensor for tensor in llama(n_layers=4) if tensor.name != "output.weight"]
     found = plan(tensors, 2, llama_rules(LLAMA), stages=2)
@@ -242,6 +250,7 @@ def test_any_model(seed):
         ({"world": "two"}, "world must be a whole number, 1 or more, got 'two'"),
         ({"world": 2.0}, "world must be a whole number, 1 or more, got 2.0"),
         ({"stages": True}, "stages must be a whole number, 1 or more, got True"),
+        ({"world": 1 << 40}, "world is 1099511627776; pass at most 65536 ranks"),
         ({"world": 4, "stages": 3}, "4 ranks cannot be divided into 3 stages; pass as world a multiple of stages"),
         ({"uneven": "no"}, "uneven is 'no'; pass 'allow' or 'refuse'"),
         ({"uneven": []}, "uneven is []; pass 'allow' or 'refuse'"),

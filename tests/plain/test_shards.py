@@ -16,6 +16,8 @@ from gguf_bytes import INT32, STRING, UINT16, counted, floats, gguf, value
 from small_file import CONTENT, GOOD, OTHER_HEADER, assert_loads
 
 import numba_dequant as nd
+from numba_dequant.cli import main
+from numba_dequant.gguf import source
 
 
 @pytest.fixture
@@ -169,6 +171,23 @@ def test_another_file_that_is_longer_is_not_taken_for_the_rest(incomplete):
     incomplete.write_bytes(OTHER_HEADER)
     with pytest.raises(nd.ReadError, match="has changed"):
         model.load("u", device="cpu")
+
+
+def test_a_small_file_that_asks_for_65535_shards(tmp_path, monkeypatch, capsys):
+    """They are not opened one by one, and `info` names only a few: 65,534 names were 2.6 MB."""
+    entries = [value("split.no", UINT16, 0), value("split.count", UINT16, 65535)]
+    path = tmp_path / "m-00001-of-65535.gguf"
+    path.write_bytes(gguf([("t", *floats(2))], entries))
+    opened = []
+    monkeypatch.setattr(
+        source, "open_regular", lambda path, right=source.open_regular: opened.append(path) or right(path)
+    )
+    assert len(nd.open(path, allow_truncated=True).missing_shards) == 65534
+    assert main.main(["info", str(path)]) == 0
+    assert opened == [str(path)] * 2
+    shown = capsys.readouterr().out
+    assert "m-00011-of-65535.gguf and 65,524 more; tensors of the other shards:" in shown
+    assert len(shown) < 20 * len(str(path)) + 500
 
 
 def test_a_split_of_which_shards_are_still_missing_is_opened_on_request(tmp_path):
