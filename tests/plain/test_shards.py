@@ -173,21 +173,24 @@ def test_another_file_that_is_longer_is_not_taken_for_the_rest(incomplete):
         model.load("u", device="cpu")
 
 
-def test_a_small_file_that_asks_for_65535_shards(tmp_path, monkeypatch, capsys):
+def test_a_small_file_that_asks_for_many_shards(tmp_path, monkeypatch, capsys):
     """They are not opened one by one, and `info` names only a few: 65,534 names were 2.6 MB."""
-    entries = [value("split.no", UINT16, 0), value("split.count", UINT16, 65535)]
-    path = tmp_path / "m-00001-of-65535.gguf"
-    path.write_bytes(gguf([("t", *floats(2))], entries))
+    paths = {}
+    for count in (1000, 65535):
+        entries = [value("split.no", UINT16, 0), value("split.count", UINT16, count)]
+        paths[count] = tmp_path / f"m-00001-of-{count:05}.gguf"
+        paths[count].write_bytes(gguf([("t", *floats(2))], entries))
     opened = []
     monkeypatch.setattr(
         source, "open_regular", lambda path, right=source.open_regular: opened.append(path) or right(path)
     )
-    assert len(nd.open(path, allow_truncated=True).missing_shards) == 65534
-    assert main.main(["info", str(path)]) == 0
-    assert opened == [str(path)] * 2
+    model = nd.open(paths[65535], allow_truncated=True, limits=nd.Limits(shards=65535))
+    assert len(model.missing_shards) == 65534
+    assert main.main(["info", str(paths[1000])]) == 0
+    assert opened == [str(paths[65535]), str(paths[1000])]
     shown = capsys.readouterr().out
-    assert "m-00011-of-65535.gguf and 65,524 more; tensors of the other shards:" in shown
-    assert len(shown) < 20 * len(str(path)) + 500
+    assert "m-00011-of-01000.gguf and 989 more; tensors of the other shards:" in shown
+    assert len(shown) < 20 * len(str(paths[1000])) + 500
 
 
 def test_a_split_of_which_shards_are_still_missing_is_opened_on_request(tmp_path):
