@@ -34,3 +34,22 @@ def test_any_plan(model, data):
             else:
                 expected = nd.dequantize(blocks, part.tensor.format, device="reference")
                 assert_same_bits(np.ascontiguousarray(got).reshape(-1), expected)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_what_no_rank_exchanges_is_read_last(model, data):
+    """Unless batches limit the memory for all tensors: then they are in the order of the file."""
+    plan, hosts, least, _ = data.draw(random_plans.cases(model.tensors))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routes, "LEAST_DIVIDED", least)
+        patch.setattr(routes, "BATCH_BYTES", 700)
+        shares = routes.shares_of(plan, model.tensors)
+        taken, limited = routes.Routes(shares, hosts), routes.Routes(shares, hosts, 700)
+        exchanged = {transfer.share.number for of_rank in taken.transfers for transfer in of_rank}
+        numbers = {share.number for of_rank in shares for share in of_rank}
+        for number in numbers:
+            assert (taken.batch_of[number] < taken.n_batches) == (number in exchanged)
+        assert {taken.batch_of[number] for number in exchanged} == set(range(taken.n_batches if exchanged else 0))
+        assert limited.batch_of == sorted(limited.batch_of)
+        assert max(limited.batch_of, default=0) < limited.n_batches
