@@ -213,7 +213,9 @@ def _original_shape(file: GgufFile, key: str, tensor: TensorInfo) -> tuple[int, 
     stored = file.metadata[key]
     if not isinstance(stored, MetadataArray) or not stored.is_of_integers or len(stored) > MAX_DIMENSIONS:
         fail(
-            f"an array of {len(stored):,} items" if isinstance(stored, MetadataArray) else f"a {type(stored).__name__}"
+            f"an array of {len(stored):,} items"
+            if isinstance(stored, MetadataArray)
+            else f"a value of type {type(stored).__name__}"
         )
     shape = tuple(stored.to_list())
     if any(extent < 0 for extent in shape) or math.prod(shape) != tensor.n_elements:

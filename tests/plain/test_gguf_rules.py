@@ -9,6 +9,7 @@ from gguf_bytes import BOOL, FLOAT32, INT32, INT64, STRING, UINT8, UINT16, UINT3
 from gguf_bytes import gguf as gguf_file
 
 import numba_dequant as nd
+from numba_dequant.gguf.file import open_gguf
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
@@ -54,6 +55,32 @@ def test_split_keys_and_the_alignment_may_end_in_a_nul():
     entries = [value("general.alignment\0", UINT32, 64), value("split.count\0", UINT16, 1)]
     model = nd.open(gguf_file([("a", *floats(1)), ("b", *floats(2))], entries, alignment=64))
     np.testing.assert_array_equal(load(model, "b"), counted(2))
+
+
+@pytest.mark.parametrize("alignment", [1, 2, 1 << 20])
+def test_every_power_of_two_up_to_1_mib_is_an_alignment(alignment):
+    entries = [value("general.alignment", UINT32, alignment)]
+    model = nd.open(gguf_file([("a", *floats(3)), ("b", *floats(2))], entries, alignment=alignment))
+    assert model.tensors["b"].offset - model.tensors["a"].offset == max(alignment, 12)
+    np.testing.assert_array_equal(load(model, "b"), counted(2))
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize(("order", "byte_order"), [("<", "little"), (">", "big")])
+def test_a_file_has_the_version_the_byte_order_and_the_alignment_of_its_header(version, order, byte_order):
+    entries = [value("general.alignment", UINT32, 64, order)]
+    file = open_gguf(gguf_file([("t", *floats(2))], entries, order=order, version=version, alignment=64))
+    assert (file.version, file.byte_order, file.alignment) == (version, byte_order, 64)
+    assert (file.path, file.shards, file.missing_shards) == ("<memory>", ("<memory>",), ())
+    assert open_gguf(gguf_file()).alignment == 32
+
+
+def test_a_header_may_end_where_the_file_ends():
+    """The shortest tensor: a scalar without a name. Its data is missing."""
+    file = gguf_file([("", (), "F32", b"")])[: 24 + 24]
+    (tensor,) = nd.open(file, allow_truncated=True).tensors.values()
+    assert (tensor.name, tensor.shape) == ("", ())
+    assert len(nd.open(gguf_file()[:24], limits=nd.Limits(header_bytes=24)).tensors) == 0
 
 
 def test_names_that_are_equal_once_nuls_are_cut_off_are_refused():
