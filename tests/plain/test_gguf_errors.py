@@ -224,7 +224,7 @@ def test_an_error_has_all_its_parts(name):
             )
             for kind, content, at, found in (
                 (INT32, [3], 71, (3,)),
-                (INT32, [-1, -2], 71, (-1, -2)),
+                (INT32, [-1, 2, -1], 71, (-1, 2, -1)),
                 (INT32, [1] * 8 + [2], 71, "an array of 9 items"),
                 (STRING, ["3"], 71, "an array of 1 items"),
                 (UINT8, 2, None, "a value of type int"),
@@ -273,20 +273,37 @@ def test_an_error_about_shards_in_a_list_has_all_its_parts(first, second, path, 
 
 
 @pytest.mark.parametrize(
-    ("number", "missing", "field", "found", "allowed"),
+    ("first", "second", "at_fault", "field", "found", "allowed"),
     [
-        (0, True, "metadata 'split.count'", 2, "all shards"),
-        (1, False, "metadata 'split.no'", 1, "0"),
+        ((0, 2), None, 0, "metadata 'split.count'", 2, "all shards"),
+        ((1, 2), (1, 2), 0, "metadata 'split.no'", 1, "0"),
+        ((0, 2), (0, 2), 1, "metadata 'split.no'", 0, "1, the number in the file name"),
+        ((0, 2), (1, 3), 1, "metadata 'split.count'", 3, "2, the count in the file name"),
     ],
 )
-def test_an_error_about_shards_on_disk_has_all_its_parts(tmp_path, number, missing, field, found, allowed):
-    first, second = (tmp_path / f"m-{each:05}-of-00002.gguf" for each in (1, 2))
-    first.write_bytes(shard(number, 2, "a"))
-    if not missing:
-        second.write_bytes(shard(1, 2, "b"))
+def test_an_error_about_shards_on_disk_has_all_its_parts(tmp_path, first, second, at_fault, field, found, allowed):
+    paths = [tmp_path / f"m-{number:05}-of-00002.gguf" for number in (1, 2)]
+    for path, numbers, name in zip(paths, (first, second), "ab", strict=True):
+        if numbers:
+            path.write_bytes(shard(*numbers, name))
     with pytest.raises(nd.GgufError) as caught:
-        nd.open(first)
-    assert parts(caught) == (str(first), field, None, found, allowed)
+        nd.open(paths[0])
+    assert parts(caught) == (str(paths[at_fault]), field, None, found, allowed)
+
+
+def test_an_error_about_a_name_of_another_shard_has_all_its_parts(tmp_path):
+    path = tmp_path / "m-00002-of-00002.gguf"
+    path.write_bytes(shard(0, 2, "a"))
+    with pytest.raises(nd.GgufError, match=r"this is shard 00002 of the split .*; open the first shard, .*m-00001-of"):
+        nd.open(path)
+
+
+def test_an_error_about_too_many_shards_has_all_its_parts(tmp_path):
+    path = tmp_path / "m-00001-of-00002.gguf"
+    path.write_bytes(shard(0, 2, "a"))
+    with pytest.raises(nd.GgufError) as caught:
+        nd.open(path, limits=Limits(shards=1))
+    assert parts(caught) == (str(path), "shards", None, 2, "at most 1")
 
 
 def test_an_error_about_no_file_has_all_its_parts(tmp_path):

@@ -311,5 +311,8 @@ def test_an_offset_is_for_one_file(path):
     with pytest.raises(nd.OptionError, match="offset is for one file"):
         nd.open([path], offset=1)
     content = (GOOD / "split-00001-of-00003.gguf").read_bytes()
-    with pytest.raises(nd.GgufError, match=r"one of 3 shards.*all shards as a list"):
-        nd.open(b"x" + content, offset=1)
+    within = path.parent / "split-00001-of-00003.gguf"
+    within.write_bytes(b"x" + content)
+    for given in (b"x" + content, within):
+        with pytest.raises(nd.GgufError, match=r"one of 3 shards.*all shards as a list"):
+            nd.open(given, offset=1)

@@ -247,6 +247,7 @@ def test_limits_are_for_all_shards_together(tmp_path):
     # The caller chose the length of the list.
     assert len(nd.open(paths, limits=nd.Limits(shards=1)).tensors) == 6
     assert "the model has 3 shards" in refused(paths[0], shards=2)
+    assert len(nd.open(paths[0], limits=nd.Limits(shards=3)).tensors) == 6
 
 
 def test_a_file_cannot_name_many_shards(tmp_path):
