@@ -73,6 +73,8 @@ def test_a_file_has_the_version_the_byte_order_and_the_alignment_of_its_header(v
     assert (file.version, file.byte_order, file.alignment) == (version, byte_order, 64)
     assert (file.path, file.shards, file.missing_shards) == ("<memory>", ("<memory>",), ())
     assert open_gguf(gguf_file()).alignment == 32
+    with pytest.raises(AttributeError):
+        file.path = "another"
 
 
 def test_a_header_may_end_where_the_file_ends():

@@ -1,5 +1,6 @@
 """Time and memory for a header are proportional to its size, and `Limits` bounds that size."""
 
+import dataclasses
 import struct
 import time
 import tracemalloc
@@ -256,6 +257,19 @@ def test_a_file_cannot_name_many_shards(tmp_path):
     for allow_truncated in (False, True):
         with pytest.raises(nd.GgufError, match="the model has 65,535 shards; the limit is 1,000"):
             nd.open(path, allow_truncated=allow_truncated)
+
+
+def test_the_limits_are_those_of_the_documentation():
+    found = dataclasses.asdict(nd.Limits())
+    assert found == {
+        "header_bytes": 268_435_456,
+        "metadata_entries": 100_000,
+        "tensors": 1_000_000,
+        "string_bytes": 67_108_864,
+        "shards": 1_000,
+    }
+    assert nd.Limits(**dict.fromkeys(found, 1)).shards == 1
+    assert nd.Limits(string_bytes=1 << 30).string_bytes == 1 << 30
 
 
 @pytest.mark.parametrize(
