@@ -310,3 +310,13 @@ def test_an_error_about_no_file_has_all_its_parts(tmp_path):
     with pytest.raises(nd.GgufError) as caught:
         nd.open(tmp_path)
     assert parts(caught) == (str(tmp_path), "file", None, "it is a directory, not a file", "a regular file")
+
+
+def test_an_error_about_a_file_that_has_changed_has_all_its_parts(tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf(entries=[value("k", INT32, [1, 2])]))
+    array = nd.open(path).metadata["k"]
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(nd.GgufError) as caught:
+        array.to_list()
+    assert parts(caught) == (str(path), "metadata 'k'", 49, "a file that has changed", "the file that was opened")
