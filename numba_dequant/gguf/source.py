@@ -211,7 +211,6 @@ class Source:
         file = self.open()
         if self.data is None:
             self.stamp = self._accepted = identity_of(file)
-        self.header.clear()
         return file
 
     def size(self, file: io.RawIOBase) -> int:
@@ -219,9 +218,7 @@ class Source:
         return self.data.size if self.data is not None else identity_of(file).size
 
     def is_cut_short(self, file: io.RawIOBase) -> bool:
-        """Whether an open file is still the one whose header was read, but shorter."""
-        if self.data is not None:
-            return False
+        """Whether an open file on disk is still the one whose header was read, but shorter."""
         stamp, known = identity_of(file), self.stamp
         return (stamp.inode, stamp.device) == (known.inode, known.device) and stamp.size < known.size
 

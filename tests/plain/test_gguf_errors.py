@@ -1,5 +1,6 @@
 """Every error about a file says what it is about: the file, the field, its place, what stands there, what may."""
 
+import errno
 import struct
 
 import pytest
@@ -7,6 +8,7 @@ from gguf_bytes import ARRAY, FLOAT32, INT32, STRING, UINT8, UINT16, UINT32, ent
 
 import numba_dequant as nd
 from numba_dequant import FORMATS, Limits
+from numba_dequant.gguf.source import NotRegularFileError, read_error
 
 ONE = floats(1)
 ORIGINAL = "comfy.gguf.orig_shape.t"
@@ -320,3 +322,26 @@ def test_an_error_about_a_file_that_has_changed_has_all_its_parts(tmp_path):
     with pytest.raises(nd.GgufError) as caught:
         array.to_list()
     assert parts(caught) == (str(path), "metadata 'k'", 49, "a file that has changed", "the file that was opened")
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "kind", "number", "reason"),
+    [
+        ("m", OSError(errno.EIO, "I/O error"), nd.ReadError, errno.EIO, "I/O error; check the disk"),
+        ("m", OSError("odd"), nd.ReadError, None, "odd; check the disk, or copy the file again"),
+        ("m", NotRegularFileError(errno.EINVAL, "a pipe"), nd.ReadError, errno.EINVAL, "a pipe; correct the path"),
+        ("~m", OSError(errno.EACCES, "denied"), nd.ReadError, errno.EACCES, "denied; this user may not read it"),
+        ("m", OSError(errno.ENOENT, "none"), nd.MissingFileError, errno.ENOENT, "none"),
+        ("~m", OSError(errno.ENOENT, "none"), nd.MissingFileError, errno.ENOENT, "none; ~ is not expanded"),
+        ("https://m", OSError(errno.ENOENT, "none"), nd.MissingFileError, errno.ENOENT, "none; URLs are not supported"),
+    ],
+)
+def test_an_error_of_the_system_has_all_its_parts(path, error, kind, number, reason):
+    found = read_error(path, error, "t", 5, "reading: ")
+    assert type(found) is kind
+    assert (found.path, found.tensor, found.offset, found.errno) == (path, "t", 5, number)
+    text, _, advice = found.reason.partition(";")
+    known, _, expected = reason.partition(";")
+    assert text == f"reading: {known}"
+    assert advice.startswith(expected)
+    assert bool(advice) is bool(expected)

@@ -258,6 +258,15 @@ def test_long_strings_are_strings(opened, length, order):
     assert json.loads(json.dumps(dict(model.metadata)))["k"] == content
 
 
+def test_metadata_is_shown_shortened_where_it_is_long(opened):
+    entries = [value(f"k{number}", STRING, "x" * (60 + number)) for number in range(2)]
+    whole = opened(gguf(entries=entries)).metadata
+    assert repr(whole) == f"Metadata('k0': '{'x' * 60}', 'k1': '{'x' * 57}...')"
+    many = [*entries, *(value(f"n{number}", UINT8, number) for number in range(59))]
+    assert repr(opened(gguf(entries=many[:60])).metadata).endswith(", 'n57': 57)")
+    assert repr(opened(gguf(entries=many)).metadata).endswith(", 'n57': 57, and 1 more)")
+
+
 def test_a_long_string_of_long_characters_is_shown_like_any(opened):
     content = "\N{GRINNING FACE}" * LONG_STRING
     metadata = opened(gguf(entries=[value("k", STRING, content)])).metadata

@@ -4,6 +4,7 @@ import array
 import contextlib
 import copy
 import errno
+import io
 import mmap
 import os
 import pickle
@@ -265,6 +266,27 @@ def test_an_open_file_is_refused_with_what_to_pass_instead(path):
 def test_memory_that_is_not_contiguous_bytes_is_a_data_error(given):
     with pytest.raises(nd.DataError):
         nd.open(given)
+
+
+def test_memory_is_read_like_a_file():
+    ours, theirs = source.MemoryFile(np.arange(100, dtype=np.uint8)), io.BytesIO(bytes(range(100)))
+    assert ours.readable()
+    assert ours.seekable()
+    assert not ours.writable()
+    steps = [(0, os.SEEK_CUR), (90, os.SEEK_SET), (-20, os.SEEK_END), (-30, os.SEEK_CUR), (200, os.SEEK_SET)]
+    assert ours.tell() == 0
+    for offset, whence in steps:
+        assert ours.seek(offset, whence) == theirs.seek(offset, whence)
+        assert ours.read(7) == theirs.read(7)
+        assert ours.tell() == theirs.tell()
+    ours.seek(95)
+    assert ours.read() == bytes(range(95, 100))
+
+
+def test_an_open_file_waits_for_its_bytes(path):
+    """It is opened without waiting, for the sake of pipes."""
+    with source.open_regular(str(path)) as file:
+        assert os.get_blocking(file.fileno())
 
 
 # At an offset

@@ -184,6 +184,25 @@ def test_another_file_that_is_longer_is_not_taken_for_the_rest(incomplete):
         model.load("u", device="cpu")
 
 
+@pytest.mark.parametrize("content", [OTHER_HEADER[:-40], CONTENT[:-44], b""])
+def test_an_incomplete_file_that_has_changed_is_not_taken_for_incomplete(incomplete, content):
+    model = nd.open(incomplete, allow_truncated=True)
+    incomplete.write_bytes(content)
+    for name in "tu":
+        with pytest.raises((nd.ReadError, nd.GgufError)) as caught:
+            model.load(name, device="reference")
+        is_truncated = len(content) < len(CONTENT) - 40 and (name == "u" or not content)
+        assert ("download is incomplete" in str(caught.value)) is is_truncated
+        assert ("has changed" in str(caught.value)) is not is_truncated
+
+
+def test_a_new_time_of_an_incomplete_file_is_warned_of(incomplete):
+    model = nd.open(incomplete, allow_truncated=True)
+    os.utime(incomplete, (0, 0))
+    with pytest.warns(RuntimeWarning, match="its time stamp has changed"):
+        model.load("t", device="reference")
+
+
 def test_a_split_of_which_shards_are_still_missing_is_opened_on_request(tmp_path):
     shutil.copy(SHARDS[0], tmp_path)
     with pytest.raises(nd.GgufError, match=r"shard .*split-00002.* is missing"):
@@ -289,6 +308,7 @@ def test_models_and_tensors_that_were_pickled_are_what_they_were(path):
     assert_loads(again)
     assert again.tensors["t"].source == model.tensors["t"].source
     assert hash(again.tensors["t"].source) == hash(model.tensors["t"].source)
+    assert (model.tensors["t"].source == "model.gguf") is False
     assert len({id(tensor.source) for tensor in again.tensors.values()}) == 1
     os.utime(path, (0, 0))
     with pytest.warns(RuntimeWarning):
