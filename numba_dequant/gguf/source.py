@@ -317,7 +317,7 @@ def source_of(given: Any, number: int | None = None) -> Source:
     if isinstance(given, (str, os.PathLike)) or (isinstance(given, bytes) and _is_path(given)):
         try:
             name = os.fsdecode(given)
-        except TypeError as error:
+        except Exception as error:  # a foreign object may raise any exception
             raise OptionError(f"expected a path, got {type(given).__name__}: {error}") from error
         try:
             return Source(name, _absolute(name))
@@ -338,7 +338,7 @@ def _is_path(given: bytes) -> bool:
 
 
 def _contents(given: Any) -> NDArray[np.uint8]:
-    if not isinstance(given, np.ndarray) and not hasattr(given, "__dlpack__"):
+    if not hasattr(given, "__dlpack__"):  # arrays of NumPy have it
         try:
             memoryview(given)
         except TypeError:

@@ -179,8 +179,11 @@ def test_a_checksum_tells_two_words_that_change_places(n_bytes):
     data = rng.integers(0, 256, n_bytes, dtype=np.uint8)
     known = source.checksum(data)
     assert source.checksum(data.tobytes()) == known
-    for _ in range(200):
-        first, second = rng.choice(n_bytes // 8, 2, replace=False)
+    pairs = [(0, 1), (0, n_bytes // 8 - 1), (1, 513), (2, 514)]  # rows have 512 words
+    pairs += [rng.choice(n_bytes // 8, 2, replace=False) for _ in range(200)]
+    for first, second in pairs:
+        if second >= n_bytes // 8:
+            continue
         other = data.copy()
         words = other.view(np.uint64)
         words[[first, second]] = words[[second, first]]
@@ -213,6 +216,20 @@ def test_a_truncated_file_that_is_gone_is_no_bare_error(path, monkeypatch):
 
 
 # Reading
+
+
+def test_a_file_that_gives_few_bytes_at_a_time_is_read_whole():
+    class Slow(source.MemoryFile):
+        def readinto(self, buffer):
+            return super().readinto(memoryview(buffer)[:7])
+
+    data = np.arange(100, dtype=np.uint8)
+    for offset, size in ((0, 100), (3, 50), (90, 50), (100, 1)):
+        room = np.full(size, 255, np.uint8)
+        expected = data[offset : offset + size]
+        assert source.read_into(Slow(data), room, offset) == len(expected)
+        np.testing.assert_array_equal(room[: len(expected)], expected)
+        assert (room[len(expected) :] == 255).all()
 
 
 def test_read_gives_bytes_of_its_own(path):

@@ -257,6 +257,34 @@ def test_what_is_no_model_is_an_option_error(given):
             function(given)
 
 
+@pytest.mark.parametrize("given", [b"GGUF", b"GGUF\3"])
+def test_the_first_bytes_of_a_file_are_no_path(given):
+    with pytest.raises(nd.GgufError, match=r"<memory>: at byte 4: version: 4 more bytes are needed"):
+        nd.open(given)
+
+
+@pytest.mark.parametrize("given", [b"GGUF\3x", b"xGGUF", b"none"])
+def test_bytes_without_a_nul_are_a_path(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(nd.MissingFileError):
+        nd.open(given)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "message"),
+    [
+        ("__fspath__", nd.OptionError, "expected a path, got Odd: "),
+        ("__dlpack__", nd.DataError, "cannot read bytes from Odd: "),
+        ("__getattr__", nd.OptionError, "expected a path or the contents of a file as bytes, got "),
+    ],
+)
+@pytest.mark.parametrize("action", [lambda: {}["key"], lambda: 1 // 0, lambda: int("x")])
+def test_an_object_that_fails_is_an_error_of_ours(method, kind, message, action):
+    given = type("Odd", (), {method: lambda *_, **__: action()})()
+    with pytest.raises(kind, match=message):
+        nd.open(given)
+
+
 def test_an_open_file_is_refused_with_what_to_pass_instead(path):
     with path.open("rb") as file, pytest.raises(nd.OptionError, match=r"pass the result of its read"):
         nd.open(file)
