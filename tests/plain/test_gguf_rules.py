@@ -5,7 +5,24 @@ import struct
 import gguf
 import numpy as np
 import pytest
-from gguf_bytes import BOOL, FLOAT32, INT32, INT64, STRING, UINT8, UINT16, UINT32, counted, entry, floats, value
+from gguf_bytes import (
+    BOOL,
+    FLOAT32,
+    FLOAT64,
+    INT8,
+    INT16,
+    INT32,
+    INT64,
+    STRING,
+    UINT8,
+    UINT16,
+    UINT32,
+    UINT64,
+    counted,
+    entry,
+    floats,
+    value,
+)
 from gguf_bytes import gguf as gguf_file
 
 import numba_dequant as nd
@@ -195,6 +212,38 @@ def test_numbers_and_arrays_of_every_type_are_those_of_gguf_py(tmp_path):
         expected = {"ints": [-1, 0, 7], "floats": [0.5, -2.0], "strings": ["ü", "", "token"], "yes": True}
         expected |= {"low": -(1 << 63), "high": (1 << 64) - 1, "pi": 3.141592653589793}
         assert {key: metadata[key] for key in expected} == expected, order
+
+
+NUMBERS = {
+    UINT8: (0, 1, 255),
+    INT8: (-128, 1, 127),
+    UINT16: (0, 1, 65535),
+    INT16: (-32768, 1, 32767),
+    UINT32: (0, 1, 2**32 - 1),
+    INT32: (-(2**31), 1, 2**31 - 1),
+    UINT64: (0, 1, 2**64 - 1),
+    INT64: (-(2**63), 1, 2**63 - 1),
+    FLOAT32: (-0.5, 1.0, 2.0**100),
+    FLOAT64: (-0.1, 1.0, 1e300),
+}
+
+
+@pytest.mark.parametrize("order", "<>", ids=["little", "big"])
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_the_extreme_numbers_of_every_type_are_read(kind, order):
+    entries = [value(f"n{at}", kind, number, order) for at, number in enumerate(NUMBERS[kind])]
+    entries += [value("a", kind, NUMBERS[kind], order)]
+    metadata = nd.open(gguf_file(entries=entries, order=order)).metadata
+    assert [metadata[f"n{at}"] for at in range(3)] == metadata["a"].to_list() == list(NUMBERS[kind])
+    assert {type(metadata["n1"]), type(metadata["a"][1])} == {type(NUMBERS[kind][1])}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NUMBERS if kind not in (FLOAT32, FLOAT64)])
+def test_integers_are_integers_whatever_their_type(kind):
+    keys = ("split.count", "split.no", "split.tensors.count")
+    entries = [value(key, kind, 1) for key in keys] + [value("comfy.gguf.orig_shape.t", kind, [1, 1])]
+    model = nd.open(gguf_file([("t", *floats(1))], entries), orig_shapes=True)
+    assert model.tensors["t"].shape == (1, 1)
 
 
 def test_an_array_of_more_items_than_ggml_takes_is_refused(tmp_path):
