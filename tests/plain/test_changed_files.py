@@ -8,11 +8,11 @@ import time
 import numpy as np
 import pytest
 from blocks import assert_same_bits, random_blocks
-from gguf_bytes import counted, gguf
+from gguf_bytes import STRING, counted, floats, gguf, value
 from small_file import CONTENT, GOOD, OTHER_HEADER, assert_loads
 
 import numba_dequant as nd
-from numba_dequant.gguf import source
+from numba_dequant.gguf import header, source
 from numba_dequant.loading import host_loader
 
 
@@ -191,6 +191,32 @@ def test_a_checksum_tells_two_words_that_change_places(n_bytes):
         other = data.copy()
         other[rng.integers(n_bytes)] ^= 1 << rng.integers(8)
         assert source.checksum(other) != known
+
+
+def test_every_part_of_a_long_header_is_compared(tmp_path, monkeypatch):
+    """All but the end of a string that one window does not hold: it is passed over."""
+    monkeypatch.setattr(header, "WINDOW", 4096)
+    strings = [f"token{number}" for number in range(1000)]
+    path, content = tmp_path / "m.gguf", gguf([("t", *floats(4))], [value("a", STRING, strings)])
+    path.write_bytes(content)
+    model = nd.open(path)
+    kept = model.tensors["t"].source.header
+    ends = [offset + length for offset, length, _ in kept]
+    starts = [offset for offset, _, _ in kept]
+    assert len(kept) > 3
+    assert starts[0] == 0
+    assert all(end <= start < end + 9 for start, end in zip(starts[1:], ends[:-1], strict=True))
+    assert len(content) - 64 < ends[-1] <= model.tensors["t"].offset
+    os.utime(path, (0, 0))
+    for at in (*starts, *(start + 500 for start in starts[:-1]), *(end - 1 for end in ends)):
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(bytes([content[at] ^ 1]))
+        with pytest.raises(nd.ReadError, match="has changed"):
+            model.read("t")
+        path.write_bytes(content)
+    with pytest.warns(RuntimeWarning):
+        model.read("t")
 
 
 def test_the_header_is_read_once_where_nothing_has_changed(path, monkeypatch):

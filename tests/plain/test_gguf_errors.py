@@ -8,7 +8,7 @@ from gguf_bytes import ARRAY, FLOAT32, INT32, STRING, UINT8, UINT16, UINT32, ent
 
 import numba_dequant as nd
 from numba_dequant import FORMATS, Limits
-from numba_dequant.gguf.source import NotRegularFileError, read_error
+from numba_dequant.gguf.source import NotRegularFileError, Source, read_error
 
 ONE = floats(1)
 ORIGINAL = "comfy.gguf.orig_shape.t"
@@ -322,6 +322,14 @@ def test_an_error_about_a_file_that_has_changed_has_all_its_parts(tmp_path):
     with pytest.raises(nd.GgufError) as caught:
         array.to_list()
     assert parts(caught) == (str(path), "metadata 'k'", 49, "a file that has changed", "the file that was opened")
+
+
+def test_an_error_about_a_file_that_becomes_shorter_has_all_its_parts(monkeypatch):
+    file = with_entry("k", STRING, "<Q99x", 99)[:80]
+    monkeypatch.setattr(Source, "size", lambda *_: 500)
+    with pytest.raises(nd.GgufError, match="the file has become shorter since it was opened") as caught:
+        nd.open(file)
+    assert parts(caught) == ("<memory>", "metadata 'k'", 45, "35 bytes", "99 bytes")
 
 
 @pytest.mark.parametrize(

@@ -261,6 +261,8 @@ def test_long_strings_are_strings(opened, length, order):
 def test_metadata_is_shown_shortened_where_it_is_long(opened):
     entries = [value(f"k{number}", STRING, "x" * (60 + number)) for number in range(2)]
     whole = opened(gguf(entries=entries)).metadata
+    items = opened(gguf(entries=[value("a", STRING, ["x" * 1000, "b", "c"])])).metadata
+    assert repr(items) == f"Metadata('a': ['{'x' * 57}...', 'b', 'c'] (3 items))"
     assert repr(whole) == f"Metadata('k0': '{'x' * 60}', 'k1': '{'x' * 57}...')"
     many = [*entries, *(value(f"n{number}", UINT8, number) for number in range(59))]
     assert repr(opened(gguf(entries=many[:60])).metadata).endswith(", 'n57': 57)")
@@ -278,6 +280,7 @@ def test_nothing_but_nuls_is_cut_off_a_string(opened, length):
     characters = "".join(map(chr, range(1, 128)))
     for content in (characters.rjust(length, "-"), characters[::-1].rjust(length, "-")):
         assert opened(gguf(entries=[value("k", STRING, content)])).metadata["k"] == content
+        assert [*opened(gguf(entries=[value(content[-128:], UINT8, 1)])).metadata] == [content[-128:]]
 
 
 def test_a_value_that_memory_does_not_hold_is_an_error_of_ours(opened, monkeypatch):

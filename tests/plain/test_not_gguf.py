@@ -94,6 +94,12 @@ def test_what_is_not_known_is_not_guessed():
             nd.open(bytearray(content))
 
 
+def test_only_the_first_bytes_are_looked_at():
+    for content, what in ((b"a" * 4096 + b"\xff", "it looks like text: 'a"), (b"a" * 4095 + b"\xff", "not b'GGUF'$")):
+        with pytest.raises(nd.GgufError, match=what):
+            nd.open(bytearray(content))
+
+
 def test_version_1_is_said_to_be_old():
     with pytest.raises(nd.GgufError, match="at byte 4: GGUF version 1, used in August 2023 only"):
         nd.open(gguf(version=1))
