@@ -1,0 +1,59 @@
+"""Passing over strings of an array arrives where each string, read alone, ends."""
+
+import struct
+
+import numpy as np
+import pytest
+
+from numba_dequant.gguf import header
+from numba_dequant.gguf.header import Cursor
+from numba_dequant.gguf.source import Source
+from numba_dequant.kernels import native
+
+COUNT = 400
+
+LENGTHS = {
+    "empty": [0],
+    "short": [1, 2, 3, 5, 8, 13],
+    "empty and short": [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+    "of one byte in length": [1, 254, 255],
+    "about the longest short one": [254, 255, 256, 257],
+    "long": [256, 257, 1000],
+    "of every kind": [0, 1, 7, 8, 9, 255, 256, 300, 5000],
+}
+
+
+def array_of(kind, order):
+    """Strings of bytes that look like lengths, and where each of them ends."""
+    rng = np.random.default_rng(len(kind))
+    lengths = rng.choice(LENGTHS[kind], COUNT)
+    parts = [b"xyz"]
+    for length in lengths:
+        parts += [struct.pack(order + "Q", length), rng.choice([0, 0, 0, 1, 8, 255], length).astype(np.uint8).tobytes()]
+    return b"".join(parts), 3 + np.cumsum([0, *(8 + lengths)])
+
+
+def passed(data, order, counts):
+    """The positions after so many strings more."""
+    source = Source("m", data=np.frombuffer(data, np.uint8))
+    with source.open() as file:
+        cursor = Cursor(source, file, 3, is_first=True)
+        cursor.byte_order = "little" if order == "<" else "big"
+        positions = []
+        for count in counts:
+            cursor.skip_strings(count, "k")
+            positions.append(cursor.position)
+        return positions
+
+
+@pytest.mark.parametrize("window", [64, 1000, 1 << 20])
+@pytest.mark.parametrize("order", "<>", ids=["little", "big"])
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_any_number_of_strings_is_passed_over(kind, order, window, monkeypatch):
+    monkeypatch.setattr(header, "WINDOW", window)
+    monkeypatch.setattr(native, "is_loaded", lambda: False)
+    data, ends = array_of(kind, order)
+    for first in (0, 1, 65, 100, COUNT - 70):
+        for second in (1, 64, 65, 70):
+            found = passed(data, order, (first, second, COUNT - first - second))
+            assert found == [ends[first], ends[first + second], len(data)]
