@@ -23,13 +23,16 @@ LENGTHS = {
 }
 
 
-def array_of(kind, order):
-    """Strings of bytes that look like lengths, and where each of them ends."""
+LIKE_LENGTHS = [0, 0, 0, 1, 8, 255]
+
+
+def array_of(kind, order, count=COUNT, letters=LIKE_LENGTHS):
+    """Strings of such bytes, and where each of them ends."""
     rng = np.random.default_rng(len(kind))
-    lengths = rng.choice(LENGTHS[kind], COUNT)
+    lengths = rng.choice(LENGTHS[kind], count)
     parts = [b"xyz"]
     for length in lengths:
-        parts += [struct.pack(order + "Q", length), rng.choice([0, 0, 0, 1, 8, 255], length).astype(np.uint8).tobytes()]
+        parts += [struct.pack(order + "Q", length), rng.choice(letters, length).astype(np.uint8).tobytes()]
     return b"".join(parts), 3 + np.cumsum([0, *(8 + lengths)])
 
 
@@ -57,3 +60,19 @@ def test_any_number_of_strings_is_passed_over(kind, order, window, monkeypatch):
         for second in (1, 64, 65, 70):
             found = passed(data, order, (first, second, COUNT - first - second))
             assert found == [ends[first], ends[first + second], len(data)]
+
+
+@pytest.mark.parametrize("order", "<>", ids=["little", "big"])
+@pytest.mark.parametrize("kind", ["empty", "short", "of one byte in length"])
+def test_short_strings_are_passed_over_many_at_a_time(kind, order, monkeypatch):
+    singly, real = [], Cursor._skip_singly
+
+    def skip_singly(cursor, count, field):
+        singly.append(count)
+        real(cursor, count, field)
+
+    monkeypatch.setattr(Cursor, "_skip_singly", skip_singly)
+    monkeypatch.setattr(native, "is_loaded", lambda: False)
+    data, ends = array_of(kind, order, 5000, list(b"text"))
+    assert passed(data, order, (2500, 2500)) == [ends[2500], len(data)]
+    assert sum(singly) == 128  # before there is a window
