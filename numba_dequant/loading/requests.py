@@ -144,11 +144,11 @@ def select_tensors(tensors: Mapping[str, TensorInfo], select: Select) -> list[Te
     elif callable(select) and not isinstance(select, type):
         return [tensor for tensor in tensors.values() if select(tensor)]
     else:
-        if isinstance(select, (bytes, bytearray, memoryview)) or not isinstance(select, Iterable):
+        if isinstance(select, (bytes, bytearray, memoryview)):  # their items are numbers
             raise _wrong_selection(select)
         try:
-            picks = list(select)
-        except TypeError:  # an array without dimensions, or a class
+            picks = list(select)  # type: ignore[arg-type]
+        except TypeError:  # nothing with items, such as a number, an array without dimensions, or a class
             raise _wrong_selection(select) from None
     picked: set[str] = set()
     for pick in picks:
