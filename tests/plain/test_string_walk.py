@@ -49,17 +49,30 @@ def passed(data, order, counts):
         return positions
 
 
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["NumPy", "compiled"])
 @pytest.mark.parametrize("window", [64, 1000, 1 << 20])
 @pytest.mark.parametrize("order", "<>", ids=["little", "big"])
 @pytest.mark.parametrize("kind", LENGTHS)
-def test_any_number_of_strings_is_passed_over(kind, order, window, monkeypatch):
+def test_any_number_of_strings_is_passed_over(kind, order, window, is_compiled, monkeypatch):
+    """Compiled code knows the little-endian order alone."""
+    compiled, real = [], Cursor._skip_compiled
+
+    def skip_compiled(cursor, count):
+        compiled.append(real(cursor, count))
+        return compiled[-1]
+
+    if is_compiled:
+        native.ensure_compiled()
     monkeypatch.setattr(header, "WINDOW", window)
-    monkeypatch.setattr(native, "is_loaded", lambda: False)
+    monkeypatch.setattr(native, "is_loaded", lambda: is_compiled)
+    monkeypatch.setattr(Cursor, "_skip_compiled", skip_compiled)
     data, ends = array_of(kind, order)
     for first in (0, 1, 65, 100, COUNT - 70):
         for second in (1, 64, 65, 70):
             found = passed(data, order, (first, second, COUNT - first - second))
             assert found == [ends[first], ends[first + second], len(data)]
+    assert bool(compiled) is (is_compiled and order == "<")
+    assert not compiled or any(compiled) or min(LENGTHS[kind]) > window
 
 
 @pytest.mark.parametrize("order", "<>", ids=["little", "big"])
