@@ -7,6 +7,7 @@ import pytest
 from blocks import DECODED, DTYPES, GOLDEN, QUANTIZED, assert_same_bits, golden, random_blocks, rounded
 
 import numba_dequant as nd
+from numba_dequant.backends import reference
 from numba_dequant.format import Format, block_layout
 from numba_dequant.formats import REMOVED_IDS, format_with_id, plain, register
 from numba_dequant.kernels import intrinsics_cpu
@@ -263,3 +264,20 @@ def test_a_specification_returns_a_value_for_each_element(count):
     fmt = nd.Format("M", 5104, 16, block_layout(q=("i1", 16)), "wrong", dequantize, nd.FORMATS["Q8_0"].decode)
     with pytest.raises(nd.OptionError, match=f"M: dequantize returned {2 * count} values, but the blocks have 32 elem"):
         nd.dequantize(bytes(32), fmt, device="reference")
+
+
+@pytest.mark.parametrize(("chunk", "steps"), [(1, [1] * 10), (32, [1] * 10), (100, [3, 3, 3, 1]), (1 << 20, [10])])
+def test_the_reference_takes_steps_of_whole_blocks(chunk, steps, monkeypatch):
+    source, found = nd.FORMATS["Q4_0"], []
+
+    def dequantize(blocks):
+        found.append(len(blocks))
+        return source.dequantize(blocks)
+
+    data = random_blocks("Q4_0", 10)
+    with np.errstate(all="ignore"):
+        expected = source.dequantize(data.view(source.layout)).reshape(-1)
+    counted = nd.Format("COUNTED", 5105, 32, source.layout, "Q4_0", dequantize, source.decode)
+    monkeypatch.setattr(reference, "CHUNK", chunk)
+    assert_same_bits(nd.dequantize(data, counted, "float32", device="reference"), expected)
+    assert found == steps
