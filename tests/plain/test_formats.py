@@ -4,7 +4,18 @@ import time
 import gguf
 import numpy as np
 import pytest
-from blocks import DECODED, DTYPES, GOLDEN, QUANTIZED, assert_same_bits, golden, random_blocks, rounded
+from blocks import (
+    DECODED,
+    DTYPES,
+    GOLDEN,
+    QUANTIZED,
+    SCALES_OF_ONE_BYTE,
+    assert_same_bits,
+    every_scale,
+    golden,
+    random_blocks,
+    rounded,
+)
 
 import numba_dequant as nd
 from numba_dequant.backends import reference
@@ -82,6 +93,18 @@ def test_decode_in_plain_python(name):
             for run in range(step // 8)
         ]
     assert_same_bits(np.concatenate(runs), values[: n_steps * step])
+
+
+@pytest.mark.parametrize("name", SCALES_OF_ONE_BYTE)
+def test_every_scale_is_decoded(name):
+    source, data = nd.FORMATS[name], every_scale(name)
+    with np.errstate(all="ignore"):
+        found = [
+            source.decode(units(data, source), at, run)
+            for at in range(0, data.size, source.type_size)
+            for run in range(source.block_size // 8)
+        ]
+    assert_same_bits(np.concatenate(found), nd.dequantize(data, name, "float32", device="reference"))
 
 
 def test_gguf_py_knows_as_many_formats_as_ever():
