@@ -269,6 +269,8 @@ def test_the_limits_are_those_of_the_documentation():
         "shards": 1_000,
     }
     assert nd.Limits(**dict.fromkeys(found, 1)).shards == 1
+    with pytest.raises(AttributeError):
+        nd.Limits().shards = 0  # it would not be checked
     assert nd.Limits(string_bytes=1 << 30).string_bytes == 1 << 30
 
 
