@@ -175,6 +175,13 @@ FILES = {
         64,
         "32",
     ),
+    "data of several": (
+        gguf([("t", *ONE), ("u", *ONE)])[:98],
+        "tensor 't' data",
+        96,
+        "a file of 98 bytes",
+        "at least 100 bytes",
+    ),
     "data": (gguf([("t", *ONE)])[:66], "tensor 't' data", 64, "a file of 66 bytes", "at least 68 bytes"),
 }
 
@@ -195,6 +202,7 @@ def test_an_error_has_all_its_parts(name):
 @pytest.mark.parametrize(
     ("file", "options", "field", "at", "found", "allowed"),
     [
+        (head(), {"offset": 24}, "magic", 24, "0 bytes", "b'GGUF'"),
         (head(), {"offset": 25}, "offset", 25, "a file of 24 bytes", "at most 24"),
         (head(), {"limits": Limits(header_bytes=23)}, "header_bytes", 0, "24 bytes", "at most 23"),
         (gguf([("t", *ONE)]), {"limits": Limits(header_bytes=40)}, "header_bytes", 37, "20 bytes", "at most 40"),

@@ -99,7 +99,8 @@ def test_a_header_may_end_where_the_file_ends():
     file = gguf_file([("", (), "F32", b"")])[: 24 + 24]
     (tensor,) = nd.open(file, allow_truncated=True).tensors.values()
     assert (tensor.name, tensor.shape) == ("", ())
-    assert len(nd.open(gguf_file()[:24], limits=nd.Limits(header_bytes=24)).tensors) == 0
+    for content in (gguf_file()[:24], gguf_file()):
+        assert len(nd.open(content, limits=nd.Limits(header_bytes=24)).tensors) == 0
 
 
 def test_names_that_are_equal_once_nuls_are_cut_off_are_refused():
