@@ -4,7 +4,9 @@ import struct
 
 import numpy as np
 import pytest
+from gguf_bytes import STRING, gguf, value
 
+import numba_dequant as nd
 from numba_dequant.gguf import header
 from numba_dequant.gguf.header import Cursor
 from numba_dequant.gguf.source import Source
@@ -89,3 +91,13 @@ def test_short_strings_are_passed_over_many_at_a_time(kind, order, monkeypatch):
     data, ends = array_of(kind, order, 5000, list(b"text"))
     assert passed(data, order, (2500, 2500)) == [ends[2500], len(data)]
     assert sum(singly) == 128  # before there is a window
+
+
+@pytest.mark.parametrize("order", "<>", ids=["little", "big"])
+def test_a_file_that_ends_within_the_last_of_many_strings_is_refused(order, monkeypatch):
+    monkeypatch.setattr(native, "is_loaded", lambda: False)
+    file = gguf(entries=[value("a", STRING, ["text"] * 300, order)], order=order)
+    end = len(file.rstrip(b"\0"))
+    for length in range(end - 12, end):
+        with pytest.raises(nd.GgufError, match="the download may be incomplete"):
+            nd.open(file[:length])
