@@ -81,7 +81,7 @@ def open_gguf(
         file = read_file(origin, offset, allow_truncated=allow_truncated, allowance=allowance)
         count = _split_number(file, "split.count", 0)
         if count > 1:
-            paths = _shard_paths(file, count, None if offset or origin.data is not None else origin.path)
+            paths = _shard_paths(file, count, "" if offset else origin.path)
             if count > allowance.limits.shards:
                 raise allowance.limits.exceeded("shards", file.path, None, count, f"the model has {count:,} shards")
             file = _join_found(file, paths, allowance, allow_truncated=allow_truncated)
@@ -175,10 +175,13 @@ def _split_error(shard: GgufFile, key: str, allowed: str) -> GgufError:
     return GgufError(shard.path, f"metadata {shown(key)}", None, value, allowed, reason)
 
 
-def _shard_paths(first: GgufFile, count: int, path: str | None) -> list[str]:
-    """The paths of all shards, derived from the path of the first or, if that is a link, from its target."""
+def _shard_paths(first: GgufFile, count: int, path: str) -> list[str]:
+    """The paths of all shards, derived from the path of the first or, if that is a link, from its target.
+
+    If `path` is empty, no other shard can be found.
+    """
     pattern = rf"(.*)-(\d{{5}})-of-{count:05}(\.gguf)"
-    names = [] if path is None else [first.path, os.path.realpath(path)]
+    names = [first.path, os.path.realpath(path)] if path else []
     match = next(filter(None, (re.fullmatch(pattern, name, re.DOTALL) for name in names)), None)
     if match is None:
         suffix = f"-00001-of-{count:05}.gguf"
@@ -216,7 +219,9 @@ def _original_shape(file: GgufFile, key: str, tensor: TensorInfo) -> tuple[int, 
     stored = file.metadata[key]
     if not isinstance(stored, MetadataArray) or not stored.is_of_integers or len(stored) > MAX_DIMENSIONS:
         fail(
-            f"an array of {len(stored):,} items" if isinstance(stored, MetadataArray) else f"a {type(stored).__name__}"
+            f"an array of {len(stored):,} items"
+            if isinstance(stored, MetadataArray)
+            else f"a value of type {type(stored).__name__}"
         )
     shape = tuple(stored.to_list())
     if any(extent < 0 for extent in shape) or math.prod(shape) != tensor.n_elements:

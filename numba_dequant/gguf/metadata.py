@@ -12,8 +12,7 @@ import numpy as np
 
 from numba_dequant import display
 from numba_dequant.errors import DeviceError, NumbaDequantError, OptionError, shown
-from numba_dequant.gguf.header import ARRAY, BOOL, INTEGERS, NUMBERS, STRING, ByteOrder, Cursor
-from numba_dequant.gguf.limits import Limits
+from numba_dequant.gguf.header import ARRAY, BOOL, INTEGERS, NUMBERS, STRING, Cursor
 from numba_dequant.gguf.source import Source, read_error
 
 LONG_STRING = 1 << 20
@@ -30,7 +29,7 @@ SHOWN_ITEMS, SHOWN_CHARACTERS = 3, 60
 
 
 @contextmanager
-def _reopened(source: Source, key: str, offset: int, byte_order: ByteOrder, limits: Limits) -> Iterator[Cursor]:
+def _reopened(source: Source, key: str, offset: int) -> Iterator[Cursor]:
     """A cursor at byte `offset` of a file whose header was read before.
 
     Raises:
@@ -41,7 +40,7 @@ def _reopened(source: Source, key: str, offset: int, byte_order: ByteOrder, limi
     try:
         with source.open() as file:
             cursor = Cursor(source, file, offset, is_first=False)
-            cursor.subject, cursor.byte_order, cursor.limits = key, byte_order, limits
+            cursor.subject = key
             if not source.is_unchanged(file):
                 reason = f"metadata {shown(key)} cannot be read: the file has changed since it was opened; reopen it"
                 cursor.fail("metadata {!r}", offset, "a file that has changed", "the file that was opened", reason)
@@ -65,11 +64,10 @@ class LongString:
     def __init__(self, cursor: Cursor, length: int) -> None:
         self._source, self._key = cursor.source, str(cursor.subject)
         self._offset, self._length = cursor.position - length, length
-        self._byte_order, self._limits = cursor.byte_order, cursor.limits
 
     def read(self, most: int | None = None) -> str:
         """The string, or at most its first `most` bytes."""
-        with _reopened(self._source, self._key, self._offset, self._byte_order, self._limits) as cursor:
+        with _reopened(self._source, self._key, self._offset) as cursor:
             length = self._length if most is None else min(self._length, most)
             return _decoded(cursor.take(length, "metadata {!r}"))
 
@@ -93,7 +91,6 @@ class MetadataArray(list[Any]):
     """
 
     def __init__(self, cursor: Cursor, key: str, value_type: int, length: int) -> None:
-        super().__init__()
         self.key = key
         self.offset = cursor.position
         self._source, self._byte_order, self._limits = cursor.source, cursor.byte_order, cursor.limits
@@ -126,7 +123,8 @@ class MetadataArray(list[Any]):
         if stop <= start:
             return []
         field = "metadata {!r} item"
-        with _reopened(self._source, self.key, self.offset, self._byte_order, self._limits) as cursor:
+        with _reopened(self._source, self.key, self.offset) as cursor:
+            cursor.byte_order, cursor.limits = self._byte_order, self._limits
             if self._type == STRING:
                 cursor.skip_strings(start, field)
                 return [cursor.item(field, most) for _ in range(start, stop)]

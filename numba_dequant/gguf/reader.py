@@ -12,7 +12,7 @@ from numba_dequant.errors import GgufError, NumbaDequantError, UnknownFormatErro
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, format_with_id
 from numba_dequant.gguf.header import INCOMPLETE, INTEGERS, UINT32, Cursor
-from numba_dequant.gguf.limits import Allowance, Limits
+from numba_dequant.gguf.limits import Allowance
 from numba_dequant.gguf.metadata import Metadata, read_value
 from numba_dequant.gguf.not_gguf import LOOKED_AT, guess
 from numba_dequant.gguf.source import NotRegularFileError, Source, read_error
@@ -34,9 +34,7 @@ MIN_TENSOR = 24
 SPLIT_KEYS = frozenset({"split.no", "split.count", "split.tensors.count"})
 
 
-def read_file(
-    source: Source, offset: int = 0, *, allow_truncated: bool = False, allowance: Allowance | None = None
-) -> GgufFile:
+def read_file(source: Source, offset: int = 0, *, allow_truncated: bool, allowance: Allowance) -> GgufFile:
     """Read the header of one file, which begins at byte `offset` of the source.
 
     What the file has is subtracted from `allowance`, which the shards of a model share.
@@ -45,7 +43,6 @@ def read_file(
         GgufError: the file is not a GGUF file, violates the format, or exceeds a limit.
         ReadError: the file cannot be read.
     """
-    allowance = Allowance(Limits()) if allowance is None else allowance
     try:
         with source.open_first() as file:
             cursor = Cursor(source, file, offset, is_first=True, allowance=allowance)
@@ -101,7 +98,7 @@ def _read_version(cursor: Cursor) -> int:
     at = cursor.position
     raw = cursor.take(4, "version")
     # Versions are small numbers: if the first two bytes are zero, the file is big-endian.
-    cursor.byte_order = "big" if raw[:2] == b"\0\0" and raw != bytes(4) else "little"
+    cursor.byte_order = "big" if raw[:2] == b"\0\0" else "little"
     version = int.from_bytes(raw, cursor.byte_order)
     if version == 1:
         reason = "GGUF version 1, used in August 2023 only, is not supported; convert the model again"

@@ -211,7 +211,6 @@ class Source:
         file = self.open()
         if self.data is None:
             self.stamp = self._accepted = identity_of(file)
-        self.header.clear()
         return file
 
     def size(self, file: io.RawIOBase) -> int:
@@ -219,9 +218,7 @@ class Source:
         return self.data.size if self.data is not None else identity_of(file).size
 
     def is_cut_short(self, file: io.RawIOBase) -> bool:
-        """Whether an open file is still the one whose header was read, but shorter."""
-        if self.data is not None:
-            return False
+        """Whether an open file on disk is still the one whose header was read, but shorter."""
         stamp, known = identity_of(file), self.stamp
         return (stamp.inode, stamp.device) == (known.inode, known.device) and stamp.size < known.size
 
@@ -320,7 +317,7 @@ def source_of(given: Any, number: int | None = None) -> Source:
     if isinstance(given, (str, os.PathLike)) or (isinstance(given, bytes) and _is_path(given)):
         try:
             name = os.fsdecode(given)
-        except TypeError as error:
+        except Exception as error:  # a foreign object may raise any exception
             raise OptionError(f"expected a path, got {type(given).__name__}: {error}") from error
         try:
             return Source(name, _absolute(name))
@@ -341,7 +338,7 @@ def _is_path(given: bytes) -> bool:
 
 
 def _contents(given: Any) -> NDArray[np.uint8]:
-    if not isinstance(given, np.ndarray) and not hasattr(given, "__dlpack__"):
+    if not hasattr(given, "__dlpack__"):  # arrays of NumPy have it
         try:
             memoryview(given)
         except TypeError:

@@ -144,11 +144,11 @@ def select_tensors(tensors: Mapping[str, TensorInfo], select: Select) -> list[Te
     elif callable(select) and not isinstance(select, type):
         return [tensor for tensor in tensors.values() if select(tensor)]
     else:
-        if isinstance(select, (bytes, bytearray, memoryview)) or not isinstance(select, Iterable):
+        if isinstance(select, (bytes, bytearray, memoryview)):  # their items are numbers
             raise _wrong_selection(select)
         try:
-            picks = list(select)
-        except (TypeError, RuntimeError) as error:  # an array without dimensions, a class, or a nested tensor
+            picks = list(select)  # type: ignore[arg-type]
+        except (TypeError, RuntimeError) as error:  # nothing with items, such as a number, a class, or a nested tensor
             raise _wrong_selection(select) from error
     picked: set[str] = set()
     for pick in picks:

@@ -4,9 +4,21 @@ import time
 import gguf
 import numpy as np
 import pytest
-from blocks import DECODED, DTYPES, GOLDEN, QUANTIZED, assert_same_bits, golden, random_blocks, rounded
+from blocks import (
+    DECODED,
+    DTYPES,
+    GOLDEN,
+    QUANTIZED,
+    SCALES_OF_ONE_BYTE,
+    assert_same_bits,
+    every_scale,
+    golden,
+    random_blocks,
+    rounded,
+)
 
 import numba_dequant as nd
+from numba_dequant.backends import reference
 from numba_dequant.format import Format, block_layout
 from numba_dequant.formats import REMOVED_IDS, format_with_id, plain, register
 from numba_dequant.kernels import intrinsics_cpu
@@ -81,6 +93,18 @@ def test_decode_in_plain_python(name):
             for run in range(step // 8)
         ]
     assert_same_bits(np.concatenate(runs), values[: n_steps * step])
+
+
+@pytest.mark.parametrize("name", SCALES_OF_ONE_BYTE)
+def test_every_scale_is_decoded(name):
+    source, data = nd.FORMATS[name], every_scale(name)
+    with np.errstate(all="ignore"):
+        found = [
+            source.decode(units(data, source), at, run)
+            for at in range(0, data.size, source.type_size)
+            for run in range(source.block_size // 8)
+        ]
+    assert_same_bits(np.concatenate(found), nd.dequantize(data, name, "float32", device="reference"))
 
 
 def test_gguf_py_knows_as_many_formats_as_ever():
@@ -272,3 +296,20 @@ def test_the_bytes_of_a_shape_do_not_wrap_around(kind):
     n_bytes = nd.FORMATS["Q8_0"].n_bytes(shape)
     assert n_bytes == 60_000 * 60_000 * 2_000 * 34
     assert type(n_bytes) is int
+
+
+@pytest.mark.parametrize(("chunk", "steps"), [(1, [1] * 10), (32, [1] * 10), (100, [3, 3, 3, 1]), (1 << 20, [10])])
+def test_the_reference_takes_steps_of_whole_blocks(chunk, steps, monkeypatch):
+    source, found = nd.FORMATS["Q4_0"], []
+
+    def dequantize(blocks):
+        found.append(len(blocks))
+        return source.dequantize(blocks)
+
+    data = random_blocks("Q4_0", 10)
+    with np.errstate(all="ignore"):
+        expected = source.dequantize(data.view(source.layout)).reshape(-1)
+    counted = nd.Format("COUNTED", 5105, 32, source.layout, "Q4_0", dequantize, source.decode)
+    monkeypatch.setattr(reference, "CHUNK", chunk)
+    assert_same_bits(nd.dequantize(data, counted, "float32", device="reference"), expected)
+    assert found == steps

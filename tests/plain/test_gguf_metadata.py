@@ -11,13 +11,15 @@ import zlib
 
 import numpy as np
 import pytest
-from gguf_bytes import BOOL, FLOAT32, FLOAT64, INT16, INT32, STRING, UINT8, UINT64, entry, gguf, text, value
+from gguf_bytes import BOOL, FLOAT32, FLOAT64, INT16, INT32, STRING, UINT8, UINT64, entry, floats, gguf, text, value
 
 import numba_dequant as nd
 from numba_dequant.cli import main
 from numba_dequant.gguf import header
+from numba_dequant.gguf import metadata as metadata_module
 from numba_dequant.gguf.header import WINDOW
 from numba_dequant.gguf.metadata import LONG_STRING, MetadataArray
+from numba_dequant.gguf.source import Source
 from numba_dequant.kernels import native
 
 ARRAYS = {
@@ -159,8 +161,10 @@ def test_no_method_of_list_looks_at_a_list_that_is_empty():
 def test_arrays_are_pickled_and_copied_without_being_read(tmp_path):
     (tmp_path / "m.gguf").write_bytes(all_arrays())
     array = nd.open(tmp_path / "m.gguf").metadata["strings"]
+    none = nd.open(tmp_path / "m.gguf").metadata["none"]
     kept = [pickle.dumps(array, protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
     (tmp_path / "m.gguf").rename(tmp_path / "away")
+    assert none.to_list() == []
     copies = [copy.copy(array), copy.deepcopy(array), *map(pickle.loads, kept)]
     (tmp_path / "away").rename(tmp_path / "m.gguf")
     for each in copies:
@@ -215,6 +219,32 @@ def test_going_through_an_array_by_index_does_not_read_the_file_each_time(tmp_pa
     assert time.process_time() - start < 2
 
 
+def test_the_file_is_opened_for_few_items_of_an_array_that_is_not_too_long(opened, monkeypatch):
+    content, real, n_opened = gguf(entries=[value("a", INT32, list(range(50)))]), Source.open, []
+
+    def counted_open(source):
+        n_opened.append(source)
+        return real(source)
+
+    monkeypatch.setattr(Source, "open", counted_open)
+
+    def times(array):
+        n_opened.clear()
+        assert [array[index] for index in range(50)] == list(range(50))
+        return len(n_opened)
+
+    kept = opened(content).metadata["a"]
+    assert 2 < times(kept) < 15
+    assert times(kept) == 0
+    whole = opened(content).metadata["a"]
+    assert sum(whole) == 1225
+    assert times(whole) == 0
+    monkeypatch.setattr(metadata_module, "MAX_KEPT_ITEMS", 50)
+    assert times(opened(content).metadata["a"]) < 15
+    monkeypatch.setattr(metadata_module, "MAX_KEPT_ITEMS", 49)
+    assert times(opened(content).metadata["a"]) == 50
+
+
 @pytest.mark.parametrize("length", [LONG_STRING - 1, LONG_STRING, LONG_STRING + 1, 3 * LONG_STRING])
 def test_long_strings_are_strings(opened, length, order):
     content = "ü" + "x" * (length - 3) + "y"
@@ -226,6 +256,50 @@ def test_long_strings_are_strings(opened, length, order):
     assert dict(model.metadata.shown()) == {"k": repr("ü" + "x" * 56 + "..."), "n": "5"}
     assert pickle.loads(pickle.dumps(model)).metadata["k"] == content
     assert json.loads(json.dumps(dict(model.metadata)))["k"] == content
+
+
+def test_metadata_is_shown_shortened_where_it_is_long(opened):
+    entries = [value(f"k{number}", STRING, "x" * (60 + number)) for number in range(2)]
+    whole = opened(gguf(entries=entries)).metadata
+    items = opened(gguf(entries=[value("a", STRING, ["x" * 1000, "b", "c"])])).metadata
+    assert repr(items) == f"Metadata('a': ['{'x' * 57}...', 'b', 'c'] (3 items))"
+    assert repr(whole) == f"Metadata('k0': '{'x' * 60}', 'k1': '{'x' * 57}...')"
+    many = [*entries, *(value(f"n{number}", UINT8, number) for number in range(59))]
+    assert repr(opened(gguf(entries=many[:60])).metadata).endswith(", 'n57': 57)")
+    assert repr(opened(gguf(entries=many)).metadata).endswith(", 'n57': 57, and 1 more)")
+
+
+def test_a_long_string_of_long_characters_is_shown_like_any(opened):
+    content = "\N{GRINNING FACE}" * LONG_STRING
+    metadata = opened(gguf(entries=[value("k", STRING, content)])).metadata
+    assert dict(metadata.shown()) == {"k": repr("\N{GRINNING FACE}" * 57 + "...")}
+
+
+def test_nothing_but_nuls_is_cut_off_a_key_and_a_string(opened):
+    ends = [f"end{chr(code)}" for code in range(1, 128)]
+    metadata = opened(gguf(entries=[value(f"{end}\0", STRING, f"{end}\0\0") for end in ends])).metadata
+    assert dict(metadata) == {end: end for end in ends}
+
+
+def test_a_value_that_memory_does_not_hold_is_an_error_of_ours(opened, monkeypatch):
+    entries = [value("a", INT32, [1, 2]), value("k", STRING, "x" * (LONG_STRING + 1))]
+    metadata = opened(gguf(entries=entries)).metadata
+
+    def take(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(header.Cursor, "take", take)
+    for key, use in (("a", lambda: metadata["a"][0]), ("k", lambda: metadata["k"])):
+        with pytest.raises(nd.DeviceError, match=f"metadata '{key}': out of memory"):
+            use()
+
+
+def test_looking_at_values_changes_nothing_about_the_file(tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf([("t", *floats(1))], [value("a", STRING, [f"token{number}" for number in range(100_000)])]))
+    model = nd.open(path)
+    assert model.metadata["a"][-1] == "token99999"
+    assert model.tensors["t"].source == nd.open(path).tensors["t"].source
 
 
 def test_opening_takes_no_memory_for_long_strings(tmp_path):

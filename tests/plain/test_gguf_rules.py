@@ -5,10 +5,28 @@ import struct
 import gguf
 import numpy as np
 import pytest
-from gguf_bytes import BOOL, FLOAT32, INT32, INT64, STRING, UINT8, UINT16, UINT32, counted, entry, floats, value
+from gguf_bytes import (
+    BOOL,
+    FLOAT32,
+    FLOAT64,
+    INT8,
+    INT16,
+    INT32,
+    INT64,
+    STRING,
+    UINT8,
+    UINT16,
+    UINT32,
+    UINT64,
+    counted,
+    entry,
+    floats,
+    value,
+)
 from gguf_bytes import gguf as gguf_file
 
 import numba_dequant as nd
+from numba_dequant.gguf.file import open_gguf
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
@@ -54,6 +72,35 @@ def test_split_keys_and_the_alignment_may_end_in_a_nul():
     entries = [value("general.alignment\0", UINT32, 64), value("split.count\0", UINT16, 1)]
     model = nd.open(gguf_file([("a", *floats(1)), ("b", *floats(2))], entries, alignment=64))
     np.testing.assert_array_equal(load(model, "b"), counted(2))
+
+
+@pytest.mark.parametrize("alignment", [1, 2, 1 << 20])
+def test_every_power_of_two_up_to_1_mib_is_an_alignment(alignment):
+    entries = [value("general.alignment", UINT32, alignment)]
+    model = nd.open(gguf_file([("a", *floats(3)), ("b", *floats(2))], entries, alignment=alignment))
+    assert model.tensors["b"].offset - model.tensors["a"].offset == max(alignment, 12)
+    np.testing.assert_array_equal(load(model, "b"), counted(2))
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize(("order", "byte_order"), [("<", "little"), (">", "big")])
+def test_a_file_has_the_version_the_byte_order_and_the_alignment_of_its_header(version, order, byte_order):
+    entries = [value("general.alignment", UINT32, 64, order)]
+    file = open_gguf(gguf_file([("t", *floats(2))], entries, order=order, version=version, alignment=64))
+    assert (file.version, file.byte_order, file.alignment) == (version, byte_order, 64)
+    assert (file.path, file.shards, file.missing_shards) == ("<memory>", ("<memory>",), ())
+    assert open_gguf(gguf_file()).alignment == 32
+    with pytest.raises(AttributeError):
+        file.path = "another"
+
+
+def test_a_header_may_end_where_the_file_ends():
+    """The shortest tensor: a scalar without a name. Its data is missing."""
+    file = gguf_file([("", (), "F32", b"")])[: 24 + 24]
+    (tensor,) = nd.open(file, allow_truncated=True).tensors.values()
+    assert (tensor.name, tensor.shape) == ("", ())
+    for content in (gguf_file()[:24], gguf_file()):
+        assert len(nd.open(content, limits=nd.Limits(header_bytes=24)).tensors) == 0
 
 
 def test_names_that_are_equal_once_nuls_are_cut_off_are_refused():
@@ -166,6 +213,38 @@ def test_numbers_and_arrays_of_every_type_are_those_of_gguf_py(tmp_path):
         expected = {"ints": [-1, 0, 7], "floats": [0.5, -2.0], "strings": ["ü", "", "token"], "yes": True}
         expected |= {"low": -(1 << 63), "high": (1 << 64) - 1, "pi": 3.141592653589793}
         assert {key: metadata[key] for key in expected} == expected, order
+
+
+NUMBERS = {
+    UINT8: (0, 1, 255),
+    INT8: (-128, 1, 127),
+    UINT16: (0, 1, 65535),
+    INT16: (-32768, 1, 32767),
+    UINT32: (0, 1, 2**32 - 1),
+    INT32: (-(2**31), 1, 2**31 - 1),
+    UINT64: (0, 1, 2**64 - 1),
+    INT64: (-(2**63), 1, 2**63 - 1),
+    FLOAT32: (-0.5, 1.0, 2.0**100),
+    FLOAT64: (-0.1, 1.0, 1e300),
+}
+
+
+@pytest.mark.parametrize("order", "<>", ids=["little", "big"])
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_the_extreme_numbers_of_every_type_are_read(kind, order):
+    entries = [value(f"n{at}", kind, number, order) for at, number in enumerate(NUMBERS[kind])]
+    entries += [value("a", kind, NUMBERS[kind], order)]
+    metadata = nd.open(gguf_file(entries=entries, order=order)).metadata
+    assert [metadata[f"n{at}"] for at in range(3)] == metadata["a"].to_list() == list(NUMBERS[kind])
+    assert {type(metadata["n1"]), type(metadata["a"][1])} == {type(NUMBERS[kind][1])}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NUMBERS if kind not in (FLOAT32, FLOAT64)])
+def test_integers_are_integers_whatever_their_type(kind):
+    keys = ("split.count", "split.no", "split.tensors.count")
+    entries = [value(key, kind, 1) for key in keys] + [value("comfy.gguf.orig_shape.t", kind, [1, 1])]
+    model = nd.open(gguf_file([("t", *floats(1))], entries), orig_shapes=True)
+    assert model.tensors["t"].shape == (1, 1)
 
 
 def test_an_array_of_more_items_than_ggml_takes_is_refused(tmp_path):

@@ -4,6 +4,7 @@ import array
 import contextlib
 import copy
 import errno
+import io
 import mmap
 import os
 import pickle
@@ -256,6 +257,34 @@ def test_what_is_no_model_is_an_option_error(given):
             function(given)
 
 
+@pytest.mark.parametrize("given", [b"GGUF", b"GGUF\3"])
+def test_the_first_bytes_of_a_file_are_no_path(given):
+    with pytest.raises(nd.GgufError, match=r"<memory>: at byte 4: version: 4 more bytes are needed"):
+        nd.open(given)
+
+
+@pytest.mark.parametrize("given", [b"GGUF\3x", b"xGGUF", b"none"])
+def test_bytes_without_a_nul_are_a_path(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(nd.MissingFileError):
+        nd.open(given)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "message"),
+    [
+        ("__fspath__", nd.OptionError, "expected a path, got Odd: "),
+        ("__dlpack__", nd.DataError, "cannot read bytes from Odd: "),
+        ("__getattr__", nd.OptionError, "expected a path or the contents of a file as bytes, got "),
+    ],
+)
+@pytest.mark.parametrize("action", [lambda: {}["key"], lambda: 1 // 0, lambda: int("x")])
+def test_an_object_that_fails_is_an_error_of_ours(method, kind, message, action):
+    given = type("Odd", (), {method: lambda *_, **__: action()})()
+    with pytest.raises(kind, match=message):
+        nd.open(given)
+
+
 def test_an_open_file_is_refused_with_what_to_pass_instead(path):
     with path.open("rb") as file, pytest.raises(nd.OptionError, match=r"pass the result of its read"):
         nd.open(file)
@@ -265,6 +294,27 @@ def test_an_open_file_is_refused_with_what_to_pass_instead(path):
 def test_memory_that_is_not_contiguous_bytes_is_a_data_error(given):
     with pytest.raises(nd.DataError):
         nd.open(given)
+
+
+def test_memory_is_read_like_a_file():
+    ours, theirs = source.MemoryFile(np.arange(100, dtype=np.uint8)), io.BytesIO(bytes(range(100)))
+    assert ours.readable()
+    assert ours.seekable()
+    assert not ours.writable()
+    steps = [(0, os.SEEK_CUR), (90, os.SEEK_SET), (-20, os.SEEK_END), (-30, os.SEEK_CUR), (200, os.SEEK_SET)]
+    assert ours.tell() == 0
+    for offset, whence in steps:
+        assert ours.seek(offset, whence) == theirs.seek(offset, whence)
+        assert ours.read(7) == theirs.read(7)
+        assert ours.tell() == theirs.tell()
+    ours.seek(95)
+    assert ours.read() == bytes(range(95, 100))
+
+
+def test_an_open_file_waits_for_its_bytes(path):
+    """It is opened without waiting, for the sake of pipes."""
+    with source.open_regular(str(path)) as file:
+        assert os.get_blocking(file.fileno())
 
 
 # At an offset
@@ -311,5 +361,8 @@ def test_an_offset_is_for_one_file(path):
     with pytest.raises(nd.OptionError, match="offset is for one file"):
         nd.open([path], offset=1)
     content = (GOOD / "split-00001-of-00003.gguf").read_bytes()
-    with pytest.raises(nd.GgufError, match=r"one of 3 shards.*all shards as a list"):
-        nd.open(b"x" + content, offset=1)
+    within = path.parent / "split-00001-of-00003.gguf"
+    within.write_bytes(b"x" + content)
+    for given in (b"x" + content, within):
+        with pytest.raises(nd.GgufError, match=r"one of 3 shards.*all shards as a list"):
+            nd.open(given, offset=1)

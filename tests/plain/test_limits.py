@@ -1,5 +1,6 @@
 """Time and memory for a header are proportional to its size, and `Limits` bounds that size."""
 
+import dataclasses
 import struct
 import time
 import tracemalloc
@@ -247,6 +248,7 @@ def test_limits_are_for_all_shards_together(tmp_path):
     # The caller chose the length of the list.
     assert len(nd.open(paths, limits=nd.Limits(shards=1)).tensors) == 6
     assert "the model has 3 shards" in refused(paths[0], shards=2)
+    assert len(nd.open(paths[0], limits=nd.Limits(shards=3)).tensors) == 6
 
 
 def test_a_file_cannot_name_many_shards(tmp_path):
@@ -255,6 +257,21 @@ def test_a_file_cannot_name_many_shards(tmp_path):
     for allow_truncated in (False, True):
         with pytest.raises(nd.GgufError, match="the model has 65,535 shards; the limit is 1,000"):
             nd.open(path, allow_truncated=allow_truncated)
+
+
+def test_the_limits_are_those_of_the_documentation():
+    found = dataclasses.asdict(nd.Limits())
+    assert found == {
+        "header_bytes": 268_435_456,
+        "metadata_entries": 100_000,
+        "tensors": 1_000_000,
+        "string_bytes": 67_108_864,
+        "shards": 1_000,
+    }
+    assert nd.Limits(**dict.fromkeys(found, 1)).shards == 1
+    with pytest.raises(AttributeError):
+        nd.Limits().shards = 0  # it would not be checked
+    assert nd.Limits(string_bytes=1 << 30).string_bytes == 1 << 30
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,15 @@ FILES = {
     "text": (b"Invalid username or password.", "text: 'Invalid username or password.'"),
     "a program": (b"\x7fELF\2\1\1" + bytes(60), "a program; for a llamafile"),
     "a llamafile": (b"MZqFpD='\n", "a program; for a llamafile"),
+    "Mach-O": (b"\xcf\xfa\xed\xfe\7\0\0\1" + bytes(60), "a program; for a llamafile"),
+    "GGML as text": (b"GGML" + bytes(60), "a GGML file"),
+    **{f"{name} as text": (name.lower().encode() + bytes(60), f"a {name} file") for name in ("GGMF", "GGJT", "GGLA")},
+    "a session": (struct.pack("<II", 0x6767736E, 1) + bytes(60), "a saved session of llama.cpp"),
+    "a session as text": (b"ggsn" + bytes(60), "a saved session of llama.cpp"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n\0\0", "an HDF5 file"),
+    "7z": (b"7z\xbc\xaf\x27\x1c\0\4", "a 7z archive"),
+    "rar": (b"Rar!\x1a\7\1\0", "a rar archive"),
+    "one letter": (b"X" * 100, "text: 'XXX"),
     "swapped": (b"FUGG" + bytes(60), "a GGUF file whose bytes have been swapped"),
 }
 
@@ -91,6 +100,12 @@ def test_what_is_not_known_is_not_guessed():
         with pytest.raises(
             nd.GgufError, match=r"this is not a GGUF file: it (begins with b'.*', not b'GGUF'|has only 1 bytes)$"
         ):
+            nd.open(bytearray(content))
+
+
+def test_only_the_first_bytes_are_looked_at():
+    for content, what in ((b"a" * 4096 + b"\xff", "it looks like text: 'a"), (b"a" * 4095 + b"\xff", "not b'GGUF'$")):
+        with pytest.raises(nd.GgufError, match=what):
             nd.open(bytearray(content))
 
 

@@ -5,8 +5,10 @@ import re
 import numpy as np
 import pytest
 from blocks import assert_same_bits, random_blocks, write_model
+from gguf_bytes import floats, gguf
 
 import numba_dequant as nd
+from numba_dequant.errors import shown
 
 TENSORS = {
     "token_embd.weight": ("Q8_0", (40, 64), random_blocks("Q8_0", 80)),
@@ -39,6 +41,42 @@ def model(tmp_path):
 def test_select(model, select, names):
     assert list(model.load_all(select, device="cpu")) == names
     assert [name for name, _ in model.stream(select, device="cpu")] == names
+
+
+def test_tensors_are_names_too(model):
+    """Those of another model as well."""
+    ids, flat = (model.tensors[name] for name in ("ids", "flat"))
+    for select, names in ((ids, ["ids"]), ([ids, "flat"], ["flat", "ids"]), ((flat,), ["flat"])):
+        assert list(model.load_all(select, device="reference")) == names
+    other = ids._replace(offset=0, path="another")
+    np.testing.assert_array_equal(model.load(other, device="reference"), np.arange(3))
+    for wrong in (5, None, b"ids", re.compile("ids")):
+        with pytest.raises(nd.TensorNotFoundError, match="the name of a tensor must be a str or a TensorInfo, got "):
+            model.load(wrong, device="reference")
+
+
+@pytest.mark.parametrize("select", [5, True, b"ids", bytearray(b"ids"), memoryview(b"ids"), bool, str, np.array(3)])
+def test_a_selection_of_another_kind_is_refused_as_a_whole(model, select):
+    with pytest.raises(nd.OptionError, match=r"select must be a name or a glob, .*; got ") as caught:
+        model.load_all(select, device="reference")
+    assert str(caught.value).endswith(shown(select))
+
+
+@pytest.mark.parametrize("pick", [5, b"ids", None, re.compile(b"ids"), ["ids"], len])
+def test_a_pick_of_another_kind_is_refused(model, pick):
+    with pytest.raises(nd.OptionError, match="select must be a name or a glob") as caught:
+        model.load_all(["ids", pick], device="reference")
+    assert str(caught.value).endswith(shown(pick))
+
+
+def test_a_name_that_looks_like_a_glob_is_a_name():
+    names = ["a[1]", "a1", "b*", "bc"]
+    model = nd.open(gguf([(name, *floats(2)) for name in names]))
+    for name, found in (("a[1]", ["a[1]"]), ("b*", ["b*"]), ("a[1-9]", ["a1"]), ("b?", ["b*", "bc"])):
+        assert list(model.load_all(name, device="reference")) == found
+    found = model.load_all(dtype={"a[1]": "float32", "*": "float16"}, device="reference")
+    # As a glob, it is the pattern of "a1" too.
+    assert [found[name].dtype.name for name in names] == ["float32", "float32", "float16", "float16"]
 
 
 @pytest.mark.parametrize(
@@ -126,12 +164,24 @@ def test_rows_read_only_their_own_bytes(model, tmp_path):
     [
         ("token_embd.weight", 3, r"a slice of consecutive rows, such as slice\(0, 100\), got 3"),
         ("token_embd.weight", slice(0, 8, 2), "consecutive rows"),
+        ("token_embd.weight", slice(0, 8, 0), "consecutive rows"),
+        ("token_embd.weight", slice("0", 8), "consecutive rows"),
+        ("token_embd.weight", slice(0, 8.5), "consecutive rows"),
+        ("token_embd.weight", slice(0, 8, "1"), "consecutive rows"),
+        ("flat", slice(40, 64), "rows 40 to 64 of tensor 'flat', .* are not whole blocks of 32"),
         ("flat", slice(0, 40), "rows 0 to 40 of tensor 'flat', .* are not whole blocks of 32"),
     ],
 )
 def test_rows_that_are_none(model, name, rows, message):
     with pytest.raises(nd.ShapeError, match=message):
         model.load(name, rows=rows, device="cpu")
+
+
+def test_rows_of_a_tensor_without_rows():
+    model = nd.open(gguf([("t", (0, 256), "Q4_K", b""), ("u", (3, 0), "F32", b"")]))
+    for rows in (slice(0, 5), slice(None), slice(0, 0, 1)):
+        assert model.load("t", device="reference", rows=rows).shape == (0, 256)
+    assert model.load("u", device="reference", rows=slice(1, 3, 1)).shape == (2, 0)
 
 
 def test_rows_of_a_scalar(tmp_path):

@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import pytest
 from blocks import DATA, assert_same_bits, random_blocks
-from gguf_bytes import INT32, STRING, UINT16, counted, floats, gguf, value
+from gguf_bytes import INT32, INT64, STRING, UINT16, counted, floats, gguf, value
 from small_file import CONTENT, GOOD, OTHER_HEADER, assert_loads
 
 import numba_dequant as nd
@@ -54,11 +54,24 @@ def test_a_list_of_one_file_is_that_file(path):
     assert_loads(nd.open([path]))
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_file_of_one_shard_is_no_split(count):
+    file = gguf([("t", *floats(1))], [value("split.count", INT32, count)])
+    for given in (file, [file]):
+        assert list(nd.open(given).tensors) == ["t"]
+
+
+def test_a_list_within_a_list_is_refused():
+    with pytest.raises(nd.OptionError, match="a list of shards holds paths or bytes, not lists"):
+        nd.open([CONTENT, [CONTENT]])
+
+
 @pytest.mark.parametrize(
     ("shards", "message"),
     [
         (SHARDS[:2], r"split-00001.*: split\.count is 3; it must be 2, the number of files in the list"),
         (SHARDS[:1], r"split\.count is 3; it must be 1"),
+        ([gguf(entries=[value("split.count", INT32, 2)])], r"split\.count is 2; it must be 1"),
         ([*SHARDS[:2], SHARDS[1]], r"split\.no is 1; it must be 0 to 2, .*split-00002.* has the same number"),
         ([*SHARDS, SHARDS[0]], r"split\.count is 3; it must be 4"),
         ([CONTENT, CONTENT], r"<memory 1>: split\.count is missing; it must be 2"),
@@ -89,7 +102,7 @@ def test_shards_hold_as_many_tensors_as_the_first_says(total):
         nd.open([shard(0, "ab", total), shard(1, "c", total)])
 
 
-@pytest.mark.parametrize("numbers", [(0, 7), (0, -1), (1, 2), (0, None)])
+@pytest.mark.parametrize("numbers", [(0, 7), (0, -1), (1, 2), (0, None), (None, 1)])
 def test_the_shards_of_a_list_have_each_number_once(numbers):
     shards = []
     for at, number in enumerate(numbers):
@@ -193,6 +206,25 @@ def test_a_small_file_that_asks_for_many_shards(tmp_path, monkeypatch, capsys):
     assert len(shown) < 20 * len(str(paths[1000])) + 500
 
 
+@pytest.mark.parametrize("content", [OTHER_HEADER[:-40], CONTENT[:-44], b""])
+def test_an_incomplete_file_that_has_changed_is_not_taken_for_incomplete(incomplete, content):
+    model = nd.open(incomplete, allow_truncated=True)
+    incomplete.write_bytes(content)
+    for name in "tu":
+        with pytest.raises((nd.ReadError, nd.GgufError)) as caught:
+            model.load(name, device="reference")
+        is_truncated = len(content) < len(CONTENT) - 40 and (name == "u" or not content)
+        assert ("download is incomplete" in str(caught.value)) is is_truncated
+        assert ("has changed" in str(caught.value)) is not is_truncated
+
+
+def test_a_new_time_of_an_incomplete_file_is_warned_of(incomplete):
+    model = nd.open(incomplete, allow_truncated=True)
+    os.utime(incomplete, (0, 0))
+    with pytest.warns(RuntimeWarning, match="its time stamp has changed"):
+        model.load("t", device="reference")
+
+
 def test_a_split_of_which_shards_are_still_missing_is_opened_on_request(tmp_path):
     shutil.copy(SHARDS[0], tmp_path)
     with pytest.raises(nd.GgufError, match=r"shard .*split-00002.* is missing"):
@@ -267,12 +299,38 @@ def test_an_original_shape_that_does_not_fit_is_refused(shape, kind):
     nd.open(comfy(shape, kind))
 
 
+@pytest.mark.parametrize(
+    ("shape", "fits"),
+    [
+        ((0, 5), True),
+        (((1 << 60) - 1, 0, 0), True),
+        ((1, 1, 1, 1, 1, 1, 1, 0), True),
+        ((0, 1 << 60), False),
+        ((1 << 30, 0, 1 << 30), False),
+    ],
+)
+def test_an_original_shape_without_elements_is_one_that_numpy_holds(shape, fits):
+    content = comfy(shape, INT64, ("w", (2, 0), "F16", b""))
+    if fits:
+        assert nd.open(content, orig_shapes=True).tensors["w"].shape == shape
+    else:
+        with pytest.raises(nd.GgufError, match=r"orig_shape\.w' is .*; it must be up to 8 integers"):
+            nd.open(content, orig_shapes=True)
+
+
+def test_a_key_of_another_meaning_is_no_original_shape():
+    key = "x" * len("comfy.gguf.orig_shape.") + "w"
+    content = gguf([RESHAPED], [value(key, INT32, [1152])])
+    assert nd.open(content, orig_shapes=True).tensors["w"].shape == (9, 128)
+
+
 def test_models_and_tensors_that_were_pickled_are_what_they_were(path):
     model = nd.open(path)
     again = pickle.loads(pickle.dumps(model))
     assert_loads(again)
     assert again.tensors["t"].source == model.tensors["t"].source
     assert hash(again.tensors["t"].source) == hash(model.tensors["t"].source)
+    assert (model.tensors["t"].source == "model.gguf") is False
     assert len({id(tensor.source) for tensor in again.tensors.values()}) == 1
     os.utime(path, (0, 0))
     with pytest.warns(RuntimeWarning):

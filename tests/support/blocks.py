@@ -87,3 +87,16 @@ def write_model(path, tensors, metadata=()):
         data += bytes(values) + bytes(-len(bytes(values)) % 32)
     path.write_bytes(header + bytes(-len(header) % 32) + data)
     return path
+
+
+SCALES_OF_ONE_BYTE = {"MXFP4": "e", "NVFP4": "d"}
+"""The field of the scales."""
+
+
+def every_scale(name):
+    """Random blocks that have each byte as a scale."""
+    layout = nd.FORMATS[name].layout
+    scales = np.arange(256, dtype=np.uint8).reshape(-1, *layout[SCALES_OF_ONE_BYTE[name]].shape)
+    data = random_blocks(name, len(scales))
+    data.view(layout)[SCALES_OF_ONE_BYTE[name]] = scales
+    return data

@@ -1,0 +1,103 @@
+"""Passing over strings of an array arrives where each string, read alone, ends."""
+
+import struct
+
+import numpy as np
+import pytest
+from gguf_bytes import STRING, gguf, value
+
+import numba_dequant as nd
+from numba_dequant.gguf import header
+from numba_dequant.gguf.header import Cursor
+from numba_dequant.gguf.source import Source
+from numba_dequant.kernels import native
+
+COUNT = 400
+
+LENGTHS = {
+    "empty": [0],
+    "short": [1, 2, 3, 5, 8, 13],
+    "empty and short": [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+    "of one byte in length": [1, 254, 255],
+    "about the longest short one": [254, 255, 256, 257],
+    "long": [256, 257, 1000],
+    "of every kind": [0, 1, 7, 8, 9, 255, 256, 300, 5000],
+}
+
+
+LIKE_LENGTHS = [0, 0, 0, 1, 8, 255]
+
+
+def array_of(kind, order, count=COUNT, letters=LIKE_LENGTHS):
+    """Strings of such bytes, and where each of them ends."""
+    rng = np.random.default_rng(len(kind))
+    lengths = rng.choice(LENGTHS[kind], count)
+    parts = [b"xyz"]
+    for length in lengths:
+        parts += [struct.pack(order + "Q", length), rng.choice(letters, length).astype(np.uint8).tobytes()]
+    return b"".join(parts), 3 + np.cumsum([0, *(8 + lengths)])
+
+
+def passed(data, order, counts):
+    """The positions after so many strings more."""
+    source = Source("m", data=np.frombuffer(data, np.uint8))
+    with source.open() as file:
+        cursor = Cursor(source, file, 3, is_first=True)
+        cursor.byte_order = "little" if order == "<" else "big"
+        positions = []
+        for count in counts:
+            cursor.skip_strings(count, "k")
+            positions.append(cursor.position)
+        return positions
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["NumPy", "compiled"])
+@pytest.mark.parametrize("window", [64, 1000, 1 << 20])
+@pytest.mark.parametrize("order", "<>", ids=["little", "big"])
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_any_number_of_strings_is_passed_over(kind, order, window, is_compiled, monkeypatch):
+    """Compiled code knows the little-endian order alone."""
+    compiled, real = [], Cursor._skip_compiled
+
+    def skip_compiled(cursor, count):
+        compiled.append(real(cursor, count))
+        return compiled[-1]
+
+    if is_compiled:
+        native.ensure_compiled()
+    monkeypatch.setattr(header, "WINDOW", window)
+    monkeypatch.setattr(native, "is_loaded", lambda: is_compiled)
+    monkeypatch.setattr(Cursor, "_skip_compiled", skip_compiled)
+    data, ends = array_of(kind, order)
+    for first in (0, 1, 65, 100, COUNT - 70):
+        for second in (1, 64, 65, 70):
+            found = passed(data, order, (first, second, COUNT - first - second))
+            assert found == [ends[first], ends[first + second], len(data)]
+    assert bool(compiled) is (is_compiled and order == "<")
+    assert not compiled or any(compiled) or min(LENGTHS[kind]) > window
+
+
+@pytest.mark.parametrize("order", "<>", ids=["little", "big"])
+@pytest.mark.parametrize("kind", ["empty", "short", "of one byte in length"])
+def test_short_strings_are_passed_over_many_at_a_time(kind, order, monkeypatch):
+    singly, real = [], Cursor._skip_singly
+
+    def skip_singly(cursor, count, field):
+        singly.append(count)
+        real(cursor, count, field)
+
+    monkeypatch.setattr(Cursor, "_skip_singly", skip_singly)
+    monkeypatch.setattr(native, "is_loaded", lambda: False)
+    data, ends = array_of(kind, order, 5000, list(b"text"))
+    assert passed(data, order, (2500, 2500)) == [ends[2500], len(data)]
+    assert sum(singly) == 128  # before there is a window
+
+
+@pytest.mark.parametrize("order", "<>", ids=["little", "big"])
+def test_a_file_that_ends_within_the_last_of_many_strings_is_refused(order, monkeypatch):
+    monkeypatch.setattr(native, "is_loaded", lambda: False)
+    file = gguf(entries=[value("a", STRING, ["text"] * 300, order)], order=order)
+    end = len(file.rstrip(b"\0"))
+    for length in range(end - 12, end):
+        with pytest.raises(nd.GgufError, match="the download may be incomplete"):
+            nd.open(file[:length])
