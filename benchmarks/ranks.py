@@ -201,6 +201,16 @@ def predicted(path, world, kept):
     return found
 
 
+def result_of(script, folder, world, options):
+    """What the first of `world` processes of a script writes to result.json in a folder."""
+    command = [sys.executable, script, "--folder", folder, "--gpus", str(world), *options]
+    processes = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(world)]
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        sys.exit(f"a process of {world} has failed")
+    return json.loads((Path(folder) / "result.json").read_text())
+
+
 def run(folder, arguments):
     """The loads of all models and numbers of GPUs."""
     loads = []
@@ -210,13 +220,8 @@ def run(folder, arguments):
         for name in arguments.models
     }
     for world in arguments.gpus:
-        command = [sys.executable, __file__, "--folder", folder, "--gpus", str(world)]
-        command += ["--rounds", str(arguments.rounds), "--models", *arguments.models, *["--cpu"] * arguments.cpu]
-        processes = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(world)]
-        codes = [process.wait() for process in processes]
-        if any(codes):
-            sys.exit(f"a process of {world} has failed")
-        for name, (seconds, memory) in json.loads((folder / "result.json").read_text()).items():
+        options = ["--rounds", str(arguments.rounds), "--models", *arguments.models, *["--cpu"] * arguments.cpu]
+        for name, (seconds, memory) in result_of(__file__, folder, world, options).items():
             n_bytes = (folder / f"{name}.gguf").stat().st_size
             for way, of_way in seconds.items():
                 one = {"model": name, "file bytes": n_bytes, "gpus": world, "way": way, "seconds": of_way}

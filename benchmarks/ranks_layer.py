@@ -12,7 +12,6 @@ all-reduces. The results are compared with those of one GPU.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ import report_ranks
 import torch
 import torch.distributed as dist
 from models import blocks
+from ranks import result_of
 from tables import described
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -161,13 +161,8 @@ def main():
     predictions = {(world, tokens): predicted(world, tokens, sizes) for world in arguments.gpus for tokens in TOKENS}
     with tempfile.TemporaryDirectory() as folder:
         for world in arguments.gpus:
-            command = [sys.executable, __file__, "--folder", folder, "--gpus", str(world)]
-            command += ["--small"] * arguments.small + ["--cpu"] * arguments.cpu
-            processes = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(world)]
-            codes = [process.wait() for process in processes]
-            if any(codes):
-                sys.exit(f"a process of {world} has failed")
-            for one in json.loads((Path(folder) / "result.json").read_text()):
+            options = ["--small"] * arguments.small + ["--cpu"] * arguments.cpu
+            for one in result_of(__file__, folder, world, options):
                 one |= {"gpus": world, "predicted": predictions[world, one["tokens"]]}
                 layers.append(one)
                 print({**one, "seconds": statistics.median(one["seconds"])}, flush=True)

@@ -317,7 +317,8 @@ class _Divider:
 
     def _cut(self, tensors: list[TensorInfo], shards: dict[str, Shard]) -> dict[str, list[Part]]:
         """The parts of tensors that are cut at the same places."""
-        key = tuple((tensor.shape, tensor.format.name, shards[tensor.name]) for tensor in tensors)
+        # Two formats of one's own may have one name, so the objects are compared.
+        key = tuple((tensor.shape, id(tensor.format), shards[tensor.name]) for tensor in tensors)
         cuts = self._known.get(key)
         if cuts is None:
             cuts, is_even = self._new_cuts(tensors, [shards[tensor.name] for tensor in tensors])
@@ -341,8 +342,7 @@ class _Divider:
             elif extent and whole % extent:
                 raise ShapeError(
                     f"{shown(tensor.name)} has {extent} elements along the dimension to cut, but another tensor of its "
-                    f"group {shard.group!r} has {whole}, which is not a multiple of that; change the "
-                    "rules"
+                    f"group {shard.group!r} has {whole}, which is not a multiple of that; change the rules"
                 )
         places, is_even = self._places(tensors, whole, unit)
         found: list[_Cut] = []

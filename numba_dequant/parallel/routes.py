@@ -133,7 +133,7 @@ def shares_of(plan: Plan, tensors: Mapping[str, TensorInfo]) -> list[list[Share]
                 f"{planned.shape}; make it with the tensors of this model"
             )
         dim, start, stop = part.dim, part.start, part.stop
-        key = own.shape, own.format.name, dim, start, stop, type(dim)
+        key = own.shape, id(own.format), dim, start, stop, type(dim)
         n_bytes = checked.get(key)
         if n_bytes is None:
             _check_part(own, part)

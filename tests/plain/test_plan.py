@@ -2,15 +2,17 @@
 
 import random
 import re
+from dataclasses import replace
 from itertools import combinations, islice, pairwise
 from math import prod
 
 import numpy as np
 import pytest
+from blocks import bytes_format
 
 import numba_dequant as nd
 from numba_dequant.gguf.tensors import TensorInfo
-from numba_dequant.parallel import Part, Replicate, Shard, llama_rules, plan
+from numba_dequant.parallel import Part, Replicate, Shard, llama_rules, plan, routes
 
 LLAMA = {"general.architecture": "llama", "llama.embedding_length": 4096, "llama.attention.head_count": 32}
 SMALL_LLAMA = {"general.architecture": "llama", "llama.attention.key_length": 64}
@@ -345,3 +347,23 @@ def test_layers_of_two_networks_are_not_one_group():
     tensors = tensors_of({"enc.blk.0.up": ("F32", (8, 4)), "dec.blk.0.up": ("F32", (12, 4))})
     found = plan(tensors, 2, [("*.up", Shard(0, group="ffn"))])
     assert [part.stop - part.start for part in found.ranks[0].parts.values()] == [4, 6]
+
+
+def test_formats_of_one_name_are_cut_apart():
+    """They may have blocks of different sizes. What is known of one must not be used for the other."""
+    formats = {"small": bytes_format(32), "large": replace(bytes_format(64), name="BYTES_32")}
+    tensors = [
+        TensorInfo(name, fmt, (2, 192), "model.gguf", 0, fmt.n_bytes((2, 192)), 384, "little", None)
+        for name, fmt in formats.items()
+    ]
+    found = plan(tensors, 2, [("*", Shard(-1))])
+    bounds = [[(part.start, part.stop) for part in rank.parts.values()] for rank in found.ranks]
+    assert bounds in ([[(0, 96), (0, 128)], [(96, 192), (128, 192)]], [[(0, 96), (0, 64)], [(96, 192), (64, 192)]])
+    for rank in found.ranks:
+        for part in rank.parts.values():
+            assert part.n_bytes == part.tensor.format.n_bytes(part.shape)
+    model = {tensor.name: tensor for tensor in tensors}
+    shares = routes.shares_of(found, model)
+    assert [[share.n_bytes for share in of_rank] for of_rank in shares] == [
+        [part.n_bytes for part in rank.parts.values()] for rank in found.ranks
+    ]
