@@ -36,6 +36,8 @@ This page has the times and errors of products of a weight that stays compressed
 - **llama.cpp**: {PEERS["system"]}, on another {PEERS["machine"]}: {PEERS["how"]}.
 - The launches use several copies of the weight in turn, more than 400 MB together, so that no cache holds them. The
   columns are float16. A shape is the number of rows of the weight, and the number of elements of a row.
+
+[products-limits.md](products-limits.md) says what limits the products that are far from the floor.
 """
 
 SPREAD_OF_ALL = "The spread is the distance between the shortest and the longest reading, as a share of the median."

@@ -36,6 +36,9 @@ LONG_COLUMN = 8192
 BYTES_OF_LIGHT_PART = 136
 """Bytes of 256 weights up to which products take longer to compute than to read."""
 
+BYTES_OF_HEAVY_PART = 256
+"""Bytes of 256 weights from which products of eight columns take longer to read than to compute."""
+
 BYTES_OF_TINY_PART = 36
 """Bytes of 256 weights up to which two thread blocks do not have enough loads in flight."""
 
@@ -57,6 +60,8 @@ def launch_size(gpu: Gpu, fmt: Format, shape: ProductShape, tiles: int, n_elemen
     multiprocessors would later run different numbers of thread blocks, and all would wait for those with the most.
     """
     n_bytes = shared_bytes(fmt, shape, n_elements)
+    if shape.columns == WIDTHS[0] and shape.overlaps:
+        return min(tiles, max(min(gpu.shared_memory // n_bytes, shape.resident), 1) * gpu.processors), n_bytes
     is_one_column = shape.columns == 1 and shape.overlaps
     if is_one_column and tiles <= WAVE * gpu.processors:
         n_bytes = max(n_bytes, (gpu.shared_memory + RESERVED) // (shape.resident + 1) - RESERVED + 1)
@@ -83,6 +88,10 @@ def product_shape(gpu: Gpu, fmt: Format, tiles: int, n_elements: int, columns: i
         found = _shape_of_one_column(gpu, fmt, tiles, n_elements, is_aligned)
         if found is not None:
             return found
+    if columns == WIDTHS[0] and overlaps:
+        shape = _shape_of_eight_columns(gpu, fmt, tiles, n_elements, is_aligned)
+        if shared_bytes(fmt, shape, n_elements) <= gpu.shared_memory:
+            return shape
     stages_and_parts = ((1, 2), (1, 1)) if tiles >= MANY_TILES else ((2, 2), (2, 1), (1, 1))
     choices = [
         ProductShape(
@@ -127,6 +136,23 @@ def _shape_of_one_column(gpu: Gpu, fmt: Format, tiles: int, n_elements: int, is_
     if fits(three, 3) and (fmt.block_size == PART or not fits(ahead, 2)):
         return three
     return ahead if fits(ahead, 1) else None
+
+
+def _shape_of_eight_columns(gpu: Gpu, fmt: Format, tiles: int, n_elements: int, is_aligned: bool) -> ProductShape:
+    """The fastest shape for up to eight columns, as measured on an H100.
+
+    What shared memory leaves of the first-level cache holds the columns, so that few warps with one chunk each are
+    faster than many chunks in flight. Each thread block goes on to its next tile, whose first chunks it copies early.
+    """
+    stages, parts, resident = 1, 2, 2
+    if n_elements > LONG_COLUMN:  # the cache does not hold the columns
+        stages, parts = 2, 1
+    elif part_bytes(fmt) >= BYTES_OF_HEAVY_PART:
+        stages = 2
+    elif part_bytes(fmt) < BYTES_OF_LIGHT_PART and tiles > WAVE * gpu.processors:
+        resident = 3
+    warps = _warps(n_elements, parts, WIDTHS[0])
+    return ProductShape(warps, stages, parts, WIDTHS[0], is_aligned, overlaps=True, resident=resident)
 
 
 def _warps(n_elements: int, parts: int, columns: int, choices: tuple[int, ...] = WARPS) -> int:

@@ -111,6 +111,45 @@ def test_the_page_of_products_divides_by_the_floor(tmp_path, monkeypatch):
     assert "| Q4_K | 64 | 80.0 | 97.0 | 45.0 | 71.6 | blocks |" in page
 
 
+def test_the_page_of_limits_is_that_of_the_counters(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import report_limits
+
+    assert report_limits.PAGE.read_text() == report_limits.page(), "run benchmarks/report_limits.py"
+
+
+def test_what_counters_say_of_a_product(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import report_limits
+
+    row = {"n_rows": 4096, "n_elements": 4096, "n_columns": 1, "issue": 0.5, "busy": 0.9, "ns": 10_000, "kernels": 1}
+    row |= {"pipes": {"FP32": 0.2, "loads": 0.4}, "stalls": {"memory": 0.3, "barrier": 0.1, report_limits.ISSUES: 0.5}}
+    assert report_limits.aim(row) == 0.85
+    assert report_limits.aim(row | {"n_rows": 14336}) == 0.9
+    assert report_limits.aim(row | {"n_columns": 8}) == 0.8
+    assert report_limits.slots_needed(row, 5e-6) == pytest.approx(0.9)
+    assert report_limits.limits(row, 4e-6) == "instructions"
+    assert report_limits.limits(row, 9e-6) == "waits: memory"
+    assert report_limits.limits(row | {"pipes": {"loads": 0.7}, "busy": 0.8}, 9e-6) == (
+        "the pipe for loads, begin and end of a short kernel"
+    )
+    assert "the kernel before it" in report_limits.limits(row | {"kernels": 2}, 9e-6)
+
+
+def test_counters_of_the_profiler_are_read(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import profile_products
+
+    lines = ["==PROF== Connected", '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"']
+    for kernel, value in ((0, "50"), (1, "1,000")):
+        lines += [f'"{kernel}","k","{metric}","%","{value}"' for metric in profile_products.METRICS]
+    first, second = profile_products.read("\n".join(lines))
+    found = profile_products.summary(first)
+    assert (found["issue"], found["pipes"]["FP32"], found["ns"]) == (0.5, 0.5, 50)
+    assert sum(found["stalls"].values()) == pytest.approx(1, abs=0.01)
+    assert profile_products.summary(second)["ns"] == 1000
+
+
 @pytest.fixture
 def report_ranks(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")

@@ -1,4 +1,4 @@
-"""How products of one column are divided among the multiprocessors of an H100, checked where there is no GPU."""
+"""How products of one and of eight columns are divided among the multiprocessors of an H100, checked where there is no GPU."""
 
 from types import SimpleNamespace
 
@@ -15,9 +15,9 @@ MEMORY_OF_PROCESSOR = 228 << 10
 RESERVED = 1 << 10
 
 
-def sizes(name, n_rows, n_elements, gpu=H100):
+def sizes(name, n_rows, n_elements, gpu=H100, columns=1):
     fmt, tiles = nd.FORMATS[name], -(-n_rows // ROWS)
-    shape = product_choice.product_shape(gpu, fmt, tiles, n_elements, 1, is_aligned=True)
+    shape = product_choice.product_shape(gpu, fmt, tiles, n_elements, columns, is_aligned=True)
     thread_blocks, n_bytes = product_choice.launch_size(gpu, fmt, shape, tiles, n_elements)
     assert shared_bytes(fmt, shape, n_elements) <= n_bytes <= gpu.shared_memory
     assert 0 < thread_blocks <= tiles
@@ -61,6 +61,30 @@ def test_some_waves(name, n_rows):
 def test_what_was_fastest_for_14336x4096(name, warps, stages, thread_blocks):
     shape, found, _ = sizes(name, 14336, 4096)
     assert (shape.warps, shape.stages, found) == (warps, stages, thread_blocks)
+
+
+@pytest.mark.parametrize(("n_rows", "n_elements"), [(256, 256), (4096, 14336), (14336, 4096), (131072, 4096)])
+@pytest.mark.parametrize("name", FUSED)
+def test_eight_columns_run_all_at_once(name, n_rows, n_elements):
+    shape, thread_blocks, n_bytes = sizes(name, n_rows, n_elements, columns=8)
+    per_processor = min(shape.resident, MEMORY_OF_PROCESSOR // (n_bytes + RESERVED))
+    assert thread_blocks == min(132 * per_processor, n_rows // ROWS)
+    assert shape.threads * shape.resident * 84 <= 65536, "registers"
+
+
+@pytest.mark.parametrize(
+    ("name", "n_rows", "n_elements", "layout", "thread_blocks"),
+    [
+        ("Q4_0", 131072, 4096, (8, 1, 2), 264),
+        ("Q8_0", 131072, 4096, (8, 2, 2), 132),
+        ("Q2_K", 131072, 4096, (8, 1, 2), 396),
+        ("Q4_K", 4096, 14336, (8, 2, 1), 256),
+        ("Q4_K", 4096, 4096, (8, 1, 2), 256),
+    ],
+)
+def test_what_was_fastest_for_eight_columns(name, n_rows, n_elements, layout, thread_blocks):
+    shape, found, _ = sizes(name, n_rows, n_elements, columns=8)
+    assert ((shape.warps, shape.stages, shape.parts), found) == (layout, thread_blocks)
 
 
 @pytest.mark.parametrize("n_rows", [4096, 14336, 131072])
