@@ -30,10 +30,10 @@ The aim is a share of the floor, the time to read the bytes of the weight: 90 % 
 and 80 % with eight. [products.md](products.md) has all times. This page lists the products that are slower than their
 aim, with counters of the profiler and what they say. `benchmarks/report_limits.py` writes the page.
 
-The profiler runs each kernel alone, with empty caches. So its kernels begin later than those of a series, which overlap.
+The profiler runs each kernel alone, with empty caches. Kernels of a series overlap, so they begin earlier.
 
 - **Slots needed**: the issue slots that the instructions of the kernel take, as a share of all slots that the
-  multiprocessors have in the time of the floor. Above 100 %, the instructions alone take longer than the floor. Close to
+  multiprocessors have in the time of the floor. Above 100 %, the instructions alone take longer than the floor. Near
   100 % is out of reach too, because warps also wait.
 - **Slots used**: the share of issue slots that are used while a multiprocessor has work.
 - **Busiest pipe**: the pipe for instructions that is used most, and how much.
@@ -93,7 +93,8 @@ def rows_of(folder):
             continue
         pipe, used = max(row["pipes"].items(), key=lambda each: each[1])
         waits, part = wait(row)
-        line = [row["name"], f"{row['n_rows']}x{row['n_elements']}", row["n_columns"], percent(share), percent(aim(row))]
+        line = [row["name"], f"{row['n_rows']}x{row['n_elements']}", row["n_columns"]]
+        line += [percent(share), percent(aim(row))]
         line += [percent(slots_needed(row, floor)), percent(row["issue"]), f"{pipe}, {percent(used)}"]
         line += [percent(row["memory"]), percent(row["busy"]), f"{waits}, {percent(part)}", limits(row, floor)]
         rows.append(line)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from numba_dequant.backends.gpu import Gpu
@@ -280,9 +280,7 @@ def _plan(gpu: Gpu, given: Operands, columns: int, is_aligned: bool, has_experts
     plan: _Plan | None = gpu.kernels.get(key)
     if plan is None:
         tiles = -(-given.n_rows // ROWS)
-        shape = product_shape(gpu, fmt, tiles, given.n_elements, columns, is_aligned)
-        if has_experts:
-            shape = replace(shape, experts=True)
+        shape = product_shape(gpu, fmt, tiles, given.n_elements, columns, is_aligned, has_experts)
         kernel = gpu.load_kernel(product_kernel(fmt, given.dtype, bias, shape), gpu.shared_memory)
         plan = gpu.kernels[key] = _Plan(kernel, shape, *launch_size(gpu, fmt, shape, tiles, given.n_elements))
     return plan

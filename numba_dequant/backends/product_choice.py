@@ -60,7 +60,7 @@ def launch_size(gpu: Gpu, fmt: Format, shape: ProductShape, tiles: int, n_elemen
     multiprocessors would later run different numbers of thread blocks, and all would wait for those with the most.
     """
     n_bytes = shared_bytes(fmt, shape, n_elements)
-    if shape.columns == WIDTHS[0] and shape.overlaps:
+    if shape.columns == WIDTHS[0] and shape.overlaps and not shape.experts:
         return min(tiles, max(min(gpu.shared_memory // n_bytes, shape.resident), 1) * gpu.processors), n_bytes
     is_one_column = shape.columns == 1 and shape.overlaps
     if is_one_column and tiles <= WAVE * gpu.processors:
@@ -77,7 +77,9 @@ def launch_size(gpu: Gpu, fmt: Format, shape: ProductShape, tiles: int, n_elemen
     return tiles if has_one_tile else min(tiles, per_processor * gpu.processors), n_bytes
 
 
-def product_shape(gpu: Gpu, fmt: Format, tiles: int, n_elements: int, columns: int, is_aligned: bool) -> ProductShape:
+def product_shape(
+    gpu: Gpu, fmt: Format, tiles: int, n_elements: int, columns: int, is_aligned: bool, has_experts: bool = False
+) -> ProductShape:
     """The fastest shape for `tiles` tiles of 16 rows, and `columns` columns.
 
     If possible, a thread block takes at most half of the shared memory, so that a multiprocessor can run two of them.
@@ -88,7 +90,7 @@ def product_shape(gpu: Gpu, fmt: Format, tiles: int, n_elements: int, columns: i
         found = _shape_of_one_column(gpu, fmt, tiles, n_elements, is_aligned)
         if found is not None:
             return found
-    if columns == WIDTHS[0] and overlaps:
+    if columns == WIDTHS[0] and overlaps and not has_experts:
         shape = _shape_of_eight_columns(gpu, fmt, tiles, n_elements, is_aligned)
         if shared_bytes(fmt, shape, n_elements) <= gpu.shared_memory:
             return shape
@@ -101,6 +103,7 @@ def product_shape(gpu: Gpu, fmt: Format, tiles: int, n_elements: int, columns: i
             width,
             is_aligned,
             overlaps,
+            has_experts,
             resident=3 if stages == 1 else 2,
         )
         for width in ((1, WIDTHS[0]) if columns == 1 else (columns,))

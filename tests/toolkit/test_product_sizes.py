@@ -1,4 +1,4 @@
-"""How products of one and of eight columns are divided among the multiprocessors of an H100, checked where there is no GPU."""
+"""How products of one and of eight columns are divided on an H100, checked where there is no GPU."""
 
 from types import SimpleNamespace
 
