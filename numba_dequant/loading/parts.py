@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any
 
+from numba_dequant.formats import FORMATS
 from numba_dequant.gguf.tensors import TensorInfo
 from numba_dequant.loading.files import check_complete
 from numba_dequant.loading.groups import Groups, LoadGroups
 from numba_dequant.loading.requests import Request, request_for
-from numba_dequant.parallel.routes import Read, Routes, Share
+from numba_dequant.parallel.routes import Read, Routes, Share, read_of_span
 
 
 def part_of(tensor: TensorInfo, share: Share) -> TensorInfo:
@@ -32,6 +33,13 @@ def range_of(tensor: TensorInfo, read: Read) -> TensorInfo:
     n_elements = read.n_bytes // tensor.format.type_size * tensor.format.block_size
     return tensor._replace(
         shape=(n_elements,), offset=tensor.offset + read.first, n_bytes=read.n_bytes, n_elements=n_elements
+    )
+
+
+def bytes_of(tensor: TensorInfo, first: int, n_bytes: int) -> TensorInfo:
+    """Bytes that start in a tensor, or behind it in its file, as a tensor of bytes."""
+    return tensor._replace(
+        format=FORMATS["I8"], shape=(n_bytes,), offset=tensor.offset + first, n_bytes=n_bytes, n_elements=n_bytes
     )
 
 
@@ -79,6 +87,16 @@ class PartReader:
             check_complete(tensor)
             request = request_for(range_of(tensor, read), None)
             loads[load_pieces].append((batch_of[read.number], read.number, read, request))
+        in_file = list(tensors.values())
+        for batch, spans in enumerate(routes.spans):
+            for span in spans:
+                for number in span.numbers:
+                    check_complete(in_file[number])
+                first = in_file[span.numbers[0]]
+                read = read_of_span(span, first.name, rank)
+                if read.n_bytes:
+                    request = request_for(bytes_of(first, read.first, read.n_bytes), None)
+                    loads[load_pieces].append((batch, read.number, read, request))
         self.n_bytes = sum(request.tensor.n_bytes for entries in loads.values() for *_, request in entries)
         self.n_read, self._on_progress = 0, on_progress
         self._fault: BaseException | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, groupby
 from math import prod
 from typing import Literal
 
@@ -16,7 +17,8 @@ from numba_dequant.gguf.tensors import TensorInfo
 from numba_dequant.parallel import routes
 from numba_dequant.parallel.machine import Machine
 from numba_dequant.parallel.plan import Part, Plan
-from numba_dequant.parallel.routes import LEAST_DIVIDED, batches, packed_bytes, piece_bytes
+from numba_dequant.parallel.routes import LEAST_DIVIDED, batches, piece_bytes
+from numba_dequant.parallel.spans import places_of, runs, span_of
 
 AGREEMENTS = 6
 """Collectives of every load. Ranks exchange objects twice at its start. Each of these exchanges is two collectives:
@@ -144,13 +146,13 @@ class _Traffic:
         self.moved: list[Counter[str]] = [Counter() for _ in hosts]
         tensors = {name: part.tensor for rank in plan.ranks for name, part in rank.parts.items()}
         in_file = sorted(tensors.values(), key=lambda tensor: (tensor.path, tensor.offset))
+        self._in_file, self._places = in_file, places_of(in_file)
         self._place = {tensor.name: number for number, tensor in enumerate(in_file)}
         # By tensor and rank: bytes of memory for the exchange, and whether it is an exchange between two ranks.
         self._needed = np.zeros((len(in_file), len(hosts)), np.int64)
         self._swapped = np.zeros((len(in_file), len(hosts)), bool)
-        # By tensor: whether all ranks gather it.
-        self._is_gathered = np.zeros(len(in_file), bool)
-        # The others that are gathered: the tensor, its ranks, and how many of them read a piece of it.
+        self._runs: list[list[int]] = []
+        # Tensors that some ranks gather: the tensor, its ranks, and how many of them read a piece of it.
         self._rings: list[tuple[int, tuple[int, ...], int]] = []
         self._reads: set[tuple[int, str, int, int]] = set()
         self._spans: dict[tuple[int, str], set[tuple[int, int]]] = defaultdict(set)
@@ -163,19 +165,43 @@ class _Traffic:
             found[host] += _union(spans)
         return found
 
-    def count_calls(self, n_agreements: int) -> None:
-        """Count the calls of the batches, after everything else."""
+    def hold_together(self, names: Iterable[str]) -> set[str]:
+        """All ranks hold these tensors whole. Returns those which they read together, in runs of consecutive ones."""
+        self._runs = runs(self._places, sorted(self._place[name] for name in names), LEAST_DIVIDED)
+        found = set()
+        for number in chain.from_iterable(self._runs):
+            self._needed[number] += 2 * self._in_file[number].n_bytes
+            found.add(self._in_file[number].name)
+        return found
+
+    def count_batches(self, n_agreements: int) -> None:
+        """Count what depends on the batches, after everything else: consecutive tensors of all ranks, and calls."""
         batch_of = np.array(batches(self._needed, routes.BATCH_BYTES), np.int64)
         n_batches = 1 + int(batch_of.max(initial=0))
         swaps = np.zeros(len(self._hosts), np.int64)
         for number in range(n_batches):
             swaps += self._swapped[batch_of == number].any(0)
-            swaps += self._is_gathered[batch_of == number].any()
+        for run in self._runs:
+            for _, numbers in groupby(run, batch_of.__getitem__):
+                self._gather_span(list(numbers))
+                swaps += 1
         for of_rank in _steps(self._rings, batch_of):
             for rank, steps in of_rank.items():
                 swaps[rank] += len(steps)
         for rank, n_swaps in enumerate(swaps.tolist()):
             self.moved[rank]["calls"] += n_agreements + n_batches * OF_BATCH + n_swaps
+
+    def _gather_span(self, numbers: list[int]) -> None:
+        """All ranks read pieces of consecutive tensors, and gather them."""
+        count, name = len(self._hosts), self._in_file[numbers[0]].name
+        span = span_of(self._places, numbers, count)
+        for rank in range(count):
+            first, n_bytes = span.range_of(rank)
+            if n_bytes:
+                self.moved[rank]["file"] += n_bytes
+                self.moved[rank]["bus"] += n_bytes
+                self._spans[self._hosts[rank], name].add((first, first + n_bytes))
+            self.send(rank, (rank + 1) % count, (count - 1) * span.piece)
 
     def read(self, rank: int, tensor: TensorInfo, first: int, n_bytes: int, *, is_direct: bool = False) -> None:
         """A rank reads a range of a tensor; once, if it is for an exchange."""
@@ -221,10 +247,7 @@ class _Traffic:
                     self.send(rank, other, (end - begin) * n_bytes)
 
     def gather(self, ranks: tuple[int, ...], tensors: list[TensorInfo]) -> None:
-        """Ranks that hold the same whole tensors read pieces of equal size, and gather them in a ring.
-
-        If they are all ranks, one collective gathers all tensors of a batch.
-        """
+        """Ranks that hold the same whole tensors read pieces of equal size, and gather them in a ring."""
         count = len(ranks)
         if count == 1:
             for tensor in tensors:
@@ -236,20 +259,13 @@ class _Traffic:
         pieces = np.diff(edges, axis=0)
         places = [self._place[tensor.name] for tensor in tensors]
         self._needed[np.ix_(places, ranks)] += (pieces + sizes).T
-        packed = np.array([packed_bytes(each) for each in longest.tolist()], np.int64)
-        n_packed = int(packed.sum()) * (count - 1)
         of_ranks = pieces.sum(1).tolist()
         for index, (rank, n_bytes) in enumerate(zip(ranks, of_ranks, strict=True)):
             self.moved[rank]["file"] += n_bytes
             self.moved[rank]["bus"] += n_bytes
             following = (index + 1) % count
-            is_padded = count == len(self._hosts)
-            self.send(rank, ranks[following], n_packed if is_padded else int(sizes.sum()) - of_ranks[following])
-        if count == len(self._hosts):
-            self._needed[places] += count * packed[:, np.newaxis]
-            self._is_gathered[places] = True
-        else:
-            self._rings += zip(places, [ranks] * len(places), (pieces > 0).sum(0).tolist(), strict=True)
+            self.send(rank, ranks[following], int(sizes.sum()) - of_ranks[following])
+        self._rings += zip(places, [ranks] * len(places), (pieces > 0).sum(0).tolist(), strict=True)
         for tensor, n_bytes in zip(tensors, pieces[0].tolist(), strict=True):
             # The first rank may have read the only block of a tensor for a rank without the file.
             if (ranks[0], tensor.name, 0, n_bytes) in self._reads:
@@ -270,6 +286,11 @@ def _traffic(plan: Plan, hosts: list[int], n_readers: int, value_bytes: int) -> 
     found = _Traffic(plan, hosts)
     holders: dict[str, list[int]] = defaultdict(list)
     columns: dict[tuple[str, int, int], dict[int, Part]] = defaultdict(dict)
+    in_spans: set[str] = set()
+    if 1 < len(hosts) == n_readers:
+        held = (part for of_rank in plan.ranks for part in of_rank.parts.values())
+        whole = (part.tensor.name for part in held if part.dim is None and part.tensor.n_bytes)
+        in_spans = found.hold_together(name for name, count in Counter(whole).items() if count == len(hosts))
     for rank, of_rank in enumerate(plan.ranks):
         source = rank % n_readers  # a rank that has the file reads for itself
         memory = 0
@@ -279,6 +300,8 @@ def _traffic(plan: Plan, hosts: list[int], n_readers: int, value_bytes: int) -> 
                 continue
             if value_bytes:
                 memory += n_bytes + value_bytes * (part.tensor.n_elements * n_bytes // part.tensor.n_bytes)
+            if name in in_spans:
+                continue
             if source == rank and part.dim is None and n_bytes >= LEAST_DIVIDED:
                 holders[name].append(rank)
             elif source == rank and part.dim:
@@ -293,7 +316,7 @@ def _traffic(plan: Plan, hosts: list[int], n_readers: int, value_bytes: int) -> 
         together[tuple(ranks)].append(plan.ranks[ranks[0]].parts[name].tensor)
     for of_tensors, tensors in together.items():
         found.gather(of_tensors, tensors)
-    found.count_calls(AGREEMENTS + (n_readers < len(hosts)) * BROADCAST)
+    found.count_batches(AGREEMENTS + (n_readers < len(hosts)) * BROADCAST)
     return found
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import groupby
 from math import prod
 from typing import Any, NamedTuple
 
@@ -16,15 +17,13 @@ from numba_dequant.format import Format
 from numba_dequant.formats import format_named
 from numba_dequant.gguf.tensors import TensorInfo
 from numba_dequant.parallel.plan import Part, Plan
+from numba_dequant.parallel.spans import Place, Span, runs, span_of
 
 LEAST_DIVIDED = 1 << 20
 """Whole tensors of fewer bytes are read by each rank that holds them: exchanging them would take longer."""
 
 BATCH_BYTES = 2 << 30
 """The default limit of the memory in bytes that a rank needs to exchange a batch."""
-
-ALIGNMENT = 256
-"""Where pieces of several tensors are gathered together, each starts at a multiple of so many bytes."""
 
 
 class Share(NamedTuple):
@@ -96,7 +95,6 @@ class Transfer(NamedTuple):
         source: the rank that reads for it; the same rank if it has the file.
         read: what the source reads: the share, or only a piece of it, whose other pieces other ranks read.
         longest: the bytes of the longest piece, if several ranks read a piece of a whole tensor each; otherwise 0.
-        is_held_by_all: whether these are all ranks, so that a collective can gather the pieces.
     """
 
     rank: int
@@ -104,12 +102,6 @@ class Transfer(NamedTuple):
     source: int
     read: Read
     longest: int
-    is_held_by_all: bool
-
-    @property
-    def packed(self) -> int:
-        """The bytes of the place of a piece among the pieces that are gathered together."""
-        return packed_bytes(self.longest)
 
 
 def shares_of(plan: Plan, tensors: Mapping[str, TensorInfo]) -> list[list[Share]]:
@@ -169,14 +161,14 @@ def _has_whole_blocks(tensor: TensorInfo, part: Part) -> bool:
     return all(end * inner % block_size == 0 for end in ends)
 
 
+def read_of_span(span: Span, name: str, rank: int) -> Read:
+    """What a rank reads of a span, counted from its first tensor, which has this name."""
+    return Read(span.numbers[0], name, *span.range_of(rank))
+
+
 def piece_bytes(n_bytes: int, fmt: Format, count: int) -> int:
     """The bytes of the longest piece if a tensor is divided into `count` pieces of whole blocks."""
     return -(-n_bytes // fmt.type_size // count) * fmt.type_size
-
-
-def packed_bytes(longest: int) -> int:
-    """The bytes of the place of a piece among the pieces of a rank that are gathered together."""
-    return -(-longest // ALIGNMENT) * ALIGNMENT
 
 
 def batches(needed: NDArray[np.int64], batch_bytes: int) -> list[int]:
@@ -206,8 +198,9 @@ def batches(needed: NDArray[np.int64], batch_bytes: int) -> list[int]:
 class Routes:
     """Which rank reads which bytes, and which rank needs them.
 
-    A rank that has the file reads its own parts. If several such ranks hold a large whole tensor, each reads a piece of
-    equal size, and the pieces are then gathered. If several such ranks of a host hold columns of a tensor, each reads
+    A rank that has the file reads its own parts. If all ranks have the file and hold consecutive tensors, each reads a
+    piece of their bytes, and the pieces are then gathered. If only some ranks that have the file hold a large whole
+    tensor, they do the same with this tensor. If several such ranks of a host hold columns of a tensor, each reads
     some rows, and sends to each of the others its columns of them. If a rank does not have the file, another rank reads
     its parts and sends them. Tensors are exchanged in batches, so that an exchange needs little memory.
 
@@ -216,22 +209,39 @@ class Routes:
         hosts: the host of each rank that has the file; None for the others.
         batch_bytes: the most bytes of memory that a rank needs to read and exchange a batch of more than one tensor.
             If you omit it, all tensors are kept, so only the memory for the exchange counts, up to `BATCH_BYTES`.
+        places: where the tensors are. If you omit it, consecutive tensors are not read together.
     """
 
     def __init__(
-        self, shares: Sequence[Sequence[Share]], hosts: Sequence[str | None], batch_bytes: int | None = None
+        self,
+        shares: Sequence[Sequence[Share]],
+        hosts: Sequence[str | None],
+        batch_bytes: int | None = None,
+        places: Sequence[Place | None] = (),
     ) -> None:
-        self.shares, self.hosts, self._batch_bytes = shares, hosts, batch_bytes
+        self.shares, self.hosts, self._batch_bytes, self._places = shares, hosts, batch_bytes, places
+        self._runs = self._runs_of_all() if places else []
+        self._in_spans = {number for run in self._runs for number in run}
         self._sources = [rank for rank, host in enumerate(hosts) if host is not None]
         self._holders: dict[tuple[Any, ...], dict[int, Share]] = defaultdict(dict)
         self._order: dict[tuple[Any, ...], dict[int, int]] = defaultdict(dict)
         for rank in self._sources:
             for share in shares[rank]:
                 is_divided = share.has_columns or (share.dim is None and share.n_bytes >= LEAST_DIVIDED)
-                if share.n_bytes and is_divided:
+                if share.n_bytes and is_divided and share.number not in self._in_spans:
                     key = self._key(rank, share)
                     self._order[key][rank] = len(self._holders[key])
                     self._holders[key][rank] = share
+
+    def _runs_of_all(self) -> list[list[int]]:
+        """The numbers of the tensors that all ranks hold whole, in runs of consecutive ones; none for a single rank."""
+        if len(self.shares) == 1 or None in self.hosts:
+            return []
+        counts = Counter(
+            share.number for of_rank in self.shares for share in of_rank if share.dim is None and share.n_bytes
+        )
+        held = sorted(number for number, count in counts.items() if count == len(self.shares))
+        return runs(self._places, held, LEAST_DIVIDED)
 
     def _key(self, rank: int, share: Share) -> tuple[Any, ...]:
         """Whole tensors are gathered by the ranks of all hosts; columns are divided among those of one host.
@@ -286,14 +296,12 @@ class Routes:
             for share in of_rank:
                 longest = self._longest(rank, share)
                 if share.n_bytes and (host is None or share.has_columns or longest):
-                    is_held_by_all = longest > 0 and len(self.holders(rank, share)) == len(self.shares)
-                    read = self._read(rank, share, longest)
-                    found[rank].append(Transfer(rank, share, source, read, longest, is_held_by_all))
+                    found[rank].append(Transfer(rank, share, source, self._read(rank, share, longest), longest))
         return found
 
     def direct(self, rank: int) -> Iterator[Share]:
         """The shares whose bytes a rank reads itself, all of them and no others. They need no exchange."""
-        exchanged = {transfer.share.number for transfer in self.transfers[rank]}
+        exchanged = self._in_spans | {transfer.share.number for transfer in self.transfers[rank]}
         for share in self.shares[rank]:
             if share.n_bytes and share.number not in exchanged:
                 yield share
@@ -303,12 +311,14 @@ class Routes:
         """For each tensor of the file, the bytes that each rank needs memory for to exchange it."""
         n_tensors = 1 + max((share.number for of_rank in self.shares for share in of_rank), default=-1)
         needed = [[0] * len(self.shares) for _ in range(n_tensors)]
+        for share in self.shares[0]:
+            if share.number in self._in_spans:  # gathered, and then made into a tensor of its own
+                needed[share.number] = [2 * share.n_bytes] * len(self.shares)
         for rank, of_rank in enumerate(self.transfers):
             for transfer in of_rank:
                 of_tensor = needed[transfer.share.number]
                 of_tensor[transfer.source] += transfer.read.n_bytes
-                packed = transfer.packed * len(self.shares) if transfer.is_held_by_all else 0
-                of_tensor[rank] += transfer.share.n_bytes + packed
+                of_tensor[rank] += transfer.share.n_bytes
             if self._batch_bytes is not None:
                 for share in self.direct(rank):
                     needed[share.number][rank] += share.n_bytes
@@ -333,6 +343,15 @@ class Routes:
         """The number of batches, at least 1."""
         of_tensors = zip(self.batch_of, self._needed, strict=True)
         return 1 + max((batch for batch, of_ranks in of_tensors if any(of_ranks)), default=0)
+
+    @cached_property
+    def spans(self) -> list[list[Span]]:
+        """For each batch the consecutive tensors that all ranks hold."""
+        found: list[list[Span]] = [[] for _ in range(self.n_batches)]
+        for run in self._runs:
+            for batch, numbers in groupby(run, self.batch_of.__getitem__):
+                found[batch].append(span_of(self._places, list(numbers), len(self.shares)))
+        return found
 
     def exchanged(self, rank: int) -> list[Transfer]:
         """The transfers to a rank and from it. All ranks have them in the order of the file."""

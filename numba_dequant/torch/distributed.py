@@ -39,6 +39,7 @@ from numba_dequant.model import open as open_model
 from numba_dequant.parallel import Placement, Plan, Replicate, Shard, plan
 from numba_dequant.parallel.placements import checked_rules
 from numba_dequant.parallel.routes import Read, Routes, Share, shares_of
+from numba_dequant.parallel.spans import places_of
 from numba_dequant.torch.checks import DTYPES
 from numba_dequant.torch.functional import resolved
 from numba_dequant.torch.loading import blocks_shape, load_groups, request_of, tensor_of
@@ -84,7 +85,7 @@ def load_sharded(
             if model is not None:
                 shares = _shares(planner if isinstance(planner, Plan) else planner(model), model, ranks.count)
                 # Reading begins while the ranks agree. No rank sends before they have.
-                load.begin(model, Routes(shares, hosts))
+                load.begin(model, Routes(shares, hosts, places=places_of(model.tensors.values())))
                 agreement.mine = _digest(model), hashlib.blake2b(repr(shares).encode()).digest()
         first = _same(model, agreement.of_all)
         if None in hosts:
@@ -176,7 +177,8 @@ class _Load:
             fmt = format_named(share.format)
             dtype, data = self._dtype(fmt, name), raw.to(self._place)
             if dtype is None:
-                found[name] = data.view(blocks_shape(fmt, share.shape))
+                is_apart = data.untyped_storage().nbytes() == data.nbytes
+                found[name] = (data if is_apart else data.clone()).view(blocks_shape(fmt, share.shape))
                 continue
             found[name] = torch.empty(share.shape, dtype=dtype, device=self._place)
             if share.n_bytes:

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from numba_dequant.errors import DeviceError, OptionError, shown
-from numba_dequant.parallel.routes import Read, Routes, Share, Transfer
+from numba_dequant.parallel.routes import Read, Routes, Share, Transfer, read_of_span
+from numba_dequant.parallel.spans import Span
 
 # PyTorch 2.13 has renamed it.
 ALL_GATHER: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
@@ -161,11 +162,11 @@ class ExchangeMemory:
 
     Attributes:
         shares: the bytes of each share that it needs from others, by name.
-        gathered: for each rank a row with its pieces of the tensors that all ranks hold.
+        spans: for each span of the batch, a row for the piece of each rank.
     """
 
     shares: dict[str, Tensor]
-    gathered: Tensor
+    spans: list[Tensor]
 
 
 class Exchange:
@@ -179,6 +180,7 @@ class Exchange:
 
     def __init__(self, ranks: Ranks, routes: Routes, device: torch.device) -> None:
         self._ranks, self._routes, self._device = ranks, routes, device
+        self._shares = {share.number: share for share in routes.shares[ranks.rank]}
         self._batches: list[list[Transfer]] = [[] for _ in range(routes.n_batches)]
         for transfer in routes.exchanged(ranks.rank):
             self._batches[routes.batch_of[transfer.share.number]].append(transfer)
@@ -187,15 +189,15 @@ class Exchange:
 
     def memory(self, batch: int) -> ExchangeMemory:
         """Memory for what this rank receives in a batch. Get it before the exchange, because no rank may fail then."""
-        own = [transfer for transfer in self._batches[batch] if transfer.rank == self._ranks.rank]
-        of_row = sum(transfer.packed for transfer in own if transfer.is_held_by_all)
-        gathered = torch.empty((self._ranks.count, of_row), dtype=torch.uint8, device=self._device)
-        parts = [transfer.share for transfer in own]
+        parts = [transfer.share for transfer in self._batches[batch] if transfer.rank == self._ranks.rank]
         shares = {part.name: torch.empty(part.n_bytes, dtype=torch.uint8, device=self._device) for part in parts}
-        return ExchangeMemory(shares, gathered)
+        sizes = [(self._ranks.count, span.piece) for span in self._routes.spans[batch]]
+        return ExchangeMemory(shares, [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes])
 
     def run(self, batch: int, pieces: dict[Read, Tensor], memory: ExchangeMemory) -> dict[str, Tensor]:
         """Exchange what was read for a batch. It returns the bytes of all shares that this rank needed from others.
+
+        Those of a span share their memory.
 
         Raises:
             DeviceError: another rank has ended or does not answer.
@@ -203,7 +205,6 @@ class Exchange:
         rank, found = self._ranks.rank, memory.shares
         sent: list[tuple[int, Tensor]] = []
         received: list[tuple[int, Tensor]] = []
-        gathered: list[tuple[Transfer, Tensor]] = []
         in_rings: list[tuple[Transfer, Tensor]] = []
         for transfer in self._batches[batch]:
             share = transfer.share
@@ -216,11 +217,11 @@ class Exchange:
             elif share.has_columns:
                 self._divide(share, piece, found[share.name], sent, received)
             else:
-                (gathered if transfer.is_held_by_all else in_rings).append((transfer, piece))
+                in_rings.append((transfer, piece))
         self._ranks.swap(sent, received)
         self._pass_around(in_rings, found)
-        if gathered:
-            self._gather(gathered, memory)
+        for span, gathered in zip(self._routes.spans[batch], memory.spans, strict=True):
+            found |= self._gather(span, gathered, pieces)
         return found
 
     def _divide(
@@ -267,20 +268,17 @@ class Exchange:
                     received.append((holders[index - 1], parts[(index - step - 1) % count]))
             self._ranks.swap(sent, received)
 
-    def _gather(self, tensors: list[tuple[Transfer, Tensor]], memory: ExchangeMemory) -> None:
-        """Gather the pieces of the tensors that all ranks hold, in one collective."""
-        ranks, gathered = self._ranks, memory.gathered
-        sizes = [transfer.packed for transfer, _ in tensors]
-        rows = [row.split(sizes) for row in gathered.unbind()]
-        places = [place[: piece.numel()] for place, (_, piece) in zip(rows[ranks.rank], tensors, strict=True)]
-        torch._foreach_copy_(places, [piece for _, piece in tensors])
-        ranks.call(ALL_GATHER, gathered.view(-1), gathered[ranks.rank], group=ranks.group)
-        targets, sources = [], []
-        for (transfer, _), *places in zip(tensors, *rows, strict=True):
-            parts = memory.shares[transfer.share.name].split(transfer.longest)
-            targets += parts  # there may be fewer blocks than ranks
-            sources += [place[: part.numel()] for place, part in zip(places, parts, strict=False)]
-        torch._foreach_copy_(targets, sources)
+    def _gather(self, span: Span, gathered: Tensor, pieces: dict[Read, Tensor]) -> dict[str, Tensor]:
+        """Gather the pieces of a span, each of which one rank has read. It returns the bytes of its tensors."""
+        ranks, of_all = self._ranks, gathered.view(-1)
+        read = read_of_span(span, self._shares[span.numbers[0]].name, ranks.rank)
+        if read.n_bytes:
+            gathered[ranks.rank][: read.n_bytes].copy_(pieces[read])
+        ranks.call(ALL_GATHER, of_all, gathered[ranks.rank], group=ranks.group)
+        shares = [self._shares[number] for number in span.numbers]
+        return {
+            share.name: of_all[start : start + share.n_bytes] for share, start in zip(shares, span.starts, strict=True)
+        }
 
 
 def _columns(rows: Tensor, share: Share) -> Tensor:

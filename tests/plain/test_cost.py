@@ -19,6 +19,7 @@ from numba_dequant.parallel import (
     plan,
     predict,
     routes,
+    spans,
 )
 from numba_dequant.parallel.cost import AGREEMENTS, BROADCAST, OF_BATCH
 from numba_dequant.parallel.routes import LEAST_DIVIDED
@@ -94,7 +95,7 @@ def test_columns_by_hand():
 
 def test_a_whole_tensor_by_hand(monkeypatch):
     """Each of four ranks on two hosts reads a quarter. In the ring, each then receives three quarters."""
-    monkeypatch.setattr(routes, "ALIGNMENT", 8)
+    monkeypatch.setattr(spans, "ALIGNMENT", 8)
     (tensor,) = tensors_of({"w": ("F32", (40, 1))})
     found = plan([tensor], 4, [("w", Replicate())])
     prediction = predict(found, replace(MACHINE, latency=0.25))
@@ -145,8 +146,8 @@ def test_small_whole_tensors_are_read_by_each_rank(size, calls):
 
 
 def test_large_exchanges_have_several_batches(monkeypatch):
-    """Each rank reads 20 bytes of each of five tensors, gathers two such pieces, and makes 40 bytes of them."""
-    monkeypatch.setattr(routes, "ALIGNMENT", 4)
+    """Each of five tensors needs 40 bytes when it is gathered, and 40 for itself: two fit into a batch."""
+    monkeypatch.setattr(spans, "ALIGNMENT", 4)
     monkeypatch.setattr(routes, "BATCH_BYTES", 230)
     tensors = tensors_of({f"w{number}": ("F32", (10,)) for number in range(5)})
     prediction = predict(plan(tensors, 2, []), replace(MACHINE, latency=1.0))

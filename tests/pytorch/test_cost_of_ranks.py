@@ -16,6 +16,7 @@ from numba_dequant.loading.parts import PartReader
 from numba_dequant.loading.requests import request_for
 from numba_dequant.parallel import Machine, Part, Plan, RankPlan, cost, plan, predict, routes
 from numba_dequant.parallel.cost import AGREEMENTS, BROADCAST, OF_BATCH
+from numba_dequant.parallel.spans import places_of
 
 torch = pytest.importorskip("torch")
 if not torch.distributed.is_available():
@@ -81,7 +82,7 @@ def counted(model, found, n_readers):
     world = len(found.ranks)
     shares = routes.shares_of(found, model.tensors)
     hosts = [str(rank // HOST) if rank < n_readers else None for rank in range(world)]
-    taken = routes.Routes(shares, hosts)
+    taken = routes.Routes(shares, hosts, places=places_of(model.tensors.values()))
     for rank in range(world):
         recorder = Recorder(rank, world)
         exchange = ranks.Exchange(recorder, taken, torch.device("cpu"))

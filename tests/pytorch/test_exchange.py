@@ -16,6 +16,7 @@ from numba_dequant.loading import host_loader
 from numba_dequant.loading.parts import PartReader
 from numba_dequant.loading.requests import request_for
 from numba_dequant.parallel import Part, Plan, RankPlan, routes
+from numba_dequant.parallel.spans import places_of
 
 torch = pytest.importorskip("torch")
 if not torch.distributed.is_available():
@@ -94,11 +95,11 @@ def loaded(model, taken, rank):
     return found
 
 
-def assert_loaded(model, plan, hosts, least, batch_bytes):
+def assert_loaded(model, plan, hosts, least, batch_bytes, places=()):
     """Each rank holds its parts, if small tensors are divided and batches are small."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(routes, "LEAST_DIVIDED", least)
-        taken = routes.Routes(routes.shares_of(plan, model.tensors), hosts, batch_bytes)
+        taken = routes.Routes(routes.shares_of(plan, model.tensors), hosts, batch_bytes, places)
         threads, found = Threads(len(hosts)), {}
 
         def run(number):
@@ -129,7 +130,9 @@ def test_columns_of_two_dimensions(model):
 @given(st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_each_rank_gets_its_bytes(model, data):
-    assert_loaded(model, *data.draw(cases(model.tensors)))
+    case = data.draw(cases(model.tensors))
+    assert_loaded(model, *case)
+    assert_loaded(model, *case, places_of(model.tensors.values()))
 
 
 def test_a_column_of_one_byte_can_be_sent():

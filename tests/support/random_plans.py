@@ -36,10 +36,12 @@ def parts(draw, tensor):
 @st.composite
 def cases(draw, tensors):
     count = draw(st.integers(1, 5))
+    names = st.lists(st.sampled_from(sorted(tensors)), unique=True)
+    held_by_all = {name: Part(tensors[name]) for name in draw(names)}
     ranks = []
     for rank in range(count):
-        held = draw(st.lists(st.sampled_from(sorted(tensors)), unique=True))
-        ranks.append(RankPlan(rank, 0, {name: draw(parts(tensors[name])) for name in held}))
+        found = {name: draw(parts(tensors[name])) for name in draw(names)}
+        ranks.append(RankPlan(rank, 0, found | held_by_all))
     hosts = draw(st.lists(st.sampled_from(["one", "two", None]), min_size=count, max_size=count).filter(any))
     return (
         Plan(tuple(ranks), ()),
