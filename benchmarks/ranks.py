@@ -13,6 +13,9 @@ number of GPUs, there are as many processes:
 - replicated: each rank holds the whole model, and the ranks exchange compressed pieces.
 - one process: `nd.load(device=[...], plan=...)`, while the others wait.
 
+Before them, each process copies pinned memory to its GPU, and copies the file from the page cache to pinned memory with
+threads: first one process alone, then all at the same time. These are the roofs of the run.
+
 A time is that from the first start to the last end, after a barrier. The ways take turns in each round. "host MB" is
 the memory that a first load adds to its process at its peak, with the buffers that the process keeps for the next load.
 """
@@ -25,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +43,8 @@ from numba_dequant import torch as nt
 from numba_dequant.parallel import llama_rules, plan, predict
 
 RESULTS = Path(__file__).parent / "results" / "ranks.json"
+PIECE, PIECES, READERS = 8 << 20, 256, 8
+"""Bytes of a copy of the roofs, their number for each process, and the threads of a process that read the file."""
 METADATA = {"general.architecture": "llama", "llama.attention.key_length": 128}
 MODELS = dict(zip(("8B", "70B"), report_ranks.MODELS.values(), strict=True))
 SMALL = {"n_layers": 2, "n_vocab": 4096}
@@ -133,6 +139,49 @@ class HostMemory:
         return 1024 * int(line.split()[1])
 
 
+def copy_to_gpu(pinned, on_gpu):
+    for _ in range(PIECES):
+        on_gpu.copy_(pinned, non_blocking=True)
+    torch.cuda.synchronize()
+
+
+def copy_from_file(path, rank, buffers):
+    """Each thread reads pieces that no other thread or process reads, to a buffer of its own."""
+    n_pieces = path.stat().st_size // PIECE
+    file = os.open(path, os.O_RDONLY)
+
+    def read(reader):
+        for number in range(reader, PIECES, READERS):
+            os.preadv(file, [buffers[reader]], (rank * PIECES + number) % n_pieces * PIECE)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(read, range(READERS)))
+    os.close(file)
+
+
+def roofs(path, rank, world):
+    """Bytes per second that one process alone and all processes together copy: to the GPUs, and from the page cache."""
+    pinned = torch.empty((READERS, PIECE), dtype=torch.uint8, pin_memory=True)
+    on_gpu = torch.empty(PIECE, dtype=torch.uint8, device=f"cuda:{rank}")
+    buffers, found = [row.numpy() for row in pinned], {}
+    works = {
+        "bus": partial(copy_to_gpu, pinned[0], on_gpu), "page cache": partial(copy_from_file, path, rank, buffers)
+    }  # fmt: skip
+    for name, work in works.items():
+        for way, n_ranks in (("alone", 1), ("together", world)):
+            seconds = []
+            for _ in range(4):
+                dist.all_reduce(torch.zeros(1))
+                start = time.perf_counter()
+                if rank < n_ranks:
+                    work()
+                spans = [None] * world
+                dist.all_gather_object(spans, (start, time.perf_counter()))
+                seconds.append(max(end for _, end in spans[:n_ranks]) - min(start for start, _ in spans[:n_ranks]))
+            found[f"{name}, {way}"] = n_ranks * PIECES * PIECE / statistics.median(seconds[1:])
+    return found
+
+
 def measure(path, arguments, kept):
     """Way -> seconds of each round, and the most host memory of a process, on the first rank."""
     rank, world, kind = arguments.rank, arguments.gpus[0], "cpu" if arguments.cpu else "cuda"
@@ -178,7 +227,10 @@ def of_rank(arguments):
         world_size=world,
         **options,
     )
-    found = {name: measure(arguments.folder / f"{name}.gguf", arguments, name == "70B") for name in arguments.models}
+    files = {name: arguments.folder / f"{name}.gguf" for name in arguments.models}
+    found = {"loads": {name: measure(path, arguments, name == "70B") for name, path in files.items()}}
+    if not arguments.cpu:
+        found["roofs"] = roofs(next(iter(files.values())), arguments.rank, world)
     if arguments.rank == 0:
         (arguments.folder / "result.json").write_text(json.dumps(found))
     dist.barrier()
@@ -212,8 +264,8 @@ def result_of(script, folder, world, options):
 
 
 def run(folder, arguments):
-    """The loads of all models and numbers of GPUs."""
-    loads = []
+    """The loads of all models and numbers of GPUs, and the roofs."""
+    loads, by_world = [], {}
     predictions = {
         (world, name): predicted(folder / f"{name}.gguf", world, name == "70B")
         for world in arguments.gpus
@@ -221,7 +273,10 @@ def run(folder, arguments):
     }
     for world in arguments.gpus:
         options = ["--rounds", str(arguments.rounds), "--models", *arguments.models, *["--cpu"] * arguments.cpu]
-        for name, (seconds, memory) in result_of(__file__, folder, world, options).items():
+        found = result_of(__file__, folder, world, options)
+        by_world[world] = found.get("roofs")
+        print(world, "roofs", by_world[world], flush=True)
+        for name, (seconds, memory) in found["loads"].items():
             n_bytes = (folder / f"{name}.gguf").stat().st_size
             for way, of_way in seconds.items():
                 one = {"model": name, "file bytes": n_bytes, "gpus": world, "way": way, "seconds": of_way}
@@ -229,7 +284,7 @@ def run(folder, arguments):
                 one["predicted"] = predictions[world, name].get(way.removeprefix("one process, "))
                 loads.append(one)
                 print({**one, "seconds": statistics.median(of_way)}, flush=True)
-    return loads
+    return loads, by_world
 
 
 def main():
@@ -250,12 +305,12 @@ def main():
         for model in arguments.models:
             content = models.tensors("Llama-3.1-8B", "Q4_K_M", **(SMALL if arguments.small else MODELS[model]))
             models.write(folder / f"{model}.gguf", content, 0 if arguments.small else 128_256)
-        loads = run(folder, arguments)
+        loads, rates = run(folder, arguments)
     result = described("python benchmarks/ranks.py " + " ".join(sys.argv[1:]), "cpu" if arguments.cpu else "cuda")
     if not arguments.cpu:
         names = sorted({torch.cuda.get_device_name(index) for index in range(max(arguments.gpus))})
         result["machine"] = f"{max(arguments.gpus)} GPUs of one host, {' and '.join(names)}"
-    result |= {"cores": len(os.sched_getaffinity(0)), "loads": loads}
+    result |= {"cores": len(os.sched_getaffinity(0)), "bytes per second": rates, "loads": loads}
     if not arguments.small:
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
