@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from cuda.core import Event
@@ -21,6 +21,7 @@ from numba_dequant.backends.gpu_memory import DeviceBytes
 from numba_dequant.backends.overlap import Memory, check_apart
 from numba_dequant.backends.streams import CallStream
 from numba_dequant.errors import NumbaDequantError
+from numba_dequant.format import Format
 from numba_dequant.interop import TORCH, library_of
 from numba_dequant.kernels.compiler import batch_kernel
 from numba_dequant.kernels.launch_shape import launch_shape, tile_directory
@@ -189,9 +190,45 @@ def _share(sharing: list[tuple[DeviceBytes, int]], n_bytes: int, call: CallStrea
             memory.pointer, memory.owner = whole.pointer + start, whole.owner
 
 
+class Blocks(NamedTuple):
+    """Contiguous blocks on a GPU, and where their values go: the addresses of both. That of the values is aligned."""
+
+    fmt: Format
+    pointer: int
+    target: int
+    n_elements: int
+
+
+def dequantize_blocks(found: Iterable[Blocks], dtype: str, call: CallStream) -> None:
+    """Queue the dequantization of blocks with one launch per format. Nothing is checked but what the GPU can do.
+
+    Use it for memory of this package's own: checks of arrays take much longer than the launches.
+
+    Raises:
+        DtypeError, DeviceError: as for `dequantize`.
+    """
+    by_format: dict[int, list[Blocks]] = {}
+    for blocks in found:
+        if blocks.n_elements:
+            by_format.setdefault(id(blocks.fmt), []).append(blocks)
+    groups = []
+    with call.gpu.active():
+        for group in by_format.values():
+            fmt = group[0].fmt
+            cuda.check_capability(dtype, fmt, call.gpu)
+            if fmt.stored_dtype is None:
+                groups.append((fmt, dtype, [each[1:] for each in group]))
+                continue
+            for each in group:
+                n_bytes = each.n_elements * fmt.type_size
+                call.gpu.copy_on_device(each.target, each.pointer, n_bytes, call.handle)
+        for launch in _launches(groups, call)[0]:
+            launch(call.handle)
+
+
 def _steps(tasks: list[_Task], call: CallStream) -> tuple[list[Step], DeviceBytes | None]:
     """The steps of a run, and the memory of their tables: one launch per format, and a step for each other tensor."""
-    gpu, steps = call.gpu, [task.gather for task in tasks if task.gather is not None]
+    steps = [task.gather for task in tasks if task.gather is not None]
     by_format: dict[int, list[_Task]] = {}
     for task in tasks:
         if not task.job.n_elements:
@@ -200,26 +237,47 @@ def _steps(tasks: list[_Task], call: CallStream) -> tuple[list[Step], DeviceByte
             steps.append(partial(cuda.dequantize_into, task.data, task.job, task.target))
         else:
             by_format.setdefault(id(task.job.fmt), []).append(task)
-    if not by_format:
-        return steps, None
-    groups = list(by_format.values())
+    groups = [
+        (
+            group[0].job.fmt,
+            group[0].job.dtype or "",
+            [(task.data.pointer, task.target.pointer, task.job.n_elements) for task in group],
+        )
+        for group in by_format.values()
+    ]
+    launches, memory = _launches(groups, call)
+    return steps + launches, memory
+
+
+def _launches(
+    groups: Sequence[tuple[Format, str, Sequence[tuple[int, int, int]]]], call: CallStream
+) -> tuple[list[Step], DeviceBytes | None]:
+    """A launch for each format, and the memory of their tables.
+
+    Args:
+        groups: a format, the output type, and for each tensor the addresses of its blocks and of its values, and the
+            number of its elements.
+        call: the stream on which the tables are copied to the GPU.
+    """
+    if not groups:
+        return [], None
+    gpu = call.gpu
     # All kernels are loaded before anything is queued, because compiling may fail.
-    kernels = [gpu.load_kernel(batch_kernel(group[0].job.fmt, group[0].job.dtype or "")) for group in groups]
-    directories = [_directory(group) for group in groups]
+    kernels = [gpu.load_kernel(batch_kernel(fmt, dtype)) for fmt, dtype, _ in groups]
+    directories = [_directory(*group) for group in groups]
     packed = np.concatenate([directory.reshape(-1) for directory, _ in directories])
     memory = cuda.new_memory(packed.nbytes, call)
     gpu.send(memory.pointer, packed.view(np.uint8), call.handle)
-    start = memory.pointer
-    for group, kernel, (directory, n_tiles) in zip(groups, kernels, directories, strict=True):
-        threads = launch_shape("tile", group[0].job.fmt).threads
+    start, launches = memory.pointer, []
+    for (fmt, _, rows), kernel, (directory, n_tiles) in zip(groups, kernels, directories, strict=True):
+        threads = launch_shape("tile", fmt).threads
         # The directory has absolute addresses, so both base addresses are 0.
-        steps.append(gpu.launcher(kernel, n_tiles, threads, (0, start, len(group), 0)))
+        launches.append(gpu.launcher(kernel, n_tiles, threads, (0, start, len(rows), 0)))
         start += directory.nbytes
-    return steps, memory
+    return launches, memory
 
 
-def _directory(tasks: list[_Task]) -> tuple[NDArray[np.int64], int]:
-    rows = [(task.data.pointer, task.target.pointer, task.job.n_elements) for task in tasks]
+def _directory(fmt: Format, dtype: str, rows: Sequence[tuple[int, int, int]]) -> tuple[NDArray[np.int64], int]:
     data, targets, n_elements = np.array(rows, np.int64).T
-    job = tasks[0].job
-    return tile_directory(launch_shape("tile", job.fmt), data, targets // job.result_dtype.itemsize, n_elements)
+    size = fmt.result_dtype(dtype).itemsize
+    return tile_directory(launch_shape("tile", fmt), data, targets // size, n_elements)

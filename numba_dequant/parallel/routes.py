@@ -22,7 +22,7 @@ from numba_dequant.parallel.spans import Place, Span, runs, span_of
 LEAST_DIVIDED = 1 << 20
 """Whole tensors of fewer bytes are read by each rank that holds them: exchanging them would take longer."""
 
-BATCH_BYTES = 2 << 30
+BATCH_BYTES = 1 << 30
 """The default limit of the memory in bytes that a rank needs to exchange a batch."""
 
 
@@ -113,8 +113,12 @@ def shares_of(plan: Plan, tensors: Mapping[str, TensorInfo]) -> list[list[Share]
     known = {tensor.name: (number, tensor) for number, tensor in enumerate(tensors.values())}
     # What layers have in common: the shape and the format of a tensor, and its part -> the bytes of the part.
     checked: dict[tuple[Any, ...], int] = {}
+    made: dict[int, Share] = {}  # several ranks may have the same part
 
     def share_of(name: str, part: Part) -> Share:
+        share = made.get(id(part))
+        if share is not None and share.name == name:
+            return share
         if not isinstance(part, Part) or part.tensor.name != name:
             raise OptionError(f"the plan has {shown(part)} as the part of {shown(name)}; pass a Part of that tensor")
         planned = part.tensor
@@ -130,7 +134,9 @@ def shares_of(plan: Plan, tensors: Mapping[str, TensorInfo]) -> list[list[Share]
         if n_bytes is None:
             _check_part(own, part)
             n_bytes = checked[key] = part.n_bytes
-        return Share(number, name, own.format.name, own.shape, dim, start, stop, n_bytes, own.n_bytes)
+        share = Share(number, name, own.format.name, own.shape, dim, start, stop, n_bytes, own.n_bytes)
+        made[id(part)] = share
+        return share
 
     shares = ([share_of(name, part) for name, part in rank.parts.items()] for rank in plan.ranks)
     return [sorted(of_rank, key=lambda share: share.number) for of_rank in shares]

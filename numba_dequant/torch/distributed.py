@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from numba_dequant.api import dequantize_many
 from numba_dequant.arguments import flag_option
 from numba_dequant.dtypes import DEFAULT
 from numba_dequant.errors import DeviceError, OptionError, ReadError, ShapeError, shown
@@ -42,12 +41,12 @@ from numba_dequant.parallel.routes import Read, Routes, Share, shares_of
 from numba_dequant.parallel.spans import places_of
 from numba_dequant.torch.checks import DTYPES
 from numba_dequant.torch.functional import resolved
-from numba_dequant.torch.loading import blocks_shape, load_groups, request_of, tensor_of
+from numba_dequant.torch.loading import blocks_shape, dequantize_own, load_groups, request_of, tensor_of
 from numba_dequant.torch.ranks import Exchange, Ranks, device_of, told
 
 Planner = Plan | Callable[[Model], Plan]
 
-AHEAD = 3
+AHEAD = 6
 """The number of batches that are read ahead."""
 
 
@@ -171,7 +170,7 @@ class _Load:
     def _values(self, received: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of what this rank has received: blocks, or values, which take one launch for each format."""
         found: dict[str, Tensor] = {}
-        jobs: dict[str, dict[str, tuple[Tensor, Format, tuple[int, ...]]]] = defaultdict(dict)
+        jobs: dict[str, dict[str, tuple[Tensor, Format, Tensor]]] = defaultdict(dict)
         for name, raw in received.items():
             share = self._shares[name]
             fmt = format_named(share.format)
@@ -182,9 +181,9 @@ class _Load:
                 continue
             found[name] = torch.empty(share.shape, dtype=dtype, device=self._place)
             if share.n_bytes:
-                jobs[DTYPES.get(dtype, DEFAULT)][name] = data, fmt, share.shape
+                jobs[DTYPES.get(dtype, DEFAULT)][name] = data, fmt, found[name]
         for output, tensors in jobs.items():
-            dequantize_many(tensors, output, out={name: found[name] for name in tensors})
+            dequantize_own(tensors, output, self._place)
         return {name: tensor.to(self._device) for name, tensor in found.items()}
 
     def close(self) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from numba_dequant.api import dequantize_many
 from numba_dequant.backends.devices import DeviceSpec, available_cores, gpu_device
 from numba_dequant.backends.host import HostBackend
 from numba_dequant.dtypes import DEFAULT
@@ -62,6 +63,24 @@ def load_groups(
 
     threads = threads and min(threads, gpu_buffers.TUNING.threads)
     return gpu_loader.load_groups(requests, _call_on(device), threads, on_bytes_read, ends)
+
+
+def dequantize_own(found: Mapping[str, tuple[Tensor, Format, Tensor]], output: str, device: torch.device) -> None:
+    """Dequantize contiguous blocks to contiguous tensors, both of this package's own. On a GPU, nothing is checked.
+
+    Args:
+        found: name -> blocks as uint8, their format, and the tensor for the values, which is aligned.
+        output: the output type.
+        device: where they all are.
+    """
+    if device.type != "cuda":
+        blocks = {name: (data, fmt, tuple(values.shape)) for name, (data, fmt, values) in found.items()}
+        dequantize_many(blocks, output, device="cpu", out={name: values for name, (*_, values) in found.items()})
+        return
+    from numba_dequant.backends.cuda_batch import Blocks, dequantize_blocks
+
+    jobs = (Blocks(fmt, data.data_ptr(), values.data_ptr(), values.numel()) for data, fmt, values in found.values())
+    dequantize_blocks(jobs, output, _call_on(device))
 
 
 def _ignore(n_bytes: int) -> None:
