@@ -30,8 +30,8 @@ from numba_dequant.torch.ranks import Exchange
 RULES = [("*.rows", parallel.Shard(0)), ("*.columns", parallel.Shard(-1)), ("*.experts", parallel.Shard(0))]
 
 FAULTS = {
-    "memory": (distributed, "dequantize_many", MemoryError("no memory is left")),
-    "type": (distributed, "dequantize_many", TypeError()),
+    "memory": (distributed, "dequantize_own", MemoryError("no memory is left")),
+    "type": (distributed, "dequantize_own", TypeError()),
     "unreadable": (PartReader, "finish", nd.ReadError("model.gguf", "b.rows", 0, "the disk has failed", 5)),
     "header": (distributed, "_digest", OSError("the disk has failed")),
     "no room": (Exchange, "memory", RuntimeError("no memory is left\non this GPU")),
