@@ -9,6 +9,7 @@ number of GPUs, there are as many processes:
 
 - alone: one process loads the whole file to its GPU with `nd.load`, while the others wait.
 - together: each process does that at the same time.
+- apart: each process loads every n-th tensor with `nd.load`. There is no plan and no exchange, so this is a floor.
 - sharded: `load_file(plan=...)` by `llama_rules`.
 - replicated: each rank holds the whole model, and the ranks exchange compressed pieces.
 - one process: `nd.load(device=[...], plan=...)`, while the others wait.
@@ -40,10 +41,11 @@ from tables import described
 
 import numba_dequant as nd
 from numba_dequant import torch as nt
+from numba_dequant.loading import gpu_buffers
 from numba_dequant.parallel import llama_rules, plan, predict
 
 RESULTS = Path(__file__).parent / "results" / "ranks.json"
-PIECE, PIECES, READERS = 8 << 20, 256, 8
+PIECE, PIECES, READERS = 1 << 20, 4096, gpu_buffers.TUNING.threads
 """Bytes of a copy of the roofs, their number for each process, and the threads of a process that read the file."""
 METADATA = {"general.architecture": "llama", "llama.attention.key_length": 128}
 MODELS = dict(zip(("8B", "70B"), report_ranks.MODELS.values(), strict=True))
@@ -70,6 +72,9 @@ def ways(path, rank, world, kind, kept):
     if world == 1:
         return found
     found["together"] = None, whole
+    with nd.open(path) as model:
+        own = list(model.tensors)[rank::world]
+    found["apart"] = None, partial(whole, select=own)
     for way, planned in (("sharded", divided), ("replicated", replicated)):
         planner = partial(planned, world=world)
         found[way] = None, partial(nt.load_file, path, devices[rank], torch.float16, plan=planner, keep_quantized=kept)
@@ -207,7 +212,7 @@ def measure(path, arguments, kept):
                 continue
             # The first round allocates memory, makes connections and checks values.
             memory[way] = max(used for *_, used in spans) / 1e6
-            if takes_part and way not in ("alone", "together"):
+            if takes_part and way not in ("alone", "together", "apart"):
                 check(path, rank, world, way, load, kind, kept)
                 if kind == "cuda":
                     torch.cuda.empty_cache()
@@ -245,6 +250,7 @@ def predicted(path, world, kept):
     with nd.open(path) as model:
         plans = {"sharded": divided(model, world), "replicated": replicated(model, world)}
         plans["together"] = report_ranks.whole_reads(world, list(model.tensors.values()))
+        plans["apart"] = plans["sharded"]
         plans["alone"] = report_ranks.whole_reads(1, list(model.tensors.values()))
     found = {}
     for way, of_way in plans.items():

@@ -286,8 +286,8 @@ def loads(rates, folder):
     results = measured(folder, "ranks.json")
     if results is None:
         return "No load with a plan has been measured yet."
-    bus = machine_of(rates, folder)[0].bus
-    rows = []
+    known, rows = machine_of(rates, folder)[0].bus, []
+    measured_roofs = results.get("bytes per second", {})
     for one in results["loads"]:
         median, n_bytes = statistics.median(one["seconds"]), one["file bytes"]
         way = f"{one['way']}, {'blocks' if one['blocks'] else 'FP16'}"
@@ -296,6 +296,7 @@ def loads(rates, folder):
         copied = n_bytes * (one["gpus"] if one["way"] == "together" else 1)
         used = 1 if one["way"] == "alone" else one["gpus"]
         predicted = one["predicted"]
+        bus = (measured_roofs.get(str(one["gpus"])) or {"bus, alone": known})["bus, alone"]
         rows.append([
             f"{n_bytes / 1e9:.2f} GB, {way}", one["gpus"], ms(predicted["overlapped"]), ms(predicted["exchanged last"]),
             ms(median), f"{least} to {most}", f"{predicted['overlapped'] / median:.2f}", f"{copied / median / 1e9:.1f}",
@@ -305,11 +306,27 @@ def loads(rates, folder):
     head += ["overlapped / measured", "GB/s of the file", "share of the buses", "host memory, MB"]
     notes = (
         "*Alone*: one process reads the whole file, with `nd.load`. *Together*: each process does, at the same time. "
+        "*Apart*: each process loads every n-th tensor with `nd.load`, without a plan and without an exchange. "
         "The share is that of the sum of the rates of the buses of the GPUs that load. The host memory is what the "
         "first load of that kind adds to its process at its peak; the first loads of a process also import modules and "
         "allocate buffers."
     )
-    return "\n\n".join([table(head, rows), notes, f"{results['machine']}. {described_line(results)}"])
+    parts = [table(head, rows), notes, *roofs(results), f"{results['machine']}. {described_line(results)}"]
+    return "\n\n".join(parts)
+
+
+def roofs(results):
+    """What the buses and the page cache gave in the same run, if that was measured."""
+    found = {int(gpus): rates for gpus, rates in results.get("bytes per second", {}).items() if rates}
+    if not found:
+        return []
+    ways = list(next(iter(found.values())))
+    rows = [[gpus, *(f"{rates[way] / 1e9:.1f}" for way in ways)] for gpus, rates in found.items()]
+    text = (
+        "Roofs of the same run, in GB/s of all processes: copies of pinned memory to the GPUs, and copies of different "
+        "parts of the file from the page cache to pinned memory by the threads of each process."
+    )
+    return [text, table(["GPUs", *ways], rows)]
 
 
 def layers(folder):
