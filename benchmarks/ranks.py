@@ -46,7 +46,9 @@ from numba_dequant.parallel import llama_rules, plan, predict
 
 RESULTS = Path(__file__).parent / "results" / "ranks.json"
 PIECE, PIECES, READERS = 1 << 20, 4096, gpu_buffers.TUNING.threads
-"""Bytes of a copy of the roofs, their number for each process, and the threads of a process that read the file."""
+"""For the roofs: bytes of a read, their number for each process, and the threads of a process that read the file."""
+COPY, COPIES = gpu_buffers.TUNING.chunk_bytes, 512
+"""For the roofs: bytes of a copy to a GPU, and their number."""
 METADATA = {"general.architecture": "llama", "llama.attention.key_length": 128}
 MODELS = dict(zip(("8B", "70B"), report_ranks.MODELS.values(), strict=True))
 SMALL = {"n_layers": 2, "n_vocab": 4096}
@@ -145,7 +147,7 @@ class HostMemory:
 
 
 def copy_to_gpu(pinned, on_gpu):
-    for _ in range(PIECES):
+    for _ in range(COPIES):
         on_gpu.copy_(pinned, non_blocking=True)
     torch.cuda.synchronize()
 
@@ -166,13 +168,14 @@ def copy_from_file(path, rank, buffers):
 
 def roofs(path, rank, world):
     """Bytes per second that one process alone and all processes together copy: to the GPUs, and from the page cache."""
-    pinned = torch.empty((READERS, PIECE), dtype=torch.uint8, pin_memory=True)
-    on_gpu = torch.empty(PIECE, dtype=torch.uint8, device=f"cuda:{rank}")
-    buffers, found = [row.numpy() for row in pinned], {}
+    pinned = torch.empty(max(COPY, READERS * PIECE), dtype=torch.uint8, pin_memory=True)
+    on_gpu = torch.empty(COPY, dtype=torch.uint8, device=f"cuda:{rank}")
+    buffers, found = [part.numpy() for part in pinned.split(PIECE)[:READERS]], {}
     works = {
-        "bus": partial(copy_to_gpu, pinned[0], on_gpu), "page cache": partial(copy_from_file, path, rank, buffers)
-    }  # fmt: skip
-    for name, work in works.items():
+        "bus": (partial(copy_to_gpu, pinned[:COPY], on_gpu), COPY * COPIES),
+        "page cache": (partial(copy_from_file, path, rank, buffers), PIECE * PIECES),
+    }
+    for name, (work, n_bytes) in works.items():
         for way, n_ranks in (("alone", 1), ("together", world)):
             seconds = []
             for _ in range(4):
@@ -183,7 +186,7 @@ def roofs(path, rank, world):
                 spans = [None] * world
                 dist.all_gather_object(spans, (start, time.perf_counter()))
                 seconds.append(max(end for _, end in spans[:n_ranks]) - min(start for start, _ in spans[:n_ranks]))
-            found[f"{name}, {way}"] = n_ranks * PIECES * PIECE / statistics.median(seconds[1:])
+            found[f"{name}, {way}"] = n_ranks * n_bytes / statistics.median(seconds[1:])
     return found
 
 
@@ -316,7 +319,12 @@ def main():
     if not arguments.cpu:
         names = sorted({torch.cuda.get_device_name(index) for index in range(max(arguments.gpus))})
         result["machine"] = f"{max(arguments.gpus)} GPUs of one host, {' and '.join(names)}"
-    result |= {"cores": len(os.sched_getaffinity(0)), "bytes per second": rates, "loads": loads}
+    result |= {
+        "cores": len(os.sched_getaffinity(0)),
+        "bytes per second": rates,
+        "loads": loads,
+        "bytes of a copy": COPY,
+    }
     if not arguments.small:
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
