@@ -120,7 +120,7 @@ def format_page(fmt):
     module = inspect.getmodule(fmt.dequantize)
     parts = [
         f"# {fmt.name}",
-        f"{fmt.summary[0].upper()}{fmt.summary[1:]}: {facts}".rstrip("."),
+        f"{fmt.summary[0].upper()}{fmt.summary[1:]}. There are {facts}",
         f"```\n{formula}\n```",
         f"## The block\n\n{framed(picture.svg)}",
         table(["field", "bytes", "type", "a bit decides"], fields).replace("--:", "---"),
