@@ -17,6 +17,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # modules of kernels can then be imported without numba-cuda
 
 import generate  # noqa: E402
+from docutils import nodes  # noqa: E402
+from sphinx.domains.python import PyObject  # noqa: E402
 
 from numba_dequant.version import VERSION  # noqa: E402
 
@@ -35,11 +37,12 @@ default_role = "py:obj"  # docstrings put names of Python in single backquotes
 # The text of the docstrings says the types. Overloads would repeat each signature.
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "undoc-members": False}
+autodoc_default_options = {"members": True}
 # The pages need neither PyTorch nor a GPU.
 autodoc_mock_imports = [name for name in ("torch", "cuda") if find_spec(name) is None]
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 napoleon_use_rtype = False
 
 html_theme = "furo"
@@ -49,11 +52,22 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {"navigation_with_keys": True}
+LONG_CELL = 24
 pygments_style, pygments_dark_style = "default", "monokai"
+
+
+def mark_long_cells(app, doctree):
+    """Cells with a sentence keep a width on a phone, where the table scrolls."""
+    for entry in doctree.findall(nodes.entry):
+        if len(entry.astext()) > LONG_CELL:
+            entry["classes"].append("long")
 
 
 def setup(app):
     """Write the generated pages, and let links from pages to the rest of the repository stay on the site."""
     generate.write(HERE)
     app.connect("source-read", lambda _, name, source: source.__setitem__(0, generate.on_site(source[0], name)))
-    app.connect("autodoc-process-docstring", generate.as_rst)
+    app.connect("autodoc-process-docstring", generate.as_rst, priority=400)  # before napoleon
+    app.connect("doctree-read", mark_long_cells)
+    (attributes,) = (field for field in PyObject.doc_field_types if field.name == "variable")
+    attributes.label = "Attributes"  # the word of the docstrings; Sphinx says Variables

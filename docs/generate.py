@@ -313,6 +313,14 @@ def linked(match, folder, page):
 
 
 def as_rst(app, what, name, thing, options, lines):
-    """Docstrings are Markdown where they link pages: ``docs/streams.md`` becomes the title of the page."""
+    """A docstring as Sphinx expects it: links to pages, and no type before a colon.
+
+    ``docs/streams.md`` becomes a link. What comes before a colon at the start of *Returns*, or of the docstring of an
+    attribute, would be taken for a type; an empty one keeps the sentence.
+    """
     for number, line in enumerate(lines):
         lines[number] = re.sub(r"docs/([\w-]+)\.md", r":doc:`/\1`", line)
+        is_first = number == 0 and what in ("attribute", "property", "data")
+        if ":" in line and (is_first or (number and lines[number - 1].strip() == "Returns:")):
+            indent = len(line) - len(line.lstrip())
+            lines[number] = f"{line[:indent]}: {lines[number][indent:]}"
