@@ -24,7 +24,7 @@ from numba_dequant.version import VERSION  # noqa: E402
 
 project = "numba_dequant"
 author = "the contributors of numba_dequant"
-copyright = author  # noqa: A001 Sphinx reads this name
+copyright = author
 version = release = VERSION
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]

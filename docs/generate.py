@@ -45,6 +45,11 @@ PAGES = {
 SHAPE = {"n_rows": 14336, "n_elements": 4096}
 """The product that the pages of formats show."""
 
+CODE = (
+    "`dequantize` is the specification. `decode` returns eight elements; kernels and the CPU path are compiled from it."
+)
+MORE = "`nd.explain` shows a real block: [exploring blocks](../exploring-blocks.md). [All formats](index.md)."
+
 
 def quantized():
     """The formats that have a page: those with blocks."""
@@ -117,7 +122,8 @@ def format_page(fmt):
     ]
     picture = fmt.picture()
     fields = [[f"`{each.name}`", bytes_of(each), each.kind, each.decides] for each in picture.fields]
-    module = inspect.getmodule(fmt.dequantize)
+    module = inspect.getmodule(fmt.dequantize).__name__.replace(".", "/")
+    code = f"{inspect.getsource(fmt.dequantize)}\n\n{inspect.getsource(fmt.decode)}"
     parts = [
         f"# {fmt.name}",
         f"{fmt.summary[0].upper()}{fmt.summary[1:]}. There are {facts}",
@@ -126,13 +132,12 @@ def format_page(fmt):
         table(["field", "bytes", "type", "a bit decides"], fields).replace("--:", "---"),
         text,
         table(["property", "value"], rows),
-        f"## The code\n\nThis is `{module.__name__.replace('.', '/')}.py`. `dequantize` is the specification. `decode` "
-        "returns eight elements; kernels and the CPU path are compiled from it.",
-        f"```python\n{inspect.getsource(fmt.dequantize)}\n\n{inspect.getsource(fmt.decode)}```",
+        "## The code",
+        f"This is `{module}.py`. {CODE}",
+        f"```python\n{code}```",
         rounding(fmt),
         speed(fmt),
-        f"[All formats](index.md). In a notebook, `nd.FORMATS[{fmt.name!r}]` shows this picture, and `nd.explain` shows "
-        "a real block: [exploring blocks](../exploring-blocks.md).",
+        f"In a notebook, `nd.FORMATS[{fmt.name!r}]` shows this picture. {MORE}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -248,9 +253,10 @@ def shown(output):
     """A stored output of a cell as Markdown; None for what only a running notebook shows."""
     if output["output_type"] == "stream":
         return fenced("".join(output["text"])) if output["name"] == "stdout" else None
-    data = {kind: "".join(content) for kind, content in output.get("data", {}).items() if isinstance(content, (str, list))}
-    if any(kind.startswith("application/vnd.jupyter.widget") for kind in output.get("data", {})):
+    data = output.get("data", {})
+    if any(kind.startswith("application/vnd.jupyter.widget") for kind in data):
         return None
+    data = {kind: "".join(content) for kind, content in data.items()}
     if "image/png" in data:
         return f'<img class="plot" alt="" src="data:image/png;base64,{"".join(data["image/png"].split())}">'
     if "text/markdown" in data:
