@@ -68,6 +68,7 @@ def setup(app):
     generate.write(HERE)
     app.connect("source-read", lambda _, name, source: source.__setitem__(0, generate.on_site(source[0], name)))
     app.connect("autodoc-process-docstring", generate.as_rst, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", generate.own_signature)
     app.connect("doctree-read", mark_long_cells)
     (attributes,) = (field for field in PyObject.doc_field_types if field.name == "variable")
     attributes.label = "Attributes"  # the word of the docstrings; Sphinx says Variables

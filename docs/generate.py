@@ -14,6 +14,7 @@ import json
 import posixpath
 import re
 import sys
+from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -38,16 +39,13 @@ COPIED = {
 PAGES = {
     **COPIED,
     "README.md": "index.md",
-    "docs/README.md": "index.md",
     **{f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in NOTEBOOKS},
 }
 """File of the repository -> its page on the site. Other files outside of docs/ have none."""
 SHAPE = {"n_rows": 14336, "n_elements": 4096}
 """The product that the pages of formats show."""
 
-CODE = (
-    "`dequantize` is the specification. `decode` returns eight elements; kernels and the CPU path are compiled from it."
-)
+CODE = "`dequantize` is the specification. `decode` returns eight elements. Kernels and the CPU path are made from it."
 MORE = "`nd.explain` shows a real block: [exploring blocks](../exploring-blocks.md). [All formats](index.md)."
 
 
@@ -109,8 +107,9 @@ These types have no blocks: {names}. F32, F16 and BF16 are cast or passed on. Th
 
 def format_page(fmt):
     """The page of a format."""
-    formula, _, facts = fmt.description.split("\n\n")[0].partition(": ")[2].replace("\n", " ").partition("; ")
-    text = "\n\n".join(fmt.description.split("\n\n")[1:])
+    # A paragraph is one line: a line that begins with "1." would become a list.
+    first, *paragraphs = (" ".join(paragraph.split()) for paragraph in fmt.description.split("\n\n"))
+    formula, _, facts = first.partition(": ")[2].partition("; ")
     least, greatest = fmt.value_range
     rows = [
         ["id in a file", fmt.ggml_id],
@@ -130,7 +129,7 @@ def format_page(fmt):
         f"```\n{formula}\n```",
         f"## The block\n\n{framed(picture.svg)}",
         table(["field", "bytes", "type", "a bit decides"], fields).replace("--:", "---"),
-        text,
+        *paragraphs,
         table(["property", "value"], rows),
         "## The code",
         f"This is `{module}.py`. {CODE}",
@@ -238,19 +237,23 @@ without a GPU; the one on a model also needs PyTorch and a model file. [The gall
 
 def notebook_page(path):
     """A notebook as a page: its text, its code, and its stored outputs."""
-    parts = []
+    parts, heading = [], ""
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             parts.append(source)
+            heading = next(reversed(re.findall(r"^#+ (.+)$", source, re.MULTILINE)), heading)
         elif source:
             parts.append(f"```python\n{source}\n```")
-            parts += filter(None, map(shown, cell["outputs"]))
+            parts += filter(None, (shown(output, heading) for output in cell["outputs"]))
     return "\n\n".join(parts) + "\n"
 
 
-def shown(output):
-    """A stored output of a cell as Markdown; None for what only a running notebook shows."""
+def shown(output, heading):
+    """A stored output of a cell as Markdown; None for what only a running notebook shows.
+
+    `heading` describes a plot to those who do not see it.
+    """
     if output["output_type"] == "stream":
         return fenced("".join(output["text"])) if output["name"] == "stdout" else None
     data = output.get("data", {})
@@ -258,7 +261,8 @@ def shown(output):
         return None
     data = {kind: "".join(content) for kind, content in data.items()}
     if "image/png" in data:
-        return f'<img class="plot" alt="" src="data:image/png;base64,{"".join(data["image/png"].split())}">'
+        encoded = "".join(data["image/png"].split())
+        return f'<img class="plot" alt="{escape(heading)}" src="data:image/png;base64,{encoded}">'
     if "text/markdown" in data:
         return data["text/markdown"]
     if "text/html" in data:
@@ -330,3 +334,12 @@ def as_rst(app, what, name, thing, options, lines):
         if ":" in line and (is_first or (number and lines[number - 1].strip() == "Returns:")):
             indent = len(line) - len(line.lstrip())
             lines[number] = f"{line[:indent]}: {lines[number][indent:]}"
+
+
+def own_signature(app, what, name, thing, options, signature, returned):
+    """The signature of a class whose base is a stand-in for one of PyTorch, where Sphinx finds that of the stand-in."""
+    if what != "class" or signature != "(*args, **kwargs)" or "__init__" not in vars(thing):
+        return None
+    parameters = list(inspect.signature(vars(thing)["__init__"]).parameters.values())[1:]
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+    return str(inspect.Signature(bare)), None

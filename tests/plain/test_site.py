@@ -246,12 +246,16 @@ def test_links_and_pictures_fit_the_site(generate):
 
 
 class Links(HTMLParser):
-    """What a page links to, and its anchors."""
+    """What a page links to, its anchors, and its text on one line."""
 
     def __init__(self, text):
         super().__init__()
-        self.targets, self.anchors = set(), set()
+        self.targets, self.anchors, self.texts = set(), set(), []
         self.feed(text)
+        self.text = " ".join("".join(self.texts).split())
+
+    def handle_data(self, data):
+        self.texts.append(data)
 
     def handle_starttag(self, tag, attributes):
         found = dict(attributes)
@@ -270,7 +274,12 @@ def test_the_site_is_built_without_a_warning_and_its_links_lead_somewhere(tmp_pa
     assert found.returncode == 0, found.stderr
     pages = {path: Links(path.read_text(encoding="utf-8")) for path in tmp_path.rglob("*.html")}
     for fmt in nd.FORMATS.values():
-        assert (tmp_path / "formats" / f"{fmt.name.lower()}.html" in pages) == (fmt.block_size > 1)
+        page = pages.get(tmp_path / "formats" / f"{fmt.name.lower()}.html")
+        assert (page is not None) == (fmt.block_size > 1)
+        for paragraph in fmt.description.split("\n\n")[1:] if page else ():
+            assert " ".join(paragraph.replace("`", "").split()) in page.text  # nothing was taken for Markdown
+    for page in (tmp_path / "api").glob("*.html"):
+        assert "**kwargs" not in page.read_text(encoding="utf-8"), f"{page.name} has a signature that is not ours"
     for page, links in pages.items():
         for target in links.targets:
             parts = urlsplit(target)
