@@ -42,6 +42,8 @@ PAGES = {
     **{f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in NOTEBOOKS},
 }
 """File of the repository -> its page on the site. Other files outside of docs/ have none."""
+LOSSES, SHARE = ROOT / "notebooks" / "04_what_each_format_loses.ipynb", "as a share of the spread"
+"""The notebook that quantizes, and the column of its table that the pages show."""
 SHAPE = {"n_rows": 14336, "n_elements": 4096}
 """The product that the pages of formats show."""
 
@@ -135,6 +137,7 @@ def format_page(fmt):
         f"This is `{module}.py`. {CODE}",
         f"```python\n{code}```",
         rounding(fmt),
+        quantizing(fmt),
         speed(fmt),
         f"In a notebook, `nd.FORMATS[{fmt.name!r}]` shows this picture. {MORE}",
     ]
@@ -176,6 +179,25 @@ the root mean square of the differences from the FP32 values, divided by that of
 
 The error of `matmul` on {products["gpu"]} is {errors}, relative to the product in FP64."""
     return text
+
+
+def quantizing(fmt):
+    """What storing weights in the format costs, where the notebook has measured it; otherwise an empty string."""
+    notebook = json.loads(LOSSES.read_text(encoding="utf-8"))
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    for output in outputs:
+        head, *rows = [
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in "".join(output.get("data", {}).get("text/markdown", [])).splitlines() or [""]
+        ]
+        if SHARE in head:
+            for row in rows:
+                if row[0] == fmt.name:
+                    return f"""## What it loses
+
+The weights of a small network, stored in this format, differ from the original by {row[head.index(SHARE)]} of their
+spread (root mean square). [What each format loses](../notebooks/{LOSSES.stem}.md) compares the formats."""
+    return ""
 
 
 def speed(fmt):

@@ -217,6 +217,7 @@ def test_a_page_of_a_format_has_what_the_code_and_the_results_say(generate):
     assert "| values, where the floats of the block are 1 | -8 to 7 |" in page
     assert re.search(r"^\| FP16 by FP16 \| \S+ \| \d+% \|$", page, re.MULTILINE)
     assert re.search(r"^\| float16 \| \d+ \| \d+\.\d% \| \d+ \|$", page, re.MULTILINE)
+    assert "differ from the original by 9.45% of their\nspread" in page
     assert "<svg" in page
     assert "prefers-color-scheme" not in page
 
@@ -228,6 +229,7 @@ def test_a_page_of_a_format_without_results_claims_nothing(generate):
     assert "## Speed" not in page
     assert "## Rounding" in page
     assert "| way |" not in page
+    assert "## What it loses" not in page
 
 
 def test_links_and_pictures_fit_the_site(generate):
