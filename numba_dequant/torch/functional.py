@@ -97,7 +97,7 @@ def get_rows(
         dtype: as for `dequantize`.
 
     Returns:
-        Tensor of shape (*indices.shape, elements per row).
+        Tensor of shape ``(*indices.shape, elements per row)``.
 
     Raises:
         UnknownFormatError: there is no such format.

@@ -32,7 +32,7 @@ def dequantize(blocks: Tensor, ggml_type: int, rows: int, cols: int, dtype: torc
 
 
 def get_rows(blocks: Tensor, indices: Tensor, ggml_type: int, cols: int, dtype: torch.dtype) -> Tensor:
-    """The values of the rows `indices`: shape (*indices.shape, cols)."""
+    """The values of the rows `indices`: shape ``(*indices.shape, cols)``."""
     return functional.get_rows(blocks, indices, ggml_type, dtype)
 
 

@@ -214,7 +214,7 @@ class QuantizedEmbedding(nn.Embedding):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        """The rows with the numbers `input`: shape (*input.shape, embedding_dim)."""
+        """The rows with the numbers `input`: shape ``(*input.shape, embedding_dim)``."""
         return get_rows(self.weight, input, self.qtype, self._dtype.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Embedding:

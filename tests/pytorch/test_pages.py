@@ -243,3 +243,14 @@ def test_readme(folder, monkeypatch):
     assert names["weight"].dtype == torch.bfloat16
     assert type(names["model"]).__name__ == "QuantizedLinear"
     assert called == ["diffusers"]
+
+
+@pytest.mark.gpu
+def test_a_graph_of_the_page_on_streams():
+    (code,) = pieces("streams.md")
+    blocks = torch.from_numpy(finite_blocks("Q8_0", 4, 256)).cuda()
+    weights = torch.zeros(4, 256, dtype=torch.float16, device="cuda")
+    exec(code, {"torch": torch, "nd": nd, "blocks": blocks, "weights": weights})
+    torch.cuda.synchronize()
+    expected = nd.dequantize(blocks.cpu().numpy(), "Q8_0", shape=(4, 256), device="reference")
+    assert_same_bits(weights.cpu().numpy(), expected)

@@ -1,9 +1,11 @@
 """What the kernels compile to, checked where there is no GPU."""
 
 import re
+from pathlib import Path
 
 import pytest
 from blocks import DECODED, DTYPES, bytes_format
+from numba import types
 from ptx_rules import WIDE_LOAD, faults
 
 import numba_dequant as nd
@@ -78,3 +80,16 @@ def test_threads_store_in_pairs_only_if_each_has_a_partner(block_size, n_shuffle
     """Tiles of blocks of 112 elements have 259 threads. The last one wrote what it had not, behind the tile."""
     text = compiler.ptx(compiler.dequantize_kernel(bytes_format(block_size), "float32"), (9, 0))
     assert text.count("shfl.sync.bfly") == n_shuffles
+
+
+def test_the_kernel_of_the_walk_through_compiles():
+    """The page says that its loads have one byte each."""
+    page = (Path(__file__).parents[2] / "docs" / "add-a-kernel.md").read_text(encoding="utf-8")
+    names = {}
+    for code in re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[:2]:
+        exec(code, names)
+    kinds = types.uint16[::1], types.int64, types.float32[::1]
+    text = compiler.function_ptx(names["row_maxima"].py_func, (9, 0), *kinds)
+    loads = set(re.findall(r"ld\.global\S*\.[us]\d+", text))
+    assert loads == {"ld.global.u16", "ld.global.s8"}
+    assert "local" not in text.partition(".entry")[2]
