@@ -6,14 +6,12 @@ import argparse
 import os
 import sys
 import traceback
-from typing import NoReturn
 
 import numba_dequant as nd
-from numba_dequant import display
-from numba_dequant.cli import bench, cache, console, info, show, verify, warm
-from numba_dequant.cli.common import fail
+from numba_dequant.cli import bench, cache, console, convert, info, show, verify, warm
+from numba_dequant.cli.common import HelpFormatter, Parser, fail
 
-COMMANDS = (verify, info, show, bench, cache, warm)
+COMMANDS = (verify, info, show, convert, bench, cache, warm)
 """Modules with `add_to`, which adds a command's arguments, and `run`."""
 
 EXIT_STATUS = """\
@@ -69,19 +67,12 @@ def _crash(lines: str) -> int:
     return CRASHED
 
 
-class _Parser(argparse.ArgumentParser):
-    """Escapes control characters in error messages, because arguments may be file names."""
-
-    def error(self, message: str) -> NoReturn:
-        super().error(display.printable(message))
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         "numba-dequant",
         description="Dequantize GGUF files on an NVIDIA GPU or the CPU.",
         epilog=EXIT_STATUS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"numba-dequant {nd.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
