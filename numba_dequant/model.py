@@ -471,7 +471,7 @@ def stream_slices(
     dtype: str | None,
     device: Any,
     progress: bool | None = None,
-) -> Iterator[NDArray[Any]]:
+) -> Generator[NDArray[Any], None, None]:
     """The values of slices of tensors, in order, in host memory; two are read ahead. No tensor need fit in memory.
 
     Args:

@@ -51,11 +51,11 @@ def add_to(commands: Any) -> None:
         "out", metavar="OUT", help="the safetensors file, or a folder, in which it is called model.safetensors"
     )
     parser.add_argument("--dtype", metavar="DTYPE", default="bfloat16", help="output type (%(default)s)")
+    parser.add_argument("--select", action="append", metavar="GLOB", help="convert these tensors only; may be repeated")
     parser.add_argument(
-        "--select", action="append", metavar="GLOB", help="convert these tensors only; may be repeated"
-    )
-    parser.add_argument(
-        "--shard-size", metavar="SIZE", help="maximum bytes of tensors in a file, such as 5GB or 500MiB; default: one file"
+        "--shard-size",
+        metavar="SIZE",
+        help="maximum bytes of tensors in a file, such as 5GB or 500MiB; default: one file",
     )
     parser.add_argument("--device", metavar="DEVICE", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace files that exist")
@@ -151,23 +151,22 @@ def _write(
             block = entry.tensor.format.block_size
             n_elements[entry.tensor.name] = max(SLICE_BYTES // entry.dtype.itemsize // block, 1) * block
     slices = [
-        part
-        for shard in shards
-        for entry in shard.entries
-        for part in cut(entry.tensor, n_elements[entry.tensor.name])
+        part for shard in shards for entry in shard.entries for part in cut(entry.tensor, n_elements[entry.tensor.name])
     ]
-    with closing(stream_slices(model, slices, dtype, options.device)) as values, explained(options.out):
-        with NewFiles(folder) as new:
-            for number, shard in enumerate(shards):
-                _write_shard(new, shard, metadata if not number else {"format": metadata["format"]}, values)
-            if len(shards) > 1:
-                with new.writing(names[-1]) as file:
-                    file.write(st.index(shards))
-            _check_names(folder, [*names, *others], model, is_forced=options.force)
-            new.publish(names, others)
+    stream = stream_slices(model, slices, dtype, options.device)
+    with closing(stream) as values, explained(options.out), NewFiles(folder) as new:
+        for number, shard in enumerate(shards):
+            _write_shard(new, shard, metadata if not number else {"format": metadata["format"]}, values)
+        if len(shards) > 1:
+            with new.writing(names[-1]) as file:
+                file.write(st.index(shards))
+        _check_names(folder, [*names, *others], model, is_forced=options.force)
+        new.publish(names, others)
 
 
-def _write_shard(new: NewFiles, shard: st.Shard, metadata: dict[str, str], values: Iterator[np.ndarray[Any, Any]]) -> None:
+def _write_shard(
+    new: NewFiles, shard: st.Shard, metadata: dict[str, str], values: Iterator[np.ndarray[Any, Any]]
+) -> None:
     start = st.header(shard, metadata)
     with new.writing(shard.name) as file:
         file.write(start)
@@ -176,5 +175,5 @@ def _write_shard(new: NewFiles, shard: st.Shard, metadata: dict[str, str], value
             left = entry.n_bytes
             while left:
                 data = next(values).reshape(-1).view(np.uint8)
-                file.write(data)
+                file.write(data.data)
                 left -= data.size

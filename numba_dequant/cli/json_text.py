@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from numba_dequant.errors import NumbaDequantError
@@ -15,6 +15,9 @@ SHOWN_ITEMS = 100
 
 SHOWN_CHARACTERS = 20_000
 """Maximum number of characters of a string in the output of `--json`; the longest chat templates have fewer."""
+
+LONGEST_ITEM = 1000
+"""Maximum bytes of a string in an array in the output of `--json`."""
 
 ITEMS_AT_ONCE = 1 << 16
 """Number of array items in memory while an array is written."""
@@ -39,26 +42,36 @@ def finite(thing: Any) -> Any:
     return thing
 
 
-def shortened(metadata: Metadata) -> dict[str, Any]:
-    """The metadata for `--json`. A value that is cut is an object with its first part, and how much there is."""
-    values = {}
+def shortened(metadata: Metadata) -> Iterator[tuple[str, str]]:
+    """Each key of the metadata, and its value as JSON. A value that is cut is an object: its beginning, and its length.
+
+    A value that cannot be read is an object with the error.
+    """
     for key, value in metadata.unread():
         try:
-            values[key] = _shortened(value)
+            shown = _shortened(value)
         except NumbaDequantError as error:
-            values[key] = {"error": str(error)}
-    return values
+            shown = {"error": str(error)}
+        yield key, text(shown)
 
 
 def _shortened(value: Any) -> Any:
     if isinstance(value, MetadataArray):
-        items = [_shortened(item) for item in value.first(SHOWN_ITEMS, 4 * SHOWN_CHARACTERS + 4)]
-        return items if len(items) == len(value) else {"first": items, "items": len(value)}
+        items = value.first(SHOWN_ITEMS, LONGEST_ITEM)
+        return (
+            items
+            if len(items) == len(value) and not any(map(_may_be_cut, items))
+            else {"first": items, "items": len(value)}
+        )
     if isinstance(value, LongString):
         return {"first": value.read(SHOWN_CHARACTERS), "bytes": value.n_bytes}
     if isinstance(value, str) and len(value) > SHOWN_CHARACTERS:
-        return {"first": value[:SHOWN_CHARACTERS]}
+        return {"first": value[:SHOWN_CHARACTERS], "characters": len(value)}
     return value
+
+
+def _may_be_cut(item: Any) -> bool:
+    return isinstance(item, str) and len(item.encode()) >= LONGEST_ITEM
 
 
 def value_text(value: Any, most: int) -> str | None:

@@ -8,16 +8,16 @@ import sys
 import traceback
 
 import numba_dequant as nd
-from numba_dequant.cli import bench, cache, console, convert, info, show, verify, warm
+from numba_dequant.cli import bench, cache, console, convert, diff, info, show, verify, warm
 from numba_dequant.cli.common import HelpFormatter, Parser, fail
 
-COMMANDS = (verify, info, show, convert, bench, cache, warm)
+COMMANDS = (verify, info, show, convert, diff, bench, cache, warm)
 """Modules with `add_to`, which adds a command's arguments, and `run`."""
 
 EXIT_STATUS = """\
 exit status:
   0    done
-  1    verify found values that differ
+  1    verify or diff found a difference, or doctor something that does not work
   2    a file, an argument or a device cannot be used; the message says why
   70   an internal error of numba-dequant; the traceback helps to fix it
   130  Ctrl-C

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from numba_dequant.cli import json_text
 from numba_dequant.errors import DtypeError, GgufError, OptionError, shown, warn
 from numba_dequant.gguf.metadata import Metadata
 from numba_dequant.gguf.tensors import TensorInfo
-
-from numba_dequant.cli import json_text
 
 SUFFIX = ".safetensors"
 

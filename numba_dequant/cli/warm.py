@@ -19,7 +19,7 @@ import numba_dequant as nd
 from numba_dequant import disk_cache, display
 from numba_dequant.backends import cpu, devices
 from numba_dequant.backends.devices import available_cores
-from numba_dequant.cli.common import fail, named_formats
+from numba_dequant.cli.common import add_command, fail, named_formats
 from numba_dequant.dtypes import NAMES
 from numba_dequant.errors import DeviceError
 from numba_dequant.format import Format
@@ -31,11 +31,14 @@ MAX_POOL = 8
 
 def add_to(commands: Any) -> None:
     """Add the command's arguments."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "warm",
+        run,
         help="compile ahead of time",
         description="Compile the code of dequantize and dequantize_many ahead of time: for the first GPU, for other "
         "GPU architectures, or for the CPU. All other kernels are compiled at their first use.",
+        examples=("warm --cpu", "warm --arch sm_80 --arch sm_90 --formats Q4_K,Q6_K --dtype bfloat16"),
     )
     parser.add_argument(
         "--arch", action="append", default=[], metavar="sm_90", help="a GPU architecture; may be repeated"
@@ -43,7 +46,6 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--cpu", action="store_true", help="compile for the CPU")
     parser.add_argument("--formats", metavar="A,B", help="formats; default: all")
     parser.add_argument("--dtype", choices=NAMES, action="append", help="output type; may be repeated (float16)")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -323,7 +323,8 @@ elif moment == "before the first move":
     os.replace = killing(os.replace, 1)
 elif moment == "before the last move":
     os.replace = killing(os.replace, 3)
-main.main(["convert", "model.gguf", "m.safetensors", "--dtype", "fp32", "--shard-size", "10.2KB", "--device", "reference"])
+options = ["--dtype", "fp32", "--shard-size", "10.2KB", "--device", "reference"]
+main.main(["convert", "model.gguf", "m.safetensors", *options])
 """
 
 
