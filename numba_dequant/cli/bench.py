@@ -34,7 +34,7 @@ def add_to(commands: Any) -> None:
         help="measure every format",
         description="Compare every format with the reference, then measure it: bytes read and written per second. On "
         "a GPU, also show the memory roofline: the speed of a kernel that only copies the same number of bytes.",
-        examples=("bench --device cpu", "bench --device cpu --formats Q4_K,Q6_K --dtype bfloat16"),
+        examples=("bench --formats Q4_K,Q6_K", "bench --device cpu --formats Q8_0 --dtype bfloat16"),
     )
     parser.add_argument(
         "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; default: the first GPU, or else the CPU"

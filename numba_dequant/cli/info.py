@@ -25,7 +25,8 @@ def add_to(commands: Any) -> None:
         help="show metadata and tensors",
         description="Show the metadata and the tensor table of a GGUF file. The file may be incomplete. With "
         f"--json, arrays have up to {json_text.SHOWN_ITEMS} items, and strings up to {json_text.SHOWN_CHARACTERS:,} "
-        'characters; a value that is cut is an object: "first" is its beginning, and "items", "characters" or "bytes" its length.',
+        'characters; a value that is cut is an object: "first" is its beginning, and "items", "characters" or "bytes" '
+        "its length.",
         examples=("info model.gguf", "info model.gguf --json"),
     )
     parser.add_argument("file", metavar="FILE", help="a GGUF file, or the first shard of a split")

@@ -8,10 +8,10 @@ import sys
 import traceback
 
 import numba_dequant as nd
-from numba_dequant.cli import bench, cache, console, convert, diff, info, show, verify, warm
+from numba_dequant.cli import bench, cache, completion, console, convert, diff, doctor, info, show, verify, warm
 from numba_dequant.cli.common import HelpFormatter, Parser, fail
 
-COMMANDS = (verify, info, show, convert, diff, bench, cache, warm)
+COMMANDS = (verify, info, show, convert, diff, bench, cache, warm, doctor, completion)
 """Modules with `add_to`, which adds a command's arguments, and `run`."""
 
 EXIT_STATUS = """\
@@ -54,7 +54,7 @@ def _message(error: Exception) -> str:
 
 def _run(arguments: list[str] | None) -> int:
     try:
-        options = _parser().parse_args(arguments)
+        options = command_parser().parse_args(arguments)
     except SystemExit as end:  # --help, --version, or wrong arguments
         return int(end.code or 0)
     return int(options.run(options))
@@ -63,11 +63,15 @@ def _run(arguments: list[str] | None) -> int:
 def _crash(lines: str) -> int:
     for line in lines.splitlines():
         console.complain(line)
-    console.complain("this is an internal error of numba-dequant; please report it with the lines above")
+    console.complain(
+        "this is an internal error of numba-dequant; please report it with the lines above and the "
+        "output of numba-dequant doctor --json"
+    )
     return CRASHED
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = Parser(
         "numba-dequant",
         description="Dequantize GGUF files on an NVIDIA GPU or the CPU.",

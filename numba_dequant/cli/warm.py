@@ -38,7 +38,10 @@ def add_to(commands: Any) -> None:
         help="compile ahead of time",
         description="Compile the code of dequantize and dequantize_many ahead of time: for the first GPU, for other "
         "GPU architectures, or for the CPU. All other kernels are compiled at their first use.",
-        examples=("warm --cpu", "warm --arch sm_80 --arch sm_90 --formats Q4_K,Q6_K --dtype bfloat16"),
+        examples=(
+            "warm --cpu --formats Q4_K,Q6_K",
+            "warm --arch sm_80 --arch sm_90 --dtype bfloat16",
+        ),
     )
     parser.add_argument(
         "--arch", action="append", default=[], metavar="sm_90", help="a GPU architecture; may be repeated"

@@ -173,18 +173,18 @@ def test_tensors_that_differ(tmp_path, capsys, monkeypatch, elements):
     del tensors_b["gone"]
     paths = write_model(tmp_path / "a.gguf", tensors_a), write_model(tmp_path / "b.gguf", tensors_b)
     head, *lines = differences(capsys, *paths, "--device", "reference")
-    assert head.split() == "tensor format shape what differs relative error largest".split()
+    assert head.split() == ["tensor", "format", "shape", "what", "differs", "relative", "error", "largest"]
     norm = np.sqrt(np.square(values.astype(np.float64)).sum())
     assert [line.split() for line in lines] == [
-        "- gone F32 2 only in A".split(),
-        "~ format Q8_0 -> F32 20 x 64 format 0 0".split(),
+        ["-", "gone", "F32", "2", "only", "in", "A"],
+        ["~", "format", "Q8_0", "->", "F32", "20", "x", "64", "format", "0", "0"],
         ["~", "values", "F32", "20", "x", "64", "bytes", f"{3 / norm:.3g}", "3"],
-        "~ shape F32 2 x 3 -> 3 x 2 shape".split(),
-        "~ both F32 -> Q8_0 64 -> 32 shape and format".split(),
-        "~ ids I32 3 bytes 1 5".split(),
-        "~ none Q4_K -> F32 0 x 256 format 0 0".split(),
-        "~ zero F32 1 bytes inf 1".split(),
-        "+ new F32 scalar only in B".split(),
+        ["~", "shape", "F32", "2", "x", "3", "->", "3", "x", "2", "shape"],
+        ["~", "both", "F32", "->", "Q8_0", "64", "->", "32", "shape", "and", "format"],
+        ["~", "ids", "I32", "3", "bytes", "1", "5"],
+        ["~", "none", "Q4_K", "->", "F32", "0", "x", "256", "format", "0", "0"],
+        ["~", "zero", "F32", "1", "bytes", "inf", "1"],
+        ["+", "new", "F32", "scalar", "only", "in", "B"],
     ]
 
 
@@ -262,7 +262,7 @@ class Terminal(io.StringIO):
         ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, True, False),
         ({"TERM": "dumb"}, True, False),
     ],
-    ids=lambda each: str(each),
+    ids=str,
 )
 def test_colours(tmp_path, monkeypatch, variables, is_terminal, expected):
     for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
