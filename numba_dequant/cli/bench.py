@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import numba_dequant as nd
 from numba_dequant.api import dequantize
@@ -49,6 +48,8 @@ def run(options: argparse.Namespace) -> int:
     if device.kind not in ("cpu", "cuda"):
         return fail(f"bench cannot measure {device}; pass --device cpu or --device cuda")
     formats = named_formats(options.formats, [fmt for fmt in nd.FORMATS.values() if fmt.block_size > 1])
+    from tqdm import tqdm  # every command would wait for the import
+
     with tqdm(total=len(formats), unit="format", disable=None, leave=False) as progress:
         title, rows = bench(device, formats, options.dtype, progress.update)
     print(title)

@@ -15,7 +15,13 @@ Facts = dict[str, Any]
 OK, OFF, FAULT, SKIPPED = "ok", "off", "fault", "skipped"
 """It works; it is not there, which is no fault; it does not work; it was not tried, because of a fault before it."""
 
+NOT_STARTED, NOT_TRIED = "not started", "not tried"
+"""In place of the type of an error: the process could not be started, or it ended before this step."""
+
 DRIVERS = "https://www.nvidia.com/drivers"
+
+NEWEST_NUMPY = re.compile(r"Numba needs NumPy (\d+)\.(\d+) or less\. Got NumPy [0-9.]*\d")
+"""What Numba says if NumPy is too new for it."""
 
 OLDEST_CUDA = 12000
 """The CUDA version of the oldest driver that the packages of an extra support."""
@@ -69,6 +75,10 @@ def diagnose(facts: Facts) -> list[Check]:
         facts: "packages" (name -> version), "environment", "is_container", "has_gpu" (None if that is not known), and
             for each step of `probes` what it has found.
     """
+    if facts["cpu"].get("type") == NOT_STARTED:
+        return [
+            Check("Python", FAULT, f"nothing could be tried: {facts['cpu']['error']}", "python -m numba_dequant doctor")
+        ]
     driver = _driver(facts)
     packages = _packages(facts, driver)
     toolkit = _toolkit(facts, packages)
@@ -82,9 +92,11 @@ def _cpu(facts: Facts) -> Check:
     message = found.get("error") or found.get("problem")
     if message is None:
         return Check("CPU", OK, "a kernel was compiled, and its values are those of the reference")
-    match = re.search(r"Numba needs NumPy (\d+)\.(\d+) or less", message)
-    if match:
-        return Check("CPU", FAULT, message, f'pip install "numpy<{match[1]}.{int(match[2]) + 1}"')
+    if match := NEWEST_NUMPY.search(message):
+        reason = f"Numba cannot be imported: {match[0]}"
+        return Check("CPU", FAULT, reason, f'pip install "numpy<{match[1]}.{int(match[2]) + 1}"')
+    if found.get("type") == "ModuleNotFoundError" and (missing := re.search(r"No module named '(\w+)", message)):
+        return Check("CPU", FAULT, f"{missing[1]} is not installed", f"pip install {missing[1]}")
     if found.get("type") == "DeviceError":
         return Check("CPU", FAULT, f"the CPU computes wrong values: {message}", "pip install --upgrade numba llvmlite")
     return Check("CPU", FAULT, message, "pip install --force-reinstall numba llvmlite")
@@ -142,13 +154,7 @@ def _packages(facts: Facts, driver: Check) -> Check:
     found = facts["gpu_packages"]
     name, install = "packages", install_command(facts)
     if "error" in found:
-        versions = ", ".join(
-            f"{each} {facts['packages'][each]}"
-            for each in ("numba-cuda", "numba", "numpy")
-            if each in facts["packages"]
-        )
-        message = f"{versions} do not work together: {found['error']}"
-        return Check(name, FAULT, message, "pip install --upgrade numba-cuda")
+        return _broken_packages(facts, found)
     if found.get("is_simulated"):
         return Check(
             name, OFF, "NUMBA_ENABLE_CUDASIM is set, so a simulator replaces the GPU", unset("NUMBA_ENABLE_CUDASIM")
@@ -162,9 +168,20 @@ def _packages(facts: Facts, driver: Check) -> Check:
     return Check(name, FAULT, f"{missing} {verb} not installed", install)
 
 
+def _broken_packages(facts: Facts, found: Facts) -> Check:
+    if found["type"] == NOT_TRIED:
+        return Check("packages", SKIPPED, "not tried")
+    if NEWEST_NUMPY.search(found["error"]):
+        return Check("packages", SKIPPED, "not tried, because Numba cannot be imported")
+    names = [each for each in ("numba-cuda", "numba", "numpy") if each in facts["packages"]]
+    versions = ", ".join(f"{each} {facts['packages'][each]}" for each in names)
+    message = f"{versions} do not work together: {found['error']}"
+    return Check("packages", FAULT, message, "pip install --upgrade numba-cuda")
+
+
 def _toolkit(facts: Facts, packages: Check) -> Check:
     if packages.status != OK:
-        return Check("toolkit", SKIPPED if packages.status == FAULT else OFF, "not tried")
+        return Check("toolkit", OFF if packages.status == OFF else SKIPPED, "not tried")
     found = facts["toolkit"]
     message = found.get("error") or found.get("problem")
     if message is None:

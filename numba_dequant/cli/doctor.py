@@ -147,10 +147,11 @@ def _probed() -> dict[str, Any]:
                 with suppress(ValueError, TypeError, KeyError):  # half a line of a process that has crashed
                     step = json.loads(line)
                     found[step.pop("step")] = step
+            kind = "ended" if isinstance(process, subprocess.Popen) else diagnosis.NOT_STARTED
             for name in probes.PARTS[part]:
                 if name not in found:
-                    found[name] = {"error": end, "type": "ended"}
-                    end = "not tried"
+                    found[name] = {"error": end, "type": kind}
+                    kind = diagnosis.NOT_TRIED
     finally:
         for each in processes.values():
             if isinstance(each, subprocess.Popen) and each.poll() is None:

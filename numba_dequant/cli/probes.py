@@ -49,9 +49,13 @@ def _first_line(error: BaseException) -> str:
 
 def _cpu() -> Facts:
     """Compile for the CPU and compare with the reference; `problem` is why nothing was compiled."""
+    import tqdm  # noqa: F401 a dependency
+
     from numba_dequant.backends import cpu
+    from numba_dequant.dtypes import numpy_dtype
     from numba_dequant.formats import FORMATS
 
+    numpy_dtype("bfloat16")  # imports another dependency
     if cpu.is_jit_disabled():
         return {"is_disabled": True}
     with warnings.catch_warnings(record=True) as caught:
@@ -117,9 +121,12 @@ def _gpu_packages() -> Facts:
 
 def _toolkit() -> Facts:
     """Compile a kernel for a GPU that need not be there."""
+    from numba_dequant.backends.devices import is_simulated
     from numba_dequant.formats import FORMATS
     from numba_dequant.kernels import compiler
 
+    if is_simulated():
+        return {}
     problem = compiler.why_no_toolkit()
     if problem is None:
         compiler.cubin(compiler.dequantize_kernel(FORMATS[FORMAT], DTYPE), LIKE_H100)

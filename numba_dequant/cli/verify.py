@@ -6,8 +6,6 @@ import argparse
 from importlib.resources import as_file, files
 from typing import Any
 
-from tqdm import tqdm
-
 import numba_dequant as nd
 from numba_dequant import display, verify
 from numba_dequant.cli.colour import painted
@@ -45,6 +43,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _verify_file(path: str, title: str, options: argparse.Namespace) -> int:
+    from tqdm import tqdm  # every command would wait for the import
+
     device, problem = named_device(options.device)
     with nd.open(path) as model:
         reason = f" ({problem})" if problem else ""

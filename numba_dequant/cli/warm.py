@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from multiprocessing import active_children, get_context
 from typing import Any
 
-from tqdm import tqdm
-
 import numba_dequant as nd
 from numba_dequant import disk_cache, display
 from numba_dequant.backends import cpu, devices
@@ -67,6 +65,8 @@ def run(options: argparse.Namespace) -> int:
         from numba_dequant.backends.gpu import gpu_at
 
         capabilities = [gpu_at(0).capability]
+    from tqdm import tqdm  # every command would wait for the import
+
     all_tasks = tasks(formats, dtypes, capabilities, on_cpu=options.cpu)
     with tqdm(total=len(all_tasks), unit="kernel", disable=None, leave=False) as bar:
         n_kept = 0
