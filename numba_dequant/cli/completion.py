@@ -79,13 +79,15 @@ def add_to(commands: Any) -> None:
         examples=("completion bash", "completion zsh", "completion fish"),
     )
     parser.add_argument("shell", choices=tuple(SCRIPTS), help="the shell")
-    parser.set_defaults(commands=commands)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    helps = {action.dest: action.help or "" for action in options.commands._choices_actions}
-    described = {name: (helps[name], arguments(parser)) for name, parser in options.commands.choices.items()}
+    from numba_dequant.cli.main import command_parser
+
+    [commands] = [each for each in command_parser()._actions if isinstance(each, argparse._SubParsersAction)]
+    helps = {action.dest: action.help or "" for action in commands._choices_actions}
+    described = {name: (helps[name], arguments(parser)) for name, parser in commands.choices.items()}
     for line in SCRIPTS[options.shell](described):
         print(line)
     return 0

@@ -6,13 +6,15 @@ import argparse
 import os
 import sys
 import traceback
+from collections.abc import Sequence
+from importlib import import_module
 
 import numba_dequant as nd
-from numba_dequant.cli import bench, cache, completion, console, convert, diff, doctor, info, show, verify, warm
+from numba_dequant.cli import console
 from numba_dequant.cli.common import HelpFormatter, Parser, fail
 
-COMMANDS = (verify, info, show, convert, diff, bench, cache, warm, doctor, completion)
-"""Modules with `add_to`, which adds a command's arguments, and `run`."""
+COMMANDS = ("verify", "info", "show", "convert", "diff", "bench", "cache", "warm", "doctor", "completion")
+"""Modules of this folder with `add_to`, which adds a command's arguments, and `run`."""
 
 EXIT_STATUS = """\
 exit status:
@@ -53,8 +55,10 @@ def _message(error: Exception) -> str:
 
 
 def _run(arguments: list[str] | None) -> int:
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        options = command_parser().parse_args(arguments)
+        # One command does not wait for the import of the others.
+        options = command_parser(given[:1] if given[:1] and given[0] in COMMANDS else COMMANDS).parse_args(given)
     except SystemExit as end:  # --help, --version, or wrong arguments
         return int(end.code or 0)
     return int(options.run(options))
@@ -70,8 +74,8 @@ def _crash(lines: str) -> int:
     return CRASHED
 
 
-def command_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def command_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+    """The parser of all commands, or of some."""
     parser = Parser(
         "numba-dequant",
         description="Dequantize GGUF files on an NVIDIA GPU or the CPU.",
@@ -80,7 +84,6 @@ def command_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"numba-dequant {nd.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    for command in COMMANDS:
-        command.add_to(commands)
+    for name in names:
+        import_module(f"numba_dequant.cli.{name}").add_to(commands)
     return parser

@@ -12,8 +12,6 @@ import numba_dequant as nd
 from numba_dequant.cli import completion, main
 from numba_dequant.dtypes import NAMES
 
-COMMANDS = [module.__name__.rpartition(".")[2] for module in main.COMMANDS]
-
 
 def script(shell):
     out = io.StringIO()
@@ -61,7 +59,7 @@ def in_bash(*words):
 
 GGUF = ["a.gguf", "a b $(x) *.gguf"]
 CASES = [
-    (("",), [*COMMANDS, "--help", "--version"]),
+    (("",), [*main.COMMANDS, "--help", "--version"]),
     (("co",), ["convert", "completion"]),
     (("info", ""), ["folder", *GGUF]),
     (("info", "a b"), GGUF[1:]),

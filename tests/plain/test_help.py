@@ -4,6 +4,8 @@ import argparse
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,14 @@ def test_the_page_has_every_command_and_every_status():
     assert [(number, meaning) for number, meaning in in_table] == re.findall(
         r"^  (\d+) +(.*)$", main.EXIT_STATUS, re.MULTILINE
     )
+
+
+def test_a_command_does_not_wait_for_the_others():
+    code = "import sys; from numba_dequant.cli import main; main.main(['show', 'Q4_K']); print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = found.stdout.splitlines()[-1].split()
+    assert {name for name in main.COMMANDS if f"numba_dequant.cli.{name}" in imported} == {"show"}
+    assert not {"tqdm", "numba", "llvmlite", "multiprocessing", "ml_dtypes"} & set(imported)
 
 
 def test_a_command_is_added_with_its_examples():
