@@ -93,10 +93,10 @@ def in_fish(text):
     return [line.partition("\t")[0] for line in run("fish", code)]
 
 
-@pytest.mark.parametrize(("words", "expected"), CASES[1:-1], ids=lambda each: " ".join(each)[:30])
-def test_fish(folder, words, expected):
-    if "," in words[-1] or words[0] in ("convert", "info"):
-        pytest.skip("fish quotes and sorts these in its own way")
+@pytest.mark.parametrize("number", [1, 4, 7, 9, 10, 12, 14])
+def test_fish(folder, number):
+    """It suggests more: all files, and what only contains the word."""
+    words, expected = CASES[number]
     assert set(expected) <= set(in_fish(" ".join(words)))
 
 

@@ -287,6 +287,15 @@ def test_a_file_that_is_damaged_halfway(folder, capsys, monkeypatch):
     assert files(folder) == []
 
 
+def test_an_interrupt_leaves_nothing(folder, capsys, monkeypatch):
+    def interrupt(shards):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors_format, "index", interrupt)
+    assert run("model.gguf", "m.safetensors", "--shard-size", "5KB") == main.INTERRUPTED
+    assert files(folder) == []
+
+
 def test_a_move_that_fails_takes_back_the_others(folder, capsys, monkeypatch):
     real = os.replace
 

@@ -310,7 +310,7 @@ def fake_driver(tmp_path_factory):
     ("what", "message", "mend"),
     [
         ("11040", r"driver 470.57\x1b[2J is too old: it supports CUDA 11.4", DRIVERS),
-        ("hangs", "it did not end within 3 seconds", "sudo reboot"),
+        ("hangs", "it did not end within 2 seconds", "sudo reboot"),
         ("crashes", "the process was ended by SIGABRT", "sudo reboot"),
     ],
 )
@@ -318,7 +318,7 @@ def test_a_driver_that_does_not_work(fake_driver, monkeypatch, capsys, what, mes
     monkeypatch.setenv("NUMBA_ENABLE_CUDASIM", "1")  # without it, kernels are compiled, too
     monkeypatch.setenv("LD_LIBRARY_PATH", fake_driver)
     monkeypatch.setenv("FAKE_DRIVER", what)
-    monkeypatch.setattr(doctor, "SECONDS", {"gpu": 3 if what == "hangs" else 60})
+    monkeypatch.setattr(doctor, "SECONDS", {"gpu": 2 if what == "hangs" else 60})
     found = probed(monkeypatch, "gpu")
     monkeypatch.setattr(doctor, "_probed", lambda: {**HEALTHY, **found})
     monkeypatch.setattr(doctor, "_has_gpu", lambda: True)
