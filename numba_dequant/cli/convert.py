@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import shutil
@@ -16,10 +17,11 @@ import numpy as np
 import numba_dequant as nd
 from numba_dequant import display
 from numba_dequant.cli import safetensors_format as st
-from numba_dequant.cli.common import add_command
+from numba_dequant.cli.common import add_command, named_device
 from numba_dequant.cli.new_files import NewFiles, explained
 from numba_dequant.dtypes import dtype_name
 from numba_dequant.errors import OptionError, shown
+from numba_dequant.gguf.tensors import TensorInfo
 from numba_dequant.loading.requests import cut, select_tensors
 from numba_dequant.model import stream_slices
 
@@ -66,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
     start = time.perf_counter()
     dtype = dtype_name(options.dtype)
     shard_bytes = None if options.shard_size is None else number_of_bytes(options.shard_size)
+    named_device(options.device)
     folder, name = _place(options.out)
     with nd.open(options.file) as model:
         shards = st.plan_shards(select_tensors(model.tensors, options.select), dtype, name, shard_bytes)
@@ -115,7 +118,7 @@ def _place(out: str) -> tuple[str, str]:
 
 def _check_names(folder: str, names: list[str], model: nd.Model, *, is_forced: bool) -> None:
     """Refuse to overwrite a file, and above all the one that is read."""
-    sources = {tensor.source.path for tensor in model.tensors.values()}
+    sources = {model.path, *(tensor.source.path for tensor in model.tensors.values())}
     for name in names:
         path = os.path.join(folder, name)
         if not os.path.lexists(path):
@@ -131,7 +134,7 @@ def _check_names(folder: str, names: list[str], model: nd.Model, *, is_forced: b
 def _check_room(folder: str, n_bytes: int) -> None:
     free = shutil.disk_usage(folder or os.curdir).free
     if free < n_bytes:
-        raise OSError(28, f"{n_bytes:,} bytes are needed, and {free:,} are free")
+        raise OSError(errno.ENOSPC, f"{n_bytes:,} bytes are needed, and {free:,} are free")
 
 
 def _write(
@@ -145,14 +148,7 @@ def _write(
 ) -> None:
     """Write all files, and then give them their names."""
     metadata = st.metadata_texts(model.metadata)
-    n_elements = {}
-    for shard in shards:
-        for entry in shard.entries:
-            block = entry.tensor.format.block_size
-            n_elements[entry.tensor.name] = max(SLICE_BYTES // entry.dtype.itemsize // block, 1) * block
-    slices = [
-        part for shard in shards for entry in shard.entries for part in cut(entry.tensor, n_elements[entry.tensor.name])
-    ]
+    slices = [part for shard in shards for entry in shard.entries for part in _slices(entry)]
     stream = stream_slices(model, slices, dtype, options.device)
     with closing(stream) as values, explained(options.out), NewFiles(folder) as new:
         for number, shard in enumerate(shards):
@@ -162,6 +158,11 @@ def _write(
                 file.write(st.index(shards))
         _check_names(folder, [*names, *others], model, is_forced=options.force)
         new.publish(names, others)
+
+
+def _slices(entry: st.Entry) -> list[TensorInfo]:
+    block = entry.tensor.format.block_size
+    return cut(entry.tensor, max(SLICE_BYTES // entry.dtype.itemsize // block, 1) * block)
 
 
 def _write_shard(

@@ -23,6 +23,9 @@ DRIVERS = "https://www.nvidia.com/drivers"
 NEWEST_NUMPY = re.compile(r"Numba needs NumPy (\d+)\.(\d+) or less\. Got NumPy [0-9.]*\d")
 """What Numba says if NumPy is too new for it."""
 
+OF_PACKAGES = ("ImportError", "ModuleNotFoundError", "AttributeError", "TypeError")
+"""Types of errors that come from packages that do not go together."""
+
 OLDEST_CUDA = 12000
 """The CUDA version of the oldest driver that the packages of an extra support."""
 
@@ -142,11 +145,16 @@ def _driver(facts: Facts) -> Check:
 
 
 def _no_driver(facts: Facts) -> Check:
+    if facts["has_gpu"] is None:
+        message = (
+            "no NVIDIA driver was found; if the machine has an NVIDIA GPU, install its driver (for WSL, in Windows)"
+        )
+        return Check("driver", OFF, message, DRIVERS)
     if not facts["has_gpu"]:
         return Check("driver", OFF, "no NVIDIA driver was found; the CPU computes")
     if facts["is_container"]:
         message = "the machine has an NVIDIA GPU, and this container was started without it"
-        return Check("driver", FAULT, message, "docker run --gpus all ...")
+        return Check("driver", OFF, message, "docker run --gpus all ...")
     return Check("driver", FAULT, "the machine has an NVIDIA GPU, and no NVIDIA driver was found", DRIVERS)
 
 
@@ -201,11 +209,16 @@ def _gpus(facts: Facts, driver: Check, packages: Check, toolkit: Check) -> list[
         return [Check("GPU", SKIPPED if is_fault else OFF, "not tried" if is_fault else "no GPU is used")]
     found = facts["gpus"]
     if "error" in found:
-        return [_no_gpu(facts, found["error"])]
+        return [_no_gpu(facts, found)]
     return [_gpu(facts, each) for each in found["gpus"]]
 
 
-def _no_gpu(facts: Facts, message: str) -> Check:
+def _no_gpu(facts: Facts, found: Facts) -> Check:
+    message = found["error"]
+    if found.get("type") in OF_PACKAGES:
+        return Check("GPU", FAULT, message, upgrade_command(facts))
+    if "no NVIDIA driver was found" in message:
+        return Check("GPU", FAULT, "cuda-bindings needs a newer driver", DRIVERS)
     hidden = facts["environment"].get("CUDA_VISIBLE_DEVICES")
     if "CUDA_ERROR_NO_DEVICE" in message and hidden is not None:
         reason = f"CUDA_VISIBLE_DEVICES is {hidden!r}, which hides every GPU"
@@ -231,10 +244,8 @@ def _gpu(facts: Facts, found: Facts) -> Check:
         return Check(name, FAULT, f"{title}: CUDA 13 does not support it", 'pip install "numba_dequant[cu12]"')
     if "memory" in message:
         return Check(name, FAULT, message, "nvidia-smi")  # it names the programs that use it
-    if "cannot compile" in message or "are wrong" in message:
-        return Check(
-            name, FAULT, message, f"pip install --upgrade {install_command(facts).removeprefix('pip install ')}"
-        )
+    if "cannot compile" in message or "are wrong" in message or found.get("type") in OF_PACKAGES:
+        return Check(name, FAULT, message, upgrade_command(facts))
     return Check(name, FAULT, message, reboot())
 
 
@@ -248,6 +259,11 @@ def install_command(facts: Facts) -> str:
     """The command that installs the packages of a GPU, for the driver of the machine."""
     is_12 = 0 < facts["driver"].get("cuda", 0) < 13000
     return f'pip install "numba_dequant[{"cu12" if is_12 else "cu13"}]"'
+
+
+def upgrade_command(facts: Facts) -> str:
+    """The command that brings the packages of a GPU to their newest versions."""
+    return install_command(facts).replace("install", "install --upgrade", 1)
 
 
 def unset(variable: str) -> str:

@@ -11,7 +11,7 @@ import numba_dequant as nd
 from numba_dequant import display
 from numba_dequant.cli import comparison
 from numba_dequant.cli.colour import painted
-from numba_dequant.cli.common import add_command
+from numba_dequant.cli.common import add_command, named_device
 
 HEAD, SIDES = ("tensor", "format", "shape", "what differs", "relative error", "largest"), "<<<<>>"
 
@@ -38,6 +38,7 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    named_device(options.device)
     with nd.open(options.file) as a, nd.open(options.other) as b:
         names = comparison.selected_names(a, b, options.select)
         entries = comparison.metadata(a, b)

@@ -126,7 +126,7 @@ def _versions() -> dict[str, str]:
 
 def _has_gpu() -> bool | None:
     """Whether a display adapter of NVIDIA is in the machine; None if that is not known."""
-    if sys.platform != "linux":
+    if sys.platform != "linux" or os.path.exists("/dev/dxg"):  # WSL does not show the adapters of Windows
         return None
     for path in glob.glob("/sys/bus/pci/devices/*"):
         with suppress(OSError), open(f"{path}/vendor") as vendor, open(f"{path}/class") as kind:

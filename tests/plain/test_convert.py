@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -262,6 +261,8 @@ def test_a_disk_that_becomes_full(folder, capsys, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of file sizes")
 def test_a_system_that_refuses_to_write_more(folder, capsys):
+    import resource
+
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
     try:
@@ -377,7 +378,6 @@ def test_foreign_files_are_not_taken_for_leftovers(folder):
 
 
 MEASURED = """
-import resource, sys
 from numba_dequant.cli import convert, main
 convert.SLICE_BYTES = 1 << 20
 

@@ -43,6 +43,23 @@ def test_a_machine_without_a_gpu_has_no_fault():
         assert diagnosis.FAULT not in {check.status for check in found.values()}
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="there is no CUDA here")
+def test_a_machine_that_may_have_a_gpu_has_no_fault():
+    found = diagnosed(NO_GPU, {"has_gpu": None})
+    assert found["driver"].message.endswith(
+        "if the machine has an NVIDIA GPU, install its driver (for WSL, in Windows)"
+    )
+    assert found["driver"].mend == DRIVERS
+    assert diagnosis.FAULT not in {check.status for check in found.values()}
+
+
+def test_a_container_without_the_gpu_of_its_machine_has_no_fault():
+    found = diagnosed(NO_GPU, {"has_gpu": True, "is_container": True})
+    assert found["driver"].message == "the machine has an NVIDIA GPU, and this container was started without it"
+    assert found["driver"].mend == "docker run --gpus all ..."
+    assert diagnosis.FAULT not in {check.status for check in found.values()}
+
+
 def broken(step, message, kind="RuntimeError"):
     return {step: {"error": message, "type": kind}}
 
@@ -97,12 +114,6 @@ FAULTS = {
         "numba-dequant cache --clear",
     ),
     "no driver": ([NO_GPU, {"has_gpu": True}], "driver", "has an NVIDIA GPU, and no NVIDIA driver", DRIVERS),
-    "a container": (
-        [NO_GPU, {"has_gpu": True, "is_container": True}],
-        "driver",
-        "started without it",
-        "docker run --gpus all",
-    ),
     "an old driver": ([OLD], "driver", "driver 470.57 is too old: it supports CUDA 11.4, and CUDA 12", DRIVERS),
     "a driver for CUDA 12": ([CUDA_12], "driver", "it supports CUDA 12.4, and they are for CUDA 13", CU12),
     "a driver that hangs": (
@@ -163,6 +174,18 @@ FAULTS = {
         "GPU",
         "the driver was updated",
         "sudo reboot",
+    ),
+    "a package that lacks something": (
+        [{"gpus": {"error": "cannot import name 'x'", "type": "ImportError"}}],
+        "GPU",
+        "cannot import name 'x'",
+        'pip install --upgrade "numba_dequant[cu13]"',
+    ),
+    "a driver that lacks something": (
+        [{"gpus": {"error": "no NVIDIA driver was found", "type": "DeviceError"}}],
+        "GPU",
+        "cuda-bindings needs a newer driver",
+        DRIVERS,
     ),
     "another error": ([{"gpus": {"error": "the process was ended by SIGABRT"}}], "GPU", "SIGABRT", "sudo reboot"),
 }
