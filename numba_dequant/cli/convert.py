@@ -59,6 +59,11 @@ def add_to(commands: Any) -> None:
         metavar="SIZE",
         help="maximum bytes of tensors in a file, such as 5GB or 500MiB; default: one file",
     )
+    parser.add_argument(
+        "--orig-shapes",
+        action="store_true",
+        help="restore the shapes that tensors had before ComfyUI-GGUF reshaped them",
+    )
     parser.add_argument("--device", metavar="DEVICE", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace files that exist")
 
@@ -70,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     shard_bytes = None if options.shard_size is None else number_of_bytes(options.shard_size)
     named_device(options.device)
     folder, name = _place(options.out)
-    with nd.open(options.file) as model:
+    with nd.open(options.file, orig_shapes=options.orig_shapes) as model:
         shards = st.plan_shards(select_tensors(model.tensors, options.select), dtype, name, shard_bytes)
         names = [shard.name for shard in shards]
         if len(shards) > 1:

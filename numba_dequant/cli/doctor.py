@@ -54,7 +54,7 @@ def add_to(commands: Any) -> None:
         help="find out what works on this machine",
         description="Try what this package needs: compile a kernel for the CPU and for a GPU, compare the values with "
         "the reference, and use the cache. For each thing that does not work, show what is wrong and the command that "
-        f"mends it. A machine without a GPU has no fault. It takes some seconds, and at most {max(SECONDS.values())}. "
+        f"mends it. A machine without a GPU has no fault. It takes some seconds, at most {max(SECONDS.values())}. "
         "Please add the output of --json to a bug report; it has paths and environment variables of this machine.",
         examples=("doctor", "doctor --json"),
         status_1="something does not work",

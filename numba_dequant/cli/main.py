@@ -25,6 +25,13 @@ exit status:
   130  Ctrl-C
   141  the reader of the output closed the pipe
 """
+EXAMPLES = """\
+examples:
+  numba-dequant info model.gguf
+  numba-dequant convert model.gguf model.safetensors --dtype fp16
+  numba-dequant diff --help
+
+"""
 CRASHED, INTERRUPTED, PIPE_CLOSED = 70, 130, 141
 
 
@@ -79,7 +86,7 @@ def command_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     parser = Parser(
         "numba-dequant",
         description="Dequantize GGUF files on an NVIDIA GPU or the CPU.",
-        epilog=EXIT_STATUS,
+        epilog=EXAMPLES + EXIT_STATUS,
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"numba-dequant {nd.__version__}")

@@ -81,7 +81,10 @@ class NewFiles:
             _is_locked(self._lock)
         except FileNotFoundError:
             return False
-        return os.path.exists(path)
+        if os.path.exists(path):
+            return True
+        os.close(self._lock)
+        return False
 
     @contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:

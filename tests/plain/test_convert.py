@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors_bytes
 from blocks import DTYPES, assert_same_bits, random_blocks, write_model
-from gguf_bytes import FLOAT32, INT8, STRING, UINT32, floats, gguf, value
+from gguf_bytes import FLOAT32, INT8, INT32, STRING, UINT32, floats, gguf, value
 
 import numba_dequant as nd
 from numba_dequant.cli import convert, main, new_files, safetensors_format
@@ -156,6 +156,30 @@ def test_a_split_model(folder):
     path = Path(__file__).parents[1] / "data" / "gguf" / "good" / "split-00001-of-00003.gguf"
     assert run(path, "m.safetensors", "--dtype", "fp32") == 0
     assert_holds(safetensors_bytes.read(folder / "m.safetensors")[1], path, "float32")
+
+
+def test_original_shapes(folder):
+    entries = [value("comfy.gguf.orig_shape.w", INT32, [2, 3, 1])]
+    (folder / "x.gguf").write_bytes(gguf([("w", *floats(6))], entries))
+    for option, shape in (([], (6,)), (["--orig-shapes"], (2, 3, 1))):
+        assert run("x.gguf", "m.safetensors", "--force", *option) == 0
+        assert safetensors_bytes.read(folder / "m.safetensors")[1]["w"].shape == shape
+
+
+def test_a_work_folder_that_another_process_removes_at_once(folder, monkeypatch):
+    """Before it is locked: another one is made."""
+    real, removed = new_files._is_locked, []
+
+    def remove_first(handle):
+        if not removed:
+            removed.extend(path for path in folder.iterdir() if new_files.WORK_NAME.fullmatch(path.name))
+            new_files.shutil.rmtree(removed[0])
+        return real(handle)
+
+    monkeypatch.setattr(new_files, "_is_locked", remove_first)
+    assert run("model.gguf", "m.safetensors") == 0
+    assert len(removed) == 1
+    assert files(folder) == ["m.safetensors"]
 
 
 def test_metadata_is_kept(folder, monkeypatch):

@@ -31,7 +31,7 @@ def parsers():
 def in_help():
     return [
         line.strip()
-        for parser in parsers().values()
+        for parser in (main.command_parser(), *parsers().values())
         for line in re.findall("^  numba-dequant .*", parser.epilog, re.MULTILINE)
     ]
 
@@ -66,7 +66,8 @@ def test_an_example(example, folder, tmp_path, monkeypatch, capsys):
         options = ["--device", "reference"]  # other tests compile all formats
     if command == "doctor":  # it has tests of its own
         monkeypatch.setattr(doctor, "_probed", lambda: HEALTHY)
-    assert main.main([command, *options]) == STATUS.get(command, 0), capsys.readouterr().err
+    status = 0 if "--help" in options else STATUS.get(command, 0)
+    assert main.main([command, *options]) == status, capsys.readouterr().err
     assert capsys.readouterr().out
 
 
