@@ -187,6 +187,7 @@ def test_metadata_is_kept(folder, monkeypatch):
     values = {
         "format": "not PyTorch's", "text": 'a "quote" \x1b \u2028 \N{SNOWMAN}', "number": 7, "float": float("inf"),
         "tokens": ["a", "b\0", "", "d"], "scores": [0.5, float("nan"), 1.5, -float("inf")], "none": [],
+        "long": "é" * (1 << 20),
     }  # fmt: skip
     kinds = {"number": UINT32, "float": FLOAT32, "scores": FLOAT32, "none": INT8}
     entries = [value(key, kinds.get(key, STRING), content) for key, content in values.items()]
@@ -201,6 +202,7 @@ def test_metadata_is_kept(folder, monkeypatch):
 def test_metadata_that_is_too_long_is_left_out_and_named(folder, monkeypatch, capsys):
     monkeypatch.setattr(safetensors_format, "MAX_METADATA", 1000)
     entries = [value("long\x1b", STRING, "x" * 990), value("array", UINT32, [1] * 600), value("short", STRING, "x")]
+    entries.append(value("longest", STRING, "x" * (1 << 21)))
     (folder / "x.gguf").write_bytes(gguf([("w", *floats(2))], entries))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.filters", [])
@@ -208,6 +210,7 @@ def test_metadata_that_is_too_long_is_left_out_and_named(folder, monkeypatch, ca
     complaints = capsys.readouterr().err
     assert r"metadata 'long\x1b' is left out" in complaints
     assert "metadata 'array' is left out" in complaints
+    assert "metadata 'longest' is left out" in complaints
     assert set(safetensors_bytes.read(folder / "m.safetensors")[0]) == {"format", "gguf.short"}
 
 

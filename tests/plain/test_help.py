@@ -95,7 +95,7 @@ def test_a_command_does_not_wait_for_the_others():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = found.stdout.splitlines()[-1].split()
     assert {name for name in main.COMMANDS if f"numba_dequant.cli.{name}" in imported} == {"show"}
-    assert not {"tqdm", "numba", "llvmlite", "multiprocessing", "ml_dtypes"} & set(imported)
+    assert not {"tqdm", "numba", "llvmlite", "ml_dtypes"} & set(imported)
 
 
 def test_a_command_is_added_with_its_examples():

@@ -79,6 +79,21 @@ def test_json_says_what_it_cuts(tmp_path, capsys):
     assert found["items"] == {"first": ["x" * 1000, "y"], "items": 2}
 
 
+def test_json_of_a_value_that_cannot_be_read(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "m.gguf", entries=[value("array", UINT8, [1]), value("n", UINT8, 1)])
+    real = nd.open
+
+    def opened(path, **options):
+        model = real(path, **options)
+        os.remove(path)
+        return model
+
+    monkeypatch.setattr(nd, "open", opened)
+    found = described(path, capsys)["metadata"]
+    assert found["n"] == 1
+    assert "No such file" in found["array"]["error"]
+
+
 def test_json_of_a_file_that_is_incomplete(tmp_path, capsys):
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf([("w", *floats(104))])[:-200])
