@@ -184,6 +184,15 @@ def clear() -> int:
     return count
 
 
+def try_out() -> bool:
+    """Whether an entry can be written and read. It is removed."""
+    name, payload = cache_key("doctor", secrets.token_hex(8)), b"payload"
+    is_kept = _write(name, payload) and read(name) == payload
+    with suppress(OSError), _Folder() as folder:
+        folder.unlink(name)
+    return is_kept
+
+
 def problem() -> str | None:
     """Why the cache cannot be used, with the name of the folder, or None if it can."""
     try:

@@ -11,12 +11,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import numba_dequant as nd
 from numba_dequant.api import dequantize
 from numba_dequant.backends.devices import DeviceSpec, available_cores
-from numba_dequant.cli.common import fail, named_device, named_formats
+from numba_dequant.cli.common import add_command, fail, named_device, named_formats
 from numba_dequant.dtypes import NAMES, numpy_dtype
 from numba_dequant.format import Format
 from numba_dequant.verify import assert_bit_identical
@@ -27,16 +26,20 @@ BAR = 40
 
 def add_to(commands: Any) -> None:
     """Add the command's arguments."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "bench",
+        run,
         help="measure every format",
         description="Compare every format with the reference, then measure it: bytes read and written per second. On "
         "a GPU, also show the memory roofline: the speed of a kernel that only copies the same number of bytes.",
+        examples=("bench --formats Q4_K,Q6_K", "bench --device cpu --formats Q8_0 --dtype bfloat16"),
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the first GPU, or else the CPU")
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; default: the first GPU, or else the CPU"
+    )
     parser.add_argument("--formats", metavar="A,B", help="formats; default: all quantized formats")
     parser.add_argument("--dtype", choices=NAMES, default="float16", help="output type (%(default)s)")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -45,6 +48,8 @@ def run(options: argparse.Namespace) -> int:
     if device.kind not in ("cpu", "cuda"):
         return fail(f"bench cannot measure {device}; pass --device cpu or --device cuda")
     formats = named_formats(options.formats, [fmt for fmt in nd.FORMATS.values() if fmt.block_size > 1])
+    from tqdm import tqdm  # every command would wait for the import
+
     with tqdm(total=len(formats), unit="format", disable=None, leave=False) as progress:
         title, rows = bench(device, formats, options.dtype, progress.update)
     print(title)

@@ -6,18 +6,21 @@ import argparse
 from typing import Any
 
 from numba_dequant import disk_cache, display
+from numba_dequant.cli.common import add_command
 
 
 def add_to(commands: Any) -> None:
     """Add the command's arguments."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "cache",
+        run,
         help="show or clear the cache of compiled code",
         description="Show the folder and the size of the cache of compiled code. "
         f"The environment variable {disk_cache.VARIABLE} selects the folder.",
+        examples=("cache", "cache --clear"),
     )
     parser.add_argument("--clear", action="store_true", help="remove all entries")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

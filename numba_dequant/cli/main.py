@@ -6,24 +6,31 @@ import argparse
 import os
 import sys
 import traceback
-from typing import NoReturn
+from collections.abc import Sequence
+from importlib import import_module
 
 import numba_dequant as nd
-from numba_dequant import display
-from numba_dequant.cli import bench, cache, console, info, show, verify, warm
-from numba_dequant.cli.common import fail
+from numba_dequant.cli import console
+from numba_dequant.cli.common import HelpFormatter, Parser, fail
 
-COMMANDS = (verify, info, show, bench, cache, warm)
-"""Modules with `add_to`, which adds a command's arguments, and `run`."""
+COMMANDS = ("verify", "info", "show", "convert", "diff", "bench", "cache", "warm", "doctor", "completion")
+"""Modules of this folder with `add_to`, which adds a command's arguments, and `run`."""
 
 EXIT_STATUS = """\
 exit status:
   0    done
-  1    verify found values that differ
+  1    verify or diff found a difference, or doctor something that does not work
   2    a file, an argument or a device cannot be used; the message says why
   70   an internal error of numba-dequant; the traceback helps to fix it
   130  Ctrl-C
   141  the reader of the output closed the pipe
+"""
+EXAMPLES = """\
+examples:
+  numba-dequant info model.gguf
+  numba-dequant convert model.gguf model.safetensors --dtype fp16
+  numba-dequant diff --help
+
 """
 CRASHED, INTERRUPTED, PIPE_CLOSED = 70, 130, 141
 
@@ -55,8 +62,10 @@ def _message(error: Exception) -> str:
 
 
 def _run(arguments: list[str] | None) -> int:
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        options = _parser().parse_args(arguments)
+        # One command does not wait for the import of the others.
+        options = command_parser(given[:1] if given[:1] and given[0] in COMMANDS else COMMANDS).parse_args(given)
     except SystemExit as end:  # --help, --version, or wrong arguments
         return int(end.code or 0)
     return int(options.run(options))
@@ -65,27 +74,23 @@ def _run(arguments: list[str] | None) -> int:
 def _crash(lines: str) -> int:
     for line in lines.splitlines():
         console.complain(line)
-    console.complain("this is an internal error of numba-dequant; please report it with the lines above")
+    console.complain(
+        "this is an internal error of numba-dequant; please report it with the lines above and the "
+        "output of numba-dequant doctor --json"
+    )
     return CRASHED
 
 
-class _Parser(argparse.ArgumentParser):
-    """Escapes control characters in error messages, because arguments may be file names."""
-
-    def error(self, message: str) -> NoReturn:
-        super().error(display.printable(message))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def command_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+    """The parser of all commands, or of some."""
+    parser = Parser(
         "numba-dequant",
         description="Dequantize GGUF files on an NVIDIA GPU or the CPU.",
-        epilog=EXIT_STATUS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EXAMPLES + EXIT_STATUS,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"numba-dequant {nd.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    for command in COMMANDS:
-        command.add_to(commands)
+    for name in names:
+        import_module(f"numba_dequant.cli.{name}").add_to(commands)
     return parser

@@ -8,22 +8,24 @@ from typing import Any
 
 import numba_dequant as nd
 from numba_dequant import display
-from numba_dequant.cli.common import fail
+from numba_dequant.cli.common import add_command, fail
 from numba_dequant.formats import format_named
 
 
 def add_to(commands: Any) -> None:
     """Add the command's arguments."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "show",
+        run,
         help="show what the bits of a block mean",
         description="Show the layout of a format, or how the values of one block of a tensor are computed.",
+        examples=("show Q4_K", "show Q4_K --element 37", "show model.gguf blk.0.attn_q.weight --block 1 --element 37"),
     )
     parser.add_argument("what", metavar="FORMAT|FILE", help="a format, such as Q4_K, or a GGUF file")
     parser.add_argument("tensor", nargs="?", metavar="TENSOR", help="a tensor of the file; default: the first")
     parser.add_argument("--block", type=int, metavar="N", help="the block of the tensor (0)")
     parser.add_argument("--element", type=int, metavar="N", help="an element of the block; its bits are shown")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

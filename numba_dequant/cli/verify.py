@@ -6,11 +6,10 @@ import argparse
 from importlib.resources import as_file, files
 from typing import Any
 
-from tqdm import tqdm
-
 import numba_dequant as nd
 from numba_dequant import display, verify
-from numba_dequant.cli.common import named_device
+from numba_dequant.cli.colour import painted
+from numba_dequant.cli.common import add_command, named_device
 from numba_dequant.dtypes import NAMES
 
 SAMPLE = files("numba_dequant") / "sample" / "sample.gguf"
@@ -18,16 +17,21 @@ SAMPLE = files("numba_dequant") / "sample" / "sample.gguf"
 
 def add_to(commands: Any) -> None:
     """Add the command's arguments."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "verify",
+        run,
         help="dequantize every tensor and compare with the reference",
         description="Dequantize every tensor of a model on the best device and compare the result, bit for bit, with "
-        "the NumPy reference. Exit status 1 if any bit differs.",
+        "the NumPy reference.",
+        examples=("verify", "verify model.gguf --device cpu --dtype bfloat16"),
+        status_1="a value differs",
     )
     parser.add_argument("file", nargs="?", metavar="FILE", help="a GGUF file; default: a small sample of all formats")
-    parser.add_argument("--device", help="reference, cpu, cuda, cuda:1, ...; default: the first GPU, or else the CPU")
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="reference, cpu, cuda, cuda:1, ...; default: the first GPU, or else the CPU"
+    )
     parser.add_argument("--dtype", choices=NAMES, default="float16", help="output type (%(default)s)")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -39,6 +43,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _verify_file(path: str, title: str, options: argparse.Namespace) -> int:
+    from tqdm import tqdm  # every command would wait for the import
+
     device, problem = named_device(options.device)
     with nd.open(path) as model:
         reason = f" ({problem})" if problem else ""
@@ -48,5 +54,8 @@ def _verify_file(path: str, title: str, options: argparse.Namespace) -> int:
             rows = verify.verify(model, device, options.dtype, bar.update)
     print(verify.table(rows))
     wrong = [row.format.name for row in rows if not row.is_exact]
-    print(f"DIFFERENT from the reference: {', '.join(wrong)}" if wrong else "Every bit agrees with the reference.")
+    if wrong:
+        print(painted(f"DIFFERENT from the reference: {', '.join(wrong)}", "red"))
+    else:
+        print(painted("Every bit agrees with the reference.", "green"))
     return 1 if wrong else 0

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from multiprocessing import active_children, get_context
 from typing import Any
 
-from tqdm import tqdm
-
 import numba_dequant as nd
 from numba_dequant import disk_cache, display
 from numba_dequant.backends import cpu, devices
 from numba_dequant.backends.devices import available_cores
-from numba_dequant.cli.common import fail, named_formats
+from numba_dequant.cli.common import add_command, fail, named_formats
 from numba_dequant.dtypes import NAMES
 from numba_dequant.errors import DeviceError
 from numba_dequant.format import Format
@@ -31,11 +29,17 @@ MAX_POOL = 8
 
 def add_to(commands: Any) -> None:
     """Add the command's arguments."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "warm",
+        run,
         help="compile ahead of time",
         description="Compile the code of dequantize and dequantize_many ahead of time: for the first GPU, for other "
         "GPU architectures, or for the CPU. All other kernels are compiled at their first use.",
+        examples=(
+            "warm --cpu --formats Q4_K,Q6_K",
+            "warm --arch sm_80 --arch sm_90 --dtype bfloat16",
+        ),
     )
     parser.add_argument(
         "--arch", action="append", default=[], metavar="sm_90", help="a GPU architecture; may be repeated"
@@ -43,7 +47,6 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--cpu", action="store_true", help="compile for the CPU")
     parser.add_argument("--formats", metavar="A,B", help="formats; default: all")
     parser.add_argument("--dtype", choices=NAMES, action="append", help="output type; may be repeated (float16)")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -62,6 +65,8 @@ def run(options: argparse.Namespace) -> int:
         from numba_dequant.backends.gpu import gpu_at
 
         capabilities = [gpu_at(0).capability]
+    from tqdm import tqdm  # every command would wait for the import
+
     all_tasks = tasks(formats, dtypes, capabilities, on_cpu=options.cpu)
     with tqdm(total=len(all_tasks), unit="kernel", disable=None, leave=False) as bar:
         n_kept = 0

@@ -24,6 +24,9 @@ MAX_ITEMS = 1 << 26
 MAX_KEPT_ITEMS = 1 << 20
 """Arrays up to this length are read whole after several accesses to single items."""
 
+ITEM = "metadata {!r} item"
+"""The name of the field in errors about an item of an array."""
+
 SHOWN_ITEMS, SHOWN_CHARACTERS = 3, 60
 """How many items of an array and characters of a string tables show."""
 
@@ -64,6 +67,11 @@ class LongString:
     def __init__(self, cursor: Cursor, length: int) -> None:
         self._source, self._key = cursor.source, str(cursor.subject)
         self._offset, self._length = cursor.position - length, length
+
+    @property
+    def n_bytes(self) -> int:
+        """The length of the string in the file."""
+        return self._length
 
     def read(self, most: int | None = None) -> str:
         """The string, or at most its first `most` bytes."""
@@ -122,21 +130,46 @@ class MetadataArray(list[Any]):
         """Items `start` to `stop` (exclusive); at most `most` bytes of each string, if given."""
         if stop <= start:
             return []
-        field = "metadata {!r} item"
+        with self._opened(start) as cursor:
+            return self._take(cursor, stop - start, most)
+
+    @contextmanager
+    def _opened(self, start: int) -> Iterator[Cursor]:
+        """A cursor at item `start`."""
         with _reopened(self._source, self.key, self.offset) as cursor:
             cursor.byte_order, cursor.limits = self._byte_order, self._limits
             if self._type == STRING:
-                cursor.skip_strings(start, field)
-                return [cursor.item(field, most) for _ in range(start, stop)]
-            dtype = cursor.dtype(self._type)
-            cursor.position += dtype.itemsize * start
-            values = np.frombuffer(cursor.take(dtype.itemsize * (stop - start), field), dtype)
-            items: list[Any] = (values.astype(bool) if self._type == BOOL else values).tolist()
-            return items
+                cursor.skip_strings(start, ITEM)
+            else:
+                cursor.position += cursor.dtype(self._type).itemsize * start
+            yield cursor
+
+    def _take(self, cursor: Cursor, count: int, most: int | None = None) -> list[Any]:
+        """The next `count` items; at most `most` bytes of each string, if given."""
+        if self._type == STRING:
+            return [cursor.item(ITEM, most) for _ in range(count)]
+        dtype = cursor.dtype(self._type)
+        values = np.frombuffer(cursor.take(dtype.itemsize * count, ITEM), dtype)
+        items: list[Any] = (values.astype(bool) if self._type == BOOL else values).tolist()
+        return items
+
+    def first(self, count: int, most: int) -> list[Any]:
+        """Up to `count` items from the start, and at most `most` bytes of each string."""
+        return self._read(0, min(self._length, count), most)
+
+    def pieces(self, count: int) -> Iterator[list[Any]]:
+        """All items, in lists of up to `count`, which are not kept: an array may be larger than the memory.
+
+        Raises:
+            GgufError, ReadError, DeviceError: as for `to_list`.
+        """
+        with self._opened(0) as cursor:
+            for start in range(0, self._length, count):
+                yield self._take(cursor, min(count, self._length - start))
 
     def shown(self) -> str:
         """The first items, for tables."""
-        items = ", ".join(_shown(item) for item in self._read(0, min(self._length, SHOWN_ITEMS), 256))
+        items = ", ".join(_shown(item) for item in self.first(SHOWN_ITEMS, 256))
         return f"[{items}{', ...' if self._length > SHOWN_ITEMS else ''}] ({self._length:,} items)"
 
     def __len__(self) -> int:
@@ -215,6 +248,10 @@ class Metadata(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def unread(self) -> Iterator[tuple[str, Any]]:
+        """Each key with its value. Arrays and long strings are not read: they are `MetadataArray` and `LongString`."""
+        return iter(self._values.items())
 
     def shown(self, most: int | None = None) -> Iterator[tuple[str, str]]:
         """Each key with its value, shortened for tables, or the first `most`. Only the shown part is read."""

@@ -13,11 +13,16 @@ GPU_PACKAGES = {"numba-cuda": "numba_cuda", "cuda-core": "cuda.core"}
 
 def why_no_gpu_packages() -> str | None:
     """What is missing for a GPU, with the command that installs it, or None."""
-    missing = [package for package, module in GPU_PACKAGES.items() if not is_there(module)]
+    missing = missing_packages()
     if not missing:
         return None
     no_driver = "" if driver_version() else "no NVIDIA driver was found, and "
     return f"{no_driver}{' and '.join(missing)} cannot be imported; run: {install_command()}"
+
+
+def missing_packages() -> list[str]:
+    """The packages that a GPU needs and that are not installed."""
+    return [package for package, module in GPU_PACKAGES.items() if not is_there(module)]
 
 
 def install_command() -> str:

@@ -249,3 +249,13 @@ def slice_rows(tensor: TensorInfo, rows: slice | None) -> TensorInfo:
         n_bytes=n_elements // block * tensor.format.type_size,
         n_elements=n_elements,
     )
+
+
+def cut(tensor: TensorInfo, n_elements: int) -> list[TensorInfo]:
+    """Consecutive slices of a tensor, as flat tensors of `n_elements` each, or fewer in the last one.
+
+    `n_elements` must be a multiple of the block size. A tensor without elements has no slices.
+    """
+    flat = tensor._replace(shape=(tensor.n_elements,))
+    starts = range(0, tensor.n_elements, n_elements)
+    return [slice_rows(flat, slice(start, start + n_elements)) for start in starts]

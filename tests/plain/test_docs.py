@@ -14,7 +14,6 @@ from blocks import random_blocks, write_model
 from finite_blocks import finite_blocks
 
 import numba_dequant as nd
-from numba_dequant.cli import main
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -227,11 +226,6 @@ def test_benchmarks_run_where_there_is_no_gpu():
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
     assert " passed" in found.stdout
-
-
-def test_the_readme_names_every_command():
-    named = set(re.findall(r"^\* `numba-dequant (\w+)", README.read_text(), re.MULTILINE))
-    assert named == {command.__name__.rpartition(".")[2] for command in main.COMMANDS}
 
 
 def test_ci_runs_the_test_command_of_the_readme():

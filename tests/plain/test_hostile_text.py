@@ -125,6 +125,12 @@ def a_missing_shard(hostile):
     return "\n".join([message(lambda: nd.open(path)), missing, command("info", path)])
 
 
+def a_similar_model(hostile):
+    path = hostile.path.with_name("other.gguf")
+    path.write_bytes(gguf([(NAME, *floats(5, 32))], [value(f"array{STEERING}", STRING, [STEERING, STEERING])]))
+    return path
+
+
 TEXTS = {
     "repr of a model": lambda hostile: repr(hostile.model),
     "repr of metadata": lambda hostile: repr(hostile.model.metadata),
@@ -134,6 +140,10 @@ TEXTS = {
     "repr of a source": lambda hostile: repr(hostile.model.tensors[NAME].source),
     "JSON": lambda hostile: json.dumps(dict(hostile.model.metadata)),
     "info": lambda hostile: command("info", hostile.path),
+    "info --json": lambda hostile: command("info", hostile.path, "--json"),
+    "diff": lambda hostile: command("diff", hostile.path, a_similar_model(hostile)),
+    "convert": lambda hostile: command("convert", hostile.path, hostile.path.with_suffix(".safetensors")),
+    "convert to a wrong place": lambda hostile: command("convert", hostile.path, hostile.path),
     "verify": lambda hostile: command("verify", hostile.path, "--device", "cpu"),
     "show": lambda hostile: command("show", hostile.path, "a" + NAME),
     "show a missing tensor": lambda hostile: command("show", hostile.path, NAME[:-1]),
