@@ -86,6 +86,8 @@ def _name_of(device: Any) -> str:
         if hasattr(device, "__index__"):
             return f"cuda:{device.__index__()}"
         library = type(device).__module__.partition(".")[0]
+        if library == "builtins" and not isinstance(device, str):  # a list shows all that is in it
+            return ""
         return _NAMES.get(library, str)(device)
     except Exception:  # a foreign object may raise any exception
         return ""
