@@ -149,6 +149,10 @@ def why_no_cuda() -> str | None:
     return compiler.why_no_toolkit()
 
 
+if hasattr(os, "register_at_fork"):  # CUDA that the parent has started cannot be used in the child
+    os.register_at_fork(after_in_child=why_no_cuda.cache_clear)
+
+
 def available_cores() -> int:
     """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
