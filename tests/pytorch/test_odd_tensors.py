@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+from blocks import shifted
 from three_tensors import open_model
 
 import numba_dequant as nd
@@ -196,6 +197,25 @@ def test_a_view_needs_its_own_part_of_a_storage_only():
         with pytest.raises(nd.DataError, match=r"its storage has 68 of the (136|102) bytes"):
             nt.dequantize(lost, "Q8_0")
     assert nt.dequantize(freed(torch.zeros(4, 34, dtype=torch.uint8))[:0], "Q8_0").shape == (0, 32)
+
+
+def test_odd_addresses():
+    """Data and numbers of rows may be anywhere; an output must be where its numbers may be."""
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 60, (3, 68), np.uint8)
+    rows = torch.from_numpy(blocks)
+    for n_bytes in (1, 8, 13):
+        odd = torch.from_numpy(shifted(blocks, n_bytes))
+        numbers = torch.frombuffer(bytearray(b"x" + np.array([2, 0]).tobytes()), dtype=torch.int64, offset=1)
+        assert odd.data_ptr() % 16 == n_bytes
+        assert numbers.data_ptr() % 8 == 1
+        x = torch.ones(2, 64)
+        assert torch.equal(nt.dequantize(odd, "Q8_0"), nt.dequantize(rows, "Q8_0"))
+        assert torch.equal(nt.get_rows(odd, numbers, "Q8_0"), nt.get_rows(rows, torch.tensor([2, 0]), "Q8_0"))
+        assert torch.equal(nt.linear(x, odd, "Q8_0"), nt.linear(x, rows, "Q8_0"))
+    out = torch.frombuffer(bytearray(2 * 192 + 1), dtype=torch.float16, offset=1)
+    with pytest.raises(nd.OutputError, match="the address of out is not a multiple of 2; pass an aligned array"):
+        nt.dequantize(rows, "Q8_0", out=out)
 
 
 def test_what_pytorch_wraps_is_computed_as_before():
