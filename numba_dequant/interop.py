@@ -61,13 +61,22 @@ class Torch:
         A program can resize a storage and keep its tensors, as FSDP does between two uses of a parameter. PyTorch
         itself checks nothing, so that access to such a tensor may end the process.
         """
-        if type(array) not in (self._torch.Tensor, self._torch.nn.Parameter) or not array.numel():
-            return None  # a wrapper has no storage, and the tensors in it are checked where they are used
+        torch, kind = self._torch, type(array)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            return self._why_freed(array)
+        if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            return None  # a wrapper has no storage; the tensors in it are checked where they are used
+        with self._as_plain(array):
+            return self._why_freed(array)
+
+    def _why_freed(self, array: Any) -> str | None:
+        last = array.numel() - 1
+        if last < 0:
+            return None
         try:
             n_bytes = array.untyped_storage().nbytes()
         except NotImplementedError:  # a wrapper of torch.func
             return None
-        last = array.numel() - 1
         if not array.is_contiguous():
             last = sum((extent - 1) * stride for extent, stride in zip(array.shape, array.stride(), strict=True))
         needed = (array.storage_offset() + last + 1) * array.element_size()

@@ -191,11 +191,13 @@ class TestFreedMemory:
     """FSDP keeps tensors whose memory it has freed. PyTorch checks nothing: access would end the process."""
 
     @pytest.mark.parametrize("n_bytes", [0, 203])
-    @pytest.mark.parametrize("make", [torch.Tensor.clone, lambda data: data.clone().view(torch.int16),
-                                      lambda data: torch.nn.Parameter(data.clone(), requires_grad=False)])  # fmt: skip
+    @pytest.mark.parametrize("make", [torch.Tensor.detach, lambda data: data.view(torch.int16),
+                                      lambda data: torch.nn.Parameter(data, requires_grad=False),
+                                      lambda data: data.as_subclass(Overriding)])  # fmt: skip
     def test_data(self, make, n_bytes):
-        data = make(BYTES)
-        data.untyped_storage().resize_(n_bytes)
+        base = BYTES.clone()
+        data = make(base)
+        base.untyped_storage().resize_(n_bytes)
         message = f"its memory was freed: its storage has {n_bytes} of the 204 bytes that it needs"
         for device in ("cpu", "reference"):
             with pytest.raises(nd.DataError, match=message):
