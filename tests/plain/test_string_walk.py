@@ -110,8 +110,14 @@ def test_numpy_finds_the_starts_that_a_plain_loop_finds(order, n_bytes):
     rng = np.random.default_rng(n_bytes)
     letters = [0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 8, 9, 16, 127, 128, 254, 255]
     hostile = (rng.choice(each, n_bytes).astype(np.uint8).tobytes() for each in ([0, 1], letters, [0]))
+    # Of each number of such bytes before seven zeros, at every alignment.
+    tiles = ((bytes([byte]) * count + bytes(7)) * 400 for byte in (1, 255) for count in range(1, 5))
     n_starts = 0
-    for data in (*hostile, *(array_of(kind, order)[0][:n_bytes] for kind in LENGTHS)):
+    for data in (
+        *hostile,
+        *(tile[:n_bytes] for tile in tiles),
+        *(array_of(kind, order)[0][:n_bytes] for kind in LENGTHS),
+    ):
         source = Source("m", data=np.frombuffer(data, np.uint8))
         with source.open() as file:
             cursor = Cursor(source, file, 0, is_first=True)
