@@ -80,17 +80,23 @@ def test_any_number_of_strings_is_passed_over(kind, order, window, is_compiled, 
 @pytest.mark.parametrize("order", "<>", ids=["little", "big"])
 @pytest.mark.parametrize("kind", ["empty", "short", "of one byte in length"])
 def test_short_strings_are_passed_over_many_at_a_time(kind, order, monkeypatch):
-    singly, real = [], Cursor._skip_singly
+    singly, real, searched, search = [], Cursor._skip_singly, [], Cursor._find_links
 
     def skip_singly(cursor, count, field):
         singly.append(count)
         real(cursor, count, field)
 
+    def find_links(cursor):
+        searched.append(cursor._window_start)
+        search(cursor)
+
     monkeypatch.setattr(Cursor, "_skip_singly", skip_singly)
+    monkeypatch.setattr(Cursor, "_find_links", find_links)
     monkeypatch.setattr(native, "is_loaded", lambda: False)
     data, ends = array_of(kind, order, 5000, list(b"text"))
     assert passed(data, order, (2500, 2500)) == [ends[2500], len(data)]
     assert sum(singly) == 128  # before there is a window
+    assert searched == [3]  # the only window is searched once
 
 
 @pytest.mark.parametrize("order", "<>", ids=["little", "big"])
