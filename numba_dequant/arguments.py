@@ -22,7 +22,7 @@ from numba_dequant.errors import (
 )
 from numba_dequant.format import Format, whole_number
 from numba_dequant.formats import format_named
-from numba_dequant.interop import TORCH, library_of
+from numba_dequant.interop import TORCH, is_freed, library_of
 
 MAX_DIMENSIONS = 64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
 """Maximum dimensions of a NumPy array."""
@@ -280,7 +280,8 @@ def _extents(shape: Any) -> tuple[int, ...]:
     try:
         if not isinstance(shape, (tuple, list)):
             # Arrays of all libraries have `tolist`; so does a memoryview, which is refused here.
-            if getattr(shape, "ndim", 1) > 1 or isinstance(shape, (str, bytes, bytearray, memoryview, type)):
+            is_wrong = isinstance(shape, (str, bytes, bytearray, memoryview, type)) or is_freed(shape)
+            if is_wrong or getattr(shape, "ndim", 1) > 1:
                 raise TypeError  # noqa: TRY301
             if not isinstance(shape, Sequence) and not getattr(shape, "ndim", 0):
                 shape = (shape,)

@@ -90,7 +90,7 @@ def _name_of(dtype: Any) -> str:
             return str(numpy_type.name)
         raise _refused(dtype, f", which is {numpy_type.name}")
     try:
-        text = str(dtype)
+        text = "" if hasattr(dtype, "shape") else str(dtype)  # an array has none: its values may be in freed memory
     except Exception:
         raise _refused(dtype, "") from None
     name = text.removeprefix("torch.")

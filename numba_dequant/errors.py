@@ -118,7 +118,17 @@ class GgufError(NumbaDequantError, ValueError):
 MAX_SHOWN = 120
 """Maximum characters of a wrong argument in an error message."""
 
-_repr = reprlib.Repr()
+
+class _Repr(reprlib.Repr):
+    """A `repr` of limited length. Arrays are shown by their shape: their values may be many, or in freed memory."""
+
+    def repr_instance(self, thing: Any, level: int) -> str:
+        if hasattr(thing, "shape") and hasattr(thing, "dtype") and not isinstance(thing, type):
+            return f"{type(thing).__name__} of shape {tuple(thing.shape)}"
+        return super().repr_instance(thing, level)
+
+
+_repr = _Repr()
 _repr.maxother = _repr.maxstring = _repr.maxlong = MAX_SHOWN
 
 
@@ -130,8 +140,6 @@ def shown(thing: Any) -> str:
         if isinstance(thing, (str, bytes, bytearray)):
             text = repr(thing[:MAX_SHOWN])
             return text if len(thing) <= MAX_SHOWN else f"{text}..."
-        if hasattr(thing, "shape") and hasattr(thing, "dtype") and not isinstance(thing, type):
-            return f"{type(thing).__name__} of shape {tuple(thing.shape)}"
         text = " ".join(_repr.repr(thing).split())
     except Exception:  # a foreign object may raise any exception
         return f"an object of type {type(thing).__name__}"

@@ -17,6 +17,7 @@ from numba_dequant.bits import RUN, LookupTable
 from numba_dequant.dtypes import numpy_dtype
 from numba_dequant.errors import DataError, OptionError, ShapeError, shown
 from numba_dequant.halves import RUNS, Order
+from numba_dequant.interop import is_freed
 
 if TYPE_CHECKING:
     from numba_dequant.explain.block_picture import BlockPicture
@@ -51,7 +52,7 @@ def whole_number(thing: Any, least: int | None = None) -> int | None:
     """An integer of any library as an int; None for anything else, for a bool, and for less than `least`."""
     number = thing
     if type(thing) is not int:
-        if isinstance(thing, (bool, np.bool_, type)):
+        if isinstance(thing, (bool, np.bool_, type)) or is_freed(thing):
             return None
         try:
             number = operator.index(thing)

@@ -55,13 +55,46 @@ class Torch:
         fake = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensor", ())
         return not array.is_meta and not isinstance(array, fake)
 
+    def why_freed(self, array: Any) -> str | None:
+        """Why the memory of a tensor cannot be used, or None if its storage is as large as the tensor.
+
+        A program can resize a storage and keep its tensors, as FSDP does between two uses of a parameter. PyTorch
+        itself checks nothing, so that access to such a tensor may end the process.
+        """
+        torch, kind = self._torch, type(array)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            return self._why_freed(array)
+        if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            return None  # a wrapper has no storage; the tensors in it are checked where they are used
+        with self._as_plain(array):
+            return self._why_freed(array)
+
+    def _why_freed(self, array: Any) -> str | None:
+        last = array.numel() - 1
+        if last < 0:
+            return None
+        try:
+            n_bytes = array.untyped_storage().nbytes()
+        except NotImplementedError:  # a wrapper of torch.func
+            return None
+        if not array.is_contiguous():
+            last = sum((extent - 1) * stride for extent, stride in zip(array.shape, array.stride(), strict=True))
+        needed = (array.storage_offset() + last + 1) * array.element_size()
+        if needed <= n_bytes:
+            return None
+        return (
+            f"its memory was freed: its storage has {n_bytes:,} of the {needed:,} bytes that it needs; pass a tensor "
+            "whose storage is whole"
+        )
+
     def is_on_gpu(self, array: Any) -> bool:
         """Whether a tensor is on a CUDA GPU."""
         return bool(array.is_cuda) and (type(array) is self._torch.Tensor or self.has_memory(array))
 
     def is_pinned(self, array: Any) -> bool:
-        """Whether a tensor is in pinned host memory."""
-        return self.has_gpu and array.device.type == "cpu" and bool(array.is_pinned())
+        """Whether a tensor is in pinned host memory, all of which is there."""
+        is_pinned = self.has_gpu and array.device.type == "cpu" and bool(array.is_pinned())
+        return is_pinned and self.why_freed(array) is None
 
     def device_of(self, array: Any) -> int:
         """The ordinal of the GPU of a tensor."""
@@ -87,7 +120,13 @@ class Torch:
         return bool(array.is_contiguous())
 
     def view(self, array: Any) -> ArrayView:
-        """The memory of a tensor on a GPU; the tensor may require gradients."""
+        """The memory of a tensor on a GPU; the tensor may require gradients.
+
+        Raises:
+            DataError: its memory was freed.
+        """
+        if problem := self.why_freed(array):
+            raise DataError(f"cannot use a {type(array).__name__}: {problem}")
         is_copy = not array.is_contiguous()
         if is_copy:
             array = array.detach().contiguous()
@@ -111,7 +150,8 @@ class Torch:
             DataError: the tensor has no memory on the CPU.
         """
         try:
-            if type(array) is self._torch.Tensor and array.dtype is self._torch.uint8 and array.device.type == "cpu":
+            is_plain = type(array) is self._torch.Tensor and array.dtype is self._torch.uint8
+            if is_plain and array.device.type == "cpu" and self.why_freed(array) is None:
                 return array.numpy()  # type: ignore[no-any-return]
             with self._as_plain(array):
                 problem = self._problem_on_host(array)
@@ -153,7 +193,9 @@ class Torch:
         raise OutputError(f"cannot write to out, a {type(array).__name__}, where the device is {device}: {problem}")
 
     def why_not_written(self, array: Any) -> str | None:
-        """Why autograd would not let a tensor be written, or None if it would."""
+        """Why a tensor cannot be written, or None if it can: its memory was freed, or autograd would not let it."""
+        if problem := self.why_freed(array):
+            return problem
         if array.requires_grad and not array.is_leaf and self._torch.is_grad_enabled():
             return "it is the result of a computation that keeps gradients; pass out.detach()"
         return None
@@ -165,7 +207,9 @@ class Torch:
                 "it is a tensor without memory (meta or fake). Pass a real tensor, or call "
                 "numba_dequant.torch.dequantize, which torch.compile and torch.export can trace"
             )
-        return None if array.device.type == "cpu" else f"it is on {array.device}; copy it to the CPU first"
+        if array.device.type != "cpu":
+            return f"it is on {array.device}; copy it to the CPU first"
+        return self.why_freed(array)
 
     def written(self, array: Any) -> None:
         """Tell autograd that a tensor was modified in place."""
@@ -309,6 +353,11 @@ def library_of(thing: object) -> Library | None:
     if cupy is not None and isinstance(thing, getattr(cupy, "ndarray", ())):
         return CUPY
     return None
+
+
+def is_freed(thing: object) -> bool:
+    """Whether `thing` is a tensor whose memory was freed; even a look at its values may end the process."""
+    return library_of(thing) is TORCH and TORCH.why_freed(thing) is not None
 
 
 def libraries_with_streams() -> list[Library]:

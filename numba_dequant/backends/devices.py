@@ -86,6 +86,8 @@ def _name_of(device: Any) -> str:
         if hasattr(device, "__index__"):
             return f"cuda:{device.__index__()}"
         library = type(device).__module__.partition(".")[0]
+        if library == "builtins" and not isinstance(device, str):  # a list shows all that is in it
+            return ""
         return _NAMES.get(library, str)(device)
     except Exception:  # a foreign object may raise any exception
         return ""
@@ -145,6 +147,10 @@ def why_no_cuda() -> str | None:
     from numba_dequant.kernels import compiler
 
     return compiler.why_no_toolkit()
+
+
+if hasattr(os, "register_at_fork"):  # CUDA that the parent has started cannot be used in the child
+    os.register_at_fork(after_in_child=why_no_cuda.cache_clear)
 
 
 def available_cores() -> int:

@@ -45,14 +45,22 @@ from numba_dequant.kernels import compiler
 from numba_dequant.kernels.compiler import KernelSpec
 from numba_dequant.locks import compiled_once
 
+FORKED = (
+    "this process was forked after CUDA had started, and CUDA does not work in such a process; start it by the method "
+    "'spawn' or 'forkserver' of multiprocessing"
+)
+_is_forked = False
+
 
 @cache
 def n_devices() -> int:
     """The number of GPUs that this process can use, at least one.
 
     Raises:
-        DeviceError: there is no driver, or no GPU.
+        DeviceError: there is no driver, no GPU, or the process was forked after CUDA had started.
     """
+    if _is_forked:
+        raise DeviceError(FORKED)
     try:
         code, *_ = driver.cuInit(0)
         if code == driver.CUresult.CUDA_SUCCESS:
@@ -61,6 +69,8 @@ def n_devices() -> int:
                 return int(count)
     except RuntimeError:  # cuda.bindings found no driver library
         raise DeviceError("no NVIDIA driver was found") from None
+    if code == driver.CUresult.CUDA_ERROR_NOT_INITIALIZED:  # another library had started CUDA
+        raise DeviceError(FORKED)
     raise DeviceError(f"no GPU can be used ({code.name})")
 
 
@@ -428,6 +438,8 @@ class _Active:
         self._index = index
 
     def __enter__(self) -> Device:
+        if _is_forked:
+            raise DeviceError(FORKED)
         before = current_context()
         known = _contexts.known.get(self._index)
         if known is not None and before is not None and before == known[0]:
@@ -484,13 +496,15 @@ _kept: deque[tuple[Event, Any]] = deque()
 _kept_lock = threading.Lock()
 
 
-def _renew_lock() -> None:
-    global _kept_lock  # noqa: PLW0603 a thread that held it does not exist in the forked child
+def _after_fork_in_child() -> None:
+    global _is_forked, _kept_lock  # noqa: PLW0603 a thread that held the lock does not exist in the forked child
     _kept_lock = threading.Lock()
+    _is_forked = _is_forked or n_devices.cache_info().currsize > 0
+    n_devices.cache_clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def error_name(code: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_dequant.errors import ReadError
 from numba_dequant.gguf.file import TensorInfo
 from numba_dequant.loading.chunks import Chunk, plan_chunks, round_robin_by_disk
 from numba_dequant.loading.files import OpenFiles
@@ -72,6 +75,7 @@ class Pipeline:
         self._is_over = False
 
     def __iter__(self) -> Generator[int, None, None]:
+        self._process = os.getpid()
         if self._n_threads == 1:
             yield from self._here()
             return
@@ -87,12 +91,14 @@ class Pipeline:
                 self._on_bytes_read(self._taken)
                 yield index
         finally:
-            with self._changed:
-                self._is_over = True
-                self._changed.notify_all()
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
+            # At the end of Python and in a forked child the threads are gone, and one may have held the lock.
+            if not sys.is_finalizing() and os.getpid() == self._process:
+                with self._changed:
+                    self._is_over = True
+                    self._changed.notify_all()
+                for thread in threads:
+                    if thread.ident is not None:
+                        thread.join()
 
     @staticmethod
     def _start(threads: list[threading.Thread]) -> bool:
@@ -108,6 +114,7 @@ class Pipeline:
         buffer = np.empty(self._work.max_bytes, np.uint8)
         with OpenFiles() as files:
             for index in range(len(self._tensors)):
+                self._check_process(index)
                 self._wanted = index
                 while self._left[index] and (chunk := self._claim()):
                     self._handle(chunk, buffer, files)
@@ -115,7 +122,15 @@ class Pipeline:
                 self._ready(index)
                 yield index
 
+    def _check_process(self, index: int) -> None:
+        """Raise ReadError in a forked child. It has no threads that read, and its files share their positions."""
+        if os.getpid() != self._process:
+            tensor = self._tensors[index]
+            reason = "this process was forked in the middle of the load; start a new load in it"
+            raise ReadError(tensor.path, tensor.name, None, reason)
+
     def _wait_for(self, index: int) -> None:
+        self._check_process(index)
         with self._changed:
             self._wanted = index
             self._ready(index)

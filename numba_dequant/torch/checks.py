@@ -10,6 +10,7 @@ from torch import Tensor
 from numba_dequant.dtypes import OUTPUT_TYPES
 from numba_dequant.errors import DataError, DtypeError, OutputError, ShapeError, shown
 from numba_dequant.format import Format
+from numba_dequant.interop import TORCH
 
 DTYPES = {getattr(torch, name): name for name in OUTPUT_TYPES}
 """The output types."""
@@ -25,6 +26,8 @@ def check_tensor(name: str, given: Any) -> None:
         raise DataError(f"{name} must be a tensor, got {shown(given)}")
     if kind := kind_of_memory(given):
         raise DataError(f"{name} is a tensor {kind}; pass a dense tensor with the same numbers")
+    if not torch.compiler.is_compiling() and (problem := TORCH.why_freed(given)):
+        raise DataError(f"{name} cannot be read: {problem}")
 
 
 def kind_of_memory(tensor: Tensor) -> str | None:

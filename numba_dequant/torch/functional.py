@@ -14,6 +14,7 @@ from numba_dequant.arguments import result_shape as checked_shape
 from numba_dequant.errors import DataError, DtypeError, OutputError, UnknownFormatError, shown
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, format_named
+from numba_dequant.interop import TORCH
 from numba_dequant.torch.checks import check_product, check_same_device, check_tensor, kind_of_memory
 from numba_dequant.torch.ops import OPERATORS
 
@@ -67,8 +68,11 @@ def _dequantize_into(data: Tensor, qtype: Any, dtype: Any, shape: Any, out: Tens
         raise OutputError(f"out must be a tensor, got {shown(out)}")
     if kind := kind_of_memory(out):
         raise OutputError(f"out is a tensor {kind}; pass a dense tensor")
-    if not torch.compiler.is_compiling() and out.is_neg():
-        raise OutputError("out is a view that negates other memory; pass a tensor that does not")
+    if not torch.compiler.is_compiling():
+        if out.is_neg():
+            raise OutputError("out is a view that negates other memory; pass a tensor that does not")
+        if problem := TORCH.why_freed(out):
+            raise OutputError(f"out cannot be written to: {problem}")
     name, result_dtype = resolved(qtype, out.dtype if dtype is None else dtype)
     if result_dtype != out.dtype:
         raise OutputError(f"out holds {out.dtype}, the result is {result_dtype}; pass a tensor of {result_dtype}")

@@ -184,3 +184,22 @@ def test_a_package_that_is_not_installed(monkeypatch):
     install(monkeypatch, None)
     with pytest.raises(nd.OptionError, match=r"^gguf is not installed; install it with: pip install gguf$"):
         nd.accelerate("gguf")
+
+
+def test_a_function_that_cannot_be_replaced_restores_those_before_it(program):
+    """A module may refuse to be changed; the error is its own."""
+
+    class Fixed(ModuleType):
+        def __setattr__(self, name, value):
+            raise AttributeError("this module is fixed")
+
+    fixed = Fixed("their_fixed")
+    vars(fixed)["function"] = theirs
+    program.integration.replacements = lambda: [
+        Replacement(program, "second", ours),
+        Replacement(fixed, "function", ours),
+    ]
+    with pytest.raises(AttributeError, match="this module is fixed"):
+        nd.accelerate("gguf")
+    assert_restored(program)
+    assert fixed.function is theirs

@@ -99,6 +99,14 @@ class TestFormat:
         assert format_named("own_by_hand") is own_format
 
 
+class Unwilling(type):
+    """A class of such classes does not say which dtype they are."""
+
+    @property
+    def dtype(cls):
+        raise RuntimeError("not now")
+
+
 class TestDtype:
     @pytest.mark.parametrize(
         ("name", "spellings"),
@@ -152,6 +160,7 @@ class TestDtype:
             (np.zeros(3, np.float16), r"ndarray of shape \(3,\); choose"),
             ("", "''; choose"),
             (["float16"], "choose one of"),
+            (Unwilling("Unwilling", (), {}), "Unwilling.*; choose one of"),
         ],
         ids=repr,
     )

@@ -50,6 +50,7 @@ def run(code, tmp_path):
     )
     assert found.returncode == 0, found.stdout + found.stderr
     assert "status 0" in found.stdout, found.stdout + found.stderr
+    assert found.stderr == ""
     return found.stdout
 
 
@@ -162,6 +163,67 @@ with compile_lock:
     child_computes("Q8_0")
 assert not compile_lock.locked()
 values("Q4_K")
+""",
+        tmp_path,
+    )
+
+
+@pytest.mark.toolkit
+@pytest.mark.parametrize("starter", ["this package", "another library"])
+def test_a_fork_after_cuda_has_started(tmp_path, starter):
+    """With a driver that behaves as the real one: it knows no GPU in a child of the process that started it."""
+    started = "devices.why_no_cuda()" if starter == "this package" else "None"
+    run(
+        f"""
+import warnings
+from types import SimpleNamespace
+from numba_dequant.backends import device_tensor, devices, gpu, gpu_memory
+
+real, starter = gpu.driver, os.getpid()
+code = lambda: real.CUresult.CUDA_SUCCESS if os.getpid() == starter else real.CUresult.CUDA_ERROR_NOT_INITIALIZED
+gpu.driver = SimpleNamespace(
+    CUresult=real.CUresult, cuInit=lambda flags: (code(),), cuDeviceGetCount=lambda: (code(), 2)
+)
+gpu.current_context = lambda: None
+assert {started} is None
+
+def fork(work):
+    child = os.fork()
+    if not child:
+        work()
+        sys.exit()  # everything is dropped, as at the end of any program
+    status = os.waitpid(child, 0)[1]
+    print("status", status)
+    assert status == 0
+
+def refused(call):
+    try:
+        call()
+    except nd.DeviceError as error:
+        assert "this process was forked after CUDA had started" in str(error), error
+        assert "'spawn' or 'forkserver'" in str(error)
+    else:
+        raise AssertionError("it was not refused")
+
+def in_child():
+    signal.alarm(60)
+    refused(lambda: values("Q8_0", device="cuda"))
+    refused(lambda: values("Q8_0", device="cuda:1"))
+    refused(lambda: gpu.gpu_at(1))
+    if tensors:
+        refused(tensors[0].copy_to_host)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        np.testing.assert_array_equal(values("Q8_0", device=None), values("Q8_0", device="reference"))
+    assert "computes on the CPU: this process was forked" in str(warned[0].message)
+
+tensors = []
+if {starter!r} == "this package":
+    memory = gpu_memory.DeviceBytes(0, 64, gpu.gpu_at(0), owner=None)
+    tensors.append(device_tensor.DeviceTensor(memory, (32,), np.dtype(np.float16), 0))
+fork(in_child)
+fork(lambda: fork(in_child))
+assert gpu.n_devices() == 2 and devices.why_no_cuda() is None  # in the parent all is as before
 """,
         tmp_path,
     )

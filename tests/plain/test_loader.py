@@ -7,8 +7,11 @@ from blocks import assert_same_bits, random_blocks, write_model
 
 import numba_dequant as nd
 from numba_dequant import formats
+from numba_dequant.backends.host import HostBackend
 from numba_dequant.bits import load_8_bytes, signed_bytes
 from numba_dequant.format import block_layout
+from numba_dequant.gguf.source import Source
+from numba_dequant.loading import files
 
 
 @pytest.fixture
@@ -123,3 +126,38 @@ def test_blocks_whose_size_is_odd_and_large(tmp_path, monkeypatch, block_size):
     for device in ("cpu", "reference"):
         found = nd.load(path, device=device)["t"]
         np.testing.assert_array_equal(found.reshape(-1), dequantize(blocks.view(layout)).reshape(-1))
+
+
+def test_a_read_that_ends_early_in_a_file_that_has_not_changed(path, monkeypatch):
+    """As on a disk that lost its end: the file is as long as before."""
+    model = nd.open(path)
+    tensor = model.tensors["blk.0.attn_norm.weight"]
+    monkeypatch.setattr(files, "read_into", lambda file, data, offset: len(data) - 3)
+    message = rf"at byte {tensor.offset}: the file has \d+ .*bytes"
+    with pytest.raises(nd.GgufError, match=message) as raised:
+        model.load(tensor, device="cpu")
+    assert tensor.name in raised.value.field
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_header_that_cannot_be_read_again(path, monkeypatch, threads):
+    """It is read again where only the time stamp differs."""
+    model = nd.open(path)
+    os.utime(path, ns=(0, 0))
+
+    def fail(self, file):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Source, "_has_same_header", fail)
+    with pytest.raises(nd.ReadError, match=r"tensor '.*' at byte \d+: Input/output error; check the disk"):
+        model.load_all(device="cpu", threads=threads)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_too_little_memory_for_the_values_of_a_chunk(path, monkeypatch, threads):
+    def write(*arguments, **options):
+        raise MemoryError("no room for 16 bytes")
+
+    monkeypatch.setattr(HostBackend, "write", write)
+    with pytest.raises(nd.DeviceError, match=r"tensor '.*': out of memory: no room for 16 bytes"):
+        nd.load(path, device="cpu", threads=threads)

@@ -71,3 +71,9 @@ def test_a_batch_reads_and_writes_anew(device):
             batch.results[name][:] = 7
         assert batch.run() is batch.results
         assert_all_same(batch.results, tensors)
+
+
+def test_a_batch_says_how_many_tensors_it_has():
+    blocks = bytes(34)
+    batch = nd.prepare_many(dict.fromkeys("abc", (blocks, "Q8_0")), device="cpu")
+    assert (len(batch), repr(batch)) == (3, "Batch(3 tensors)")

@@ -5,7 +5,7 @@ import tracemalloc
 import ml_dtypes
 import numpy as np
 import pytest
-from blocks import DECODED, random_blocks, write_model
+from blocks import DECODED, random_blocks, shifted, write_model
 from products import columns, error, weights
 
 import numba_dequant as nd
@@ -71,6 +71,18 @@ class TestValues:
         bias = columns(1, 37, seed=2)[0].astype(dtype_of(bias_dtype))
         found = nd.matmul(x, blocks, "Q4_1", bias=bias, device="cpu")
         assert error(found, product(x, values) + bias.astype(np.float64)) < 1e-6
+
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize("n_bytes", [1, 2, 13])
+    def test_odd_addresses(self, n_bytes, device, weight):
+        blocks, _, x = weight
+        bias = np.linspace(-1, 1, 37, dtype=np.float32)
+        expected = nd.matmul(x, blocks, "Q4_1", bias=bias, device=device)
+        x, blocks, bias = (shifted(array, n_bytes) for array in (x, blocks, bias))
+        assert not x.flags.aligned
+        np.testing.assert_array_equal(nd.matmul(x, blocks, "Q4_1", bias=bias, device=device), expected)
+        with pytest.raises(nd.OutputError, match="the address of out is not a multiple of 4; pass an aligned array"):
+            nd.matmul(x, blocks, "Q4_1", out=shifted(expected, n_bytes), device=device)
 
     def test_infinite_and_nan_scales_give_no_warning(self):
         blocks = weights("Q8_0", 4, 64)[0].copy()

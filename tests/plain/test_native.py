@@ -7,6 +7,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
 from blocks import DECODED, DTYPES, assert_all_values, random_blocks
@@ -222,3 +223,29 @@ atexit.register(lambda: print("atexit", nd.dequantize(data, "Q8_0", device="cpu"
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (found.stdout.split(), found.stderr) == (["thread", "2097152", "atexit", "2097152"], "")
+
+
+def test_a_sound_entry_without_the_function_is_compiled_anew(not_loaded):
+    compiled = compiled_functions()
+    code = compiling.object_code({"walk_strings": compiled["walk_strings"]})
+    with pytest.raises(LookupError, match="the code has no function read_and_send"):
+        native._addresses(["walk_strings", "read_and_send"], code)
+    entry = disk_cache.cache_key("of_a_test", disk_cache.versions("numba", "llvmlite"), *native.processor())
+    disk_cache.write(entry, native._sum(code) + code)
+    assert native.load_functions("of_a_test", ["walk_strings"], list)["walk_strings"]
+    addresses = native.load_functions("of_a_test", ["join_threads", "read_and_send"], lambda: compiling.FUNCTIONS)
+    assert all(addresses.values())
+
+
+def test_a_processor_whose_features_are_unknown(monkeypatch):
+    """Its name alone is then in the name of an entry, and compiled code uses what every such processor has."""
+    for variable in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def unknown():
+        raise RuntimeError("no features on this system")
+
+    monkeypatch.setattr(llvm, "get_host_cpu_features", unknown)
+    name, features = native.processor()
+    assert name == llvm.get_host_cpu_name()
+    assert features == ""

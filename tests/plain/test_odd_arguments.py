@@ -33,6 +33,13 @@ class Hostile:
     __repr__ = __str__ = __len__ = __iter__ = __index__ = __float__ = __eq__ = __hash__ = __bool__ = __getattr__
 
 
+def freed_tensor():
+    """PyTorch itself ends the process where its values are looked at."""
+    tensor = torch.zeros(34, dtype=torch.uint8)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 def odd_things():
     """One of every kind, made anew for each call."""
     yield from {
@@ -87,6 +94,8 @@ def odd_things():
             "a tensor of one": torch.tensor(5),
             "a bfloat16 tensor": torch.zeros(3, dtype=torch.bfloat16),
             "a meta tensor": torch.zeros(34, device="meta"),
+            "a freed tensor": freed_tensor(),
+            "freed tensors": [freed_tensor()],
             "a sparse tensor": torch.eye(3).to_sparse(),
             "a parameter": torch.nn.Parameter(torch.zeros(2)),
             "torch.float64": torch.float64,

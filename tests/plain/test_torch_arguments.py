@@ -6,6 +6,7 @@ from blocks import assert_same_bits, random_blocks, write_model
 
 import numba_dequant as nd
 from numba_dequant.arguments import is_on_gpu
+from numba_dequant.interop import TORCH
 
 torch = pytest.importorskip("torch")
 
@@ -184,6 +185,66 @@ class TestOut:
                 expected = torch.from_numpy(dequantize(dtype="float32", shape=(6, 32))).to(dtype)
                 torch.testing.assert_close(linear.weight.detach(), expected, rtol=0, atol=0)
         assert model.load("weight", None, device="cpu", out=linear.weight) is linear.weight
+
+
+class TestFreedMemory:
+    """FSDP keeps tensors whose memory it has freed. PyTorch checks nothing: access would end the process."""
+
+    @pytest.mark.parametrize("n_bytes", [0, 203])
+    @pytest.mark.parametrize("make", [torch.Tensor.detach, lambda data: data.view(torch.int16),
+                                      lambda data: torch.nn.Parameter(data, requires_grad=False),
+                                      lambda data: data.as_subclass(Overriding)])  # fmt: skip
+    def test_data(self, make, n_bytes):
+        base = BYTES.clone()
+        data = make(base)
+        base.untyped_storage().resize_(n_bytes)
+        message = f"its memory was freed: its storage has {n_bytes} of the 204 bytes that it needs"
+        for device in ("cpu", "reference"):
+            with pytest.raises(nd.DataError, match=message):
+                dequantize(data, device=device)
+        with pytest.raises(nd.DataError, match=message):
+            nd.dequantize_many({1: (data, "Q8_0")}, device="cpu")
+        with pytest.raises(nd.DataError, match=message):
+            nd.matmul(torch.zeros(1, 32), data, "Q8_0", device="cpu")
+        with pytest.raises(nd.DataError, match=message):
+            nd.open(data)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_out(self, dtype, tmp_path):
+        out = torch.zeros(192, dtype=dtype)
+        out.untyped_storage().resize_(out.nbytes - 1)
+        message = f"its storage has {out.nbytes - 1} of the {out.nbytes} bytes that it needs"
+        with pytest.raises(nd.OutputError, match=message):
+            dequantize(out=out)
+        path = write_model(tmp_path / "model.gguf", {"x": ("Q8_0", (192,), BLOCKS)})
+        with pytest.raises(nd.OutputError, match=f"tensor 'x': .*{message}"):
+            nd.load(path, out={"x": out}, device="cpu")
+
+    def test_columns_and_bias(self):
+        x, bias = torch.zeros(2, 32), torch.zeros(6)
+        for lost, given in ((x, {"x": x}), (bias, {"bias": bias})):
+            lost.untyped_storage().resize_(8)
+            with pytest.raises(nd.DataError, match=f"its storage has 8 of the {lost.nbytes} bytes"):
+                nd.matmul(**{"x": torch.zeros(2, 32), "weight": BLOCKS, "format": "Q8_0", "device": "cpu"} | given)
+
+    def test_on_a_gpu(self):
+        """Where a pointer is all that a kernel gets, its tensor is looked at before."""
+        assert TORCH.view(BYTES).pointer == BYTES.data_ptr()
+        lost = BYTES.clone()
+        lost.untyped_storage().resize_(0)
+        with pytest.raises(nd.DataError, match="its memory was freed"):
+            TORCH.view(lost)
+        assert "its memory was freed" in TORCH.why_not_written(lost)
+
+    def test_where_nothing_should_look_at_its_values(self):
+        """PyTorch's `repr` of such a tensor ends the process."""
+        lost = torch.zeros(3)
+        lost.untyped_storage().resize_(0)
+        for wrong in (lost, [lost], {"a": (lost,)}):
+            with pytest.raises(nd.NumbaDequantError, match=r"Tensor of shape \(3,\)"):
+                dequantize(dtype=wrong)
+            with pytest.raises(nd.NumbaDequantError, match=r"Tensor of shape \(3,\)"):
+                dequantize(device=wrong)
 
 
 class TestTheOthers:

@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+from blocks import shifted
 from three_tensors import open_model
 
 import numba_dequant as nd
@@ -23,6 +24,12 @@ def quiet(make):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch says that they are a prototype
         return make()
+
+
+def freed(tensor, n_bytes=0):
+    """As FSDP does with parameters that it has gathered: PyTorch itself would end the process."""
+    tensor.untyped_storage().resize_(n_bytes)
+    return tensor
 
 
 def odd_things():
@@ -70,6 +77,12 @@ def odd_things():
         "int32": torch.zeros(3, 32, dtype=torch.int32),
         "uint64": torch.tensor([0], dtype=getattr(torch, "uint64", torch.int64)),
         "a parameter": torch.nn.Parameter(torch.zeros(2, 17)),
+        "freed": freed(torch.zeros(2, 34, dtype=torch.uint8)),
+        "freed floats": freed(torch.zeros(2, 32, dtype=torch.float16)),
+        "freed numbers": freed(torch.zeros(2, dtype=torch.int64)),
+        "freed in part": freed(torch.zeros(2, 34, dtype=torch.uint8), 67),
+        "freed and strided": freed(torch.zeros(34, 2, dtype=torch.uint8).t(), 67),
+        "a freed parameter": torch.nn.Parameter(freed(torch.zeros(2, 17))),
     }.items()
 
 
@@ -154,6 +167,65 @@ def test_a_tensor_that_pytorch_quantized_does_not_end_the_process():
             call(**arguments)
     with pytest.raises(nd.OutputError, match="out is a tensor quantized by PyTorch"):
         nt.dequantize(torch.zeros(2, 34, dtype=torch.uint8), "Q8_0", torch.float16, out=quantized(2, 32))
+
+
+def test_memory_that_was_freed_is_not_touched():
+    """Each argument in turn, of its right shape and dtype."""
+    n_tensors = 0
+    for function, right in calls():
+        for name, given in right.items():
+            if not isinstance(given, torch.Tensor):
+                continue
+            for n_bytes in (0, given.nbytes - 1):
+                lost = given.clone()
+                lost.untyped_storage().resize_(n_bytes)
+                error = nd.OutputError if name == "out" else nd.DataError
+                with pytest.raises(error, match=f"its storage has {n_bytes} of the {given.nbytes} bytes that it needs"):
+                    function(**right | {name: lost})
+            n_tensors += 1
+    assert n_tensors >= 15
+
+
+def test_a_view_needs_its_own_part_of_a_storage_only():
+    rows = torch.zeros(4, 34, dtype=torch.uint8)
+    rows[:, 1], rows[:, 2] = 60, 3  # a scale of 1, and a quant of 3
+    first, second, strided = rows[:1], rows[1:2], rows[::2, :]
+    freed(rows, 68)
+    for whole in (first, second):
+        assert nt.dequantize(whole, "Q8_0")[0, 0] == 3
+    for lost in (rows, strided):
+        with pytest.raises(nd.DataError, match=r"its storage has 68 of the (136|102) bytes"):
+            nt.dequantize(lost, "Q8_0")
+    assert nt.dequantize(freed(torch.zeros(4, 34, dtype=torch.uint8))[:0], "Q8_0").shape == (0, 32)
+
+
+def test_odd_addresses():
+    """Data and numbers of rows may be anywhere; an output must be where its numbers may be."""
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 60, (3, 68), np.uint8)
+    rows = torch.from_numpy(blocks)
+    for n_bytes in (1, 8, 13):
+        odd = torch.from_numpy(shifted(blocks, n_bytes))
+        numbers = torch.frombuffer(bytearray(b"x" + np.array([2, 0]).tobytes()), dtype=torch.int64, offset=1)
+        assert odd.data_ptr() % 16 == n_bytes
+        assert numbers.data_ptr() % 8 == 1
+        x = torch.ones(2, 64)
+        assert torch.equal(nt.dequantize(odd, "Q8_0"), nt.dequantize(rows, "Q8_0"))
+        assert torch.equal(nt.get_rows(odd, numbers, "Q8_0"), nt.get_rows(rows, torch.tensor([2, 0]), "Q8_0"))
+        assert torch.equal(nt.linear(x, odd, "Q8_0"), nt.linear(x, rows, "Q8_0"))
+    out = torch.frombuffer(bytearray(2 * 192 + 1), dtype=torch.float16, offset=1)
+    with pytest.raises(nd.OutputError, match="the address of out is not a multiple of 2; pass an aligned array"):
+        nt.dequantize(rows, "Q8_0", out=out)
+
+
+def test_what_pytorch_wraps_is_computed_as_before():
+    """The tensors of torch.func have no storage that could be asked for."""
+    x, blocks = torch.ones(3, 2, 32), torch.zeros(2, 34, dtype=torch.uint8)
+    blocks[:, 1], blocks[:, 2] = 60, 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch calls the operator once for each
+        found = torch.func.vmap(lambda columns: nt.linear(columns, blocks, "Q8_0"))(x)
+    assert torch.equal(found, torch.full((3, 2, 2), 3.0))
 
 
 @pytest.mark.parametrize("kind", ["sparse", "CSR", "nested", "strided nested"])

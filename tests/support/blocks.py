@@ -51,6 +51,15 @@ def golden(name):
         return file["bytes"], file["f32"]
 
 
+def shifted(array, n_bytes=1):
+    """A copy of an array at an address that is `n_bytes` beyond a multiple of 16."""
+    room = np.zeros(array.nbytes + 32, np.uint8)
+    start = -room.ctypes.data % 16 + n_bytes
+    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
 def rounded(values, dtype):
     with np.errstate(all="ignore"):
         return values.astype(numpy_dtype(dtype))
