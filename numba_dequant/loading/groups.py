@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import islice, pairwise
 from typing import Any, Protocol
 
-from numba_dequant.loading.python_threads import POLL_SECONDS
+from numba_dequant.errors import ReadError
+from numba_dequant.loading.python_threads import FORKED, POLL_SECONDS
 from numba_dequant.loading.requests import Request
 
 
@@ -55,6 +57,7 @@ class GroupsOfGenerator:
         self._on_bytes_read, self._n_read = on_bytes_read, 0
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(1, "numba_dequant load") if has_thread else None
+        self._process = os.getpid()
         self._begun: list[int | Future[list[Any]]] = []
         self._results = results(self._count)
 
@@ -75,6 +78,8 @@ class GroupsOfGenerator:
 
     def finish(self) -> list[Any]:
         """Wait for the first group that has not been finished, and return its results."""
+        if os.getpid() != self._process:  # the thread does not exist in a forked child
+            raise ReadError("the model", None, None, FORKED)
         group = self._begun.pop(0)
         if isinstance(group, int):
             return self._read(group)
@@ -86,6 +91,6 @@ class GroupsOfGenerator:
     def close(self) -> None:
         """Stop reading, and wait until the thread has ended."""
         self._stopped.set()
-        if self._pool is not None:
+        if self._pool is not None and os.getpid() == self._process:
             self._pool.shutdown(cancel_futures=True)
         self._results.close()

@@ -16,6 +16,8 @@ from numba_dequant.gguf.file import TensorInfo
 from numba_dequant.loading.chunks import Chunk, plan_chunks, round_robin_by_disk
 from numba_dequant.loading.files import OpenFiles
 
+FORKED = "this process was forked in the middle of the load; start a new load in it"
+
 POLL_SECONDS = 0.1
 """Seconds between progress reports while the caller waits for a tensor."""
 
@@ -126,8 +128,7 @@ class Pipeline:
         """Raise ReadError in a forked child. It has no threads that read, and its files share their positions."""
         if os.getpid() != self._process:
             tensor = self._tensors[index]
-            reason = "this process was forked in the middle of the load; start a new load in it"
-            raise ReadError(tensor.path, tensor.name, None, reason)
+            raise ReadError(tensor.path, tensor.name, None, FORKED)
 
     def _wait_for(self, index: int) -> None:
         self._check_process(index)

@@ -179,6 +179,37 @@ print(len(found), os.WEXITSTATUS(status))
     assert found.split() == ["told", "4" if threads == 1 else "1", "7"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_that_was_forked_in_the_middle_of_a_load_to_several_devices(path):
+    """Each device has a thread, which the child lacks."""
+    found = run(
+        """
+import signal
+from numba_dequant.parallel import plan
+model = nd.open(path)
+parts = plan(model.tensors.values(), 2, [])
+walk = model.stream(device=["cpu", "cpu"], plan=parts)
+found = [next(walk)]
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    try:
+        for _ in walk:
+            pass
+    except nd.ReadError as error:
+        assert "this process was forked in the middle of the load; start a new load in it" in str(error)
+        assert len(dict(model.stream(device=["cpu", "cpu"], plan=parts))) == 4
+        print("told")
+    sys.exit(7)
+status = os.waitpid(child, 0)[1]
+found += walk
+print(len(found), os.WEXITSTATUS(status))
+""",
+        path,
+    )
+    assert found.split() == ["told", "4", "7"]
+
+
 def test_with_tensors_and_layers_of_pytorch(path):
     pytest.importorskip("torch")
     found = run(
