@@ -68,9 +68,10 @@ def _speeds(results, torch):
     peers = _result("peers.json")["GB/s"][FORMAT]
     ours = results.one("test_kernel", name=FORMAT, dtype="float16", mapping="tile")["GB/s"]
     transformers = torch.one("test_transformers", name=FORMAT, n_elements=2**28)["GB/s"]
-    eager, compiled = (peers[name]["float16"] for name in ("ComfyUI-GGUF", "ComfyUI-GGUF, compiled"))
-    llama_cpp = peers["llama.cpp"]["float16"]
-    return [f"{ours:,.0f}", "", f"{llama_cpp:,.0f}", f"{eager:,.0f}; compiled {compiled:,.0f}", f"{transformers:,.0f}", ""]
+    llama_cpp, eager, compiled = (
+        f"{peers[name]['float16']:,.0f}" for name in ("llama.cpp", "ComfyUI-GGUF", "ComfyUI-GGUF, compiled")
+    )
+    return [f"{ours:,.0f}", "", llama_cpp, f"{eager}; compiled {compiled}", f"{transformers:,.0f}", ""]
 
 
 def _inexact(torch):

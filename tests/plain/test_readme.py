@@ -21,7 +21,7 @@ if not (ROOT / "README.md").exists():
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 BESIDE = ("accelerate", "load_file", "nd.open", "picture")
-"""A word of each block of Python; each has a test below."""
+"""A word of each block of Python; each has a test below, but the one of PyTorch, in tests/pytorch/test_pages.py."""
 
 
 def python(word):
@@ -83,16 +83,6 @@ def test_load(folder, on_the_cpu):
     assert (names["weight"].shape, names["weight"].dtype.name) == ((4, 256), "bfloat16")
     assert names["rows"].shape == (2, 256)
     assert {name: values.dtype.name for name, values in names["weights"].items()} == {"blk.0.attn_q.weight": "float16"}
-
-
-def test_pytorch(folder):
-    torch = pytest.importorskip("torch")
-    names = {"torch": torch, "device": "cpu", "blocks": torch.from_numpy(finite_blocks("Q4_K", 4, 256))}
-    names |= {"model": torch.nn.Linear(256, 4, bias=False), "names": {"blk.0.attn_q.weight": "weight"}}
-    exec(python("load_file"), names)
-    assert names["weights"]["token_embd.weight"].dtype == names["weight"].dtype == torch.bfloat16
-    assert type(names["model"]).__name__ == "QuantizedLinear"
-    assert (names["missing"], sorted(names["unexpected"])) == ([], ["output_norm.weight", "token_embd.weight"])
 
 
 def test_programs(monkeypatch):

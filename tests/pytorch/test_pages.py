@@ -227,3 +227,17 @@ def test_the_errors_are_those_that_are_published(monkeypatch):
         assert list(found) == list(kept[name])
         for way, figures in found.items():
             assert figures == pytest.approx(kept[name][way], rel=0.02, abs=0.002), (name, way)
+
+
+def test_readme(folder):
+    """Its lines about PyTorch, with what they take for granted."""
+    (code,) = re.findall(
+        r"```python\n(import numba_dequant.torch.*?)```", (DOCS.parent / "README.md").read_text(), re.DOTALL
+    )
+    write_model(folder / "model.gguf", TENSORS)
+    names = {"torch": torch, "device": "cpu", "blocks": torch.from_numpy(finite_blocks("Q4_K", 4, 256))}
+    names |= {"model": torch.nn.Linear(WIDTH, HIDDEN, bias=False), "names": {"blk.0.ffn_up.weight": "weight"}}
+    exec(code, names)
+    assert names["weights"]["token_embd.weight"].dtype == names["weight"].dtype == torch.bfloat16
+    assert type(names["model"]).__name__ == "QuantizedLinear"
+    assert (names["missing"], len(names["unexpected"])) == ([], 3)
