@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from blocks import random_blocks, write_model
+from blocks import write_model
 from finite_blocks import finite_blocks
 
 import numba_dequant as nd
@@ -77,9 +77,10 @@ def test_what_it_looks_like():
     assert not doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=output.append).failed, "".join(output)
 
 
-def test_load(folder, on_the_cpu):
+def test_load(folder, on_the_cpu, capsys):
     names = {}
-    exec(python("nd.open").replace('device="cuda"', 'device="cpu"'), names)
+    exec(python("nd.open"), names)
+    assert capsys.readouterr().out == "['token_embd.weight', 'blk.0.attn_q.weight', 'output_norm.weight']\n"
     assert (names["weight"].shape, names["weight"].dtype.name) == ((4, 256), "bfloat16")
     assert names["rows"].shape == (2, 256)
     assert {name: values.dtype.name for name, values in names["weights"].items()} == {"blk.0.attn_q.weight": "float16"}
@@ -99,12 +100,11 @@ def test_programs(monkeypatch):
     assert set(re.findall(r'"(\w+)"', code.partition("model =")[0])) == set(PROGRAMS)
 
 
-def test_notebook():
-    blocks = random_blocks("Q4_K", 1)
+def test_notebook(folder):
     first, second = python("picture").splitlines()
     picture = eval(first, {"nd": nd})
     assert picture._repr_mimebundle_() or picture._repr_html_()
-    assert "value of element 37" in str(eval(second, {"nd": nd, "blocks": blocks}))
+    assert "value of element 37" in str(eval(second, {"nd": nd, "model": nd.open("model.gguf")}))
 
 
 def test_verify_and_bench(folder, capsys):
@@ -135,6 +135,23 @@ def test_what_is_installed_has_these_names():
     versions = [each.rpartition(" ")[2] for each in project["classifiers"] if "Python :: 3." in each]
     assert (versions[0], versions[-1]) == (first, last)
     assert project["requires-python"] == f">={first}"
+
+
+@pytest.mark.toolkit
+def test_the_least_compute_capability_is_the_one_that_the_compiler_knows():
+    """For the CUDA version that is installed."""
+    from importlib.metadata import version
+
+    from numba_dequant.kernels import compiler
+
+    least = dict(re.findall(r"^\| `\[cu(\d+)\]` .* (\d\.\d) \(\w+\) \|$", TEXT, re.MULTILINE))
+    major = version("cuda-bindings").partition(".")[0]
+    kernel = compiler.dequantize_kernel(nd.FORMATS["Q4_0"], "float16")
+    capability = tuple(map(int, least[major].split(".")))
+    assert compiler.assemble(compiler.ptx(kernel, capability), capability).startswith(b"\x7fELF")
+    if major == "13":  # with CUDA 12, it is the oldest that there is
+        with pytest.raises(Exception, match="not supported"):
+            compiler.ptx(kernel, (7, 0))
 
 
 def test_it_names_every_command():
