@@ -149,14 +149,13 @@ def test_the_least_compute_capability_is_the_one_that_the_compiler_knows():
     kernel = compiler.dequantize_kernel(nd.FORMATS["Q4_0"], "float16")
     capability = tuple(map(int, least[major].split(".")))
     assert compiler.assemble(compiler.ptx(kernel, capability), capability).startswith(b"\x7fELF")
-    if major == "13":  # with CUDA 12, it is the oldest that there is
-        with pytest.raises(Exception, match="not supported"):
-            compiler.ptx(kernel, (7, 0))
+    with pytest.raises(Exception, match=f"requires >={least[major]}"):
+        compiler.ptx(kernel, {"12": (3, 7), "13": (7, 0)}[major])
 
 
 def test_it_names_every_command():
-    named = set(re.findall(r"^\* `numba-dequant (\w+)", TEXT, re.MULTILINE))
-    assert named == {command.__name__.rpartition(".")[2] for command in main.COMMANDS}
+    named = set(re.findall(r"`numba-dequant (\w+)", TEXT.partition("The commands;")[2]))
+    assert named >= {command.__name__.rpartition(".")[2] for command in main.COMMANDS}
 
 
 def test_links_and_pictures_lead_somewhere():
