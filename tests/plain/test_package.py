@@ -170,3 +170,17 @@ def test_how_to_cite_has_what_the_schema_requires():
     assert cited["authors"][0]["name"] in (ROOT / "LICENSE").read_text("utf-8")
     assert (cited["title"], cited["version"], cited["license"]) == ("numba_dequant", nd.__version__, "MIT")
     assert dt.date.fromisoformat(cited["date-released"])
+
+
+def test_installed_tests_do_not_see_the_source(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    import installed
+
+    installed.copy_without_source(tmp_path)
+    assert not (tmp_path / "numba_dequant").exists()
+    assert (tmp_path / "tests" / "data" / "golden").is_dir()
+    left_out = {path.name for path in (ROOT / "tests").rglob("test_*.py")} - {
+        path.name for path in (tmp_path / "tests").rglob("test_*.py")
+    }
+    assert {"test_layers.py", "test_package.py"} <= left_out
+    assert not left_out & {"test_readme.py", "test_formats.py", "test_install.py"}
