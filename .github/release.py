@@ -34,7 +34,7 @@ def absolute_links(text: str, repository: str, ref: str) -> str:
             return f"{SERVER}/{repository}/{link.removeprefix('../../')}"
         return f"{RAW}/{repository}/{ref}/{link}" if is_picture else f"{SERVER}/{repository}/blob/{ref}/{link}"
 
-    text = re.sub(r"(?<=\]\()[^)\s]+(?=\))", lambda match: page(match[0], is_picture=False), text)
+    text = re.sub(r'(?<=\]\()[^)\s]+(?=\))|(?<=href=")[^"]+', lambda match: page(match[0], is_picture=False), text)
     return re.sub(r'(?<=src=")[^"]+|(?<=srcset=")[^"]+', lambda match: page(match[0], is_picture=True), text)
 
 

@@ -18,7 +18,7 @@ import numba_dequant as nd
 
 ROOT = Path(__file__).parents[2]
 REPOSITORY, REF = "owner/name", "v1.2.3"
-RELATIVE = re.compile(r'\]\((?!https://)[^)]*\)|(?:src|srcset)="(?!https://)')
+RELATIVE = re.compile(r'\]\((?!https://)[^)]*\)|(?:href|src|srcset)="(?!https://)')
 
 
 @pytest.fixture
@@ -89,7 +89,8 @@ def test_links_of_the_published_readme_are_those_of_the_repository(release):
     published = release.absolute_links(text, REPOSITORY, REF)
     assert not RELATIVE.search(published)
     assert RELATIVE.search(text)
-    assert f"https://github.com/{REPOSITORY}/actions/workflows/test.yml/badge.svg" in published
+    for name in ("test.yml", "test.yml/badge.svg"):
+        assert f'="https://github.com/{REPOSITORY}/actions/workflows/{name}"' in published
     pages = re.findall(rf"https://github.com/{REPOSITORY}/blob/{REF}/([^)#]+)", published)
     pictures = re.findall(rf'https://raw.githubusercontent.com/{REPOSITORY}/{REF}/([^"]+)"', published)
     assert len(pages) > 20

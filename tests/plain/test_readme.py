@@ -159,7 +159,7 @@ def test_it_names_every_command():
 
 
 def test_links_and_pictures_lead_somewhere():
-    found = re.findall(r"\]\(([^)]+)\)", TEXT) + re.findall(r'(?:src|srcset)="([^"]+)"', TEXT)
+    found = re.findall(r"\]\(([^)]+)\)", TEXT) + re.findall(r'(?:href|src|srcset)="([^"]+)"', TEXT)
     assert len(found) > 30
     for link in found:
         if link.startswith(("https://", "../../actions/")):
