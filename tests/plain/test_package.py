@@ -163,7 +163,7 @@ def test_fragments_of_the_changelog_have_types_that_towncrier_knows():
 
 
 def test_how_to_cite_has_what_the_schema_requires():
-    """CI validates the whole file."""
+    """CI validates the whole file by its schema."""
     yaml = pytest.importorskip("yaml")
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert cited["cff-version"] == "1.2.0"
