@@ -33,13 +33,14 @@ def _from_top(axes):
     axes.margins(y=0.01)
 
 
-def speed(results, peers, theme, path):
-    names = results.formats
+def speed(results, peers, theme, path, names=None):
+    """A row for each format that was measured, or for each of `names`."""
+    names = names or results.formats
     tiles = [results.one("test_kernel", name=name, dtype="float16", mapping="tile") for name in names]
     theirs = [peers["GB/s"].get(name, {}).get("llama.cpp", {}).get("float16") for name in names]
     eager = [results.one("test_eager_pytorch", name=name) for name in names]
     places = range(len(names))
-    with _figure(theme, (8, 9), 4, path) as (axes, ink):
+    with _figure(theme, (8, 0.9 + 0.3 * len(names)), 4, path) as (axes, ink):
         axes.barh(places, [tile["GB/s"] for tile in tiles], 0.8, color=OURS, label="numba_dequant")
         for label, color, speeds, height in (
             ("llama.cpp, CUDA C++", LLAMA_CPP, theirs, 0.5),

@@ -2,9 +2,9 @@
 
 python benchmarks/report.py [benchmarks/results]
 
-It fills the marked parts of README.md, benchmarks/README.md and docs/programs.md, and draws the charts. Formats come
-from the registry, figures of other systems from results/peers.json, errors from results/accuracy.json.
-report_products.py and report_ranks.py write the other pages with figures.
+It fills the marked parts of README.md, docs/performance.md, benchmarks/README.md and docs/programs.md, and draws the
+charts. Formats come from the registry, figures of other systems from results/peers.json, errors from
+results/accuracy.json. report_products.py and report_ranks.py write the other pages with figures.
 """
 
 import json
@@ -13,6 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
+from report_comparison import comparison, headline
 from report_torch import operators, stacks, transformers
 from tables import Results, factor, machine_line, spread, spread_note, table
 
@@ -29,10 +30,13 @@ RUNS = {
     "stacks": "h100-torch.json",
 }
 """Result files of parts that are measured in a separate run."""
+IN_SHORT = ("Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "IQ2_XXS", "MXFP4", "NVFP4", "TQ2_0")
+"""The formats of README's chart: those of most files, one of each other kind, and the closest peer."""
 PEERS = json.loads((HERE / "results" / "peers.json").read_text())
 ACCURACY = RESULTS / "accuracy.json"
 """What accuracy.py has measured."""
 PROGRAMS = HERE.parent / "docs" / "programs.md"
+PERFORMANCE = HERE.parent / "docs" / "performance.md"
 
 
 def formats(results):
@@ -245,7 +249,8 @@ def accuracy_table(found):
 
 
 PARTS = {
-    HERE.parent / "README.md": (formats, machine, speed, models),
+    HERE.parent / "README.md": (headline, comparison),
+    PERFORMANCE: (formats, machine, speed, models),
     HERE / "README.md": (
         machine,
         kernels,
@@ -292,7 +297,9 @@ def main():
     for path in PARTS:
         path.write_text(filled(path, folder))
     for theme in ("light", "dark"):
-        chart.speed(of_part(folder, "speed"), PEERS, theme, folder / f"throughput-{theme}.svg")
+        results = of_part(folder, "speed")
+        chart.speed(results, PEERS, theme, folder / f"throughput-{theme}.svg")
+        chart.speed(results, PEERS, theme, folder / f"throughput-short-{theme}.svg", IN_SHORT)
         chart.loading(of_part(folder, "loading"), theme, folder / f"loading-{theme}.svg")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -33,7 +34,9 @@ if not config.ENABLE_CUDASIM and not is_there(GPU_PACKAGES["numba-cuda"]):
     # Numba has an older `numba.cuda` of its own.
     raise DeviceError(f"numba-cuda is not installed; run: {install_command()}")
 
-with _names_of_earlier_numpy():
+with _names_of_earlier_numpy(), warnings.catch_warnings():
+    # numba-cuda 0.30 makes a constant from it; nobody who imports this package can do anything about that.
+    warnings.filterwarnings("ignore", "The 'generic' unit for NumPy timedelta", DeprecationWarning)
     from numba import cuda as cuda  # noqa: PLC0414 exported
 
     if not config.ENABLE_CUDASIM:

@@ -8,56 +8,17 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from blocks import random_blocks, write_model
-from finite_blocks import finite_blocks
 
 import numba_dequant as nd
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
 
 
 @pytest.mark.parametrize("module", ["api", "explain.explanation", "format", "kernels.dequantize"])
 def test_examples_in_docstrings(module):
     found = doctest.testmod(importlib.import_module(f"numba_dequant.{module}"), optionflags=doctest.ELLIPSIS)
     assert found.failed == 0
-
-
-def test_the_first_example_of_the_readme(tmp_path, monkeypatch, capsys):
-    """Word for word, on the CPU and without PyTorch."""
-    text = README.read_text()
-    code = re.search(r"```python\n(import numba_dequant as nd\n.*?)```", text, re.DOTALL)[1]
-    code = code.partition("import torch")[0].replace('device="cuda"', 'device="cpu"')
-    tensors = {"blk.0.attn_q.weight": ("Q4_K", (4, 256), random_blocks("Q4_K", 4))}
-    write_model(tmp_path / "model.gguf", tensors, [("general.architecture", "llama")])
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("numba_dequant.backends.devices.why_no_cuda", lambda: None)
-    monkeypatch.setattr("numba_dequant.api.parse_device", lambda _: nd.backends.devices.DeviceSpec("cpu"))
-    names = {}
-    exec(code, names)
-    assert capsys.readouterr().out == "llama\n(4, 256)\nblk.0.attn_q.weight (4, 256)\n"
-    assert names["rows"].shape == (2, 256)
-    assert names["weight"].shape == (4, 256)
-    assert list(names["layers"]) == ["blk.0.attn_q.weight"]
-    assert names["weights"]["blk.0.attn_q.weight"].dtype == np.float16
-
-
-def readme_blocks(word):
-    """The pieces of Python in the README with this word."""
-    return [code for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if word in code]
-
-
-@pytest.mark.parametrize("code", readme_blocks("nd.matmul("))
-def test_the_product_of_the_readme(code, tmp_path, monkeypatch):
-    write_model(tmp_path / "model.gguf", {"blk.0.attn_q.weight": ("Q4_K", (4, 256), finite_blocks("Q4_K", 4, 256))})
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("numba_dequant.api.parse_device", lambda _: nd.backends.devices.DeviceSpec("cpu"))
-    names = {"nd": nd, "x": np.ones((2, 256), np.float32)}
-    exec(code, names)
-    values = nd.load("model.gguf", dtype="float32", device="reference")["blk.0.attn_q.weight"]
-    np.testing.assert_allclose(names["y"], names["x"] @ values.T, rtol=1e-5)
 
 
 def test_published_figures_are_those_of_the_results(monkeypatch):
@@ -226,11 +187,3 @@ def test_benchmarks_run_where_there_is_no_gpu():
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
     assert " passed" in found.stdout
-
-
-def test_ci_runs_the_test_command_of_the_readme():
-    commands = re.findall(r"```\n(python3 -m venv.*)\n```", README.read_text())
-    assert len(commands) == 2
-    script = (ROOT / ".ci" / "run").read_text()
-    for step in commands[1].split(" && ")[1:]:
-        assert step.removeprefix(".venv/bin/pip install ") in script

@@ -225,3 +225,11 @@ def test_names_that_numpy_has_taken_back_are_there_while_numba_cuda_is_imported(
     assert not hasattr(np, "row_stack")
     monkeypatch.undo()
     assert before == {name: hasattr(np, name) for name in REMOVED_NAMES}
+
+
+@pytest.mark.toolkit
+def test_numba_cuda_is_imported_without_warnings_of_numpy():
+    """NumPy 2.5 has one for a constant of numba-cuda; whoever turns warnings into errors could not use a GPU."""
+    found = run("import numba_dequant.kernels.numba_cuda")  # with -W error
+    assert found.returncode == 0, found.stderr
+    assert "DeprecationWarning: ours" in run("import warnings; warnings.warn('ours', DeprecationWarning)").stderr

@@ -230,19 +230,13 @@ def test_the_errors_are_those_that_are_published(monkeypatch):
 
 
 def test_readme(folder, monkeypatch):
-    """Its three lines about PyTorch, with what they take for granted."""
-    (code,) = re.findall(
-        r"```python\n(import numba_dequant.torch.*?)```", (DOCS.parent / "README.md").read_text(), re.DOTALL
-    )
-    write_model(folder / "model.gguf", TENSORS)
-    called = []
-    monkeypatch.setattr(nd, "accelerate", called.append)
-    names = {"torch": torch, "nd": nd, "blocks": torch.from_numpy(finite_blocks("Q4_K", 4, 256))}
-    names |= {"model": torch.nn.Linear(WIDTH, HIDDEN, bias=False), "names": {"blk.0.ffn_up.weight": "weight"}}
-    exec(code, names)
-    assert names["weight"].dtype == torch.bfloat16
-    assert type(names["model"]).__name__ == "QuantizedLinear"
-    assert called == ["diffusers"]
+    """Its lines about PyTorch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (code,) = re.findall(r"```python\n(import torch\n.*?)```", (DOCS.parent / "README.md").read_text(), re.DOTALL)
+    write_model(folder / "model.gguf", {**TENSORS, "blk.0.attn_q.weight": TENSORS["blk.0.ffn_up.weight"]})
+    names = run(code)
+    assert names["weights"]["token_embd.weight"].dtype == torch.bfloat16
+    assert torch.equal(names["weight"], names["weights"]["blk.0.attn_q.weight"])
 
 
 @pytest.mark.gpu
