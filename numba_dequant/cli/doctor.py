@@ -36,6 +36,9 @@ PACKAGES = (
 VARIABLES = ("NUMBA_", "CUDA_", "NVIDIA_", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "PYTHONPATH")
 """The beginnings of environment variables that matter."""
 
+LONGEST = 100
+"""Characters of a variable that are shown; `--json` has them all."""
+
 SECONDS = {"cpu": 120, "cache": 30, "gpu": 240}
 """Seconds that the process of each part of `probes` may take. They run at the same time."""
 
@@ -80,7 +83,7 @@ def _print(facts: dict[str, Any], checks: list[diagnosis.Check], n_faults: int) 
     print(f"numba_dequant {VERSION}, Python {facts['python']}, {shown(facts['system'])}, {facts['cores']} cores")
     print(shown(", ".join(f"{name} {number}" for name, number in facts["packages"].items())))
     for name, value in facts["environment"].items():
-        print(shown(f"{name}={value}"))
+        print(shown(f"{name}={value[:LONGEST]}{'...' * (len(value) > LONGEST)}"))
     print()
     width = max(len(check.name) for check in checks)
     for check in checks:

@@ -35,11 +35,12 @@ def test_here(capsys, monkeypatch):
     elif compiler.why_no_toolkit() is None:
         assert checks["toolkit"]["status"] == "ok"
     # The same facts, for people.
-    monkeypatch.setattr(doctor, "_facts", lambda: {**found, "environment": {"CUDA_X": "\x1b[2J"}})
+    monkeypatch.setattr(doctor, "_facts", lambda: {**found, "environment": {"CUDA_X": "\x1b[2J", "CUDA_Y": 300 * "y"}})
     assert main.main(["doctor"]) == status
     shown = capsys.readouterr().out
     assert shown.replace("\n", "").isprintable()
     assert "CUDA_X=\\x1b[2J\n" in shown
+    assert f"CUDA_Y={100 * 'y'}...\n" in shown
     assert shown.splitlines()[-1] == "No fault." or not found["works"]
 
 
