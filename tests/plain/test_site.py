@@ -29,7 +29,7 @@ PAGES = [
     *(path for path in sorted(DOCS.rglob("*.md")) if path.relative_to(DOCS).parts[0] not in GENERATED),
 ]
 """The pages that people and programs write into the repository."""
-RUN_HERE = ("quickstart", "loading", "cpu", "exploring-blocks", "add-a-format")
+RUN_HERE = ("quickstart", "loading", "computing", "cpu", "exploring-blocks", "add-a-format")
 RUN_ELSEWHERE = {
     "README": "plain/test_readme.py",
     "add-a-kernel": "simulator/test_walk_through.py",
