@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 
@@ -15,7 +15,7 @@ from numba_dequant import display
 from numba_dequant.api import backend_for
 from numba_dequant.arguments import flag_option, output_type, whole_option
 from numba_dequant.backends.batch import Array
-from numba_dequant.backends.devices import available_cores, parse_device
+from numba_dequant.backends.devices import parse_device
 from numba_dequant.backends.host import HostBackend
 from numba_dequant.errors import DeviceError, shown
 from numba_dequant.gguf.file import GgufFile, TensorInfo, TensorTable, open_gguf
@@ -33,9 +33,6 @@ from numba_dequant.loading.requests import (
     tensor_named,
 )
 from numba_dequant.locks import compile_lock
-
-MAX_READERS = 16
-"""Maximum number of threads of `stream_slices`; each has a buffer of 1 MiB."""
 
 Callback = Callable[[Progress], object] | None
 
@@ -463,32 +460,6 @@ def open(
     """
     options: Any = {"offset": offset, "allow_truncated": allow_truncated, "orig_shapes": orig_shapes, "limits": limits}
     return Model(open_gguf(source, **options))
-
-
-def stream_slices(
-    model: Model,
-    slices: Sequence[TensorInfo],
-    dtype: str | None,
-    device: Any,
-    progress: bool | None = None,
-) -> Generator[NDArray[Any], None, None]:
-    """The values of slices of tensors, in order, in host memory; two are read ahead. No tensor need fit in memory.
-
-    Args:
-        model: the model of the tensors.
-        slices: slices, as `requests.cut` returns them.
-        dtype: the name of an output type, or None for the compressed bytes.
-        device: as for `Model.load`.
-        progress: as for `Model.load_all`.
-
-    Raises:
-        NumbaDequantError: as for `Model.load_all`.
-    """
-    chosen = [request_for(each, dtype) for each in slices]
-    threads = min(available_cores(), MAX_READERS)
-    for _, result in model._named(chosen, device, None, threads, 2, progress, None):
-        values = result.data if dtype is None else result
-        yield values if isinstance(values, np.ndarray) else values.copy_to_host()
 
 
 @overload

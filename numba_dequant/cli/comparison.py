@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import numba_dequant as nd
+from numba_dequant.cli.slices import stream_slices
 from numba_dequant.gguf.metadata import LongString, MetadataArray
 from numba_dequant.gguf.tensors import TensorInfo, TensorTable
 from numba_dequant.loading.requests import cut, select_tensors
-from numba_dequant.model import stream_slices
 
 SLICE_ELEMENTS = 1 << 20
 """Number of elements that are compared at once."""

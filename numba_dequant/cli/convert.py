@@ -19,11 +19,11 @@ from numba_dequant import display
 from numba_dequant.cli import safetensors_format as st
 from numba_dequant.cli.common import add_command, named_device
 from numba_dequant.cli.new_files import NewFiles, explained
+from numba_dequant.cli.slices import stream_slices
 from numba_dequant.dtypes import dtype_name
 from numba_dequant.errors import OptionError, shown
 from numba_dequant.gguf.tensors import TensorInfo
 from numba_dequant.loading.requests import cut, select_tensors
-from numba_dequant.model import stream_slices
 
 SLICE_BYTES = 8 << 20
 """Bytes of values that are computed and written at once. Up to four slices are in memory."""

@@ -6,8 +6,8 @@ from blocks import assert_same_bits, random_blocks, write_model
 from gguf_bytes import BOOL, FLOAT64, INT16, STRING, gguf, value
 
 import numba_dequant as nd
+from numba_dequant.cli.slices import stream_slices
 from numba_dequant.loading.requests import cut
-from numba_dequant.model import stream_slices
 
 TENSORS = {
     "a": ("Q6_K", (3, 5, 256), random_blocks("Q6_K", 15)),
