@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from math import prod
@@ -165,13 +165,19 @@ class _Traffic:
             found[host] += _union(spans)
         return found
 
-    def hold_together(self, names: Iterable[str]) -> set[str]:
-        """All ranks hold these tensors whole. Returns those which they read together, in runs of consecutive ones."""
+    def gather_runs(self, names: Iterable[str], of_ranks: Sequence[Mapping[str, Part]]) -> set[str]:
+        """All ranks hold these tensors or parts of them. Returns those which they gather, in runs of consecutive ones.
+
+        Args:
+            names: the tensors.
+            of_ranks: the parts of each rank.
+        """
         self._runs = runs(self._places, sorted(self._place[name] for name in names), LEAST_DIVIDED)
         found = set()
         for number in chain.from_iterable(self._runs):
-            self._needed[number] += 2 * self._in_file[number].n_bytes
-            found.add(self._in_file[number].name)
+            tensor = self._in_file[number]
+            self._needed[number] += [tensor.n_bytes + parts[tensor.name].n_bytes for parts in of_ranks]
+            found.add(tensor.name)
         return found
 
     def count_batches(self, n_agreements: int) -> None:
@@ -192,7 +198,7 @@ class _Traffic:
             self.moved[rank]["calls"] += n_agreements + n_batches * OF_BATCH + n_swaps
 
     def _gather_span(self, numbers: list[int]) -> None:
-        """All ranks read pieces of consecutive tensors, and gather them."""
+        """All ranks read pieces of consecutive tensors, and gather the whole."""
         count, name = len(self._hosts), self._in_file[numbers[0]].name
         span = span_of(self._places, numbers, count)
         for rank in range(count):
@@ -288,9 +294,11 @@ def _traffic(plan: Plan, hosts: list[int], n_readers: int, value_bytes: int) -> 
     columns: dict[tuple[str, int, int], dict[int, Part]] = defaultdict(dict)
     in_spans: set[str] = set()
     if 1 < len(hosts) == n_readers:
-        held = (part for of_rank in plan.ranks for part in of_rank.parts.values())
-        whole = (part.tensor.name for part in held if part.dim is None and part.tensor.n_bytes)
-        in_spans = found.hold_together(name for name, count in Counter(whole).items() if count == len(hosts))
+        of_ranks = [of_rank.parts for of_rank in plan.ranks]
+        held = (part for parts in of_ranks for part in parts.values() if part.n_bytes)
+        # Within a host, NVLink is fast enough to gather whole tensors where ranks hold parts.
+        gathered = Counter(part.tensor.name for part in held if part.dim is None or hosts[-1] == 0)
+        in_spans = found.gather_runs((name for name, count in gathered.items() if count == len(hosts)), of_ranks)
     for rank, of_rank in enumerate(plan.ranks):
         source = rank % n_readers  # a rank that has the file reads for itself
         memory = 0

@@ -26,6 +26,10 @@ BATCH_BYTES = 1 << 30
 """The default limit of the memory in bytes that a rank needs to exchange a batch."""
 
 
+LAST_BYTES = 128 << 20
+"""The memory of the last batch, if there are several. It is small because nothing is read while it is exchanged."""
+
+
 class Share(NamedTuple):
     """What one rank holds of a tensor. Unlike a `Part`, it can be sent to a rank that does not have the file.
 
@@ -67,6 +71,11 @@ class Share(NamedTuple):
     def n_rows(self) -> int:
         """The number of its pieces that are contiguous in the file, if it has columns."""
         return prod(self.whole[: self.dim])
+
+    @property
+    def first_byte(self) -> int:
+        """Where its bytes begin in the tensor, if they are contiguous."""
+        return self.whole_bytes * self.start // self.whole[0] if self.dim == 0 else 0
 
     @property
     def columns(self) -> tuple[int, int, int]:
@@ -180,6 +189,8 @@ def piece_bytes(n_bytes: int, fmt: Format, count: int) -> int:
 def batches(needed: NDArray[np.int64], batch_bytes: int) -> list[int]:
     """The number of the batch of each tensor, in the order of the file.
 
+    What fits in one batch at the end is halved, as long as it needs more than `LAST_BYTES`.
+
     Args:
         needed: the bytes that each rank needs memory for (dimension 1) to exchange each tensor (dimension 0).
         batch_bytes: the most of these bytes that a batch has, unless it has only one tensor.
@@ -190,9 +201,10 @@ def batches(needed: NDArray[np.int64], batch_bytes: int) -> list[int]:
     first = 0
     while first < len(places):
         before = sums[:, first - 1] if first else np.zeros(len(sums), np.int64)
+        left = int((sums[:, -1] - before).max())
+        limit = batch_bytes if left > batch_bytes else max(left // 2, LAST_BYTES)
         fitting = min(
-            int(np.searchsorted(of_rank, start + batch_bytes, "right"))
-            for of_rank, start in zip(sums, before, strict=True)
+            int(np.searchsorted(of_rank, start + limit, "right")) for of_rank, start in zip(sums, before, strict=True)
         )
         first = max(fitting, first + 1)
         if first < len(places):
@@ -205,10 +217,11 @@ class Routes:
     """Which rank reads which bytes, and which rank needs them.
 
     A rank that has the file reads its own parts. If all ranks have the file and hold consecutive tensors, each reads a
-    piece of their bytes, and the pieces are then gathered. If only some ranks that have the file hold a large whole
-    tensor, they do the same with this tensor. If several such ranks of a host hold columns of a tensor, each reads
-    some rows, and sends to each of the others its columns of them. If a rank does not have the file, another rank reads
-    its parts and sends them. Tensors are exchanged in batches, so that an exchange needs little memory.
+    piece of their bytes, and the pieces are then gathered; with `gathers_parts` also if they hold only parts of them.
+    If only some ranks that have the file hold a large whole tensor, they do the same with this tensor. If several such
+    ranks of a host hold columns of a tensor, each reads some rows, and sends to each of the others its columns of them.
+    If a rank does not have the file, another rank reads its parts and sends them. Tensors are exchanged in batches, so
+    that an exchange needs little memory.
 
     Args:
         shares: what each rank holds, in the order of the file.
@@ -216,6 +229,8 @@ class Routes:
         batch_bytes: the most bytes of memory that a rank needs to read and exchange a batch of more than one tensor.
             If you omit it, all tensors are kept, so only the memory for the exchange counts, up to `BATCH_BYTES`.
         places: where the tensors are. If you omit it, consecutive tensors are not read together.
+        gathers_parts: whether ranks also gather tensors of which they hold only parts, and drop the rest. They send
+            more bytes, but read the file in long ranges, so their links must be much faster than the bus.
     """
 
     def __init__(
@@ -224,9 +239,11 @@ class Routes:
         hosts: Sequence[str | None],
         batch_bytes: int | None = None,
         places: Sequence[Place | None] = (),
+        *,
+        gathers_parts: bool = False,
     ) -> None:
         self.shares, self.hosts, self._batch_bytes, self._places = shares, hosts, batch_bytes, places
-        self._runs = self._runs_of_all() if places else []
+        self._runs = self._runs_of_all(gathers_parts) if places else []
         self._in_spans = {number for run in self._runs for number in run}
         self._sources = [rank for rank, host in enumerate(hosts) if host is not None]
         self._holders: dict[tuple[Any, ...], dict[int, Share]] = defaultdict(dict)
@@ -239,12 +256,15 @@ class Routes:
                     self._order[key][rank] = len(self._holders[key])
                     self._holders[key][rank] = share
 
-    def _runs_of_all(self) -> list[list[int]]:
-        """The numbers of the tensors that all ranks hold whole, in runs of consecutive ones; none for a single rank."""
+    def _runs_of_all(self, gathers_parts: bool) -> list[list[int]]:
+        """The numbers of the tensors that all ranks gather, in runs of consecutive ones; none for a single rank."""
         if len(self.shares) == 1 or None in self.hosts:
             return []
         counts = Counter(
-            share.number for of_rank in self.shares for share in of_rank if share.dim is None and share.n_bytes
+            share.number
+            for of_rank in self.shares
+            for share in of_rank
+            if share.n_bytes and (gathers_parts or share.dim is None)
         )
         held = sorted(number for number, count in counts.items() if count == len(self.shares))
         return runs(self._places, held, LEAST_DIVIDED)
@@ -271,7 +291,7 @@ class Routes:
     def _read(self, rank: int, share: Share, longest: int) -> Read:
         first, size = 0, share.whole_bytes
         if share.dim == 0:
-            first, size = size * share.start // share.whole[0], share.n_bytes
+            first, size = share.first_byte, share.n_bytes
         elif longest:
             first = min(self._order[self._key(rank, share)][rank] * longest, size)
             size = min(longest, size - first)
@@ -300,6 +320,8 @@ class Routes:
         for rank, (of_rank, host) in enumerate(zip(self.shares, self.hosts, strict=True)):
             source = self.source_of(rank)
             for share in of_rank:
+                if share.number in self._in_spans:
+                    continue
                 longest = self._longest(rank, share)
                 if share.n_bytes and (host is None or share.has_columns or longest):
                     found[rank].append(Transfer(rank, share, source, self._read(rank, share, longest), longest))
@@ -317,10 +339,10 @@ class Routes:
         """For each tensor of the file, the bytes that each rank needs memory for to exchange it."""
         n_tensors = 1 + max((share.number for of_rank in self.shares for share in of_rank), default=-1)
         needed = [[0] * len(self.shares) for _ in range(n_tensors)]
-        for share in self.shares[0]:
-            if share.number in self._in_spans:  # gathered, and then made into a tensor of its own
-                needed[share.number] = [2 * share.n_bytes] * len(self.shares)
         for rank, of_rank in enumerate(self.transfers):
+            for share in self.shares[rank]:
+                if share.number in self._in_spans:  # gathered, and then made into a tensor of its own
+                    needed[share.number][rank] = share.whole_bytes + share.n_bytes
             for transfer in of_rank:
                 of_tensor = needed[transfer.share.number]
                 of_tensor[transfer.source] += transfer.read.n_bytes
@@ -352,7 +374,7 @@ class Routes:
 
     @cached_property
     def spans(self) -> list[list[Span]]:
-        """For each batch the consecutive tensors that all ranks hold."""
+        """For each batch the consecutive tensors that all ranks gather."""
         found: list[list[Span]] = [[] for _ in range(self.n_batches)]
         for run in self._runs:
             for batch, numbers in groupby(run, self.batch_of.__getitem__):

@@ -1,4 +1,4 @@
-"""Consecutive tensors of a file that all ranks hold: each rank reads an equal piece of their bytes."""
+"""Consecutive tensors of a file that all ranks gather: each rank reads an equal piece of their bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Place(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Consecutive tensors of a file, which all ranks hold.
+    """Consecutive tensors of a file, which all ranks gather.
 
     Attributes:
         numbers: the places of the tensors in the file.

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from numba_dequant.arguments import flag_option
+from numba_dequant.backends.devices import gpu_device
 from numba_dequant.dtypes import DEFAULT
 from numba_dequant.errors import DeviceError, OptionError, ReadError, ShapeError, shown
 from numba_dequant.format import Format
@@ -36,6 +37,7 @@ from numba_dequant.loading.requests import Request, dtype_resolver
 from numba_dequant.model import Model
 from numba_dequant.model import open as open_model
 from numba_dequant.parallel import Placement, Plan, Replicate, Shard, plan
+from numba_dequant.parallel.links import Links, are_connected
 from numba_dequant.parallel.placements import checked_rules
 from numba_dequant.parallel.routes import Read, Routes, Share, shares_of
 from numba_dequant.parallel.spans import places_of
@@ -73,10 +75,11 @@ def load_sharded(
         device = _usable(device)
         type_of = dtype_resolver(dtype)
         model, missing = _opened(path)
-        agreement.mine = None if model is None else _host()
-    hosts: list[str | None] = agreement.of_all
+        agreement.mine = None if model is None else (_host(), _links(ranks, device))
+    hosts: list[str | None] = [each and each[0] for each in agreement.of_all]
     if missing is not None and not any(hosts):
         raise missing
+    is_linked = len(set(hosts)) == 1 and are_connected([links for _, links in agreement.of_all])
     with ExitStack() as stack:
         load = _Load(ranks, device, type_of, is_kept=kept)
         stack.callback(load.close)
@@ -84,8 +87,9 @@ def load_sharded(
             if model is not None:
                 shares = _shares(planner if isinstance(planner, Plan) else planner(model), model, ranks.count)
                 # Reading begins while the ranks agree. No rank sends before they have.
-                load.begin(model, Routes(shares, hosts, places=places_of(model.tensors.values())))
-                agreement.mine = _digest(model), hashlib.blake2b(repr(shares).encode()).digest()
+                places = places_of(model.tensors.values())
+                load.begin(model, Routes(shares, hosts, places=places, gathers_parts=is_linked))
+                agreement.mine = _digest(model), _digest_of_shares(shares)
         first = _same(model, agreement.of_all)
         if None in hosts:
             shares = ranks.broadcast(None if model is None else shares, first)
@@ -174,7 +178,7 @@ class _Load:
         for name, raw in received.items():
             share = self._shares[name]
             fmt = format_named(share.format)
-            dtype, data = self._dtype(fmt, name), raw.to(self._place)
+            dtype, data = self._dtype(fmt, name), raw.reshape(-1).to(self._place)
             if dtype is None:
                 is_apart = data.untyped_storage().nbytes() == data.nbytes
                 found[name] = (data if is_apart else data.clone()).view(blocks_shape(fmt, share.shape))
@@ -263,7 +267,7 @@ def _opened(path: Any) -> tuple[Model | None, FileNotFoundError | None]:
         return None, error
 
 
-def _same(model: Model | None, digests: list[tuple[str, bytes] | None]) -> int:
+def _same(model: Model | None, digests: list[tuple[bytes, bytes] | None]) -> int:
     """The first rank that has the file, after a check that all ranks have the same file and plan.
 
     Args:
@@ -286,6 +290,16 @@ def _same(model: Model | None, digests: list[tuple[str, bytes] | None]) -> int:
     return first
 
 
+def _links(ranks: Ranks, device: torch.device) -> Links | None:
+    """The links of the GPU to which this rank loads, if it sends from there."""
+    if device.type != "cuda" or device_of(ranks.group, device).type != "cuda":
+        return None
+    index = gpu_device(device.index).index
+    from numba_dequant.backends.nvlink import links_of
+
+    return links_of(index)
+
+
 def _host() -> str:
     """Text that is the same for processes that see the same disks: the name of the host, and when it was started."""
     boot = ""
@@ -294,22 +308,29 @@ def _host() -> str:
     return f"{platform.node()} {boot}"
 
 
-def _digest(model: Model) -> str:
-    """A digest of the headers: all bytes before the first tensor of each shard, and the table of tensors."""
-    digest = hashlib.blake2b(digest_size=16)
-    starts: dict[str, Any] = {}
+def _digest(model: Model) -> bytes:
+    """A digest of the headers: all bytes before the first tensor of each shard, and thus the table of tensors."""
+    digest = hashlib.sha256()  # many processors have instructions for it
+    firsts: dict[str, TensorInfo] = {}
     for tensor in model.tensors.values():
-        digest.update(repr((tensor.name, tensor.format.name, tensor.shape, tensor.offset)).encode())
-        known = starts.get(tensor.path)
-        if known is None or tensor.offset < known.offset:
-            starts[tensor.path] = tensor
+        if tensor.path not in firsts or tensor.offset < firsts[tensor.path].offset:
+            firsts[tensor.path] = tensor
     with OpenFiles() as files:
-        for path in sorted(starts):
-            tensor = starts[path]
+        for _, tensor in sorted(firsts.items()):
             header = tensor._replace(offset=0, n_bytes=tensor.offset, format=FORMATS["I8"], byte_order="little")
-            chunk = Chunk(path, 0, tensor.offset, [TensorSlice(0, 0, 0, tensor.offset)])
+            chunk = Chunk(tensor.path, 0, tensor.offset, [TensorSlice(0, 0, 0, tensor.offset)])
             digest.update(files.read(chunk, [header], np.empty(tensor.offset, np.uint8)).data)
-    return digest.hexdigest()
+    return digest.digest()
+
+
+def _digest_of_shares(shares: list[list[Share]]) -> bytes:
+    """A digest of what the ranks hold of tensors that are the same on all of them."""
+    numbers = [
+        (rank, share.number, -1 if share.dim is None else share.dim, share.start, share.stop)
+        for rank, of_rank in enumerate(shares)
+        for share in of_rank
+    ]
+    return hashlib.sha256(np.array(numbers, np.int64).tobytes()).digest()
 
 
 def _shares(given: Any, model: Model, count: int) -> list[list[Share]]:

@@ -197,7 +197,7 @@ class Exchange:
     def run(self, batch: int, pieces: dict[Read, Tensor], memory: ExchangeMemory) -> dict[str, Tensor]:
         """Exchange what was read for a batch. It returns the bytes of all shares that this rank needed from others.
 
-        Those of a span share their memory.
+        Those of a span share their memory, and columns of its tensors are a matrix that is not contiguous.
 
         Raises:
             DeviceError: another rank has ended or does not answer.
@@ -235,11 +235,11 @@ class Exchange:
         """What this rank sends of the rows that it has read, and what it receives of the rows that others have read."""
         rank, routes = self._ranks.rank, self._routes
         holders = routes.holders(rank, share)
-        step, first, last = share.columns
+        _, first, last = share.columns
         parts = found.split([len(routes.rows(other, share)) * (last - first) for other in holders])
         for (other, theirs), part in zip(holders.items(), parts, strict=True):
             if other == rank:
-                part.view(-1, last - first).copy_(rows.view(-1, step)[:, first:last])
+                part.view(-1, last - first).copy_(_in_rows(rows, share))
             else:
                 sent.append((other, _columns(rows, theirs)))
                 received.append((other, part))
@@ -276,12 +276,22 @@ class Exchange:
             gathered[ranks.rank][: read.n_bytes].copy_(pieces[read])
         ranks.call(ALL_GATHER, of_all, gathered[ranks.rank], group=ranks.group)
         shares = [self._shares[number] for number in span.numbers]
-        return {
-            share.name: of_all[start : start + share.n_bytes] for share, start in zip(shares, span.starts, strict=True)
-        }
+        return {share.name: _held(of_all[start:], share) for share, start in zip(shares, span.starts, strict=True)}
+
+
+def _held(data: Tensor, share: Share) -> Tensor:
+    """What a rank holds of a tensor whose bytes begin where `data` does."""
+    if share.has_columns:
+        return _in_rows(data[: share.whole_bytes], share)
+    return data[share.first_byte : share.first_byte + share.n_bytes]
+
+
+def _in_rows(rows: Tensor, share: Share) -> Tensor:
+    """The columns of a share, of some whole rows."""
+    step, first, last = share.columns
+    return rows.view(-1, step)[:, first:last]
 
 
 def _columns(rows: Tensor, share: Share) -> Tensor:
     """The bytes of the columns of a share, of some whole rows."""
-    step, first, last = share.columns
-    return rows.view(-1, step)[:, first:last].contiguous().view(-1)
+    return _in_rows(rows, share).contiguous().view(-1)

@@ -1,10 +1,13 @@
 """Which tensors ranks read together, and which piece each of them reads."""
 
+from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from numba_dequant.parallel import Part, Plan, RankPlan, spans
+from numba_dequant.parallel import Part, Plan, RankPlan, routes, spans
+from numba_dequant.parallel.links import Links, are_connected
 from numba_dequant.parallel.routes import Routes, shares_of
 from numba_dequant.parallel.spans import Place, Span, places_of, runs, span_of
 
@@ -70,7 +73,6 @@ def model(tmp_path, monkeypatch):
     from blocks import random_blocks, write_model
 
     import numba_dequant as nd
-    from numba_dequant.parallel import routes
 
     monkeypatch.setattr(routes, "LEAST_DIVIDED", 64)
     monkeypatch.setattr(routes, "BATCH_BYTES", 4 * 8 * 34)
@@ -79,32 +81,83 @@ def model(tmp_path, monkeypatch):
         yield model
 
 
-def routes_of(model, hosts, without=()):
-    """Two ranks hold all tensors, but for some that only the first one holds."""
+def routes_of(model, hosts, without=(), cut=(), **options):
+    """Two ranks hold all tensors, but for some that only the first one holds, and some of which each holds half."""
+
+    def part_of(rank, tensor):
+        return Part(tensor, 0, 4 * rank, 4 * rank + 4) if tensor.name in cut else Part(tensor)
+
     ranks = tuple(
-        RankPlan(rank, 0, {name: Part(each) for name, each in model.tensors.items() if not (rank and name in without)})
+        RankPlan(
+            rank,
+            0,
+            {name: part_of(rank, each) for name, each in model.tensors.items() if not (rank and name in without)},
+        )
         for rank in range(2)
     )
     shares = shares_of(Plan(ranks, ()), model.tensors)
-    return Routes(shares, hosts, places=places_of(model.tensors.values()))
+    return Routes(shares, hosts, places=places_of(model.tensors.values()), **options)
 
 
 def test_what_all_ranks_hold_is_cut_where_batches_end(model):
-    routes = routes_of(model, ["one", "two"])
-    assert [[span.numbers for span in of_batch] for of_batch in routes.spans] == [[(0, 1)], [(2, 3)], [(4,)]]
-    assert routes.transfers == [[], []]
-    assert list(routes.direct(0)) == []
+    found = routes_of(model, ["one", "two"])
+    assert [[span.numbers for span in of_batch] for of_batch in found.spans] == [[(0, 1)], [(2, 3)], [(4,)]]
+    assert found.transfers == [[], []]
+    assert list(found.direct(0)) == []
 
 
 def test_a_large_tensor_that_only_some_ranks_hold_divides_a_run(model, monkeypatch):
     monkeypatch.setattr(spans, "MOST_PADDING", 32)
-    routes = routes_of(model, ["one", "one"], without=["w1"])
-    assert [span.numbers for of_batch in routes.spans for span in of_batch] == [(0,), (2,), (3, 4)]
-    assert [share.name for share in routes.direct(0)] == ["w1"]
-    assert list(routes.direct(1)) == []
+    found = routes_of(model, ["one", "one"], without=["w1"])
+    assert [span.numbers for of_batch in found.spans for span in of_batch] == [(0,), (2,), (3, 4)]
+    assert [share.name for share in found.direct(0)] == ["w1"]
+    assert list(found.direct(1)) == []
 
 
 def test_ranks_without_the_file_receive_tensors_one_by_one(model):
-    routes = routes_of(model, ["one", None])
-    assert routes.spans == [[]] * routes.n_batches
-    assert len(routes.transfers[1]) == 5
+    found = routes_of(model, ["one", None])
+    assert found.spans == [[]] * found.n_batches
+    assert len(found.transfers[1]) == 5
+
+
+def test_parts_are_gathered_only_if_links_are_fast(model, monkeypatch):
+    monkeypatch.setattr(spans, "MOST_PADDING", 32)
+    cut = ["w1", "w2"]
+    apart = routes_of(model, ["one", "one"], cut=cut)
+    assert [span.numbers for of_batch in apart.spans for span in of_batch] == [(0,), (3,), (4,)]
+    assert [share.name for share in apart.direct(1)] == cut
+    gathered = routes_of(model, ["one", "one"], cut=cut, gathers_parts=True)
+    assert [number for of_batch in gathered.spans for span in of_batch for number in span.numbers] == [0, 1, 2, 3, 4]
+    assert list(gathered.direct(1)) == gathered.transfers[1] == []
+
+
+def test_what_one_rank_does_not_hold_is_not_gathered(model):
+    found = routes_of(model, ["one", "one"], without=["w1"], cut=["w0"], gathers_parts=True)
+    assert {number for of_batch in found.spans for span in of_batch for number in span.numbers} == {0, 2, 3, 4}
+
+
+A, B, C = (Links(own, frozenset("abc") - {own}) for own in "abc")
+
+
+@pytest.mark.parametrize(
+    ("links", "connected"),
+    [
+        ([A, B], True),
+        ([A, B, C], True),
+        ([A, None], False),  # the driver does not say it
+        ([A, A], False),  # two ranks share a GPU
+        ([A, Links("b", frozenset("c"))], False),  # one of them cannot see the other
+        ([A, B, Links("d", frozenset("ab"))], False),
+    ],
+)
+def test_gpus_are_connected_if_each_is_linked_with_each(links, connected):
+    assert are_connected(links) is connected
+
+
+def test_the_last_batches_are_halved(monkeypatch):
+    monkeypatch.setattr(routes, "LAST_BYTES", 4)
+    needed = np.ones((40, 2), np.int64)
+    sizes = [count for _, count in sorted(Counter(routes.batches(needed, 16)).items())]
+    assert sizes == [16, 16, 4, 4]
+    assert routes.batches(needed[:12], 16) == [0] * 6 + [1] * 4 + [2] * 2
+    assert routes.batches(needed[:3], 3) == [0, 0, 0], "a limit below that of the last batch"

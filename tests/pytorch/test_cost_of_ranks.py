@@ -82,7 +82,8 @@ def counted(model, found, n_readers):
     world = len(found.ranks)
     shares = routes.shares_of(found, model.tensors)
     hosts = [str(rank // HOST) if rank < n_readers else None for rank in range(world)]
-    taken = routes.Routes(shares, hosts, places=places_of(model.tensors.values()))
+    places, is_one_host = places_of(model.tensors.values()), len(set(hosts)) == 1
+    taken = routes.Routes(shares, hosts, places=places, gathers_parts=is_one_host)
     for rank in range(world):
         recorder = Recorder(rank, world)
         exchange = ranks.Exchange(recorder, taken, torch.device("cpu"))

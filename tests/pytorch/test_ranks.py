@@ -136,6 +136,9 @@ def two(folder):
         "group",
         "wrong group",
         "other model",
+        "linked",
+        "linked blocks",
+        "linked batches",
         "dtensor dimension",
         "dtensor list",
         "dtensor mesh",
@@ -150,6 +153,8 @@ def test_two_ranks_hold_their_parts(two, folder):
     assert two["values"] == expected_parts(folder, 2)
     assert two["blocks"] == expected_parts(folder, 2, blocks=True)
     assert two["stages"] == expected_parts(folder, 2, stages=2)
+    assert two["linked"] == two["linked batches"] == two["values"]
+    assert two["linked blocks"] == two["blocks"]
     assert two["memory file"] == two["small"] == two["batches"] == two["values"]
     with nd.open(folder / "model.gguf") as model:
         rows = model.load("blk.0.a.rows", "float32", device="reference")
@@ -171,10 +176,22 @@ def test_dtensors_are_the_whole_together(two, folder):
 
 def test_four_ranks_hold_their_parts(folder):
     found, codes, errors = run(
-        folder, 4, "values", "blocks", "stages", "missing", "batches", "reversed", "pairs", "strangers"
+        folder,
+        4,
+        "values",
+        "blocks",
+        "stages",
+        "missing",
+        "batches",
+        "reversed",
+        "pairs",
+        "strangers",
+        "linked",
+        "linked stages",
     )
     assert codes == [0] * 4, errors
-    assert found["reversed"] == found["batches"] == found["values"]
+    assert found["linked"] == found["reversed"] == found["batches"] == found["values"]
+    assert found["linked stages"] == found["stages"]
     assert found["values"] == found["missing"] == expected_parts(folder, 4)
     assert found["blocks"] == expected_parts(folder, 4, blocks=True)
     assert found["stages"] == expected_parts(folder, 4, stages=2)

@@ -24,6 +24,7 @@ from numba_dequant import parallel
 from numba_dequant import torch as nt
 from numba_dequant.loading.parts import PartReader
 from numba_dequant.parallel import plan, routes
+from numba_dequant.parallel.links import Links
 from numba_dequant.torch import distributed
 from numba_dequant.torch.ranks import Exchange
 
@@ -66,9 +67,9 @@ def device_of(rank):
 
 def load(rank, world, folder, scenario):  # noqa: PLR0912, PLR0915 one branch per scenario
     path, options = folder / "model.gguf", {"plan": planned(world), "device": device_of(rank)}
-    if scenario == "blocks":
+    if scenario in ("blocks", "linked blocks"):
         options["keep_quantized"] = True
-    elif scenario == "stages":
+    elif scenario in ("stages", "linked stages"):
         options["plan"] = planned(world, 2)
     elif scenario == "empty":  # one rank holds all
         options["plan"] = lambda model: plan(
@@ -114,7 +115,10 @@ def load(rank, world, folder, scenario):  # noqa: PLR0912, PLR0915 one branch pe
     with ExitStack() as patches:
         # The tensors of this file are small.
         patches.enter_context(mock.patch.object(routes, "LEAST_DIVIDED", 1 << 20 if scenario == "small" else 1))
-        if scenario == "batches":
+        if scenario.startswith("linked"):  # as if each rank had a GPU, all connected by NVLink
+            links = Links(str(rank), frozenset(map(str, range(world))))
+            patches.enter_context(mock.patch.object(distributed, "_links", return_value=links))
+        if "batches" in scenario:
             patches.enter_context(mock.patch.object(routes, "BATCH_BYTES", 2000))
         elif scenario in FAULTS and rank == 1:
             owner, name, error = FAULTS[scenario]
