@@ -64,33 +64,46 @@ def test_one_rank_is_bound_by_the_slower_of_file_and_bus():
         assert not any(sum(moved(prediction, f"{link} in")) for link in ("NVLink", "network"))
 
 
-def test_rows_by_hand():
-    """40 rows of 4 bytes: 80 bytes for each of two ranks of a host."""
+def test_rows_by_hand(monkeypatch):
+    """40 rows of 4 bytes: 80 bytes for each of two ranks. Ranks of a host gather all, and keep their parts."""
+    monkeypatch.setattr(spans, "ALIGNMENT", 4)
     (tensor,) = tensors_of({"w": ("F32", (40, 1))})
-    prediction = predict(plan([tensor], 2, [("w", Shard(0))]), MACHINE)
-    assert moved(prediction, "file") == moved(prediction, "bus") == [80, 80]
-    assert moved(prediction, "memory") == [80 + 20 * 2] * 2
-    assert seconds(prediction) == {"read": 1.6, "copy": 2.0, "exchange": 0.0, "dequantize": 0.06, "wait": 0.0}
-    assert prediction.seconds == pytest.approx(2.0 + 0.06)
-    assert prediction.overlapped_seconds == 2.0
-    assert prediction.bottleneck == "bus"
-    compressed = predict(plan([tensor], 2, [("w", Shard(0))]), MACHINE, value_bytes=0)
+    found = plan([tensor], 2, [("w", Shard(0))])
+    for gpus_per_host, sent in ((2, 80), (1, 0)):
+        prediction = predict(found, replace(MACHINE, gpus_per_host=gpus_per_host, host_bus=80.0))
+        assert moved(prediction, "file") == moved(prediction, "bus") == [80, 80]
+        assert moved(prediction, "NVLink in") == moved(prediction, "NVLink out") == [sent, sent]
+        assert moved(prediction, "network out") == [0, 0]
+        assert moved(prediction, "memory") == [80 + 20 * 2] * 2
+        read = 80 * gpus_per_host / 100
+        assert seconds(prediction) == {
+            "read": read, "copy": 2.0, "exchange": sent / 200, "dequantize": 0.06, "wait": 0.0,
+        }  # fmt: skip
+        assert prediction.seconds == pytest.approx(2.0 + sent / 200 + 0.06)
+        assert prediction.overlapped_seconds == 2.0
+        assert prediction.bottleneck == "bus"
+    compressed = predict(found, MACHINE, value_bytes=0)
     assert seconds(compressed)["dequantize"] == 0.0
 
 
-def test_columns_by_hand():
-    """Ranks of a host read two of four rows each, and send each other half of what they read. A lone rank reads all."""
+def test_columns_by_hand(monkeypatch):
+    """A lone host gathers all. Of several, the ranks of each read two of four rows, and swap half of what they read."""
+    monkeypatch.setattr(spans, "ALIGNMENT", 4)
     (tensor,) = tensors_of({"w": ("F32", (4, 10))})
     found = plan([tensor], 2, [("w", Shard(-1))])
     prediction = predict(found, replace(MACHINE, disk=40.0))
     assert moved(prediction, "file") == moved(prediction, "bus") == [80, 80]
-    assert moved(prediction, "NVLink in") == moved(prediction, "NVLink out") == [40, 40]
+    assert moved(prediction, "NVLink in") == moved(prediction, "NVLink out") == [80, 80]
     assert prediction.distinct_bytes == (160,)
     assert prediction.stages[0].seconds == 4.0
     assert prediction.bottleneck == "disk"
     apart = predict(found, replace(MACHINE, gpus_per_host=1))
     assert moved(apart, "file") == moved(apart, "bus") == [160, 160]
     assert moved(apart, "network out") == [0, 0]
+    four = predict(plan([tensor], 4, [("w", Shard(-1, unit=2))]), MACHINE)
+    assert moved(four, "file") == [80] * 4
+    assert sorted(moved(four, "NVLink in")) == [16, 16, 16, 32], "a rank of two columns receives two rows of them"
+    assert four.distinct_bytes == (160, 160)
 
 
 def test_a_whole_tensor_by_hand(monkeypatch):
