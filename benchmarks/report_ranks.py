@@ -82,8 +82,9 @@ All times are predicted. A host has {size} GPUs and one network link. Each host 
 
 {times}
 
-The ranks of a host that hold columns read some rows each, and send each other their columns. So each byte is read once
-per host. With hundreds of ranks, rows have fewer blocks than there are ranks. Many ranks then hold no columns of some
+On one host, each rank reads an equal piece of the file and receives all others. On several hosts, the ranks of a host
+that hold columns read some rows each, and send each other their columns. In both cases, each byte is read once per
+host. With hundreds of ranks, rows have fewer blocks than there are ranks. Many ranks then hold no columns of some
 tensors, and do not read them.
 
 ## Stages
