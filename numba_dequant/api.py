@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 from numpy.typing import NDArray
 
 from numba_dequant.arguments import Job, is_on_gpu, output_type, parse_tensors
-from numba_dequant.backends.batch import Array, Batch
+from numba_dequant.backends.batch import Array, Backend, Batch
 from numba_dequant.backends.devices import is_simulated, parse_device
 from numba_dequant.backends.host import HostBackend, ReferenceBackend, SimulatorBackend
 from numba_dequant.backends.matmul import product_job
@@ -155,7 +155,8 @@ def dequantize_many(
         UnknownFormatError, DtypeError, DataError, ShapeError, OutputError, DeviceError: as for `dequantize`. The
             message names the tensor.
     """
-    return prepare_many(tensors, dtype, device=device, out=out, stream=stream).run()
+    backend, jobs = _backend_and_jobs(tensors, dtype, device, out, stream)
+    return backend.dequantize_many(jobs, stream)
 
 
 def prepare_many(
@@ -194,9 +195,14 @@ def prepare_many(
     Raises:
         UnknownFormatError, DtypeError, DataError, ShapeError, OutputError, DeviceError: as for `dequantize_many`.
     """
+    backend, jobs = _backend_and_jobs(tensors, dtype, device, out, stream)
+    return backend.prepare(jobs, stream)
+
+
+def _backend_and_jobs(tensors: Any, dtype: Any, device: Any, out: Any, stream: Any) -> tuple[Backend, list[Job]]:
     jobs = parse_tensors(tensors, dtype, out)
     on_gpu = next((job.data for job in jobs if is_on_gpu(job.data)), None)
-    return backend_for(device, stream, on_gpu).prepare(jobs, stream)
+    return backend_for(device, stream, on_gpu), jobs
 
 
 @overload

@@ -100,12 +100,12 @@ def parse_tensors(tensors: Any, dtype: Any, out: Any) -> list[Job]:
         if not isinstance(entry, tuple) or len(entry) not in (2, 3):
             actual = f"tuple of {len(entry)}" if isinstance(entry, tuple) else type(entry).__name__
             raise DataError(f"tensor {shown(name)} must be (data, format) or (data, format, shape), got a {actual}")
-        data, name_or_id, *shape = entry
         try:
-            fmt = format_named(name_or_id)
+            fmt = format_named(entry[1])
         except NumbaDequantError as error:
             raise with_tensor_name(error, name) from error
-        jobs.append(Job(data, fmt, None, shape[0] if shape else None, outputs[name] if outputs else None, name))
+        shape = entry[2] if len(entry) == 3 else None
+        jobs.append(Job(entry[0], fmt, None, shape, outputs[name] if outputs else None, name))
     output = output_type(dtype, jobs[0].data, jobs[0].out) if jobs else output_type(dtype)
     for job in jobs:
         job.dtype = output
@@ -247,6 +247,8 @@ def result_shape(shape: Any, n_elements: int, out: Any) -> tuple[int, ...]:
     Raises:
         ShapeError: `shape` is not a shape, or has another number of elements.
     """
+    if type(shape) is tuple and n_elements and _has_elements(shape, n_elements):
+        return shape
     if shape is None:
         if out is None:
             return (n_elements,)
@@ -274,6 +276,16 @@ def result_shape(shape: Any, n_elements: int, out: Any) -> tuple[int, ...]:
             f"shape {shown(extents)} has no elements, but its other extents are too large; pass smaller ones"
         )
     return extents
+
+
+def _has_elements(shape: tuple[Any, ...], n_elements: int) -> bool:
+    """Whether a tuple is a shape of so many elements; the fast way for what is nearly always passed."""
+    total = 1
+    for extent in shape:
+        if type(extent) is not int or extent < 0:
+            return False
+        total *= extent
+    return total == n_elements and len(shape) <= MAX_DIMENSIONS
 
 
 def _extents(shape: Any) -> tuple[int, ...]:

@@ -310,7 +310,7 @@ class Format:
         Raises:
             DataError: `n_bytes` is not a whole number of blocks.
         """
-        number = whole_number(n_bytes, 0)
+        number = n_bytes if type(n_bytes) is int and n_bytes >= 0 else whole_number(n_bytes, 0)
         if number is None:
             raise DataError(f"n_bytes must be a whole number, 0 or more, got {shown(n_bytes)}")
         if number % self.type_size:

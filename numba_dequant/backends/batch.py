@@ -61,5 +61,8 @@ class Backend(Protocol):
     def prepare(self, jobs: Sequence[Job], stream: Any) -> Batch[Any]:
         """The batch, as `numba_dequant.prepare_many` returns it."""
 
+    def dequantize_many(self, jobs: Sequence[Job], stream: Any) -> dict[Any, Any]:
+        """The results, as `numba_dequant.dequantize_many` returns them."""
+
     def matmul(self, given: ProductJob, stream: Any) -> Any:
         """The product, as `numba_dequant.matmul` returns it."""

@@ -74,6 +74,12 @@ class CudaBackend(Backend):
 
         return cuda_batch.prepare(jobs, self.gpu, stream)
 
+    def dequantize_many(self, jobs: Sequence[Job], stream: Any) -> dict[Any, Any]:
+        """The results of many jobs; the host does not wait for them."""
+        from numba_dequant.backends import cuda_batch
+
+        return cuda_batch.dequantize(jobs, self.gpu, stream)
+
     def matmul(self, given: ProductJob, stream: Any) -> Any:
         """The product; the host does not wait for it."""
         from numba_dequant.backends import cuda_matmul

@@ -29,11 +29,31 @@ from numba_dequant.kernels.launch_shape import launch_shape, tile_directory
 SHARED_MEMORY = 64 << 20
 """Tensors share allocations of up to this many bytes, because an allocation takes as long as a launch."""
 
+LARGE = 1 << 24
+"""The GPU needs at least as long for a tensor of so many elements as the host for a launch."""
+
 ALIGNMENT = 256
 """Alignment in bytes of each tensor in a shared allocation, the same as that of an allocation."""
 
 Step = Callable[[int], None]
 """A function that queues work on the stream with the given handle."""
+
+
+@dataclass(slots=True)
+class _Kind:
+    """The jobs of one format.
+
+    Attributes:
+        fmt: the format.
+        dtype: the output type of all jobs.
+        result_dtype: the dtype of the results.
+        tasks: the tasks.
+    """
+
+    fmt: Format
+    dtype: str
+    result_dtype: np.dtype[Any]
+    tasks: list[_Task]
 
 
 @dataclass(slots=True)
@@ -67,28 +87,87 @@ class _Task:
 
 def prepare(jobs: Sequence[Job], gpu: Gpu, stream: Any) -> Batch[Any]:
     """The batch of `numba_dequant.prepare_many` on a GPU."""
-    arrays = [array for job in jobs for array in (job.data, job.out) if array is not None]
+    arrays = _arrays(jobs)
     call = streams.stream_for(stream, gpu, arrays)
     with gpu.active():
         gpu.refuse_capture(call.handle, "a batch cannot be prepared during the capture; call prepare_many before it")
-        tasks = []
-        for job in jobs:
-            try:
-                tasks.append(_task(job, call))
-            except NumbaDequantError as error:
-                raise with_tensor_name(error, job.name) from error
-        if any(job.out is not None for job in jobs):
-            check_apart(memory for task in tasks for memory in task.memory())
-        _allocate([task.data for task in tasks if task.host is not None], call)
-        _allocate([task.target for task in tasks if task.result is None], call)
-        for task in tasks:
-            if task.host is not None and task.host.size:
-                gpu.send(task.data.pointer, task.host, call.handle)
-            if task.result is None:
-                shape, dtype = task.job.shape, task.job.result_dtype
-                task.result = DeviceTensor(task.target, shape, dtype, call.handle, call.framework)
-        steps, tables = _steps(tasks, call)
+        tasks, kinds = _checked(jobs, call)
+        steps, tables = _steps(tasks, kinds, call)
         return Batch({task.job.name: task.result for task in tasks}, _Run(call, steps, tasks, tables, arrays))
+
+
+def dequantize(jobs: Sequence[Job], gpu: Gpu, stream: Any) -> dict[Any, Any]:
+    """The results of `numba_dequant.dequantize_many` on a GPU."""
+    arrays = _arrays(jobs)
+    call = streams.stream_for(stream, gpu, arrays)
+    with gpu.active():
+        gpu.refuse_capture(call.handle, "a batch cannot be prepared during the capture; call prepare_many before it")
+        tasks, kinds = _checked(jobs, call, is_once=True)
+        for step in _steps(tasks, kinds, call)[0]:
+            step(call.handle)
+        results = {}
+        for task in tasks:
+            job = task.job
+            results[job.name] = task.result
+            if job.out is not None or not isinstance(job.data, DeviceTensor):
+                streams.release(call, data=job.data, out=job.out)
+        for owner in _owners([task.data for task in tasks]):
+            owner.used_on(call.handle)
+        return results
+
+
+def _arrays(jobs: Sequence[Job]) -> list[Any]:
+    """The data and the outputs of jobs."""
+    return [job.data for job in jobs] + [job.out for job in jobs if job.out is not None]
+
+
+def _owners(memories: Iterable[DeviceBytes]) -> list[Any]:
+    """The owners of memory that this package allocated."""
+    owners = {id(memory.owner): memory.owner for memory in memories}
+    return [owner for owner in owners.values() if hasattr(owner, "used_on")]
+
+
+def _checked(jobs: Sequence[Job], call: CallStream, *, is_once: bool = False) -> tuple[list[_Task], list[_Kind]]:
+    """Check all jobs, and get memory for them: the tasks in order, and by format.
+
+    Args:
+        jobs: the jobs.
+        call: the stream.
+        is_once: whether nothing runs again. The GPU then begins with large tensors while others are checked, unless
+            outputs were passed, to which nothing may be written before all checks.
+    """
+    gpu, has_outputs = call.gpu, any(job.out is not None for job in jobs)
+    begins_early = is_once and not has_outputs
+    kinds: dict[int, _Kind] = {}
+    tasks, on_host, new = [], [], []
+    for job in jobs:
+        try:
+            kind = kinds.get(id(job.fmt))
+            if kind is None:
+                cuda.check_capability(job.dtype, job.fmt, gpu)
+                kind = kinds[id(job.fmt)] = _Kind(job.fmt, job.dtype or "", job.result_dtype, [])
+            task = _task(job, call, kind)
+        except NumbaDequantError as error:
+            raise with_tensor_name(error, job.name) from error
+        tasks.append(task)
+        if task.host is not None:
+            on_host.append(task)
+        elif begins_early and job.n_elements >= LARGE and task.gather is None:
+            _allocate([task.target], call)
+            cuda.dequantize_into(task.data, job, task.target, call.handle)
+            continue
+        if job.out is None:
+            new.append(task.target)
+        if job.n_elements:
+            kind.tasks.append(task)
+    if has_outputs:
+        check_apart(memory for task in tasks for memory in task.memory())
+    _allocate([task.data for task in on_host], call)
+    _allocate(new, call)
+    for task in on_host:
+        if task.host is not None and task.host.size:
+            gpu.send(task.data.pointer, task.host, call.handle)
+    return tasks, list(kinds.values())
 
 
 class _Run:
@@ -102,8 +181,7 @@ class _Run:
         libraries = {library.name: library for array in arrays if (library := streams.owner_of(array)) is not None}
         self._others = [library for library in libraries.values() if library is not call.framework]
         memories = [task.data for task in tasks] + [task.target for task in tasks] + ([tables] if tables else [])
-        owners = {id(memory.owner): memory.owner for memory in memories if hasattr(memory.owner, "used_on")}
-        self._owners = list(owners.values())
+        self._owners = _owners(memories)
         self._results = [task.result for task in tasks if isinstance(task.result, DeviceTensor)]
         self._outs = [task.result for task in tasks if not isinstance(task.result, DeviceTensor)]
         self._uploaded: Event | None = call.gpu.record_event(call.handle)
@@ -145,28 +223,31 @@ class _Run:
                     streams.release(self._call, data=array)
 
 
-def _task(job: Job, call: CallStream) -> _Task:
+def _task(job: Job, call: CallStream, kind: _Kind) -> _Task:
     host, array, gpu = None, job.data, call.gpu
-    if cuda.is_pinned_tensor(array):
-        array = TORCH.to_gpu(array, gpu.index, call.handle)
     gather: Step | None = None
-    if isinstance(array, DeviceTensor) or is_on_gpu(array):
+    if isinstance(array, DeviceTensor):
         data = streams.memory_of(array, call)
-        library = library_of(array)
-        if library is not None and not library.is_contiguous(array):
-            gather = partial(library.copy, data.owner, array, gpu.index)
-        if data.gpu is not gpu:
-            raise cuda.elsewhere(data, gpu)
     else:
-        host = host_bytes(array)
-        data = DeviceBytes(0, host.size, gpu, None)
+        if cuda.is_pinned_tensor(array):
+            array = TORCH.to_gpu(array, gpu.index, call.handle)
+        if is_on_gpu(array):
+            data = streams.memory_of(array, call)
+            library = library_of(array)
+            if library is not None and not library.is_contiguous(array):
+                gather = partial(library.copy, data.owner, array, gpu.index)
+        else:
+            host = host_bytes(array)
+            data = DeviceBytes(0, host.size, gpu, None)
+    if data.gpu is not gpu:
+        raise cuda.elsewhere(data, gpu)
     job.measure(data.n_bytes)
-    cuda.check_capability(job.dtype, job.fmt, gpu)
-    if job.out is None:
-        target = DeviceBytes(0, job.n_elements * job.result_dtype.itemsize, gpu, None)
-    else:
+    if job.out is not None:
         target = cuda.checked_output(job, call, data if host is None else None)
-    return _Task(job, data, target, host, gather, job.out)
+        return _Task(job, data, target, host, gather, job.out)
+    target = DeviceBytes(0, job.n_elements * kind.result_dtype.itemsize, gpu, None)
+    result = DeviceTensor(target, job.shape, kind.result_dtype, call.handle, call.framework)
+    return _Task(job, data, target, host, gather, result)
 
 
 def _allocate(memories: list[DeviceBytes], call: CallStream) -> None:
@@ -226,25 +307,19 @@ def dequantize_blocks(found: Iterable[Blocks], dtype: str, call: CallStream) -> 
             launch(call.handle)
 
 
-def _steps(tasks: list[_Task], call: CallStream) -> tuple[list[Step], DeviceBytes | None]:
+def _steps(tasks: Sequence[_Task], kinds: Iterable[_Kind], call: CallStream) -> tuple[list[Step], DeviceBytes | None]:
     """The steps of a run, and the memory of their tables: one launch per format, and a step for each other tensor."""
     steps = [task.gather for task in tasks if task.gather is not None]
-    by_format: dict[int, list[_Task]] = {}
-    for task in tasks:
-        if not task.job.n_elements:
-            continue
-        if task.job.fmt.stored_dtype is not None or task.target.pointer % 16:
-            steps.append(partial(cuda.dequantize_into, task.data, task.job, task.target))
-        else:
-            by_format.setdefault(id(task.job.fmt), []).append(task)
-    groups = [
-        (
-            group[0].job.fmt,
-            group[0].job.dtype or "",
-            [(task.data.pointer, task.target.pointer, task.job.n_elements) for task in group],
-        )
-        for group in by_format.values()
-    ]
+    groups = []
+    for kind in kinds:
+        is_stored, rows = kind.fmt.stored_dtype is not None, []
+        for task in kind.tasks:
+            if is_stored or task.target.pointer % 16:
+                steps.append(partial(cuda.dequantize_into, task.data, task.job, task.target))
+            else:
+                rows.append((task.data.pointer, task.target.pointer, task.job.n_elements))
+        if rows:
+            groups.append((kind.fmt, kind.dtype, rows))
     launches, memory = _launches(groups, call)
     return steps + launches, memory
 

@@ -49,6 +49,10 @@ class HostBackend(Backend):
         steps = [partial(self._compute, *arguments, "tile") for arguments in prepared]
         return Batch(results, lambda: [step() for step in steps])
 
+    def dequantize_many(self, jobs: Sequence[Job], stream: Any) -> dict[Any, Any]:
+        """The results of many jobs."""
+        return self.prepare(jobs, stream).run()
+
     def matmul(self, given: ProductJob, stream: Any) -> Any:
         """The product; see `numba_dequant.matmul`."""
         x, data = host_argument(given.x, "x"), host_argument(given.weight, "weight")

@@ -32,6 +32,19 @@ class TestOnGpu:
         joined = torch.cat([torch.from_dlpack(found[i]) for i in range(count)]).cpu().numpy()
         assert_same_bits(joined, nd.dequantize(data, "Q4_0", device="reference"))
 
+    def test_large_tensors_begin_early(self, monkeypatch):
+        """Also if a later one is wrong: then there is no result, and the next call is right."""
+        monkeypatch.setattr("numba_dequant.backends.cuda_batch.LARGE", 256 * 40)
+        tensors = mixture(["Q4_K", "Q8_0", "F32", "I8"], (0, 1, 40, 500))
+        on_gpu = {
+            name: (nd.dequantize(np.ascontiguousarray(blocks).view(np.int8), "I8", device="cuda"), *rest)
+            for name, (blocks, *rest) in tensors.items()
+        }
+        assert_all_same(nd.dequantize_many(on_gpu), tensors)
+        with pytest.raises(nd.ShapeError, match="tensor 'wrong'"):
+            nd.dequantize_many({**on_gpu, "wrong": (next(iter(on_gpu.values()))[0], "I8", (3, 5, 7))})
+        assert_all_same(nd.dequantize_many(on_gpu), tensors)
+
     def test_nothing(self):
         assert nd.dequantize_many({}, device="cuda") == {}
 

@@ -172,6 +172,27 @@ def test_many_take_data_from_everywhere_in_one_launch_per_format(late, monkeypat
     assert len(launches) == len(decoded)
 
 
+@pytest.mark.parametrize("stream", [None, 5])
+def test_large_tensors_on_the_gpu_begin_early(late, monkeypatch, stream):
+    monkeypatch.setattr(cuda_batch, "LARGE", 256 * 40)
+    tensors = mixture(["Q4_K", "Q8_0", "Q6_K", "I8"], (0, 1, 40, 50))
+    given = {key: (on_gpu(data, stream=3), name, shape) for key, (data, name, shape) in tensors.items()}
+    launches, real = [], late.launch
+    late.launch = lambda *arguments: (launches.append(arguments), real(*arguments))
+    found = nd.dequantize_many(given, stream=stream)
+    del given
+    gc.collect()
+    assert_all_same(found, tensors)
+    assert len(launches) == 4 + 3, "four large tensors of K quants, and one launch for the others of each format"
+    late.launch = real
+    wrong = {"a": (on_gpu(tensors["Q4_K", 50][0]), "Q4_K"), "b": (bytes(35), "Q8_0")}
+    before = late.in_use
+    with pytest.raises(nd.DataError, match="tensor 'b'"):
+        nd.dequantize_many(wrong)
+    gc.collect()
+    assert late.in_use == before
+
+
 def test_a_batch_reads_and_writes_again(late):
     tensors = mixture(sizes=(1, 40))
     data = {key: on_gpu(entry[0], stream=2) for key, entry in tensors.items()}
