@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from numba_dequant.backends.driver_start import DriverStart
 from numba_dequant.errors import DeviceError, shown, warn_once
 from numba_dequant.kernels.gpu_packages import install_command, why_no_gpu_packages
 from numba_dequant.locks import compile_lock
@@ -37,7 +38,7 @@ def parse_device(device: Any) -> DeviceSpec:
         DeviceError: there is no such device, or no GPU can be used.
     """
     if device is None:
-        problem = why_no_cuda()
+        problem = _why_not(0)
         if problem is None:
             return _gpu(0)
         warn_once(f"numba_dequant computes on the CPU: {problem}")
@@ -56,10 +57,18 @@ def gpu_device(index: int) -> DeviceSpec:
 
 
 def _usable(spec: DeviceSpec, device: Any) -> DeviceSpec:
-    problem = why_no_cuda() if spec.kind == "cuda" else None
+    problem = _why_not(spec.index) if spec.kind == "cuda" else None
     if problem is not None:
         raise DeviceError(f"device {shown(device)} cannot be used: {problem}")
     return spec
+
+
+def _why_not(index: int) -> str | None:
+    """Why no GPU can be used, or None. The first call also starts the driver for a GPU."""
+    if "numba_dequant.backends.gpu" in sys.modules or is_simulated() or sys.platform == "darwin":
+        return why_no_cuda()
+    with DriverStart(index):
+        return why_no_cuda()
 
 
 @lru_cache(maxsize=64)

@@ -38,11 +38,16 @@ def is_there(module: str) -> bool:
         return False
 
 
+def driver_library() -> ctypes.CDLL:
+    """The library of the driver. Raises OSError if there is none."""
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
 @lru_cache(maxsize=1)
 def driver_version() -> int:
     """The newest CUDA version that the driver supports, for example 13010 for 13.1; 0 without a driver."""
     try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        driver = driver_library()
         version = ctypes.c_int()
         return 0 if driver.cuDriverGetVersion(ctypes.byref(version)) else version.value
     except (OSError, AttributeError):
