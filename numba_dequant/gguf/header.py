@@ -41,7 +41,8 @@ INCOMPLETE = "; the download may be incomplete"
 
 
 @cache
-def _record(byte_order: ByteOrder, codes: str) -> struct.Struct:
+def record(byte_order: ByteOrder, codes: str) -> struct.Struct:
+    """Numbers without padding between them; `codes` are format characters of `struct`."""
     return struct.Struct(("<" if byte_order == "little" else ">") + codes)
 
 
@@ -80,6 +81,14 @@ class Cursor:
     def left(self) -> int:
         """Bytes from the current position to the end of the file."""
         return self.size - self.position
+
+    @property
+    def ahead(self) -> tuple[bytes, int]:
+        """Bytes of the header that are in memory, and the index of the current position among them.
+
+        The index may be at or beyond their end.
+        """
+        return self._window, self.position - self._window_start
 
     def what(self, field: str) -> str:
         """The name of a field, for errors. A long `subject` is shortened."""
@@ -142,8 +151,8 @@ class Cursor:
 
     def numbers(self, codes: str, field: str) -> tuple[int, ...]:
         """The next numbers, whose types are format characters of `struct`."""
-        record = _record(self.byte_order, codes)
-        return record.unpack(self.take(record.size, field))
+        numbers = record(self.byte_order, codes)
+        return numbers.unpack(self.take(numbers.size, field))
 
     def u32(self, field: str) -> int:
         """The next 32-bit unsigned integer."""
@@ -225,7 +234,7 @@ class Cursor:
         return count - int(strings["left"][0])
 
     def _skip_singly(self, count: int, field: str) -> None:
-        unpack = _record(self.byte_order, "Q").unpack_from
+        unpack = record(self.byte_order, "Q").unpack_from
         while count:
             length = self.string_length(field)
             self.need(length, f"{field} length", self.position - 8, length)
