@@ -205,9 +205,10 @@ class Cursor:
         fewest = at_once = 64
         while count:
             passed = self._skip_many(count) if count > fewest else 0
-            # After progress, only the string that stopped it is passed singly. Otherwise, it is tried less often.
-            at_once = 1 if passed > max(at_once, fewest) else min(max(2 * at_once, fewest), 4096)
             count -= passed
+            # After much progress, only the string that stopped it is passed singly. Without, it is tried less often.
+            less = min(max(2 * at_once, fewest), 4096)
+            at_once = 1 if passed > 4 * fewest else fewest if passed > at_once else less
             singly = min(count, at_once if count > fewest else fewest)
             self._skip_singly(singly, field)
             count -= singly
