@@ -34,8 +34,9 @@ from numba_dequant.arguments import flag_option, whole_option
 from numba_dequant.errors import GgufError, MissingFileError, OptionError, shown
 from numba_dequant.gguf.limits import Allowance, Limits, checked_limits
 from numba_dequant.gguf.metadata import MetadataArray
-from numba_dequant.gguf.reader import MAX_DIMENSIONS, MAX_ELEMENTS, read_file
+from numba_dequant.gguf.reader import read_file
 from numba_dequant.gguf.source import source_of
+from numba_dequant.gguf.table import MAX_DIMENSIONS, MAX_ELEMENTS
 from numba_dequant.gguf.tensors import GgufFile, TensorInfo, TensorTable, truncated
 
 __all__ = ["GgufFile", "TensorInfo", "TensorTable", "open_gguf", "truncated"]

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any, Literal, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from numba_dequant.errors import GgufError, shown
 from numba_dequant.gguf.limits import Allowance, Limits
@@ -21,19 +22,22 @@ from numba_dequant.kernels.native.records import strings_dtype
 
 ByteOrder = Literal["little", "big"]
 
-WINDOW = 1 << 20
-"""Bytes of the header in memory at a time."""
+WINDOW = 1 << 18
+"""Bytes of the header in memory at a time; they and what is computed of them stay in the cache of the processor."""
 
 SMALL_WINDOW = 1 << 12
 """Bytes to read first after a skip, because only a few may be needed."""
+
+PART = 1 << 18
+"""Bytes of the window in which NumPy finds strings at a time, at most."""
 
 MAX_KEY = 65535
 """Maximum bytes of a key or a tensor name."""
 
 UINT32, BOOL, STRING, ARRAY = 4, 7, 8, 9
 
-NUMBERS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "u1", 10: "u8", 11: "i8", 12: "f8"}
-"""NumPy type code of each GGUF value type that is a number or a bool."""
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+"""Type code of each GGUF value type that is a number or a bool, the same in `struct` and in NumPy."""
 
 INTEGERS = frozenset({0, 1, 2, 3, 4, 5, 10, 11})
 
@@ -41,7 +45,8 @@ INCOMPLETE = "; the download may be incomplete"
 
 
 @cache
-def _record(byte_order: ByteOrder, codes: str) -> struct.Struct:
+def record(byte_order: ByteOrder, codes: str) -> struct.Struct:
+    """Numbers without padding between them; `codes` are format characters of `struct`."""
     return struct.Struct(("<" if byte_order == "little" else ">") + codes)
 
 
@@ -71,15 +76,20 @@ class Cursor:
         self._window = b""
         self._window_start = position
         self._next_window = WINDOW if is_first else SMALL_WINDOW
-        self._links_of = -1
-        # Positions in the window, which never exceeds `LONGEST_STRING` bytes.
-        self._starts = self._ends = np.empty(0, np.int32)
-        self._chain_ends = np.empty(0, np.int64)
+        self._part = PART
 
     @property
     def left(self) -> int:
         """Bytes from the current position to the end of the file."""
         return self.size - self.position
+
+    @property
+    def ahead(self) -> tuple[bytes, int]:
+        """Bytes of the header that are in memory, and the index of the current position among them.
+
+        The index may be at or beyond their end.
+        """
+        return self._window, self.position - self._window_start
 
     def what(self, field: str) -> str:
         """The name of a field, for errors. A long `subject` is shortened."""
@@ -136,14 +146,13 @@ class Cursor:
 
     def number(self, value_type: int, field: str) -> Any:
         """The next number of a GGUF value type; a bool is True unless it is 0."""
-        dtype = self.dtype(value_type)
-        (value,) = np.frombuffer(self.take(dtype.itemsize, field), dtype)
-        return bool(value) if value_type == BOOL else value.item()
+        (value,) = self.numbers(NUMBERS[value_type], field)
+        return bool(value) if value_type == BOOL else value
 
-    def numbers(self, codes: str, field: str) -> tuple[int, ...]:
+    def numbers(self, codes: str, field: str) -> tuple[Any, ...]:
         """The next numbers, whose types are format characters of `struct`."""
-        record = _record(self.byte_order, codes)
-        return record.unpack(self.take(record.size, field))
+        numbers = record(self.byte_order, codes)
+        return numbers.unpack(self.take(numbers.size, field))
 
     def u32(self, field: str) -> int:
         """The next 32-bit unsigned integer."""
@@ -195,18 +204,23 @@ class Cursor:
         """Move past `count` strings without decoding them."""
         fewest = at_once = 64
         while count:
-            passed = 0
-            if count > fewest:
-                passed = self._skip_compiled(count) if self._has_walk() else 0
-            if not passed and count > fewest:
-                passed = self._skip_empty(count)
-                passed += self._skip_linked(count - passed)
-                # If that makes no progress, it is tried less often.
-                at_once = fewest if passed > at_once else min(2 * at_once, 4096)
+            passed = self._skip_many(count) if count > fewest else 0
             count -= passed
-            singly = min(count, at_once)
+            # After much progress, only the string that stopped it is passed singly. Without, it is tried less often.
+            less = min(max(2 * at_once, fewest), 4096)
+            at_once = 1 if passed > 4 * fewest else fewest if passed > at_once else less
+            singly = min(count, at_once if count > fewest else fewest)
             self._skip_singly(singly, field)
             count -= singly
+
+    def _skip_many(self, count: int) -> int:
+        """Move past strings within the window, many at a time; returns how many."""
+        self.peek(8)
+        passed = self._skip_compiled(count) if self._has_walk() else 0
+        if not passed:
+            passed = self._skip_short(count)
+            passed += self._skip_empty(count - passed)
+        return passed
 
     def _has_walk(self) -> bool:
         # A process that has loaded a model to a GPU has this code. Compiling it takes longer than NumPy needs.
@@ -225,7 +239,7 @@ class Cursor:
         return count - int(strings["left"][0])
 
     def _skip_singly(self, count: int, field: str) -> None:
-        unpack = _record(self.byte_order, "Q").unpack_from
+        unpack = record(self.byte_order, "Q").unpack_from
         while count:
             length = self.string_length(field)
             self.need(length, f"{field} length", self.position - 8, length)
@@ -256,49 +270,66 @@ class Cursor:
         self.position += 8 * passed
         return passed
 
-    def _skip_linked(self, count: int) -> int:
+    def _skip_short(self, count: int) -> int:
         """Move past strings of 1 to 255 bytes within the window; returns how many.
 
         A Python loop over a vocabulary of 262 144 strings is too slow. Seven of the eight bytes of a short string's
-        length are zero, so NumPy finds all possible starts in the window at once. Only those are used that form a
-        chain from the current position: each string must start where the previous one ends.
+        length are zero, so NumPy finds all possible starts in a part of the window at once. Only those are used that
+        form a chain from the current position: each string must start where the previous one ends.
         """
-        if self.position >= self._window_start + len(self._window) - 8:
-            return 0
-        if self._links_of != self._window_start:
-            self._find_links()
-        at = np.int32(
-            self.position - self._window_start
-        )  # the dtype of `starts`, so that searchsorted converts nothing
-        first = int(np.searchsorted(self._starts, at))
-        if first == len(self._starts) or self._starts[first] != at:
-            return 0
-        last = int(self._chain_ends[np.searchsorted(self._chain_ends, first)])
-        passed = min(last - first + 1, count)
-        if passed:
-            self.position = self._window_start + int(self._ends[first + passed - 1])
-        return passed
+        left = count
+        while left:
+            at = self.position - self._window_start
+            first = max(at - 4, 0) & -4  # words are aligned; a big-endian length needs the word before it
+            n_words = (min(at + min(self._part, 32 * left + 64), len(self._window)) - first) // 4
+            if n_words < 3:
+                break
+            starts, ends = short_strings(np.frombuffer(self._window, "<u4", n_words, first), self.byte_order)
+            if not len(starts) or starts[0] != at - first:
+                self._part = SMALL_WINDOW
+                break
+            is_followed = starts[1:] == ends[:-1]
+            n_linked = int(np.argmin(is_followed)) + 1 if not is_followed.all() else len(starts)
+            passed = min(n_linked, left)
+            passed -= int(ends[passed - 1]) > len(self._window) - first  # only the last one may end beyond it
+            if not passed:
+                break
+            self.position = self._window_start + first + int(ends[passed - 1])
+            left -= passed
+            # A part of which little was used was searched in vain.
+            self._part = min(4 * self._part, PART) if n_linked == len(starts) else SMALL_WINDOW
+            if n_linked < len(starts):
+                break
+        return count - left
 
-    def _find_links(self) -> None:
-        # Seven zero bytes contain an aligned zero word of four bytes. Zero words are rare; only they are examined.
-        words = np.frombuffer(self._window, "<u4", len(self._window) // 4)
-        zero_words = np.flatnonzero(words[1:-1] == 0).astype(np.int32)  # word index of the zero word, minus one
-        preceding, following = words.take(zero_words), words[2:].take(zero_words)
-        if self.byte_order == "little":
-            # The length is the last nonzero byte preceding the zero word; the missing zeros must follow the word.
-            at = sum((preceding > most).view(np.uint8) for most in (0xFF, 0xFFFF, 0xFFFFFF))
-            lengths = (preceding >> 8 * at).view(np.int32)
-            is_start = (lengths != 0) & (following << (32 - 8 * at) == 0)
-            starts = 4 * zero_words + at
-        else:
-            # The length is the first nonzero byte after the zero word; the missing zeros must precede the word.
-            at = sum((following & most == 0).view(np.uint8) for most in (0xFF, 0xFFFF, 0xFFFFFF))
-            lengths = (following >> 8 * at & 0xFF).view(np.int32)
-            is_start = (lengths != 0) & (preceding >> 8 * (1 + at) == 0)
-            starts = 4 * zero_words + 1 + at
-        ends = starts + 8 + lengths
-        is_start &= ends <= len(self._window)
-        self._starts, self._ends = starts[is_start], ends[is_start]
-        is_last = np.append(self._starts[1:] != self._ends[:-1], True)[: len(self._starts)]
-        self._chain_ends = np.flatnonzero(is_last)
-        self._links_of = self._window_start
+
+def short_strings(words: NDArray[np.uint32], byte_order: ByteOrder) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """All places in memory where a string of 1 to 255 bytes may start, and where it would end; both in bytes.
+
+    `words` are the bytes, as little-endian words. A start in the last two words may be missing.
+    """
+    # Seven zero bytes contain an aligned zero word of four bytes. Zero words are rare; only they are examined.
+    zero_words = np.flatnonzero(words[1:-1] == 0)  # word index of the zero word, minus one
+    preceding, following = words.take(zero_words), words[2:].take(zero_words)
+    starts = zero_words.astype(np.int32)
+    starts *= 4
+    if byte_order == "little":
+        # The length is the last nonzero byte preceding the zero word; the missing zeros must follow the word.
+        at = (preceding > 0xFF).view(np.uint8)
+        at += preceding > 0xFFFF
+        at += preceding > 0xFFFFFF
+        lengths = (preceding >> 8 * at).view(np.int32)
+        is_start = following << (32 - 8 * at) == 0
+    else:
+        # The length is the first nonzero byte after the zero word; the missing zeros must precede the word.
+        at = (following & 0xFF == 0).view(np.uint8)
+        at += following & 0xFFFF == 0
+        at += following & 0xFFFFFF == 0
+        lengths = (following >> 8 * at & 0xFF).view(np.int32)
+        is_start = preceding >> 8 * (1 + at) == 0
+        starts += 1
+    starts += at
+    is_start &= lengths != 0
+    if not is_start.all():
+        starts, lengths = starts[is_start], lengths[is_start]
+    return starts, starts + (lengths + np.int32(8))

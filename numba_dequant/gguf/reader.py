@@ -5,26 +5,19 @@ The module `file` lists the rules.
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
-from numba_dequant.errors import GgufError, NumbaDequantError, UnknownFormatError, shown
-from numba_dequant.format import Format
-from numba_dequant.formats import FORMATS, format_with_id
+from numba_dequant.errors import GgufError, NumbaDequantError, shown
 from numba_dequant.gguf.header import INCOMPLETE, INTEGERS, UINT32, Cursor
 from numba_dequant.gguf.limits import Allowance
 from numba_dequant.gguf.metadata import Metadata, read_value
 from numba_dequant.gguf.not_gguf import LOOKED_AT, guess
 from numba_dequant.gguf.source import NotRegularFileError, Source, read_error
-from numba_dequant.gguf.tensors import GgufFile, TensorInfo, TensorTable, truncated
+from numba_dequant.gguf.table import located, padded, read_table
+from numba_dequant.gguf.tensors import GgufFile, TensorTable
 
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 20
-MAX_DIMENSIONS = 8
-_ENTRY = tuple(f"{n_dimensions}QIQ" for n_dimensions in range(MAX_DIMENSIONS + 1))
-"""Format of a tensor entry after the number of dimensions: the dimensions, the type, the offset."""
-MAX_ELEMENTS = 1 << 60
-"""A tensor must have fewer elements: NumPy counts bytes up to 2**63, and an element may take 8."""
 FIXED = 24
 """Bytes of the magic, the version and the two counts."""
 MIN_ENTRY = 13
@@ -70,9 +63,9 @@ def _read_header(cursor: Cursor, allowance: Allowance, *, allow_truncated: bool)
     allowance.spend_tensors(n_tensors, cursor.source.name, at)
     allowance.spend_entries(n_entries, cursor.source.name, at + 8)
     metadata, alignment = _read_metadata(cursor, n_entries)
-    entries = _read_table(cursor, n_tensors)
-    data_start = start + _padded(cursor.position - start, alignment)
-    tensors, end = _locate(cursor, entries, data_start, alignment, allow_truncated=allow_truncated)
+    entries = read_table(cursor, n_tensors)
+    data_start = start + padded(cursor.position - start, alignment)
+    tensors, end = located(cursor, entries, data_start, alignment, allow_truncated=allow_truncated)
     name, here = cursor.source.name, min(end, cursor.size)
     return GgufFile(name, version, cursor.byte_order, alignment, metadata, TensorTable(tensors), (name,), end, here)
 
@@ -143,92 +136,3 @@ def _read_metadata(cursor: Cursor, n_entries: int) -> tuple[Metadata, int]:
             cursor.fail("metadata {!r}", at, f"a value of type {value_type}", "an integer", reason)
         metadata[key] = value
     return Metadata(metadata), alignment
-
-
-class _Entry(NamedTuple):
-    """An entry of the tensor table, before its offset is checked."""
-
-    name: str
-    format: Format
-    shape: tuple[int, ...]
-    n_bytes: int
-    n_elements: int
-    offset: int
-    offset_at: int
-
-
-def _read_table(cursor: Cursor, n_tensors: int) -> list[_Entry]:
-    entries = []
-    names: set[str] = set()
-    for number in range(n_tensors):
-        at, cursor.subject = cursor.position, number
-        name = cursor.name("name of tensor {!r}")
-        if "\0" in name:
-            reason = f"tensor name {shown(name)} contains a NUL; NULs are allowed only at the end"
-            cursor.fail("name of tensor {!r}", at, shown(name), "no NUL, except at the end", reason)
-        if name in names:
-            reason = f"tensor name {shown(name)} appears twice; a name must be unique"
-            cursor.fail("name of tensor {!r}", at, name, "each name once", reason)
-        names.add(name)
-        entries.append(_read_entry(cursor, name))
-    return entries
-
-
-def _read_entry(cursor: Cursor, name: str) -> _Entry:
-    cursor.subject = name
-    n_dimensions = cursor.u32("tensor {!r} number of dimensions")
-    shape_at = cursor.position
-    if n_dimensions > MAX_DIMENSIONS:
-        allowed = f"at most {MAX_DIMENSIONS}"
-        reason = f"tensor {shown(name)} has {n_dimensions} dimensions; {allowed} are allowed"
-        cursor.fail("tensor {!r} number of dimensions", shape_at - 4, n_dimensions, allowed, reason)
-    *extents, ggml_id, offset = cursor.numbers(_ENTRY[n_dimensions], "tensor {!r} dimensions, type and offset")
-    shape = tuple(extents[::-1])
-    if math.prod(extent or 1 for extent in shape) >= MAX_ELEMENTS:
-        allowed = "fewer than 2**60 elements, where a dimension of 0 counts as 1"
-        cursor.fail(
-            "tensor {!r} dimensions", shape_at, shape, allowed, f"tensor {shown(name)} has shape {shape}; use {allowed}"
-        )
-    try:
-        fmt = format_with_id(ggml_id)
-    except UnknownFormatError as error:
-        allowed = ", ".join(str(known.ggml_id) for known in FORMATS.values())
-        cursor.fail("tensor {!r} type", cursor.position - 12, ggml_id, allowed, f"tensor {shown(name)} has an {error}")
-    row = shape[-1] if shape else 1
-    if row % fmt.block_size:
-        allowed = f"a multiple of {fmt.block_size}, the block size of {fmt.name}"
-        reason = f"tensor {shown(name)} has rows of {row} elements; the length of a row must be {allowed}"
-        cursor.fail("tensor {!r} dimensions", shape_at, f"rows of {row}", allowed, reason)
-    n_elements = math.prod(shape)
-    n_bytes = n_elements // fmt.block_size * fmt.type_size
-    return _Entry(name, fmt, shape, n_bytes, n_elements, offset, cursor.position - 8)
-
-
-def _locate(
-    cursor: Cursor, entries: list[_Entry], start: int, alignment: int, *, allow_truncated: bool
-) -> tuple[dict[str, TensorInfo], int]:
-    """Check that the tensors follow one another within the file; returns them, and the end of the last one."""
-    expected, end = start, cursor.position
-    cut_at: _Entry | None = None
-    tensors: dict[str, TensorInfo] = {}
-    for entry in entries:
-        name, fmt, shape, n_bytes, n_elements, offset, offset_at = entry
-        if start + offset != expected:
-            cursor.subject = name
-            allowed = str(expected - start)
-            reason = (
-                f"tensor {shown(name)} has offset {offset}; it must be {allowed}, directly after the previous tensor"
-            )
-            cursor.fail("tensor {!r} offset", offset_at, offset, allowed, reason)
-        source, order = cursor.source, cursor.byte_order
-        tensors[name] = TensorInfo(name, fmt, shape, source.name, expected, n_bytes, n_elements, order, source)
-        end = expected + n_bytes
-        cut_at = entry if cut_at is None and end > cursor.size else cut_at
-        expected += _padded(n_bytes, alignment)
-    if cut_at is not None and not allow_truncated:
-        raise truncated(tensors[cut_at.name], cursor.size, f" and the last tensor at byte {end}")
-    return tensors, end
-
-
-def _padded(n_bytes: int, alignment: int) -> int:
-    return -(-n_bytes // alignment) * alignment

@@ -80,23 +80,35 @@ def test_any_number_of_strings_is_passed_over(kind, order, window, is_compiled, 
 @pytest.mark.parametrize("order", "<>", ids=["little", "big"])
 @pytest.mark.parametrize("kind", ["empty", "short", "of one byte in length"])
 def test_short_strings_are_passed_over_many_at_a_time(kind, order, monkeypatch):
-    singly, real, searched, search = [], Cursor._skip_singly, [], Cursor._find_links
+    singly, real, searched, search = [], Cursor._skip_singly, [], header.short_strings
 
     def skip_singly(cursor, count, field):
         singly.append(count)
         real(cursor, count, field)
 
-    def find_links(cursor):
-        searched.append(cursor._window_start)
-        search(cursor)
+    def short_strings(words, byte_order):
+        searched.append(words.nbytes)
+        return search(words, byte_order)
 
     monkeypatch.setattr(Cursor, "_skip_singly", skip_singly)
-    monkeypatch.setattr(Cursor, "_find_links", find_links)
+    monkeypatch.setattr(header, "short_strings", short_strings)
     monkeypatch.setattr(native, "is_loaded", lambda: False)
     data, ends = array_of(kind, order, 5000, list(b"text"))
     assert passed(data, order, (2500, 2500)) == [ends[2500], len(data)]
-    assert sum(singly) == 128  # before there is a window
-    assert searched == [3]  # the only window is searched once
+    # Those that end in the next window; and before a big-endian string at the start of a window there is no word.
+    assert sum(singly) <= (8 if order == "<" else 400)
+    assert sum(searched) < 3 * len(data)  # no part of the window is searched again and again
+
+
+@pytest.mark.parametrize("part", [12, 64, 1000])
+@pytest.mark.parametrize("order", "<>", ids=["little", "big"])
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_strings_may_end_in_any_part_of_the_window(kind, order, part, monkeypatch):
+    monkeypatch.setattr(header, "PART", part)
+    monkeypatch.setattr(header, "SMALL_WINDOW", part)
+    monkeypatch.setattr(native, "is_loaded", lambda: False)
+    data, ends = array_of(kind, order)
+    assert passed(data, order, (1, 128, 70, 100)) == [ends[1], ends[129], ends[199], ends[299]]
 
 
 @pytest.mark.parametrize("order", "<>", ids=["little", "big"])
@@ -112,7 +124,7 @@ def test_a_file_that_ends_within_the_last_of_many_strings_is_refused(order, monk
 @pytest.mark.parametrize("n_bytes", [0, 3, 8, 11, 12, 13, 16, 17, 100, 4097, 4099])
 @pytest.mark.parametrize("order", "<>", ids=["little", "big"])
 def test_numpy_finds_the_starts_that_a_plain_loop_finds(order, n_bytes):
-    """All places of a window where a string of 1 to 255 bytes may begin and ends in it, whatever else they are."""
+    """All places in memory where a string of 1 to 255 bytes may begin, whatever else they are."""
     rng = np.random.default_rng(n_bytes)
     letters = [0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 8, 9, 16, 127, 128, 254, 255]
     hostile = (rng.choice(each, n_bytes).astype(np.uint8).tobytes() for each in ([0, 1], letters, [0]))
@@ -124,23 +136,15 @@ def test_numpy_finds_the_starts_that_a_plain_loop_finds(order, n_bytes):
         *(tile[:n_bytes] for tile in tiles),
         *(array_of(kind, order)[0][:n_bytes] for kind in LENGTHS),
     ):
-        source = Source("m", data=np.frombuffer(data, np.uint8))
-        with source.open() as file:
-            cursor = Cursor(source, file, 0, is_first=True)
-            cursor.byte_order = "little" if order == "<" else "big"
-            cursor.peek(1)
-            assert cursor._window == data
-            cursor._find_links()
+        found = header.short_strings(np.frombuffer(data, "<u4", len(data) // 4), "little" if order == "<" else "big")
         starts, ends = [], []
-        for start in range(len(data) - 8):
+        for start in range(len(data) - 7):
             (length,) = struct.unpack_from(order + "Q", data, start)
             # The zeros of the length hold an aligned word of four, with a word before it and one behind it.
             word = (start + (4 if order == "<" else 3)) // 4
-            if 1 <= length <= 255 and start + 8 + length <= len(data) and 1 <= word < len(data) // 4 - 1:
+            if 1 <= length <= 255 and 1 <= word < len(data) // 4 - 1:
                 starts.append(start)
                 ends.append(start + 8 + length)
-        assert (cursor._starts.tolist(), cursor._ends.tolist()) == (starts, ends)
-        last = [index for index in range(len(starts)) if starts[index + 1 : index + 2] != ends[index : index + 1]]
-        assert cursor._chain_ends.tolist() == last
+        assert [each.tolist() for each in found] == [starts, ends]
         n_starts += len(starts)
     assert n_starts > 300 or n_bytes < 4000
