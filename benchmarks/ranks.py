@@ -17,13 +17,11 @@ number of GPUs, there are as many processes:
 Before them, each process copies pinned memory to its GPU, and copies the file from the page cache to pinned memory with
 threads: first one process alone, then all at the same time. These are the roofs of the run.
 
-A time is that from the first start to the last end, after a barrier. The ways take turns in each round. The objects of
-the imports are frozen, because a full garbage collection of them stops one load in ten by 0.2 s. "host MB" is
+A time is that from the first start to the last end, after a barrier. The ways take turns in each round. "host MB" is
 the memory that a first load adds to its process at its peak, with the buffers that the process keeps for the next load.
 """
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -238,7 +236,6 @@ def of_rank(arguments):
         **options,
     )
     files = {name: arguments.folder / f"{name}.gguf" for name in arguments.models}
-    gc.freeze()
     found = {"loads": {name: measure(path, arguments, name == "70B") for name, path in files.items()}}
     if not arguments.cpu:
         found["roofs"] = roofs(next(iter(files.values())), arguments.rank, world)
