@@ -48,6 +48,13 @@ print(json.dumps(marks))
 """
 
 
+FIRST_VALUE = """
+import numpy, numba_dequant as nd
+data = numpy.arange(144 * 7281).astype(numpy.uint8)
+print(nd.dequantize(data, "Q4_K", device="cuda").copy_to_host()[0], flush=True)
+"""
+
+
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv(disk_cache.VARIABLE, str(tmp_path))
@@ -66,6 +73,28 @@ def test_warm_start(benchmark, gpu, empty_cache):
     del found[:]
     benchmark.pedantic(start, rounds=7)
     benchmark.extra_info |= {part: statistics.median(each[part] for each in found) for part in found[0]}
+
+
+def test_first_value(benchmark, gpu, empty_cache):
+    """From the start of a process until the first value of 1 MiB of Q4_K is printed, as for an installed package."""
+    # A package that pip has installed has compiled modules.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+    processes = []
+
+    def start():
+        processes.append(subprocess.Popen([sys.executable, "-c", FIRST_VALUE], stdout=subprocess.PIPE, env=environment))
+        assert processes[-1].stdout.readline().strip()
+
+    def end():
+        while processes:
+            with processes.pop() as process:
+                pass
+            assert process.returncode == 0
+
+    start()
+    benchmark.pedantic(start, setup=end, rounds=15)
+    end()
 
 
 @pytest.mark.parametrize("name", QUANTIZED)

@@ -182,7 +182,7 @@ class _Load:
         try:
             for index in range(len(self.requests)):
                 self.plan(index + prefetch + 1)
-                self._wait_for(index)
+                self._wait_for(index, index + 1)
                 with self.gpu.active():
                     numbered = enumerate(self._buffers.streams)
                     self._let_caller_wait(
@@ -216,8 +216,7 @@ class _Load:
 
     def finish(self, first: int, end: int) -> list[Any]:
         """Wait for some tensors, which are planned, and return them."""
-        for index in range(first, end):
-            self._wait_for(index)
+        self._wait_for(first, end)
         with self.gpu.active():
             self._let_caller_wait(self._buffers.streams)
             return [self._finish_tensor(index) for index in range(first, end)]
@@ -305,16 +304,19 @@ class _Load:
             file = self._files[chunk.path] = self._stack.enter_context(open_unchanged(first))
         return file
 
-    def _wait_for(self, index: int) -> None:
+    def _wait_for(self, first: int, end: int) -> None:
+        """Wait until some tensors have been read, and check that their files have not changed."""
         try:
-            while not self._threads.wait_for(index, POLL_SECONDS):
+            for index in range(first, end):
+                while not self._threads.wait_for(index, POLL_SECONDS):
+                    self._on_bytes_read(self._threads.bytes_read)
+                    self._check_gpu()
                 self._on_bytes_read(self._threads.bytes_read)
-                self._check_gpu()
         except native_threads.ReaderFaultError as fault:
             raise self._error_of(fault) from None
-        if self.tensors[index].n_bytes:
-            check_unchanged(self.tensors[index], self._files[self.tensors[index].path])
-        self._on_bytes_read(self._threads.bytes_read)
+        # The last tensor of a file is the first one that is missing if the file was cut short.
+        for tensor in {tensor.path: tensor for tensor in self.tensors[first:end] if tensor.n_bytes}.values():
+            check_unchanged(tensor, self._files[tensor.path])
 
     def _check_gpu(self) -> None:
         """Check that the GPU has not failed; otherwise the threads would wait for buffers forever."""
@@ -350,9 +352,11 @@ class _Load:
         self._prepare(index)  # an empty tensor has no chunk
         result = self._results.pop(index)
         if result.write_to is not result.caller_out:
-            out = result.caller_out
-            self.gpu.copy_on_device(out.pointer, result.write_to.pointer, out.n_bytes, self.stream)
-        streams.release(self.call, out=self.requests[index].job.out)
+            target = result.caller_out
+            self.gpu.copy_on_device(target.pointer, result.write_to.pointer, target.n_bytes, self.stream)
+        out = self.requests[index].job.out
+        if out is not None:
+            streams.release(self.call, out=out)
         return result.returned
 
     def _finish(self) -> None:
