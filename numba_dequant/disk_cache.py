@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from numba_dequant.errors import warn_once
@@ -101,6 +100,8 @@ def cache_key(label: str, *parts: object) -> str:
 @lru_cache
 def versions(*packages: str) -> str:
     """The installed versions of packages, as text."""
+    from importlib.metadata import PackageNotFoundError, distribution  # takes as long as half of this package
+
     versions = []
     for package in packages:
         try:
