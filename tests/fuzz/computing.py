@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from typing import Any
-from unittest import mock
 
 import numpy as np
 from choices import Choices
-from common import check_said
+from common import check_said, patched
 
 import numba_dequant as nd
 from numba_dequant.backends import matmul
@@ -227,7 +226,7 @@ def products(data: bytes) -> str:
     out = output(choices, (*x.shape[:-1], rows), numpy_dtype(result_type))
     before = None if out is None else out.tobytes()
     try:
-        with mock.patch.object(matmul, "TILE", choices.pick([1, 300, 1 << 20])):
+        with patched((matmul, "TILE", choices.pick([1, 300, 1 << 20]))):
             found = nd.matmul(x, packed, bias=bias, dtype=dtype, out=out, device=choices.pick(Scope.devices))
     except nd.NumbaDequantError as error:
         check_said(error)

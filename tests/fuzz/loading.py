@@ -9,12 +9,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import structured
 from choices import Choices
-from common import check_said, expect, folder
+from common import check_said, expect, folder, patched
 from computing import DTYPES, Scope, expected_values, same_bits
 
 import numba_dequant as nd
@@ -84,9 +83,9 @@ CHANGES: list[Change] = [
 @contextlib.contextmanager
 def sizes(choices: Choices) -> Iterator[None]:
     """Chunks and gaps of another size."""
-    with (
-        mock.patch.object(host_loader, "CHUNK_BYTES", choices.pick([34, 64, 300, 1000, 4096, 1 << 20])),
-        mock.patch.object(chunks, "MAX_GAP", choices.pick([0, 16, 100, 1 << 16])),
+    with patched(
+        (host_loader, "CHUNK_BYTES", choices.pick([34, 64, 300, 1000, 4096, 1 << 20])),
+        (chunks, "MAX_GAP", choices.pick([0, 16, 100, 1 << 16])),
     ):
         yield
 
@@ -145,7 +144,7 @@ def loads(data: bytes) -> str:
     at = AtRead(choices.between(0, 4), lambda: change(path, content) if change else None, is_before=choices.one_in(2))
     if at.left == 0 and change:
         change(path, content)
-    with sizes(choices), mock.patch.object(files, "read_into", at), warnings.catch_warnings():
+    with sizes(choices), patched((files, "read_into", at)), warnings.catch_warnings():
         if change is not None and model.path != "<memory>":
             warnings.simplefilter("ignore", RuntimeWarning)  # the time stamp has changed
         try:

@@ -11,7 +11,6 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import gguf
 import numpy as np
@@ -19,14 +18,14 @@ import specification
 import structured
 from breaks import broken
 from choices import Choices
-from common import check_said, folder
+from common import check_said, folder, patched
 
 import numba_dequant as nd
 from numba_dequant.gguf import header as header_module
 from numba_dequant.gguf import metadata as metadata_module
 from numba_dequant.kernels import native
 
-WINDOWS = [(1 << 20, 1 << 12), (64, 64), (256, 64), (1000, 77), (1 << 12, 1 << 12)]
+WINDOWS = [(1 << 18, 1 << 12), (64, 64), (256, 64), (1000, 77), (1 << 12, 1 << 12)]
 
 
 @contextlib.contextmanager
@@ -36,11 +35,11 @@ def way(number: int) -> Iterator[None]:
     Windows have other sizes, the compiled walk is there or not, and strings that are long stay in the file.
     """
     window, small_window = WINDOWS[number // 2 % len(WINDOWS)]
-    with (
-        mock.patch.object(header_module, "WINDOW", window),
-        mock.patch.object(header_module, "SMALL_WINDOW", small_window),
-        mock.patch.object(metadata_module, "LONG_STRING", 1 << 20 if number % 3 else 20),
-        mock.patch.object(native, "is_loaded", return_value=bool(number % 2)),
+    with patched(
+        (header_module, "WINDOW", window),
+        (header_module, "SMALL_WINDOW", small_window),
+        (metadata_module, "LONG_STRING", 1 << 20 if number % 3 else 20),
+        (native, "is_loaded", lambda: bool(number % 2)),
     ):
         yield
 
