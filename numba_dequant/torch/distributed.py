@@ -24,6 +24,7 @@ from torch import Tensor
 
 from numba_dequant.arguments import flag_option
 from numba_dequant.backends.devices import gpu_device
+from numba_dequant.backends.nvlink import Links, are_connected, links_of
 from numba_dequant.dtypes import DEFAULT
 from numba_dequant.errors import DeviceError, OptionError, ReadError, ShapeError, shown
 from numba_dequant.format import Format
@@ -37,7 +38,6 @@ from numba_dequant.loading.requests import Request, dtype_resolver
 from numba_dequant.model import Model
 from numba_dequant.model import open as open_model
 from numba_dequant.parallel import Placement, Plan, Replicate, Shard, plan
-from numba_dequant.parallel.links import Links, are_connected
 from numba_dequant.parallel.placements import checked_rules
 from numba_dequant.parallel.routes import Read, Routes, Share, shares_of
 from numba_dequant.parallel.spans import places_of
@@ -294,10 +294,7 @@ def _links(ranks: Ranks, device: torch.device) -> Links | None:
     """The links of the GPU to which this rank loads, if it sends from there."""
     if device.type != "cuda" or device_of(ranks.group, device).type != "cuda":
         return None
-    index = gpu_device(device.index).index
-    from numba_dequant.backends.nvlink import links_of
-
-    return links_of(index)
+    return links_of(gpu_device(device.index).index)
 
 
 def _host() -> str:

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from numba_dequant.backends.nvlink import Links, are_connected
 from numba_dequant.parallel import Part, Plan, RankPlan, routes, spans
-from numba_dequant.parallel.links import Links, are_connected
 from numba_dequant.parallel.routes import Routes, shares_of
 from numba_dequant.parallel.spans import Place, Span, places_of, runs, span_of
 

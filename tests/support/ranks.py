@@ -22,9 +22,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 import numba_dequant as nd
 from numba_dequant import parallel
 from numba_dequant import torch as nt
+from numba_dequant.backends.nvlink import Links
 from numba_dequant.loading.parts import PartReader
 from numba_dequant.parallel import plan, routes
-from numba_dequant.parallel.links import Links
 from numba_dequant.torch import distributed
 from numba_dequant.torch.ranks import Exchange
 
