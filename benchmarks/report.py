@@ -169,7 +169,7 @@ def sizes(results):
 
 def start(results):
     warm = results.one("test_warm_start")
-    parts = [[part, f"{warm[part]:.1f}"] for part in warm if part not in ("seconds", "quartiles", "spread")]
+    parts = [[part, f"{warm[part]:.1f}"] for part in warm if part not in ("seconds", "quartiles", "spread", "runs")]
     whole = ["the whole process, with Python's own start and end", f"{1e3 * warm['seconds']:.0f}"]
     return "\n\n".join([table(["a new process, kernels in the cache", "ms"], [*parts, whole]), spread_note([warm])])
 

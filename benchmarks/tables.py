@@ -19,7 +19,7 @@ def _times(stats):
 
 
 class Results:
-    """The results of one run, by test and parameters."""
+    """The results of one run, or of several that merge.py has combined, by test and parameters."""
 
     def __init__(self, path):
         content = json.loads(path.read_text())
@@ -27,7 +27,8 @@ class Results:
         self.entries = []
         for entry in content["benchmarks"]:
             test = entry["name"].partition("[")[0]
-            self.entries.append((test, entry["params"] or {}, entry["extra_info"] | _times(entry["stats"])))
+            info = entry["extra_info"] | _times(entry["stats"]) | {"runs": self.machine.get("runs", 1)}
+            self.entries.append((test, entry["params"] or {}, info))
 
     def of(self, test, **parameters):
         """The results of a test with these parameters, in order of measurement."""
@@ -54,14 +55,17 @@ def spread(info):
 
 
 def spread_note(infos):
-    """A sentence on the spread of the readings of a table."""
+    """A sentence on the spread of the readings of a table, or of the medians of several runs."""
+    infos = list(infos)
+    n_runs = max((info["runs"] for info in infos), default=1)
+    readings = f"medians of {n_runs} runs" if n_runs > 1 else "readings"
     spreads = [info["spread"] for info in infos if info["spread"] is not None]
     if not spreads:
         return "There are too few readings to show their spread."
     n_wide = sum(spread > WIDE for spread in spreads)
     where = f"at most {max(spreads):.1%}" if len(spreads) > 1 else spread({"spread": spreads[0]})
     note = (
-        f"Spread: the distance between the quartiles of the readings, as a share of their median. It is {where} here."
+        f"Spread: the distance between the quartiles of the {readings}, as a share of their median. It is {where} here."
     )
     if n_wide:
         over = f", and over {WIDE:.0%} for {n_wide} of {len(spreads)}" if len(spreads) > 1 else ""
@@ -77,9 +81,10 @@ def machine_line(results, copy=None):
     """The machine, what its memory copies if that was measured, the versions and the command."""
     found = results.machine
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    runs = f", the medians of {found['runs']} runs" if "runs" in found else ""
     return (
         f"{found['gpu']}, driver for {found['driver']}{(copy and f', {copy}') or ''}; {found['cpu']}; "
-        f"Python {found['python']}, {versions}. `{found['command']}`"
+        f"Python {found['python']}, {versions}. `{found['command']}`{runs}"
     )
 
 

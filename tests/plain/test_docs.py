@@ -89,6 +89,39 @@ def test_the_page_of_products_divides_by_the_floor(tmp_path, monkeypatch):
     assert "| Q4_K | 64 | 80.0 | 97.0 | 45.0 | 71.6 | blocks |" in page
 
 
+def test_several_runs_are_combined(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import merge
+    import tables
+
+    def run(*medians, gpu="a GPU"):
+        machine = {"gpu": gpu, "driver": "1", "cpu": "a CPU", "python": "3", "versions": {}, "command": "pytest"}
+        entries = [
+            {
+                "name": f"test_size[{number}]",
+                "params": {"number": number},
+                "extra_info": {"GB/s": 10 / median, "way": "ours", "checked": True},
+                "stats": {"median": median, "q1": 0, "q3": 0, "iqr": 0, "rounds": 9, "iterations": 2},
+            }
+            for number, median in enumerate(medians)
+        ]
+        return {"machine_info": machine, "benchmarks": entries}
+
+    runs = [run(4.0, 9.0), run(2.0, 9.0, 9.0), run(5.0, 9.0)]
+    (tmp_path / "runs.json").write_text(json.dumps(merge.merged(runs)))
+    results = tables.Results(tmp_path / "runs.json")
+    assert [parameters for parameters, _ in results.of("test_size")] == [{"number": 0}, {"number": 1}]
+    info = results.one("test_size", number=0)
+    assert info["seconds"] == 4.0
+    assert info["quartiles"] == (3.0, 4.5)
+    assert info["spread"] == 1.5 / 4
+    assert (info["GB/s"], info["way"], info["checked"]) == (2.5, "ours", True)
+    assert "quartiles of the medians of 3 runs" in tables.spread_note([info])
+    assert tables.machine_line(results).endswith("`pytest`, the medians of 3 runs")
+    with pytest.raises(SystemExit, match="the runs differ in gpu"):
+        merge.merged([run(1.0), run(1.0, gpu="another")])
+
+
 def test_the_page_of_limits_is_that_of_the_counters(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import report_limits

@@ -1,0 +1,54 @@
+"""Combine several runs of the benchmarks on one kind of machine.
+
+python benchmarks/merge.py RUN1.json RUN2.json RUN3.json benchmarks/results/h100.json
+
+A reading of the result is the median of a run. So the quartiles of the result tell how much runs differ, and report.py
+says so. A benchmark that is not in all runs is left out.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+
+def merged(runs):
+    """The combined content of the files of several runs, in the order of the first."""
+    first, *others = runs
+    for other in others:
+        for key in ("gpu", "driver", "versions", "command"):
+            if other["machine_info"][key] != first["machine_info"][key]:
+                raise SystemExit(f"the runs differ in {key}; run the same command on the same kind of machine")
+    by_name = [{entry["name"]: entry for entry in run["benchmarks"]} for run in runs]
+    names = [name for name in by_name[0] if all(name in run for run in by_name)]
+    entries = [of_benchmark([run[name] for run in by_name]) for name in names]
+    return {"machine_info": first["machine_info"] | {"runs": len(runs)}, "benchmarks": entries}
+
+
+def of_benchmark(entries):
+    """One benchmark in several runs as one."""
+    medians = [entry["stats"]["median"] for entry in entries]
+    low, _, high = statistics.quantiles(medians, n=4, method="inclusive")
+    stats = {"median": statistics.median(medians), "q1": low, "q3": high, "iqr": high - low}
+    stats |= {"min": min(medians), "max": max(medians), "rounds": len(medians)}
+    stats["iterations"] = entries[0]["stats"]["iterations"]
+    extra = {name: middle([entry["extra_info"].get(name) for entry in entries]) for name in entries[0]["extra_info"]}
+    return entries[0] | {"stats": stats, "extra_info": extra}
+
+
+def middle(values):
+    """The median of numbers; for anything else, the value of the first run."""
+    are_numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    return statistics.median_low(values) if are_numbers else values[0]
+
+
+def main():
+    *paths, out = map(Path, sys.argv[1:])
+    if len(paths) < 2:
+        raise SystemExit("pass the files of two runs or more, and the file to write")
+    found = merged([json.loads(path.read_text()) for path in paths])
+    out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
