@@ -14,6 +14,8 @@ number of GPUs, there are as many processes:
 - replicated: each rank holds the whole model, and the ranks exchange compressed pieces.
 - one process: `nd.load(device=[...], plan=...)`, while the others wait.
 
+All ways keep their memory for the next round, so each GPU needs more than 80 GB.
+
 Before them, each process copies pinned memory to its GPU, and copies the file from the page cache to pinned memory with
 threads: first one process alone, then all at the same time. These are the roofs of the run.
 
