@@ -49,6 +49,7 @@ TESTS = [
     "info_and_diff",
     "known_weaknesses",
     "limits",
+    "loader",
     "many",
     "not_gguf",
     "odd_arguments",
@@ -74,7 +75,7 @@ def arguments():
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="these mutants")
     parser.add_argument("--line", type=int, help="the mutants of this line")
-    parser.add_argument("--seconds", type=float, default=10, help="how long the tests of a mutant take, at most")
+    parser.add_argument("--seconds", type=float, default=6, help="how long the tests of a mutant take, at most")
     parser.add_argument("--tests", nargs="+", metavar="FILE", help="only the tests of these files")
     parser.add_argument("--recorded", metavar="FOLDER", help="keep here which tests execute which lines")
     parser.add_argument("--list", action="store_true", help="print the mutants, and run nothing")

@@ -63,27 +63,40 @@ class Selection:
                 self._data.append((recorded["root"], data))
 
     def tests(self, module, mutant):
-        """The tests that can notice a mutant, and whether its code runs when the package is imported."""
+        """The tests that can notice a mutant, and whether its code runs when the package is imported.
+
+        Each test has a number: how many tests execute the line for which it was found. The fewer, the more the test has
+        to do with the line.
+        """
         lines = self._executed(module)
-        found = set().union(*(lines.get(line, ()) for line in mutant.lines))
-        at_import = mutant.name is not None or "" in found
+        places = [lines.get(line, set()) for line in mutant.lines]
+        at_import = mutant.name is not None or any("" in names for names in places)
+        found = {}
         if mutant.name is not None:
-            found = found.union(*lines.values(), self._mention(mutant.name))
-        return found & self.seconds.keys(), at_import
+            places += self._mentions_of(mutant.name)
+            found = dict.fromkeys(set().union(*lines.values()), len(self.seconds))
+        for names in sorted(places, key=len, reverse=True):
+            found |= dict.fromkeys(names, len(names))
+        return {test: number for test, number in found.items() if test in self.seconds}, at_import
 
     def cheapest(self, tests, seconds):
-        """The tests that come first if all of them may take so long; at least one."""
-        seen, order = Counter(), {}
+        """The tests that run if they may take so long together: half of the time for those of rare lines."""
+        seen, alike = Counter(), {}
         for test in sorted(tests, key=lambda each: (self.seconds[each], each)):
             function = test.partition("[")[0]
-            order[test] = seen[function] // ALIKE, self.seconds[test], test
+            alike[test] = seen[function] // ALIKE
             seen[function] += 1
+        chosen = self._first(tests, seconds / 2, lambda each: (tests[each], self.seconds[each], each))
+        seconds -= sum(self.seconds[each] for each in chosen)
+        rest = tests.keys() - set(chosen)
+        return chosen + self._first(rest, seconds, lambda each: (alike[each], self.seconds[each], each))
+
+    def _first(self, tests, seconds, order):
         chosen = []
-        for test in sorted(tests, key=order.get):
-            seconds -= self.seconds[test]
-            if seconds < 0 and chosen:
-                break
-            chosen.append(test)
+        for test in sorted(tests, key=order):
+            if self.seconds[test] <= seconds:
+                seconds -= self.seconds[test]
+                chosen.append(test)
         return chosen
 
     def _executed(self, module):
@@ -97,21 +110,19 @@ class Selection:
                         found[line].update(names)
         return self._lines[module]
 
-    def _mention(self, name):
-        """The tests that execute a line of the package that has this name, and those of files that have it."""
+    def _mentions_of(self, name):
+        """For each line of the package with this name, the tests that execute it; and the tests of files with it."""
         if name in self._mentions:
             return self._mentions[name]
-        word, found = re.compile(rf"\b{name}\b"), set()
+        word, found = re.compile(rf"\b{name}\b"), []
         measured = {os.path.relpath(path, root) for root, data in self._data for path in data.measured_files()}
         for module in sorted(measured):
             with open(module, encoding="utf-8") as file:
-                for line, text in enumerate(file, 1):
-                    if word.search(text):
-                        found |= self._executed(module).get(line, set())
+                found += [self._executed(module).get(at, set()) for at, line in enumerate(file, 1) if word.search(line)]
         for path in sorted({test.partition("::")[0] for test in self.seconds}):
             with open(path, encoding="utf-8") as file:
                 if word.search(file.read()):
-                    found.update(test for test in self.seconds if test.startswith(f"{path}::"))
+                    found.append({test for test in self.seconds if test.startswith(f"{path}::")})
         self._mentions[name] = found
         return found
 
