@@ -52,7 +52,8 @@ class Mutant:
         text: what was there and what takes its place. The same text again in one function ends with #2, #3 and so on.
         line: line of the changed code.
         lines: tests that execute one of these lines can notice the change.
-        name: what the statement defines, where it runs when the module is imported; otherwise None.
+        name: what the statement defines, where it runs when the module is imported; otherwise None. Several names are
+            separated by |.
         span: position of the first byte and position after the last byte that `new` replaces.
     """
 
@@ -190,7 +191,8 @@ class _Finder:
 
     def walk(self, node, above, function, statement, name):
         """Collect what changes a node. `above` has its ancestors: node, field and place of the next one."""
-        if isinstance(node, UNCHANGED) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if isinstance(node, UNCHANGED) or is_docstring or _is_any_size(node, above):
             return
         if isinstance(node, ast.stmt | ast.ExceptHandler):
             statement = node
@@ -230,6 +232,13 @@ class _Finder:
         self.found.append(Mutant(0, function, text, first.lineno, lines, name, (start, end), code))
 
 
+def _is_any_size(node, above):
+    """Whether this is the -1 of a `reshape`. For NumPy any other negative number is the same."""
+    call = above[-1][0] if above else None
+    is_reshape = isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "reshape"
+    return is_reshape and isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
+
+
 def _defined(node, name):
     """What a statement that runs at import defines; None within a function."""
     if name is None:
@@ -237,7 +246,8 @@ def _defined(node, name):
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return node.name
     target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-    return target.id if isinstance(target, ast.Name) else name
+    names = [each.id for each in ast.walk(target) if isinstance(each, ast.Name)] if target else []
+    return "|".join(names) or name
 
 
 def _lines(statement):

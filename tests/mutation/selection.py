@@ -72,8 +72,9 @@ class Selection:
         places = [lines.get(line, set()) for line in mutant.lines]
         at_import = mutant.name is not None or any("" in names for names in places)
         found = {}
-        if mutant.name is not None:
+        if mutant.name:
             places += self._mentions_of(mutant.name)
+        if mutant.name is not None:
             found = dict.fromkeys(set().union(*lines.values()), len(self.seconds))
         for names in sorted(places, key=len, reverse=True):
             found |= dict.fromkeys(names, len(names))
@@ -114,7 +115,7 @@ class Selection:
         """For each line of the package with this name, the tests that execute it; and the tests of files with it."""
         if name in self._mentions:
             return self._mentions[name]
-        word, found = re.compile(rf"\b{name}\b"), []
+        word, found = re.compile(rf"\b(?:{name})\b"), []
         measured = {os.path.relpath(path, root) for root, data in self._data for path in data.measured_files()}
         for module in sorted(measured):
             with open(module, encoding="utf-8") as file:
