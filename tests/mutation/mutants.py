@@ -35,7 +35,7 @@ OPERATORS = {
     ast.BitXor: ast.BitOr,
 }
 # An exchange of their arguments changes nothing, or makes a call that always fails.
-SYMMETRIC = {"min", "max", "isinstance", "issubclass", "hasattr", "getattr", "setattr", "cast"}
+SYMMETRIC = {"min", "max", "isinstance", "issubclass", "hasattr", "getattr", "setattr", "cast", "suppress"}
 GENERIC = {"dict", "list", "tuple", "set", "type", "NDArray", "Mapping", "Sequence", "Iterable", "Iterator", "Callable"}
 UNCHANGED = (ast.Import, ast.ImportFrom, ast.Assert, ast.Global, ast.Nonlocal, ast.JoinedStr)
 NOT_CODE = {"annotation", "returns", "ctx", "op", "ops", "type_params"}
@@ -52,6 +52,7 @@ class Mutant:
         text: what was there and what takes its place. The same text again in one function ends with #2, #3 and so on.
         line: line of the changed code.
         lines: tests that execute one of these lines can notice the change.
+        around: the lines of its function.
         name: what the statement defines, where it runs when the module is imported; otherwise None. Several names are
             separated by |.
         span: position of the first byte and position after the last byte that `new` replaces.
@@ -62,9 +63,15 @@ class Mutant:
     text: str
     line: int
     lines: range
+    around: range
     name: str | None
     span: tuple[int, int]
     new: str
+
+    @property
+    def identity(self):
+        """What stays the same while other code changes."""
+        return self.function, self.text
 
     def apply(self, source):
         """The source with the change. Its other lines keep their numbers."""
@@ -187,6 +194,7 @@ class _Finder:
         self.found, self.texts = [], Counter()
         content = source.encode().splitlines(keepends=True)
         self.starts = [sum(map(len, content[:row])) for row in range(len(content))]
+        self.around = range(0)
         self.walk(ast.parse(source), [], "", None, "")
 
     def walk(self, node, above, function, statement, name):
@@ -213,7 +221,11 @@ class _Finder:
             values = list(enumerate(value)) if isinstance(value, list) else [(None, value)]
             for place, each in values:
                 if isinstance(each, ast.AST):
+                    outside = self.around
+                    if isinstance(each, ast.FunctionDef):
+                        self.around = range(each.lineno, each.end_lineno + 1)
                     self.walk(each, [*above, (node, field, place)], inside, statement, of)
+                    self.around = outside
 
     def add(self, node, new, above, function, statement, name):
         before, after = _described(node, new, above)
@@ -229,7 +241,8 @@ class _Finder:
         start = self.starts[first.lineno - 1] + first.col_offset
         end = self.starts[last.end_lineno - 1] + last.end_col_offset
         lines = _lines(statement)
-        self.found.append(Mutant(0, function, text, first.lineno, lines, name, (start, end), code))
+        around = lines if name is not None else self.around
+        self.found.append(Mutant(0, function, text, first.lineno, lines, around, name, (start, end), code))
 
 
 def _is_any_size(node, above):

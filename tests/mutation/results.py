@@ -1,9 +1,30 @@
-"""The table of results: one row for each module."""
+"""The results of mutants, and the table with one row for each module."""
 
+import json
 from dataclasses import dataclass, field
 
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 HEAD = "| module | mutants | killed | argued | surviving | score | seconds |\n|---|--:|--:|--:|--:|--:|--:|\n"
+
+
+class Results:
+    """How the mutants of modules end: "killed ..." or "survived ...", and in how many seconds."""
+
+    def __init__(self, of):
+        self._of = of
+
+    def add(self, module, mutant, outcome, seconds):
+        _, before = self.of(module, mutant)
+        self._of.setdefault(module, {})["\t".join(mutant.identity)] = [outcome, round(before + seconds, 3)]
+
+    def of(self, module, mutant):
+        return self._of.get(module, {}).get("\t".join(mutant.identity), ("", 0))
+
+    def is_killed(self, module, mutant):
+        return self.of(module, mutant)[0].startswith("killed")
+
+    def json(self):
+        return json.dumps(self._of, indent=1, sort_keys=True)
 
 
 @dataclass
@@ -12,21 +33,23 @@ class Row:
 
     module: str
     mutants: int
-    killed: int
-    argued: int
-    seconds: float
+    killed: int = 0
+    argued: int = 0
+    seconds: float = 0
     survivors: list = field(default_factory=list)
 
     @classmethod
     def of(cls, module, found, results, known):
-        row = cls(module, len(found), 0, 0, sum(each["seconds"] for each in results.values()))
+        row = cls(module, len(found))
         for each in found:
-            if results[each.number]["outcome"].startswith("killed"):
-                row.killed += 1
-            elif (module, each.function, each.text) in known:
+            outcome, seconds = results.of(module, each)
+            row.seconds += seconds
+            if (module, *each.identity) in known:
                 row.argued += 1
+            elif outcome.startswith("killed"):
+                row.killed += 1
             else:
-                row.survivors.append(each)
+                row.survivors.append((each, outcome.removeprefix("survived").strip(": ")))
         return row
 
     def line(self):

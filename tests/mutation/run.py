@@ -75,54 +75,58 @@ def arguments():
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="these mutants")
     parser.add_argument("--line", type=int, help="the mutants of this line")
-    parser.add_argument("--seconds", type=float, default=6, help="how long the tests of a mutant take, at most")
+    parser.add_argument("--seconds", type=float, default=4, help="how long the tests of a mutant take, at most")
     parser.add_argument("--tests", nargs="+", metavar="FILE", help="only the tests of these files")
     parser.add_argument("--recorded", metavar="FOLDER", help="keep here which tests execute which lines")
     parser.add_argument("--list", action="store_true", help="print the mutants, and run nothing")
-    parser.add_argument("--json", metavar="FILE", help="write how each mutant ends")
+    parser.add_argument(
+        "--state", metavar="FILE", help="keep how mutants end; run only those that do not end as killed"
+    )
     parser.add_argument("--write", action="store_true", help="write the results to the table of README.md")
     return parser.parse_args()
 
 
 def main():
-    asked = arguments()
+    asked, known = arguments(), argued.entries()
     modules = [Path(each).as_posix() for each in asked.modules] or MODULES
-    chosen = {module: _chosen(asked, module) for module in modules}
+    found = {module: mutants((ROOT / module).read_text("utf-8")) for module in modules}
+    asked_for = {module: [each for each in of if _is_asked_for(asked, each)] for module, of in found.items()}
     if asked.list:
-        for module, found in chosen.items():
-            for each in found:
+        for module, of in asked_for.items():
+            for each in of:
                 print(f"{module}:{each.line} {each.number} {each.function}: {each.text}")
         return 0
+    state = Path(asked.state) if asked.state else None
+    results = table.Results(json.loads(state.read_text("utf-8")) if state and state.exists() else {})
+    to_run = {
+        module: [each for each in of if not results.is_killed(module, each) and (module, *each.identity) not in known]
+        for module, of in asked_for.items()
+    }
     with tempfile.TemporaryDirectory(prefix="mutation_") as folder:
-        results = run(asked, chosen, Path(folder))
-    if asked.json:
-        Path(asked.json).write_text(json.dumps(results, indent=1))
-    rows, status = [], 0
-    known = argued.entries()
-    for module, found in chosen.items():
-        row = table.Row.of(module, found, results[module], known)
-        rows.append(row)
-        for mutant in row.survivors:
-            status = 1
-            outcome = results[module][mutant.number]["outcome"].removeprefix("survived").strip(": ")
-            print(f"{module}:{mutant.line} {mutant.number} {mutant.function}: {mutant.text} {outcome}".rstrip())
+        for module, number, outcome, seconds in run(asked, to_run, Path(folder)):
+            results.add(module, found[module][number], outcome, seconds)
+    if state:
+        state.write_text(results.json(), "utf-8")
+    rows = [table.Row.of(module, of, results, known) for module, of in asked_for.items()]
+    for row in rows:
+        for mutant, outcome in row.survivors:
+            print(f"{row.module}:{mutant.line} {mutant.number} {mutant.function}: {mutant.text} {outcome}".rstrip())
     print(table.text(rows), end="")
     if asked.write:
         if asked.only or asked.line or asked.tests:
             raise SystemExit("--write needs all mutants and all tests of a module")
         table.write(HERE / "README.md", rows)
-    return status
+    return int(any(row.survivors for row in rows))
 
 
-def _chosen(asked, module):
-    found = mutants((ROOT / module).read_text("utf-8"))
-    if asked.only:
-        found = [found[number] for number in asked.only]
-    return [each for each in found if asked.line is None or each.line == asked.line]
+def _is_asked_for(asked, mutant):
+    return (asked.line is None or mutant.line == asked.line) and (not asked.only or mutant.number in asked.only)
 
 
 def run(asked, chosen, folder):
-    """Run the tests of all chosen mutants. Returns module -> number -> result."""
+    """Run the tests of the chosen mutants. Returns module, number, outcome and seconds of each."""
+    if not any(chosen.values()):
+        return []
     copies = [folder / str(job) / "copy" for job in range(asked.jobs)]
     for copy in copies:
         shutil.copytree(ROOT, copy, ignore=NOT_COPIED, symlinks=True)
@@ -133,18 +137,18 @@ def run(asked, chosen, folder):
         mine = {module: [each.number for each in found[job :: asked.jobs]] for module, found in chosen.items()}
         order = {"mutants": mine, "seconds": asked.seconds, "recorded": str(recorded), "folder": str(copy.parent)}
         order["results"] = str(copy.parent / "results")
+        Path(order["results"]).touch()
         orders.append(order)
         (copy.parent / "order.json").write_text(json.dumps(order))
         started.append(_start(copy, "worker.py", str(copy.parent / "order.json")))
     wait(started)
-    results = {module: {} for module in chosen}
+    results = {}
     for order in orders:
         for line in Path(order["results"]).read_text().splitlines():
-            result = json.loads(line)
-            before = results[result["module"]].get(result["number"], {"seconds": 0})
-            result["seconds"] += before["seconds"]
-            results[result["module"]][result["number"]] = result
-    return results
+            module, number, outcome, seconds = json.loads(line)
+            _, before = results.get((module, number), (None, 0))  # what needs a new import has two results
+            results[module, number] = outcome, before + seconds
+    return [(*key, *result) for key, result in sorted(results.items())]
 
 
 def record(copies, tests, folder):

@@ -65,20 +65,24 @@ class Selection:
     def tests(self, module, mutant):
         """The tests that can notice a mutant, and whether its code runs when the package is imported.
 
-        Each test has a number: how many tests execute the line for which it was found. The fewer, the more the test has
-        to do with the line.
+        Each test has a number: how many tests execute the same line, of all lines for which the test was found, or of
+        the same function. The fewer, the more the test has to do with the mutant.
         """
         lines = self._executed(module)
         places = [lines.get(line, set()) for line in mutant.lines]
         at_import = mutant.name is not None or any("" in names for names in places)
-        found = {}
+        found = set().union(*places)
+        places += [lines.get(line, set()) for line in mutant.around]
         if mutant.name:
             places += self._mentions_of(mutant.name)
+            found = found.union(*places)
+        numbers = {}
         if mutant.name is not None:
-            found = dict.fromkeys(set().union(*lines.values()), len(self.seconds))
+            found = found.union(*lines.values())
+            numbers = dict.fromkeys(found, len(self.seconds))
         for names in sorted(places, key=len, reverse=True):
-            found |= dict.fromkeys(names, len(names))
-        return {test: number for test, number in found.items() if test in self.seconds}, at_import
+            numbers |= dict.fromkeys(names & found, len(names))
+        return {test: number for test, number in numbers.items() if test in self.seconds}, at_import
 
     def cheapest(self, tests, seconds):
         """The tests that run if they may take so long together: half of the time for those of rare lines."""

@@ -70,8 +70,7 @@ class Work:
         if outcome.startswith("killed by "):
             self.kills[outcome.removeprefix("killed by ").strip()] += 1
         with open(self.results, "a", encoding="utf-8") as file:
-            line = {"module": module, "number": number, "outcome": outcome, "seconds": time.monotonic() - start}
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps([module, number, outcome, round(time.monotonic() - start, 3)]) + "\n")
 
     def clean(self):
         with contextlib.suppress(FileNotFoundError):
@@ -186,7 +185,7 @@ def main():
     with open(work.results, "a+", encoding="utf-8") as file:
         file.seek(0)
         results = [json.loads(line) for line in file]
-    again = {(each["module"], each["number"]) for each in results if each["outcome"] == "import"}
+    again = {(module, number) for module, number, outcome, _ in results if outcome == "import"}
     rest = [key for key in work.all if work.all[key].name is not None or key in again]
     if rest:
         with_fresh_imports(work, rest)

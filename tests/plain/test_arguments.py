@@ -3,6 +3,7 @@
 import array
 import enum
 import re
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -105,8 +106,13 @@ class TestFormat:
         assert "'I8'" not in str(raised.value)
 
     def test_a_registered_format_is_found_in_any_case(self, own_format):
-        nd.register(own_format)
+        assert nd.register(own_format) is own_format
         assert format_named("own_by_hand") is own_format
+
+    def test_a_registered_format_takes_its_place_among_the_ids(self, own_format):
+        nd.register(replace(own_format, ggml_id=9_999))
+        nd.register(replace(own_format, ggml_id=910, name="LATER"))
+        assert [*nd.FORMATS][-2:] == ["LATER", "OWN_by_hand"]
 
 
 class Unwilling(type):
