@@ -61,6 +61,14 @@ def test_a_9th_dimension_is_refused():
         nd.open(gguf_file([("t", (1,) * 9, "F32", bytes(4))]))
 
 
+@pytest.mark.parametrize("order", "<>", ids=["little", "big"])
+def test_the_smallest_entry_of_a_tensor_may_be_the_end_of_a_file(order):
+    """A count that the rest of a file cannot hold is refused. This one fills it to the last byte."""
+    start = b"GGUF" + struct.pack(f"{order}IQQ", 3, 1, 0)
+    entry = struct.pack(f"{order}QIIQ", 0, 0, 0, 0)
+    assert nd.open(start + entry, allow_truncated=True).tensors[""].shape == ()
+
+
 def test_nuls_at_the_end_of_keys_strings_and_names_are_cut_off():
     entries = [value("general.name\0", STRING, "LLaMA v2\0\0"), value("tokens\0\0", STRING, ["a\0", "\0", "b\0c"])]
     model = nd.open(gguf_file([("token_embd.weight\0", *floats(4))], entries))
