@@ -77,7 +77,7 @@ class Selection:
             places += self._mentions_of(mutant.name)
             found = found.union(*places)
         numbers = {}
-        if mutant.name is not None:
+        if at_import:
             found = found.union(*lines.values())
             numbers = dict.fromkeys(found, len(self.seconds))
         for names in sorted(places, key=len, reverse=True):
