@@ -51,6 +51,7 @@ TESTS = [
     "limits",
     "loader",
     "many",
+    "matmul",
     "not_gguf",
     "odd_arguments",
     "paths",

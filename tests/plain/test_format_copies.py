@@ -230,6 +230,10 @@ def test_a_format_of_one_s_own_that_is_decoded_as_ours_is_not_built_in(own_forma
     assert not formats.is_built_in(own_format)
 
 
+def test_a_format_without_code_to_compile_is_not_built_in():
+    assert not formats.is_built_in(nd.FORMATS["I8"])
+
+
 class TestRegister:
     def test_what_is_no_format(self):
         for wrong in ("Q8_0", None, 5, nd.Format, BLOCKS):
