@@ -3,6 +3,7 @@
 import array
 import enum
 import re
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -51,6 +52,11 @@ class TestFormat:
         with pytest.raises(nd.UnknownFormatError, match=r"MOSTLY_Q8_0: 7> is a file type.*such as 'Q8_0'"):
             format_named(gguf.LlamaFileType.MOSTLY_Q8_0)
 
+    def test_a_file_type_of_a_format_that_is_unknown_is_no_id(self):
+        kinds = enum.IntEnum("LlamaFileType", {"MOSTLY_NEW": 8})
+        with pytest.raises(nd.UnknownFormatError, match=r"unknown format <LlamaFileType\.MOSTLY_NEW: 8>"):
+            format_named(kinds.MOSTLY_NEW)
+
     def test_any_enumeration(self):
         kinds = enum.Enum("kinds", {"Q8_0": 8, "EIGHT": 8, "Q4_0": 3, "FAR": 8.5})
         assert format_named(kinds.Q8_0).name == "Q8_0"
@@ -70,6 +76,7 @@ class TestFormat:
             "MOSTLY_IQ2_S": "IQ2_XS",
             "UD-Q4_K_XL": "Q4_K",
             "MXFP4_MOE": "MXFP4",
+            "UD-Q8_0": "Q8_0",
         }.items(),
     )
     def test_a_file_type_names_the_tensor_type_that_is_meant(self, file_type, format):
@@ -82,6 +89,10 @@ class TestFormat:
             ("Q9_Z", r"unknown format 'Q9_Z'\. Known formats: F32"),
             ("q4__k", r"unknown format 'q4__k'\. Did you mean 'Q4_K'\? Known formats: F32"),
             ("8", r"unknown format '8'\. Pass a ggml id as an int: 8"),
+            ("999", r"unknown format '999'\. Known formats: F32"),
+            (-1, r"a ggml id is a number from 0 to 2\*\*32 - 1, got -1; pass the id"),
+            (2**32, r"a ggml id is a number from 0 to 2\*\*32 - 1, got 4294967296; pass the id"),
+            (2**32 - 1, r"unknown ggml type 4294967295; install a newer"),
             (True, "a ggml id or a Format, got True"),
             (["Q8_0"], r"a ggml id or a Format, got \['Q8_0'\]"),
             (b"Q8_0", "a ggml id or a Format, got b'Q8_0'"),
@@ -95,8 +106,13 @@ class TestFormat:
         assert "'I8'" not in str(raised.value)
 
     def test_a_registered_format_is_found_in_any_case(self, own_format):
-        nd.register(own_format)
+        assert nd.register(own_format) is own_format
         assert format_named("own_by_hand") is own_format
+
+    def test_a_registered_format_takes_its_place_among_the_ids(self, own_format):
+        nd.register(replace(own_format, ggml_id=9_999))
+        nd.register(replace(own_format, ggml_id=910, name="LATER"))
+        assert [*nd.FORMATS][-2:] == ["LATER", "OWN_by_hand"]
 
 
 class Unwilling(type):

@@ -1,9 +1,11 @@
 """Copies of formats are the formats themselves; registering and making them checks what it gets."""
 
+import importlib.metadata
 import pickle
 import subprocess
 import sys
 from copy import copy, deepcopy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from blocks import assert_same_bits
 from three_tensors import BLOCKS, open_model
 
 import numba_dequant as nd
+from numba_dequant import formats
 from numba_dequant.backends import cpu
 from numba_dequant.errors import shown
 from numba_dequant.format import block_layout
@@ -156,6 +159,79 @@ def test_packages_are_not_asked_for_formats_that_are_known(plugin):
         "except nd.UnknownFormatError as error: print(error)\n"
     )
     assert "unknown format 'nothing'" in found.stdout
+
+
+class Packages:
+    """Installed packages in this process, in place of those that there are. Counts how often they are asked for."""
+
+    def __init__(self, monkeypatch):
+        self.formats, self.asked = [], 0
+        monkeypatch.setattr(formats, "_plugins_are_loaded", False)
+        monkeypatch.setattr(importlib.metadata, "entry_points", self.entry_points)
+
+    def entry_points(self, group):
+        assert group == formats.ENTRY_POINTS
+        self.asked += 1
+        return [SimpleNamespace(value=f"package:{number}", load=each) for number, each in enumerate(self.formats)]
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    return Packages(monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["OWN_by_hand", "own_BY_hand", 907])
+def test_a_format_of_a_package_is_registered_at_the_first_unknown_name_or_id(packages, own_format, name):
+    """Also if two entry points name it, or if one names a module without formats."""
+    packages.formats = [lambda: own_format, lambda: own_format, lambda: importlib]
+    assert formats.format_named(name) is own_format
+    assert nd.FORMATS["OWN_by_hand"] is own_format
+
+
+def test_packages_are_asked_for_formats_once(packages):
+    for name in ("Q8_0", "q8_0", 8, nd.FORMATS["Q8_0"]):
+        formats.format_named(name)
+    assert packages.asked == 0
+    for _ in range(2):
+        for unknown in ("nothing", 908):
+            with pytest.raises(nd.UnknownFormatError):
+                formats.format_named(unknown)
+    assert packages.asked == 1
+
+
+def test_a_package_that_fails_causes_a_warning_and_the_others_are_registered(packages, own_format):
+    def fails():
+        raise RuntimeError("not today")
+
+    packages.formats = [fails, lambda: own_format]
+    expected = "the formats of 'package:0' are not registered: RuntimeError: not today"
+    with pytest.warns(RuntimeWarning, match=expected):
+        assert formats.format_named("OWN_by_hand") is own_format
+
+
+def test_unpickling_imports_the_module_of_a_format_only_if_the_format_is_unknown(monkeypatch, own_format):
+    imported = []
+
+    def load(name):
+        imported.append(name)
+        nd.register(own_format)
+
+    monkeypatch.setattr(formats, "import_module", load)
+    assert formats.registered("Q8_0", "somewhere") is nd.FORMATS["Q8_0"]
+    with pytest.raises(nd.UnknownFormatError):
+        formats.registered("OWN_by_hand", None)
+    assert imported == []
+    assert formats.registered("OWN_by_hand", "somewhere") is own_format
+    assert imported == ["somewhere"]
+
+
+def test_a_format_of_one_s_own_that_is_decoded_as_ours_is_not_built_in(own_format):
+    assert formats.is_built_in(nd.FORMATS["Q8_0"])
+    assert not formats.is_built_in(own_format)
+
+
+def test_a_format_without_code_to_compile_is_not_built_in():
+    assert not formats.is_built_in(nd.FORMATS["I8"])
 
 
 class TestRegister:

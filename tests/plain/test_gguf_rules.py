@@ -61,6 +61,14 @@ def test_a_9th_dimension_is_refused():
         nd.open(gguf_file([("t", (1,) * 9, "F32", bytes(4))]))
 
 
+@pytest.mark.parametrize("order", "<>", ids=["little", "big"])
+def test_the_smallest_entry_of_a_tensor_may_be_the_end_of_a_file(order):
+    """A count that the rest of a file cannot hold is refused. This one fills it to the last byte."""
+    start = b"GGUF" + struct.pack(f"{order}IQQ", 3, 1, 0)
+    entry = struct.pack(f"{order}QIIQ", 0, 0, 0, 0)
+    assert nd.open(start + entry, allow_truncated=True).tensors[""].shape == ()
+
+
 def test_nuls_at_the_end_of_keys_strings_and_names_are_cut_off():
     entries = [value("general.name\0", STRING, "LLaMA v2\0\0"), value("tokens\0\0", STRING, ["a\0", "\0", "b\0c"])]
     model = nd.open(gguf_file([("token_embd.weight\0", *floats(4))], entries))
@@ -263,7 +271,15 @@ def test_an_array_of_more_items_than_ggml_takes_is_refused(tmp_path):
     [
         (36, "I2_S of Microsoft's BitNet"),
         (37, "I8_S of Microsoft's BitNet"),
+        (38, "TL1 of Microsoft's BitNet"),
+        (36, "in files of 2024, IQ4_NL_4_4, which GGML has removed"),
+        (37, "in files of 2024, IQ4_NL_4_8, which GGML has removed"),
+        (38, "in files of 2024, IQ4_NL_8_8, which GGML has removed"),
+        (4, "Q4_2, a format that GGML has removed"),
+        (5, "Q4_3, a format that GGML has removed"),
         (31, "Q4_0_4_4, a format that GGML has removed"),
+        (32, "Q4_0_4_8, a format that GGML has removed"),
+        (33, "Q4_0_8_8, a format that GGML has removed"),
         (97, "Q8_0_X4 of ik_llama.cpp"),
         (99, "Q8_2_X4 of ik_llama.cpp"),
         (133, "Q6_0 of ik_llama.cpp"),
@@ -272,8 +288,16 @@ def test_an_array_of_more_items_than_ggml_takes_is_refused(tmp_path):
         (156, "IQ3_KS of ik_llama.cpp"),
         (158, "IQ1_KT of ik_llama.cpp"),
         (202, "Q4_0_R8 of ik_llama.cpp"),
+        (206, "Q5_0_R4 of ik_llama.cpp"),
+        (208, "Q8_0_R8 of ik_llama.cpp"),
+        (214, "Q6_K_R4 of ik_llama.cpp"),
+        (223, "IQ4_XS_R8 of ik_llama.cpp"),
         (230, "BF16_R16 of ik_llama.cpp"),
+        (233, "Q6_0_R4 of ik_llama.cpp"),
+        (335, "IQ2_BN_R4 of ik_llama.cpp"),
         (340, "IQ5_K_R4 of ik_llama.cpp"),
+        (344, "IQ4_KS_R4 of ik_llama.cpp"),
+        (353, "MXFP4_R8 of ik_llama.cpp"),
         (399, "Q8_K_R8 of ik_llama.cpp"),
         (159, "unknown ggml type 159; install a newer numba_dequant"),
         (400, "unknown ggml type 400"),

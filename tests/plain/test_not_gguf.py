@@ -96,7 +96,7 @@ def test_a_file_that_is_something_else_says_what(tmp_path, kind, offset):
 
 
 def test_what_is_not_known_is_not_guessed():
-    for content in (b"\xaa" * 100, b"\1\2\3\4", b"GGUG\3\0\0\0", b"\xff"):
+    for content in (b"\xaa" * 100, b"\1\2\3\4", b"GGUG\3\0\0\0", b"X\0\0\0", b"\xff"):
         with pytest.raises(
             nd.GgufError, match=r"this is not a GGUF file: it (begins with b'.*', not b'GGUF'|has only 1 bytes)$"
         ):

@@ -235,6 +235,19 @@ def test_a_split_of_which_shards_are_still_missing_is_opened_on_request(tmp_path
     assert len(model.load_all(device="cpu")) == 2
 
 
+def test_shards_that_disappear_before_they_are_read_are_missing_too(tmp_path, monkeypatch):
+    shutil.copy(SHARDS[0], tmp_path)
+    monkeypatch.setattr(os.path, "lexists", lambda _: True)
+    model = nd.open(tmp_path / SHARDS[0].name, allow_truncated=True)
+    assert model.missing_shards == tuple(str(tmp_path / path.name) for path in SHARDS[1:])
+
+
+@pytest.mark.parametrize("option", ["allow_truncated", "orig_shapes"])
+def test_an_option_that_is_no_flag_is_refused(option):
+    with pytest.raises(nd.OptionError, match=option):
+        nd.open(gguf(), **{option: "yes"})
+
+
 def test_info_of_an_incomplete_file(incomplete, capsys):
     from numba_dequant.cli import main
 
