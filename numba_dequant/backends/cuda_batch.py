@@ -155,6 +155,7 @@ def _checked(jobs: Sequence[Job], call: CallStream, *, is_once: bool = False) ->
         elif begins_early and job.n_elements >= LARGE and task.gather is None:
             _allocate([task.target], call)
             cuda.dequantize_into(task.data, job, task.target, call.handle)
+            streams.release(call, data=job.data)  # now, because a later job may be wrong
             continue
         if job.out is None:
             new.append(task.target)

@@ -24,8 +24,9 @@ class DriverStart:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> None:
+        has_packages = why_no_gpu_packages() is None
         compile_lock.__enter__()  # no fork while the driver starts
-        if why_no_gpu_packages() is None:
+        if has_packages:
             self._thread = threading.Thread(target=self._start, name="numba_dequant driver", daemon=True)
             with suppress(RuntimeError):  # there are too many threads
                 self._thread.start()

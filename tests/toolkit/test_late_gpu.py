@@ -193,6 +193,16 @@ def test_large_tensors_on_the_gpu_begin_early(late, monkeypatch, stream):
     assert late.in_use == before
 
 
+def test_data_is_kept_for_what_has_begun_early_if_a_later_tensor_is_wrong(late, monkeypatch):
+    monkeypatch.setattr(cuda_batch, "LARGE", 1)
+    given = {"a": (on_gpu(random_blocks("Q4_K", 40), stream=3), "Q4_K"), "b": (bytes(35), "Q8_0")}
+    with pytest.raises(nd.DataError, match="tensor 'b'"):
+        nd.dequantize_many(given, stream=5)
+    given.clear()
+    gc.collect()
+    assert not late.problems
+
+
 def test_a_batch_reads_and_writes_again(late):
     tensors = mixture(sizes=(1, 40))
     data = {key: on_gpu(entry[0], stream=2) for key, entry in tensors.items()}
