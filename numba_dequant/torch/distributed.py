@@ -306,8 +306,12 @@ def _host() -> str:
 
 
 def _digest(model: Model) -> bytes:
-    """A digest of the headers: all bytes before the first tensor of each shard, and thus the table of tensors."""
+    """A digest of the headers: all bytes before the first tensor of each shard, and thus the table of tensors.
+
+    The names of formats are part of it, because the header has only ids, which a program may give to its own formats.
+    """
     digest = hashlib.sha256()  # many processors have instructions for it
+    digest.update("\n".join(tensor.format.name for tensor in model.tensors.values()).encode())
     firsts: dict[str, TensorInfo] = {}
     for tensor in model.tensors.values():
         if tensor.path not in firsts or tensor.offset < firsts[tensor.path].offset:

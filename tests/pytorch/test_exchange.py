@@ -3,6 +3,7 @@
 import threading
 from collections import defaultdict
 from queue import Queue
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ if not torch.distributed.is_available():
 
 from numba_dequant.backends.devices import DeviceSpec  # noqa: E402
 from numba_dequant.backends.host import HostBackend  # noqa: E402
+from numba_dequant.torch.distributed import _digest  # noqa: E402
 from numba_dequant.torch.ranks import ALL_GATHER, Exchange, _columns  # noqa: E402
 
 
@@ -143,3 +145,12 @@ def test_a_column_of_one_byte_can_be_sent():
     found = _columns(torch.arange(18, dtype=torch.uint8), share)
     assert found.is_contiguous()
     assert found.tolist() == list(range(0, 18, 2))
+
+
+def test_the_names_of_formats_are_part_of_the_digest_of_a_file(model):
+    """Two ranks may have registered different formats under one id."""
+    another = SimpleNamespace(name="Q9_9")
+    tensors = dict(model.tensors)
+    name, tensor = next(iter(tensors.items()))
+    renamed = SimpleNamespace(tensors={**tensors, name: tensor._replace(format=another)})
+    assert _digest(model) == _digest(SimpleNamespace(tensors=tensors)) != _digest(renamed)
