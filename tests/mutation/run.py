@@ -4,7 +4,9 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -128,6 +130,8 @@ def run(asked, chosen, folder):
     """Run the tests of the chosen mutants. Returns module, number, outcome and seconds of each."""
     if not any(chosen.values()):
         return []
+    # Who ends this program early, as `timeout` does, keeps what there is.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     copies = [folder / str(job) / "copy" for job in range(asked.jobs)]
     for copy in copies:
         shutil.copytree(ROOT, copy, ignore=NOT_COPIED, symlinks=True)
@@ -142,10 +146,16 @@ def run(asked, chosen, folder):
         orders.append(order)
         (copy.parent / "order.json").write_text(json.dumps(order))
         started.append(_start(copy, "worker.py", str(copy.parent / "order.json")))
-    wait(started)
+    try:
+        wait(started)
+    except KeyboardInterrupt:
+        for process, _ in started:
+            process.kill()
+            process.wait()
+        print("interrupted: the mutants that have not been run count as survivors", flush=True)
     results = {}
     for order in orders:
-        for line in Path(order["results"]).read_text().splitlines():
+        for line in re.findall(r"(.*)\n", Path(order["results"]).read_text()):  # the last line may be incomplete
             module, number, outcome, seconds = json.loads(line)
             _, before = results.get((module, number), (None, 0))  # what needs a new import has two results
             results[module, number] = outcome, before + seconds
@@ -177,7 +187,8 @@ def record(copies, tests, folder):
 
 def _start(copy, program, *arguments):
     """A program of this folder, that imports the package of a copy."""
-    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
+    paths = os.pathsep.join(filter(None, (str(copy), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
     log = (copy.parent / f"{program}.log").open("w+")
     command = [sys.executable, str(HERE / program), *arguments]
     return subprocess.Popen(command, cwd=copy, env=environment, stdout=log, stderr=log), log
