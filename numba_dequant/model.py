@@ -41,6 +41,7 @@ Out = TypeVar("Out")
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from numba_dequant.loading.small_files import SmallFile
     from numba_dequant.parallel.plan import Plan
 
     Planner = Plan | Callable[["Model"], Plan]
@@ -358,6 +359,13 @@ class Model:
     def close(self) -> None:
         """Do nothing, because a model keeps no file open. It exists so that `with` works."""
 
+    def _values(
+        self, dtype: Any, device: Any, progress: bool | None, callback: Callback, begun: SmallFile
+    ) -> dict[str, Any]:
+        """The values of all tensors of a file that is being copied to a GPU."""
+        chosen = plan_requests(self.tensors, None, dtype, None, keep_quantized=False)
+        return dict(self._named(chosen, device, None, None, None, progress, callback, begun))
+
     def _named(
         self,
         chosen: list[Request],
@@ -367,10 +375,11 @@ class Model:
         prefetch: int | None,
         progress: bool | None,
         callback: Callback,
+        begun: SmallFile | None = None,
     ) -> Iterator[tuple[str, Any]]:
         """Names and results, in order. This call checks the arguments; the iterator reads."""
         report = Reporter(sum(request.tensor.n_bytes for request in chosen), progress, callback)
-        results = self._results(chosen, device, stream, threads, prefetch, report)
+        results = self._results(chosen, device, stream, threads, prefetch, report, begun)
 
         def pairs() -> Iterator[tuple[str, Any]]:
             try:
@@ -390,6 +399,7 @@ class Model:
         threads: int | None,
         prefetch: int | None,
         on_bytes_read: Callable[[int], None],
+        begun: SmallFile | None = None,
     ) -> Generator[Any, None, None]:
         backend = backend_for(device, stream)
         if threads is not None:
@@ -405,7 +415,7 @@ class Model:
         from numba_dequant.loading import gpu_loader
 
         call = streams.stream_for(stream, backend.gpu, [request.job.out for request in chosen])
-        return gpu_loader.load(chosen, call, threads, prefetch, on_bytes_read)
+        return gpu_loader.load(chosen, call, threads, prefetch, on_bytes_read, begun)
 
     def __enter__(self) -> Model:
         return self
@@ -515,8 +525,21 @@ def load(
     Raises:
         NumbaDequantError: as for `open` and `Model.load_all`.
     """
-    model = open(source, offset=offset, allow_truncated=allow_truncated, orig_shapes=orig_shapes, limits=limits)
+    opening: Any = {"offset": offset, "allow_truncated": allow_truncated, "orig_shapes": orig_shapes, "limits": limits}
     options: Any = {"device": device, "out": out, "stream": stream, "keep_quantized": keep_quantized, "plan": plan}
+    others = (select, out, stream, threads, plan)
+    # A process that has loaded a file to a GPU begins to copy the next one before it reads the header.
+    if "numba_dequant.loading.small_files" in sys.modules and others == (None,) * 5 and keep_quantized is False:
+        from numba_dequant.loading.small_files import copy_of_file
+
+        begun = copy_of_file(source, device)
+        if begun is not None:
+            try:
+                model = open(source, **opening)
+                return model._values(dtype, device, progress, callback, begun)
+            finally:
+                begun.stop()
+    model = open(source, **opening)
     return model.load_all(select, dtype, threads=threads, progress=progress, callback=callback, **options)
 
 

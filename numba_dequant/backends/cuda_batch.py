@@ -153,7 +153,7 @@ def _checked(jobs: Sequence[Job], call: CallStream, *, is_once: bool = False) ->
         if task.host is not None:
             on_host.append(task)
         elif begins_early and job.n_elements >= LARGE and task.gather is None:
-            _allocate([task.target], call)
+            allocate_together([task.target], call)
             cuda.dequantize_into(task.data, job, task.target, call.handle)
             streams.release(call, data=job.data)  # now, because a later job may be wrong
             continue
@@ -163,8 +163,8 @@ def _checked(jobs: Sequence[Job], call: CallStream, *, is_once: bool = False) ->
             kind.tasks.append(task)
     if has_outputs:
         check_apart(memory for task in tasks for memory in task.memory())
-    _allocate([task.data for task in on_host], call)
-    _allocate(new, call)
+    allocate_together([task.data for task in on_host], call)
+    allocate_together(new, call)
     for task in on_host:
         if task.host is not None and task.host.size:
             gpu.send(task.data.pointer, task.host, call.handle)
@@ -251,8 +251,12 @@ def _task(job: Job, call: CallStream, kind: _Kind) -> _Task:
     return _Task(job, data, target, host, gather, result)
 
 
-def _allocate(memories: list[DeviceBytes], call: CallStream) -> None:
-    """Allocate device memory for each; small ones share an allocation."""
+def allocate_together(memories: Iterable[DeviceBytes], call: CallStream) -> None:
+    """Allocate device memory for each; small ones share an allocation.
+
+    Raises:
+        DeviceError: there is not enough memory.
+    """
     start = 0
     sharing: list[tuple[DeviceBytes, int]] = []
     for memory in memories:
@@ -289,23 +293,38 @@ def dequantize_blocks(found: Iterable[Blocks], dtype: str, call: CallStream) -> 
     Raises:
         DtypeError, DeviceError: as for `dequantize`.
     """
+    prepared_blocks(found, dtype, call)()
+
+
+def prepared_blocks(found: Iterable[Blocks], dtype: str, call: CallStream) -> Callable[[], None]:
+    """A function that does what `dequantize_blocks` does. It may be called before the blocks are in their memory.
+
+    Raises:
+        DtypeError, DeviceError: as for `dequantize`.
+    """
     by_format: dict[int, list[Blocks]] = {}
     for blocks in found:
         if blocks.n_elements:
             by_format.setdefault(id(blocks.fmt), []).append(blocks)
-    groups = []
-    with call.gpu.active():
+    gpu, groups = call.gpu, []
+    steps: list[Step] = []
+    with gpu.active():
         for group in by_format.values():
             fmt = group[0].fmt
-            cuda.check_capability(dtype, fmt, call.gpu)
+            cuda.check_capability(dtype, fmt, gpu)
             if fmt.stored_dtype is None:
                 groups.append((fmt, dtype, [each[1:] for each in group]))
                 continue
-            for each in group:
-                n_bytes = each.n_elements * fmt.type_size
-                call.gpu.copy_on_device(each.target, each.pointer, n_bytes, call.handle)
-        for launch in _launches(groups, call)[0]:
-            launch(call.handle)
+            size = fmt.type_size
+            steps += [partial(gpu.copy_on_device, each.target, each.pointer, each.n_elements * size) for each in group]
+        launches, tables = _launches(groups, call)
+
+    def run(tables: DeviceBytes | None = tables) -> None:
+        with gpu.active():
+            for step in steps + launches:
+                step(call.handle)
+
+    return run
 
 
 def _steps(tasks: Sequence[_Task], kinds: Iterable[_Kind], call: CallStream) -> tuple[list[Step], DeviceBytes | None]:

@@ -27,6 +27,7 @@ class LoadTuning:
         streams: streams that the buffers share: one dequantizes while the other copies. More streams are slower.
         threads: default maximum number of threads. They read faster than the bus can copy.
         max_batch: maximum number of chunks to plan before they are passed to the threads.
+        small_file_bytes: size of the largest file that is copied to the GPU as it is (`small_files`).
     """
 
     chunk_bytes: int = 8 << 20
@@ -35,6 +36,7 @@ class LoadTuning:
     streams: int = 2
     threads: int = 12
     max_batch: int = 32
+    small_file_bytes: int = 512 << 20
 
 
 TUNING = LoadTuning()

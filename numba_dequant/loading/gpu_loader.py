@@ -7,7 +7,6 @@ writes a count when a buffer may be filled again. The threads are in `native_thr
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,19 +18,18 @@ from typing import Any
 from numba_dequant.arguments import with_tensor_name
 from numba_dequant.backends import cuda, streams
 from numba_dequant.backends.devices import available_cores
-from numba_dequant.backends.gpu import error_name
 from numba_dequant.backends.gpu_memory import DeviceBytes
 from numba_dequant.backends.overlap import Memory, check_apart
 from numba_dequant.backends.streams import CallStream
 from numba_dequant.errors import DeviceError, NumbaDequantError
-from numba_dequant.gguf.file import truncated
-from numba_dequant.kernels.native.records import END_OF_FILE, FAULT_GPU
-from numba_dequant.loading import gpu_buffers, native_threads
+from numba_dequant.kernels.native.records import FAULT_GPU
+from numba_dequant.loading import gpu_buffers, gpu_faults, native_threads, small_files
 from numba_dequant.loading.chunks import Chunk, TensorSlice, plan_chunks, round_robin_by_disk
-from numba_dequant.loading.files import changed, check_unchanged, open_unchanged, read_error, read_tensor
+from numba_dequant.loading.files import check_unchanged, open_unchanged, read_tensor
 from numba_dequant.loading.groups import Groups, GroupsOfGenerator
 from numba_dequant.loading.python_threads import POLL_SECONDS
 from numba_dequant.loading.requests import Request
+from numba_dequant.loading.small_files import SmallFile
 
 
 @dataclass(slots=True)
@@ -52,8 +50,17 @@ def load(
     threads: int | None,
     prefetch: int | None,
     on_bytes_read: Callable[[int], None],
+    begun: SmallFile | None = None,
 ) -> Generator[Any, None, None]:
     """The results of the requests, in order, ready in the order of the stream of `call`.
+
+    Args:
+        requests: the tensors.
+        call: the stream.
+        threads: the number of threads; None means the default.
+        prefetch: the number of tensors to read ahead; None to return all together.
+        on_bytes_read: called with the number of bytes that have been read.
+        begun: the file, if it is being copied already. It is used if it has the tensors.
 
     Raises:
         OutputError, DtypeError: an `out` or an output type is wrong. Nothing has been read.
@@ -62,6 +69,12 @@ def load(
     _check(requests, call)
     if _needs_python(requests, call):
         return _load_alone(requests, call, on_bytes_read)
+    if prefetch is None:
+        copy = (
+            begun if begun is not None and begun.has(requests, call) else small_files.copy_of(requests, call, threads)
+        )
+        if copy is not None and copy.prepare(requests, call):
+            return copy.finish(on_bytes_read)
     load = _Load(requests, call, threads, on_bytes_read, is_whole=prefetch is None, in_turn=prefetch is not None)
     return load.run() if prefetch is None else load.run_in_turn(prefetch)
 
@@ -163,7 +176,7 @@ class _Load:
         self._stack = ExitStack()
         n_threads = threads or min(available_cores(), self._tuning.threads)
         self._n_threads = max(1, min(n_threads, native_threads.MAX_THREADS))
-        self._is_sound = True
+        self._is_sound, self._has_started = True, False
 
     def run(self) -> Generator[Any, None, None]:
         """All tensors together, so that the caller's stream waits only once for each of our streams."""
@@ -196,6 +209,7 @@ class _Load:
     def start(self) -> None:
         """Take the buffers. The threads start when there is work for them."""
         most = sum(tensor.n_bytes // (self._tuning.chunk_bytes // 2) + 2 for tensor in self.tensors)
+        self._most_shares = sum(-(-tensor.n_bytes // self._tuning.subread_bytes) for tensor in self.tensors)
         native_threads.stop_interrupted()
         with self.gpu.active():
             self._buffers = gpu_buffers.take(self.gpu)
@@ -242,7 +256,8 @@ class _Load:
                 self._chunks.append(chunk)
                 self._next = next(self._cut, None)
                 # Waking a thread takes longer than planning a chunk, so chunks are passed on in growing batches.
-                if len(self._chunks) - self._released >= min(self._released + 1, self._tuning.max_batch):
+                n_planned = len(self._chunks) - self._released
+                if n_planned >= min(self._released + 1, self._tuning.max_batch) or self._threads.are_waiting:
                     self._release()
             self._release()
         if self._next is None:
@@ -259,16 +274,9 @@ class _Load:
             self._buffers.grow(most)
             self._threads.publish(int(self._ready[-1].handle))
             self._threads.set_buffer_count(most)
-        while (n_started := self._threads.n_threads) < min(self._n_threads, self._threads.n_shares):
-            try:
-                self._threads.start()
-            except OSError as error:
-                self._n_threads = n_started
-                if not n_started:
-                    raise DeviceError(
-                        f"cannot start a reader thread: {error.strerror}; end other work of this user, or raise the "
-                        "limit (ulimit -u)"
-                    ) from error
+            if not self._has_started:
+                gpu_faults.start(self._threads, min(self._n_threads, self._most_shares))
+                self._has_started = True
         self._on_bytes_read(self._threads.bytes_read)
 
     def _prepare(self, index: int) -> None:
@@ -319,28 +327,16 @@ class _Load:
             check_unchanged(tensor, self._files[tensor.path])
 
     def _check_gpu(self) -> None:
-        """Check that the GPU has not failed; otherwise the threads would wait for buffers forever."""
         try:
-            for stream in self._buffers.streams:
-                self.gpu.raise_if_failed(int(stream.handle))
-        except DeviceError as error:
+            gpu_faults.check(self.gpu, self._buffers.streams)
+        except DeviceError:
             self._is_sound = False
-            raise DeviceError(f"cuda:{self.gpu.index}: {error}") from error
+            raise
 
     def _error_of(self, fault: native_threads.ReaderFaultError) -> NumbaDequantError:
+        self._is_sound &= fault.place != FAULT_GPU
         chunk = self._chunks[fault.chunk]
-        first = self.tensors[chunk.parts[0].index]
-        if fault.place == FAULT_GPU:
-            self._is_sound = False
-            request = self.requests[chunk.parts[0].index]
-            return request.blame(DeviceError(f"cuda:{self.gpu.index}: {error_name(fault.code)}"))
-        if fault.code == END_OF_FILE:
-            size = self._files[chunk.path].seek(0, 2)
-            tensors = (self.tensors[part.index] for part in chunk.parts)
-            incomplete = next((tensor for tensor in tensors if tensor.offset + tensor.n_bytes > size), None)
-            return truncated(incomplete, size) if incomplete is not None else changed(first)
-        error = OSError(fault.code, os.strerror(fault.code))
-        return read_error(self.tensors[chunk.index_at(fault.offset)], fault.offset, error)
+        return gpu_faults.error_of(fault, chunk, self.requests, self._files[chunk.path], self.gpu)
 
     def _let_caller_wait(self, streams: Iterable[Any]) -> None:
         """Let the caller's stream wait for the work now queued on `streams`."""

@@ -49,6 +49,8 @@ def calls(gpu: Gpu) -> NDArray[np.void]:
         "error": library.__errno_location,
         "tell": library.write,
         "pause": library.usleep,
+        "create": library.pthread_create,
+        "read_and_send": native.load("read_and_send"),
         **(gpu.thread_functions or {}),
     }
     addresses = (ctypes.cast(functions[name], ctypes.c_void_p).value for name in calls_dtype.names or ())
@@ -111,7 +113,7 @@ class ReaderThreads:
         self._share_size = share_size
         self._threads = (ctypes.c_void_p * MAX_THREADS)()
         self._records = np.zeros(MAX_THREADS, thread_dtype)
-        self._records["job"] = self._job.ctypes.data
+        self._records["job"], self._records["number"] = self._job.ctypes.data, np.arange(MAX_THREADS)
         for name in ("data", "n_elements", "out"):
             addresses = self._records[name].ctypes.data + thread_dtype.itemsize * np.arange(MAX_THREADS)
             self._records[f"{name}_at"] = addresses
@@ -123,6 +125,7 @@ class ReaderThreads:
         job["n_chunks"], job["n_parts"], job["share_size"] = most, most, share_size
         job["left"], job["written"] = self.left.ctypes.data, self.written.ctypes.data
         job["shares_planned"], job["progress"] = self._planned, self._progress
+        job["threads"] = ctypes.addressof(self._threads)
         _running.add(self)
 
     @property
@@ -135,23 +138,29 @@ class ReaderThreads:
         """Number of threads that have been started."""
         return sum(map(bool, self._threads))
 
+    @property
+    def are_waiting(self) -> bool:
+        """Whether the threads have taken all chunks that have been published."""
+        return bool(self._job["claimed"][0] >= self._job["planned"][0])
+
     def set_buffer_count(self, count: int) -> None:
         """Let the threads use the first `count` buffers. Call `publish`, a memory fence, after allocating them."""
         self._job["n_buffers"] = count
 
-    def start(self) -> None:
-        """Start one more thread.
+    def start(self, count: int) -> None:
+        """Start the threads: the first one, which starts the second one, and so on.
+
+        If the system cannot start them all, fewer threads read.
 
         Raises:
-            OSError: the system cannot start a thread.
+            OSError: the system cannot start the first one.
         """
-        number = self.n_threads
-        record = self._records.ctypes.data + number * thread_dtype.itemsize
+        self._job["n_threads"] = min(count, MAX_THREADS)
         # Native code writes the handle, so that even after an interrupt every thread is joined.
-        handle = ctypes.byref(self._threads, number * ctypes.sizeof(ctypes.c_void_p))
-        code = _library().pthread_create(handle, None, native.load("read_and_send"), ctypes.c_void_p(record))
+        entry, record = native.load("read_and_send"), ctypes.c_void_p(self._records.ctypes.data)
+        code = _library().pthread_create(ctypes.byref(self._threads), None, entry, record)
         if code:
-            self._threads[number] = None
+            self._threads[0] = None
             raise OSError(code, os.strerror(code))
 
     def plan(self, chunk: tuple[int, ...], parts: list[tuple[int, ...]]) -> None:
@@ -165,6 +174,21 @@ class ReaderThreads:
         self.chunks[self._n_chunks] = *location, first, len(parts), is_computed, 0, self.n_shares, n_shares, 0
         self._n_chunks += 1
         self.n_shares += n_shares
+
+    def plan_copy(self, file: int, offset: int, target: int) -> None:
+        """Plan a chunk for each tensor: the tensors follow one another from `offset` and are copied to `target`."""
+        sizes, n_shares = self.left, -(-self.left // self._share_size)
+        starts, numbers = np.cumsum(sizes) - sizes, np.arange(len(sizes))
+        self._n_chunks = self._n_parts = len(sizes)
+        self.n_shares = int(n_shares.sum())
+        chunks = {"file": file, "offset": offset + starts, "n_bytes": sizes, "first_part": numbers, "n_parts": 1}
+        chunks |= {"first_share": np.cumsum(n_shares) - n_shares, "shares_left": n_shares}
+        for table, columns in (
+            (self.chunks, chunks),
+            (self.parts, {"tensor": numbers, "n_bytes": sizes, "target": target + starts}),
+        ):
+            for name, column in columns.items():
+                table[name] = column
 
     def publish(self, ready: int) -> None:
         """Let the threads take the newly planned chunks. They may write after the event `ready`."""

@@ -122,7 +122,7 @@ print(*sorted(needed))
         *("cuda_matmul", "cuda_product"),
         *("copy", "dequantize", "intrinsics_cuda", "intrinsics_halves", "intrinsics_mma", "numba_cuda"),
         *("product", "product_columns", "product_of_part", "product_panel", "product_wide"),
-        *("gpu_buffers", "gpu_loader", "native_threads", "measure"),
+        *("gpu_buffers", "gpu_faults", "gpu_loader", "native_threads", "small_files", "measure"),
     }
 
 

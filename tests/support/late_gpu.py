@@ -11,7 +11,7 @@ import random
 import threading
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -26,7 +26,8 @@ from numba_dequant.loading import gpu_buffers
 
 POISON = 0xA5
 
-TUNING = gpu_buffers.LoadTuning(chunk_bytes=4096, subread_bytes=1000)
+TUNING = gpu_buffers.LoadTuning(chunk_bytes=4096, subread_bytes=1000, small_file_bytes=0)
+WITH_SMALL_FILES = replace(TUNING, small_file_bytes=1 << 20)
 
 
 def at(address, n_bytes):

@@ -60,11 +60,13 @@ def test_a_read_error_names_the_tensor_that_it_lies_in(tmp_path, late_with_threa
 
 @pytest.mark.parametrize("n_given", [0, 1, 2])
 def test_the_system_has_few_threads_left(model, late, monkeypatch, n_given):
+    """Python starts the first reader thread, and each thread the next one."""
     library, left = ctypes.CDLL(None), [n_given] * n_given
-    real = library.pthread_create
+    real = ctypes.CDLL(None).pthread_create
 
+    @ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
     def create(*arguments):
-        return real(*arguments) if left and left.pop() else errno.EAGAIN
+        return real(*map(ctypes.c_void_p, arguments)) if left and left.pop() else errno.EAGAIN
 
     library.pthread_create = create
     monkeypatch.setattr(native_threads, "_library", lambda: library)
@@ -133,10 +135,10 @@ def test_a_gpu_that_has_failed_is_named_first(model, late_with_threads, monkeypa
     def fail(self):
         raise ValueError("what cuda-core says of the same")
 
-    launch = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_ssize_t] * 11)(lambda *_: 700)
+    copy = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_ssize_t] * 4)(lambda *_: 700)
     with monkeypatch.context() as patch:
         patch.setattr("late_gpu.Stream.sync", fail)
-        patch.setitem(late_with_threads.thread_functions, "launch", launch)
+        patch.setitem(late_with_threads.thread_functions, "copy", copy)
         with pytest.raises(nd.DeviceError, match="ILLEGAL_ADDRESS"):
             model.load_all(device="cuda", threads=3)
     assert not kept_bytes(late_with_threads), "what it has may never be given back"

@@ -32,7 +32,7 @@ CLAIMED, PLANNED, BYTES_READ = (job_dtype.fields[name][1] for name in ("claimed"
 IS_OVER, N_BUFFERS = (job_dtype.fields[name][1] for name in ("is_over", "n_buffers"))  # type: ignore[index]
 FREE_AT, IS_TAKEN = (buffer_dtype.fields[name][1] for name in ("free_at", "is_taken"))  # type: ignore[index]
 SHARES_LEFT, BUFFER_OF = (chunk_dtype.fields[name][1] for name in ("shares_left", "buffer"))  # type: ignore[index]
-BUFFER_SIZE, CHUNK_SIZE = buffer_dtype.itemsize, chunk_dtype.itemsize
+BUFFER_SIZE, CHUNK_SIZE, THREAD_SIZE = buffer_dtype.itemsize, chunk_dtype.itemsize, thread_dtype.itemsize
 
 
 @register_jitable  # type: ignore[untyped-decorator]
@@ -132,6 +132,16 @@ def count_chunk(calls: Any, job: Any, job_at: Any, chunk: Any, parts: Any, strea
         call_c(calls.tell, (job.progress, job.one, 8))
 
 
+@register_jitable  # type: ignore[untyped-decorator]
+def start_next(calls: Any, job: Any, thread: Any, thread_at: Any) -> Any:
+    """Start the next thread, so that Python starts only the first. If the system has none left, fewer threads read."""
+    number = thread.number + 1
+    if number < job.n_threads:
+        handle_at = job.threads + 8 * number
+        if call_cuda(calls.create, (handle_at, 0, calls.read_and_send, thread_at + THREAD_SIZE)):
+            carray(pointer(handle_at), 1, types.int64)[0] = 0
+
+
 def read_and_send(thread_at: int) -> int:
     """Read shares of chunks until none are left or a thread has failed; returns how many were read.
 
@@ -141,6 +151,7 @@ def read_and_send(thread_at: int) -> int:
     job_at, arguments_at = thread.job, thread_at + ARGUMENTS
     job = carray(pointer(job_at), 1, job_dtype)[0]
     calls = carray(pointer(job.calls), 1, calls_dtype)[0]
+    start_next(calls, job, thread, thread_at)
     chunks = carray(pointer(job.chunks), job.n_chunks, chunk_dtype)
     parts = carray(pointer(job.parts), job.n_parts, slice_dtype)
     buffers = carray(pointer(job.buffers), job.most_buffers, buffer_dtype)
@@ -181,7 +192,10 @@ def read_and_send(thread_at: int) -> int:
 
 
 def join_threads(crew_at: int) -> int:
-    """Wait until threads have ended; returns how many. Ctrl-C cannot interrupt this one native call."""
+    """Wait until threads have ended; returns how many. Ctrl-C cannot interrupt this one native call.
+
+    When a thread has ended, the handle of the one that it started is there.
+    """
     crew = carray(pointer(crew_at), 1, crew_dtype)[0]
     threads = carray(pointer(crew.threads), crew.count, types.int64)
     count = 0

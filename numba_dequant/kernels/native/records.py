@@ -31,20 +31,21 @@ that the stream waited for. The GPU counts uses at `flag`; the buffers are free 
 `is_taken` is 0. The count is in pinned memory, because querying the driver would make threads wait for each other."""
 
 thread_dtype = record(
-    *("job", "data", "n_elements", "out", "data_at", "n_elements_at", "out_at", "token"),
+    *("job", "number", "data", "n_elements", "out", "data_at", "n_elements_at", "out_at", "token"),
     *("has_failed", "fault_chunk", "fault_place", "fault_code", "fault_offset"),
 )
 """The state of one thread: the three kernel arguments and their addresses for a launch; `token`, which is read for each
-share of a chunk; and the fault, if any."""
+share of a chunk; and the fault, if any. The records of all threads follow one another."""
 
 job_dtype = record(
     *("calls", "context", "buffers", "most_buffers", "n_buffers"),
     *("chunks", "parts", "n_chunks", "n_parts", "left", "written"),
     *("share_size", "shares_planned", "progress", "one"),
     *("claimed", "planned", "bytes_read", "is_over"),
+    *("threads", "n_threads"),
 )
-"""The state that all threads of a load share: addresses of tables, two event descriptors, and counters. The first
-`n_buffers` of `most_buffers` buffers may be used."""
+"""The state that all threads of a load share: addresses of tables, two event descriptors, counters, and the address and
+the number of the thread handles. The first `n_buffers` of `most_buffers` buffers may be used."""
 
 crew_dtype = record("join", "threads", "count")
 """The address of pthread_join, the address of the thread handles (0 for none), and their number."""
@@ -52,8 +53,9 @@ crew_dtype = record("join", "threads", "count")
 calls_dtype = record(
     *("set_context", "wait_for_share", "read", "error", "tell"),
     *("pause", "let_gpu_wait", "copy", "launch", "signal"),
+    *("create", "read_and_send"),
 )
-"""Addresses of functions of the C library and of the CUDA driver."""
+"""Addresses of functions of the C library and of the CUDA driver, and of the function that the threads run."""
 
 FAULT_READ, FAULT_GPU = 0, 1
 """Kinds of faults: reading the file, or calling the driver."""
