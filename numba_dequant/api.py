@@ -13,7 +13,7 @@ from numba_dequant.backends.batch import Array, Backend, Batch
 from numba_dequant.backends.devices import is_simulated, parse_device
 from numba_dequant.backends.host import HostBackend, ReferenceBackend, SimulatorBackend
 from numba_dequant.backends.matmul import product_job
-from numba_dequant.errors import DeviceError
+from numba_dequant.errors import DeviceError, NumbaDequantError
 from numba_dequant.format import Format
 from numba_dequant.formats import format_named
 from numba_dequant.kernels.launch_shape import launch_shape
@@ -155,6 +155,9 @@ def dequantize_many(
         UnknownFormatError, DtypeError, DataError, ShapeError, OutputError, DeviceError: as for `dequantize`. The
             message names the tensor.
     """
+    usual = _usual_results(tensors, dtype, device, stream) if out is None else None
+    if usual is not None:
+        return usual
     backend, jobs = _backend_and_jobs(tensors, dtype, device, out, stream)
     return backend.dequantize_many(jobs, stream)
 
@@ -197,6 +200,20 @@ def prepare_many(
     """
     backend, jobs = _backend_and_jobs(tensors, dtype, device, out, stream)
     return backend.prepare(jobs, stream)
+
+
+def _usual_results(tensors: Any, dtype: Any, device: Any, stream: Any) -> dict[Any, Any] | None:
+    """The results on a GPU if all is as usual there; None if the arguments need all checks."""
+    entry = next(iter(tensors.values()), None) if type(tensors) is dict else None
+    if not isinstance(entry, tuple) or not entry or not hasattr(entry[0], "copy_to_host") or is_simulated():
+        return None  # the first data is no `DeviceTensor`
+    try:
+        backend = backend_for(device, stream, entry[0])
+        if isinstance(backend, HostBackend):
+            return None
+        return backend.dequantize_usual(tensors, output_type(dtype, entry[0]), stream)
+    except NumbaDequantError:
+        return None  # the checks of the arguments say which of them is wrong
 
 
 def _backend_and_jobs(tensors: Any, dtype: Any, device: Any, out: Any, stream: Any) -> tuple[Backend, list[Job]]:

@@ -247,7 +247,7 @@ def result_shape(shape: Any, n_elements: int, out: Any) -> tuple[int, ...]:
     Raises:
         ShapeError: `shape` is not a shape, or has another number of elements.
     """
-    if type(shape) is tuple and n_elements and _has_elements(shape, n_elements):
+    if type(shape) is tuple and n_elements and has_elements(shape, n_elements):
         return shape
     if shape is None:
         if out is None:
@@ -278,7 +278,7 @@ def result_shape(shape: Any, n_elements: int, out: Any) -> tuple[int, ...]:
     return extents
 
 
-def _has_elements(shape: tuple[Any, ...], n_elements: int) -> bool:
+def has_elements(shape: tuple[Any, ...], n_elements: int) -> bool:
     """Whether a tuple is a shape of so many elements; the fast way for what is nearly always passed."""
     total = 1
     for extent in shape:

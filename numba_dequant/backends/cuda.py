@@ -80,6 +80,12 @@ class CudaBackend(Backend):
 
         return cuda_batch.dequantize(jobs, self.gpu, stream)
 
+    def dequantize_usual(self, tensors: dict[Any, Any], dtype: str, stream: Any) -> dict[Any, Any] | None:
+        """The results of many tensors if all of them are usual; the host does not wait for them."""
+        from numba_dequant.backends import cuda_usual
+
+        return cuda_usual.dequantize(tensors, dtype, self.gpu, stream)
+
     def matmul(self, given: ProductJob, stream: Any) -> Any:
         """The product; the host does not wait for it."""
         from numba_dequant.backends import cuda_matmul

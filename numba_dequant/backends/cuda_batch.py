@@ -317,7 +317,7 @@ def prepared_blocks(found: Iterable[Blocks], dtype: str, call: CallStream) -> Ca
                 continue
             size = fmt.type_size
             steps += [partial(gpu.copy_on_device, each.target, each.pointer, each.n_elements * size) for each in group]
-        launches, tables = _launches(groups, call)
+        launches, tables = launches_for(groups, call)
 
     def run(tables: DeviceBytes | None = tables) -> None:
         with gpu.active():
@@ -340,11 +340,11 @@ def _steps(tasks: Sequence[_Task], kinds: Iterable[_Kind], call: CallStream) -> 
                 rows.append((task.data.pointer, task.target.pointer, task.job.n_elements))
         if rows:
             groups.append((kind.fmt, kind.dtype, rows))
-    launches, memory = _launches(groups, call)
+    launches, memory = launches_for(groups, call)
     return steps + launches, memory
 
 
-def _launches(
+def launches_for(
     groups: Sequence[tuple[Format, str, Sequence[tuple[int, int, int]]]], call: CallStream
 ) -> tuple[list[Step], DeviceBytes | None]:
     """A launch for each format, and the memory of their tables.

@@ -11,6 +11,8 @@ from contextlib import suppress
 from io import RawIOBase
 from typing import Any
 
+import numpy as np
+
 from numba_dequant.api import backend_for
 from numba_dequant.backends import cuda
 from numba_dequant.backends.cuda_batch import Blocks, allocate_together, prepared_blocks
@@ -247,8 +249,12 @@ def _outputs(requests: Sequence[Request], call: CallStream) -> tuple[list[Any], 
         pairs = [cuda.output(job, call) for _, job in requests]
         return [result for result, _ in pairs], [target for _, target in pairs]
     results, targets = [], []
+    dtypes: dict[Any, np.dtype[Any]] = {}
     for _, job in requests:
-        dtype = job.result_dtype
+        kind = id(job.fmt), job.dtype
+        dtype = dtypes.get(kind)
+        if dtype is None:
+            dtype = dtypes[kind] = job.result_dtype
         target = DeviceBytes(0, job.n_elements * dtype.itemsize, call.gpu, None)
         results.append(DeviceTensor(target, job.shape, dtype, call.handle, call.framework))
         targets.append(target)
