@@ -19,7 +19,7 @@ from numba_dequant.errors import (
     TensorNotFoundError,
     UnknownFormatError,
 )
-from numba_dequant.explain.explanation import Explanation, explain
+from numba_dequant.explain import explain
 from numba_dequant.format import Format
 from numba_dequant.formats import FORMATS, register
 from numba_dequant.gguf.limits import Limits
@@ -29,6 +29,7 @@ from numba_dequant.model import Model, load, open, release_buffers
 from numba_dequant.version import VERSION
 
 if TYPE_CHECKING:
+    from numba_dequant.explain.explanation import Explanation
     from numba_dequant.integrations import accelerate
 
 __version__ = VERSION
@@ -78,11 +79,15 @@ del _each
 
 
 def __getattr__(name: str) -> Any:
-    # The CUDA packages are slow to import, and are needed only with a GPU; few programs call `accelerate`.
+    # The CUDA packages are slow to import, and are needed only with a GPU; few programs use the others.
     if name == "DeviceTensor":
         from numba_dequant.backends.device_tensor import DeviceTensor
 
         return DeviceTensor
+    if name == "Explanation":
+        from numba_dequant.explain.explanation import Explanation
+
+        return Explanation
     if name == "accelerate":
         from numba_dequant.integrations import accelerate
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
 from typing import Any
 
 MAX_ROWS = 500
@@ -69,6 +68,7 @@ def tensor_rows(tensors: Iterable[Any]) -> list[tuple[str, str, str, str]]:
 
 def html(head: Sequence[str], rows: Sequence[Sequence[str]], total: int | None = None) -> str:
     """A table for a notebook. If `total` is more than the number of rows, a last line says how many are missing."""
+    from html import escape  # only notebooks need it
 
     def line(cells: Sequence[str], tag: str) -> str:
         inside = "".join(f"<{tag} style='text-align:left'>{escape(printable(cell))}</{tag}>" for cell in cells)

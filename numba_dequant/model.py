@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from types import TracebackType
@@ -426,9 +425,11 @@ class Model:
         self.close()
 
     def _repr_html_(self) -> str:
+        from html import escape  # only notebooks need it
+
         rows = display.metadata_rows(self.metadata.shown(display.MAX_ROWS))
         metadata = display.html(("metadata", "value"), rows, len(self.metadata))
-        return f"<p>{html.escape(repr(self))}</p>{metadata}{self.tensors._repr_html_()}"
+        return f"<p>{escape(repr(self))}</p>{metadata}{self.tensors._repr_html_()}"
 
     def __repr__(self) -> str:
         return f"Model({self.path!r}, {len(self.tensors)} tensors)"

@@ -12,11 +12,10 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +30,9 @@ from numba_dequant.formats import is_built_in, is_passed_on
 from numba_dequant.kernels import native
 from numba_dequant.locks import compile_lock as _lock
 from numba_dequant.locks import compiled_once
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 Span = Callable[[int, int, int, int], None]
 """A compiled function: address of the blocks, first step, last step (exclusive), address of the output."""
@@ -93,6 +95,8 @@ def _share(work: Callable[[int, int], object], n_steps: int, n_shares: int) -> N
     if pool is None:
         work(0, n_steps)
         return
+    from concurrent.futures import wait
+
     bounds = [n_steps * share // n_shares for share in range(n_shares + 1)]
     futures: list[Future[object]] = []
     try:
@@ -114,6 +118,8 @@ def _threads(process: int) -> ThreadPoolExecutor:
     Raises:
         RuntimeError: a thread cannot be started.
     """
+    from concurrent.futures import ThreadPoolExecutor  # takes as long as a tenth of `import numba_dequant`
+
     n_workers = available_cores()
     pool = ThreadPoolExecutor(n_workers, "numba_dequant")
     # All threads are started now: if the pool failed to start one later, the work would stay queued.

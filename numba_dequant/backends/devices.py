@@ -147,14 +147,14 @@ def why_no_cuda() -> str | None:
     try:
         with compile_lock:  # no fork during the import
             from numba_dequant.backends.gpu import n_devices
+            from numba_dequant.kernels import compiler
 
+        compiler.toolkit_key()  # what takes time in it is kept; a driver goes on starting meanwhile
         n_devices()
     except ImportError as error:
         return f"{error}; run: {install_command()}"
     except DeviceError as error:
         return str(error)
-    from numba_dequant.kernels import compiler
-
     return compiler.why_no_toolkit()
 
 

@@ -234,9 +234,14 @@ def assemble(text: str, capability: tuple[int, int], suffix: str = "") -> bytes:
 
 
 @lru_cache(maxsize=1)
+def toolkit_key() -> str:
+    """The name of the cache entry that says that the toolkit works."""
+    return disk_cache.cache_key("toolkit", disk_cache.versions(*TOOLCHAIN))
+
+
 def why_no_toolkit() -> str | None:
     """Why kernels cannot be compiled, or None. Success is cached on disk, because loading the toolkit is slow."""
-    entry = disk_cache.cache_key("toolkit", disk_cache.versions(*TOOLCHAIN))
+    entry = toolkit_key()
     if disk_cache.read(entry) is not None:
         return None
     try:

@@ -15,7 +15,7 @@ import numba_dequant as nd
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("module", ["api", "explain.explanation", "format", "kernels.dequantize"])
+@pytest.mark.parametrize("module", ["api", "explain", "format", "kernels.dequantize"])
 def test_examples_in_docstrings(module):
     found = doctest.testmod(importlib.import_module(f"numba_dequant.{module}"), optionflags=doctest.ELLIPSIS)
     assert found.failed == 0

@@ -118,7 +118,7 @@ print(*sorted(needed))
     found = run(WITHOUT_GPU_PACKAGES + code)
     assert found.returncode == 0, found.stderr
     assert set(found.stdout.split()) <= {
-        *("cuda", "cuda_batch", "device_tensor", "foreign", "gpu", "gpu_memory", "simulator", "streams"),
+        *("cuda", "cuda_batch", "cuda_usual", "device_tensor", "foreign", "gpu", "gpu_memory", "simulator", "streams"),
         *("cuda_matmul", "cuda_product"),
         *("copy", "dequantize", "intrinsics_cuda", "intrinsics_halves", "intrinsics_mma", "numba_cuda"),
         *("product", "product_columns", "product_of_part", "product_panel", "product_wide"),
