@@ -23,7 +23,7 @@ from numba_dequant.backends.overlap import Memory, check_apart
 from numba_dequant.backends.streams import CallStream
 from numba_dequant.errors import DeviceError, NumbaDequantError
 from numba_dequant.kernels.native.records import FAULT_GPU
-from numba_dequant.loading import gpu_buffers, gpu_faults, native_threads, small_files
+from numba_dequant.loading import gpu_buffers, gpu_faults, native_threads
 from numba_dequant.loading.chunks import Chunk, TensorSlice, plan_chunks, round_robin_by_disk
 from numba_dequant.loading.files import check_unchanged, open_unchanged, read_tensor
 from numba_dequant.loading.groups import Groups, GroupsOfGenerator
@@ -69,14 +69,24 @@ def load(
     _check(requests, call)
     if _needs_python(requests, call):
         return _load_alone(requests, call, on_bytes_read)
-    if prefetch is None:
-        copy = (
-            begun if begun is not None and begun.has(requests, call) else small_files.copy_of(requests, call, threads)
-        )
-        if copy is not None and copy.prepare(requests, call):
-            return copy.finish(on_bytes_read)
-    load = _Load(requests, call, threads, on_bytes_read, is_whole=prefetch is None, in_turn=prefetch is not None)
-    return load.run() if prefetch is None else load.run_in_turn(prefetch)
+    if prefetch is not None:
+        return _Load(requests, call, threads, on_bytes_read, is_whole=False, in_turn=True).run_in_turn(prefetch)
+    return _load_together(requests, call, threads, on_bytes_read, begun)
+
+
+def _load_together(
+    requests: Sequence[Request],
+    call: CallStream,
+    threads: int | None,
+    on_bytes_read: Callable[[int], None],
+    begun: SmallFile | None,
+) -> Generator[Any, None, None]:
+    if begun is not None and begun.has(requests, call) and begun.prepare(requests, call):
+        yield from begun.finish(on_bytes_read)
+        return
+    if begun is not None:
+        begun.stop()
+    yield from _Load(requests, call, threads, on_bytes_read, is_whole=True).run()
 
 
 def load_groups(

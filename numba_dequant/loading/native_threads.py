@@ -34,10 +34,22 @@ from numba_dequant.kernels.native.records import (
 MAX_THREADS = 64
 """Maximum number of threads."""
 
+STACK_BYTES = 1 << 20
+"""The stack of a thread. The C library keeps small stacks for the next threads; large ones are mapped each time."""
+
 
 @cache
 def _library() -> ctypes.CDLL:
     return ctypes.CDLL(None)
+
+
+@cache
+def _attributes() -> ctypes.Array[ctypes.c_char]:
+    """The attributes of the threads (pthread_attr_t, which is smaller than 128 bytes)."""
+    attributes = ctypes.create_string_buffer(128)
+    _library().pthread_attr_init(attributes)
+    _library().pthread_attr_setstacksize(attributes, ctypes.c_size_t(STACK_BYTES))
+    return attributes
 
 
 def calls(gpu: Gpu) -> NDArray[np.void]:
@@ -125,7 +137,7 @@ class ReaderThreads:
         job["n_chunks"], job["n_parts"], job["share_size"] = most, most, share_size
         job["left"], job["written"] = self.left.ctypes.data, self.written.ctypes.data
         job["shares_planned"], job["progress"] = self._planned, self._progress
-        job["threads"] = ctypes.addressof(self._threads)
+        job["threads"], job["attributes"] = ctypes.addressof(self._threads), ctypes.addressof(_attributes())
         _running.add(self)
 
     @property
@@ -158,7 +170,7 @@ class ReaderThreads:
         self._job["n_threads"] = min(count, MAX_THREADS)
         # Native code writes the handle, so that even after an interrupt every thread is joined.
         entry, record = native.load("read_and_send"), ctypes.c_void_p(self._records.ctypes.data)
-        code = _library().pthread_create(ctypes.byref(self._threads), None, entry, record)
+        code = _library().pthread_create(ctypes.byref(self._threads), _attributes(), entry, record)
         if code:
             self._threads[0] = None
             raise OSError(code, os.strerror(code))
@@ -175,13 +187,13 @@ class ReaderThreads:
         self._n_chunks += 1
         self.n_shares += n_shares
 
-    def plan_copy(self, file: int, offset: int, target: int) -> None:
-        """Plan a chunk for each tensor: the tensors follow one another from `offset` and are copied to `target`."""
+    def plan_copy(self, file: int, target: int) -> None:
+        """Plan to copy a whole file to `target`. The tensors are its chunks."""
         sizes, n_shares = self.left, -(-self.left // self._share_size)
         starts, numbers = np.cumsum(sizes) - sizes, np.arange(len(sizes))
         self._n_chunks = self._n_parts = len(sizes)
         self.n_shares = int(n_shares.sum())
-        chunks = {"file": file, "offset": offset + starts, "n_bytes": sizes, "first_part": numbers, "n_parts": 1}
+        chunks = {"file": file, "offset": starts, "n_bytes": sizes, "first_part": numbers, "n_parts": 1}
         chunks |= {"first_share": np.cumsum(n_shares) - n_shares, "shares_left": n_shares}
         for table, columns in (
             (self.chunks, chunks),

@@ -1,7 +1,7 @@
-"""Loads small files to a GPU: the file is copied as it is, and then one launch per format dequantizes all tensors.
+"""Loads small files to a GPU: the file is copied as it is while its header is read, and then dequantized.
 
-`gpu_loader` passes each tensor to the threads, and launches a kernel for each. For a small file with many tensors, that
-takes longer than the copy. Here the copy does not depend on the tensors, so it can begin before the header is read.
+Reading the header of a small file takes as long as copying its tensors. `gpu_loader` copies when the tensors are known;
+here both go on at the same time, and at the end one launch per format dequantizes all tensors.
 """
 
 from __future__ import annotations
@@ -26,13 +26,10 @@ from numba_dequant.gguf.source import identity_of, source_of
 from numba_dequant.interop import library_that_captures
 from numba_dequant.kernels.native.records import FAULT_GPU
 from numba_dequant.loading import gpu_buffers, gpu_faults, native_threads
-from numba_dequant.loading.chunks import PAGE, Chunk, TensorSlice
-from numba_dequant.loading.files import check_unchanged, open_unchanged
+from numba_dequant.loading.chunks import Chunk, TensorSlice
+from numba_dequant.loading.files import check_unchanged
 from numba_dequant.loading.python_threads import POLL_SECONDS
 from numba_dequant.loading.requests import Request
-
-LEAST_USED = 0.8
-"""The smallest part of a copy that belongs to the tensors. For less, each tensor is read for itself."""
 
 
 def copy_of_file(source: Any, device: Any) -> SmallFile | None:
@@ -48,26 +45,9 @@ def copy_of_file(source: Any, device: Any) -> SmallFile | None:
         if not gpu.idle_buffers or gpu.thread_functions is None or origin.data is not None:
             return None
         file = origin.open()
-        size = origin.size(file)
-        if 0 < size <= gpu_buffers.TUNING.small_file_bytes:
-            return SmallFile(file, 0, size, CallStream(gpu), None)
+        if 0 < origin.size(file) <= gpu_buffers.TUNING.small_file_bytes:
+            return SmallFile(file, CallStream(gpu))
         file.close()
-    return None
-
-
-def copy_of(requests: Sequence[Request], call: CallStream, threads: int | None) -> SmallFile | None:
-    """Begin to copy the part of a file that has the tensors, if they are many, small and close to one another."""
-    tuning = gpu_buffers.TUNING
-    filled = [tensor for tensor, _ in requests if tensor.n_bytes]
-    n_bytes = sum(tensor.n_bytes for tensor in filled)
-    if len(filled) < 2 or n_bytes > min(tuning.small_file_bytes, 2 * tuning.chunk_bytes * len(filled)):
-        return None
-    first = min(tensor.offset for tensor in filled) // PAGE * PAGE
-    end = max(tensor.offset + tensor.n_bytes for tensor in filled)
-    if not _are_plain(requests) or n_bytes < LEAST_USED * (end - first):
-        return None
-    with suppress(DeviceError):  # there is little memory
-        return SmallFile(open_unchanged(filled[0]), first, end, call, threads)
     return None
 
 
@@ -81,23 +61,21 @@ def _are_plain(requests: Sequence[Request]) -> bool:
 
 
 class SmallFile:
-    """A part of a file that native threads are copying to a GPU.
+    """A file that native threads are copying to a GPU.
 
     Use it in this order: `has`, `prepare`, `finish`; `stop` at any time.
 
     Args:
         file: the open file, which this object closes.
-        first: the position of the first byte.
-        end: the position after the last byte.
         call: the stream in whose order the memory is allocated and used.
-        threads: the number of threads; None means the default.
 
     Raises:
         DeviceError: there is not enough memory, or no thread or file descriptor left.
     """
 
-    def __init__(self, file: RawIOBase, first: int, end: int, call: CallStream, threads: int | None) -> None:
-        self._file, self._first, self._end, self._call = file, first, end, call
+    def __init__(self, file: RawIOBase, call: CallStream) -> None:
+        # If the file changes before its header is read, its bytes are those of another file.
+        self._file, self._stamp, self._call = file, identity_of(file), call
         self._tuning = gpu_buffers.TUNING
         self._memory: DeviceBytes | None = None
         self._buffers: gpu_buffers.Buffers | None = None
@@ -106,17 +84,17 @@ class SmallFile:
         self._launches: list[Callable[[], None]] = []
         self._is_sound, self._is_ordered, self._has_ended = True, False, False
         try:
-            self._begin(threads or min(available_cores(), self._tuning.threads))
+            self._begin()
         except BaseException:
             self.stop()
             raise
 
-    def _begin(self, n_threads: int) -> None:
+    def _begin(self) -> None:
         call, gpu, size = self._call, self._call.gpu, self._tuning.chunk_bytes
-        sizes = [min(size, self._end - start) for start in range(self._first, self._end, size)]
+        sizes = [min(size, self._stamp.size - start) for start in range(0, self._stamp.size, size)]
         native_threads.stop_interrupted()
         with gpu.active():
-            self._memory = cuda.new_memory(self._end - self._first, call)
+            self._memory = cuda.new_memory(self._stamp.size, call)
             self._ready = gpu.record_event(call.handle)
             buffers = self._buffers = gpu_buffers.take(gpu)
             buffers.grow(min(self._tuning.buffers, len(sizes)))
@@ -125,10 +103,10 @@ class SmallFile:
         threads = self._threads = native_threads.ReaderThreads(
             sizes, len(sizes), buffers.records, self._tuning.subread_bytes, gpu, self._end_copy
         )
-        threads.plan_copy(self._file.fileno(), self._first, self._memory.pointer)
+        threads.plan_copy(self._file.fileno(), self._memory.pointer)
         threads.set_buffer_count(min(len(buffers), len(sizes)))
         threads.publish(int(self._ready.handle))
-        gpu_faults.start(threads, min(n_threads, threads.n_shares))
+        gpu_faults.start(threads, min(available_cores(), self._tuning.threads, threads.n_shares))
         threads.end()
 
     def has(self, requests: Sequence[Request], call: CallStream) -> bool:
@@ -137,14 +115,14 @@ class SmallFile:
             return False
         return (
             (call.gpu, call.handle) == (self._call.gpu, self._call.handle)
-            and identity_of(self._file) == requests[0].tensor.source.stamp
-            and all(self._first <= tensor.offset <= self._end - tensor.n_bytes for tensor, _ in requests)
+            and self._stamp == requests[0].tensor.source.stamp
+            and all(tensor.offset + tensor.n_bytes <= self._stamp.size for tensor, _ in requests)
         )
 
     def prepare(self, requests: Sequence[Request], call: CallStream) -> bool:
         """Allocate the results, and prepare the launches. False if there is not enough memory for that and the copy."""
         assert self._memory is not None
-        base, found = self._memory.pointer - self._first, dict[str, list[Blocks]]()
+        base, found = self._memory.pointer, dict[str, list[Blocks]]()
         try:
             with call.gpu.active():
                 self._results, targets = _outputs(requests, call)
@@ -211,8 +189,8 @@ class SmallFile:
 
     def _chunk(self, number: int) -> Chunk:
         """A chunk and the parts of tensors in it, for an error. The first tensor stands for bytes of no tensor."""
-        start = self._first + number * self._tuning.chunk_bytes
-        end, parts = min(start + self._tuning.chunk_bytes, self._end), []
+        start = number * self._tuning.chunk_bytes
+        end, parts = min(start + self._tuning.chunk_bytes, self._stamp.size), []
         for index, (tensor, _) in enumerate(self._requests):
             first, last = max(tensor.offset, start), min(tensor.offset + tensor.n_bytes, end)
             if first < last:

@@ -27,7 +27,7 @@ from numba_dequant.loading import gpu_buffers
 POISON = 0xA5
 
 TUNING = gpu_buffers.LoadTuning(chunk_bytes=4096, subread_bytes=1000, small_file_bytes=0)
-WITH_SMALL_FILES = replace(TUNING, small_file_bytes=1 << 20)
+WITH_SMALL_FILES = replace(TUNING, small_file_bytes=1 << 22)
 
 
 def at(address, n_bytes):

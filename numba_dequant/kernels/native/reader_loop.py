@@ -138,7 +138,7 @@ def start_next(calls: Any, job: Any, thread: Any, thread_at: Any) -> Any:
     number = thread.number + 1
     if number < job.n_threads:
         handle_at = job.threads + 8 * number
-        if call_cuda(calls.create, (handle_at, 0, calls.read_and_send, thread_at + THREAD_SIZE)):
+        if call_cuda(calls.create, (handle_at, job.attributes, calls.read_and_send, thread_at + THREAD_SIZE)):
             carray(pointer(handle_at), 1, types.int64)[0] = 0
 
 

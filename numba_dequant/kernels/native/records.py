@@ -42,10 +42,11 @@ job_dtype = record(
     *("chunks", "parts", "n_chunks", "n_parts", "left", "written"),
     *("share_size", "shares_planned", "progress", "one"),
     *("claimed", "planned", "bytes_read", "is_over"),
-    *("threads", "n_threads"),
+    *("threads", "n_threads", "attributes"),
 )
-"""The state that all threads of a load share: addresses of tables, two event descriptors, counters, and the address and
-the number of the thread handles. The first `n_buffers` of `most_buffers` buffers may be used."""
+"""The state that all threads of a load share: addresses of tables, two event descriptors, counters, the address of the
+thread handles, their number, and the address of the attributes for new threads. The first `n_buffers` of `most_buffers`
+buffers may be used."""
 
 crew_dtype = record("join", "threads", "count")
 """The address of pthread_join, the address of the thread handles (0 for none), and their number."""
