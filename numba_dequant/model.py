@@ -413,7 +413,8 @@ class Model:
         from numba_dequant.backends import streams
         from numba_dequant.loading import gpu_loader
 
-        call = streams.stream_for(stream, backend.gpu, [request.job.out for request in chosen])
+        outputs = [request.job.out for request in chosen if request.job.out is not None]
+        call = streams.stream_for(stream, backend.gpu, outputs)
         return gpu_loader.load(chosen, call, threads, prefetch, on_bytes_read, begun)
 
     def __enter__(self) -> Model:

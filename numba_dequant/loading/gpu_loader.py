@@ -142,10 +142,14 @@ def _by_the_host(request: Request, call: CallStream) -> Any:
 
 def _check(requests: Sequence[Request], call: CallStream) -> None:
     """Check outputs and output types, before anything is read."""
-    outputs = []
+    outputs, checked = [], set()
     with call.gpu.active():
         call.gpu.refuse_capture(call.handle, "a file cannot be loaded as part of the graph; load before the capture")
         for _, job in requests:
+            kind = id(job.fmt), job.dtype
+            if job.out is None and kind in checked:
+                continue
+            checked.add(kind)
             try:
                 cuda.check_capability(job.dtype, job.fmt, call.gpu)
                 if job.out is not None:
