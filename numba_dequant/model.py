@@ -33,6 +33,10 @@ from numba_dequant.loading.requests import (
 )
 from numba_dequant.locks import compile_lock
 
+for _each in (Limits, Progress, QuantizedTensor):
+    _each.__module__ = "numba_dequant"  # the public name, so that pickles do not depend on these files
+del _each
+
 Callback = Callable[[Progress], object] | None
 
 Out = TypeVar("Out")
