@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -288,6 +287,8 @@ def kernel_for(fmt: Format, dtype: str, gpu: Gpu, mapping: str = "tile") -> tupl
 
 def time_kernel(data: NDArray[np.uint8], job: Job, gpu: Gpu) -> tuple[NDArray[Any], float]:
     """The values, copied to the host, and the time of the kernel on the GPU in seconds, the median of five runs."""
+    from statistics import median  # takes longer to import than this module
+
     job.measure(data.nbytes)
     with gpu.active():
         call = CallStream(gpu)

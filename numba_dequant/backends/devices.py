@@ -146,10 +146,12 @@ def why_no_cuda() -> str | None:
         return missing
     try:
         with compile_lock:  # no fork during the import
+            # All that a first call imports, and what takes time in a key, while a driver is being started.
+            from numba_dequant.backends import cuda  # noqa: F401
             from numba_dequant.backends.gpu import n_devices
             from numba_dequant.kernels import compiler
 
-        compiler.toolkit_key()  # what takes time in it is kept; a driver goes on starting meanwhile
+        compiler.toolkit_key()
         n_devices()
     except ImportError as error:
         return f"{error}; run: {install_command()}"

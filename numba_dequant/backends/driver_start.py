@@ -41,7 +41,15 @@ class DriverStart:
     def _start(self) -> None:
         with suppress(OSError, AttributeError):
             driver = driver_library()
-            device, context = ctypes.c_int(), ctypes.c_void_p()
-            if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), self._index) == 0:
-                # It stays for the life of the process, like that of cuda.core and PyTorch.
-                driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+            device, context, memory = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_uint64()
+            steps = [
+                lambda: driver.cuInit(0),
+                lambda: driver.cuDeviceGet(ctypes.byref(device), self._index),
+                # The context stays for the life of the process, like that of cuda.core and PyTorch.
+                lambda: driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device),
+                lambda: driver.cuCtxSetCurrent(context),
+                # The first allocation takes ten milliseconds.
+                lambda: driver.cuMemAllocAsync(ctypes.byref(memory), ctypes.c_size_t(1), None),
+                lambda: driver.cuMemFreeAsync(memory, None),
+            ]
+            all(step() == 0 for step in steps)
