@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 
 from numba_dequant.kernels.gpu_packages import driver_library, why_no_gpu_packages
@@ -42,7 +43,7 @@ class DriverStart:
         with suppress(OSError, AttributeError):
             driver = driver_library()
             device, context, memory = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_uint64()
-            steps = [
+            steps: list[Callable[[], int]] = [
                 lambda: driver.cuInit(0),
                 lambda: driver.cuDeviceGet(ctypes.byref(device), self._index),
                 # The context stays for the life of the process, like that of cuda.core and PyTorch.
