@@ -4,7 +4,8 @@ Each is a plain Python function, which can be stepped through and which runs in 
 and for CUDA, `kernels/intrinsics.py` replaces the bodies with machine instructions.
 
 `block` is a one-dimensional array of unsigned integers, and `at` is a byte offset. The item size of the array is the
-alignment that the caller guarantees. Loads use it, and the plain Python bodies check it.
+alignment that the caller guarantees. Loads use it, and the plain Python bodies check it. On a GPU, a load of four or
+eight bytes reads the whole words around them, so four bytes after the end of `block` must be readable, too.
 
 A decode must follow these rules, so that it gives the same result in Python, NumPy and Numba: integers are signed
 64-bit, with shifts and masks (never ``/``, ``//``, ``%``). Floats are float32: results of the functions below, or
