@@ -533,9 +533,9 @@ def load(
     """
     opening: Any = {"offset": offset, "allow_truncated": allow_truncated, "orig_shapes": orig_shapes, "limits": limits}
     options: Any = {"device": device, "out": out, "stream": stream, "keep_quantized": keep_quantized, "plan": plan}
-    others = (select, out, stream, threads, plan)
+    loads_all = keep_quantized is False and all(each is None for each in (select, out, stream, threads, plan))
     # A process that has loaded a file to a GPU begins to copy the next one before it reads the header.
-    if "numba_dequant.loading.small_files" in sys.modules and others == (None,) * 5 and keep_quantized is False:
+    if loads_all and "numba_dequant.loading.small_files" in sys.modules:
         from numba_dequant.loading.small_files import copy_of_file
 
         begun = copy_of_file(source, device)

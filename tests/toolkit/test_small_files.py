@@ -115,6 +115,7 @@ def test_progress_counts_the_bytes_of_tensors(path):
     "options",
     [
         {"select": "a.*"},
+        {"select": np.array(["a.q", "b.k"])},
         {"threads": 2},
         {"stream": 7},
         {"keep_quantized": True},
