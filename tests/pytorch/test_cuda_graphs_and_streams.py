@@ -1,5 +1,7 @@
 """The operators on PyTorch's streams, in its CUDA graphs and in its memory."""
 
+import gc
+
 import pytest
 from blocks import write_model
 from finite_blocks import finite_blocks
@@ -126,6 +128,7 @@ def test_a_file_is_loaded_to_memory_of_pytorch(keep_quantized, tmp_path):
     tensors = {name: (name, (64, 1024), finite_blocks(name, 64, 1024)) for name in ("Q4_K", "Q6_K", "BF16")}
     path = write_model(tmp_path / "model.gguf", tensors)
     nt.load_file(path, "cuda")
+    gc.collect()  # tensors of other tests
     before = torch.cuda.memory_allocated()
     found = nt.load_file(path, "cuda", torch.float16, keep_quantized=keep_quantized)
     assert torch.cuda.memory_allocated() - before == sum(tensor.nbytes for tensor in found.values())
