@@ -1,19 +1,20 @@
 """Combine several runs of the benchmarks on one kind of machine.
 
 python benchmarks/merge.py RUN1.json RUN2.json RUN3.json benchmarks/results/h100.json
+python benchmarks/merge.py RUN1.json RUN2.json RUN3.json benchmarks/results/h100-many.json --tests test_gpu test_host
 
-A reading of the result is the median of a run. So the quartiles of the result tell how much runs differ, and report.py
-says so. A benchmark that is not in all runs is left out.
+With `--tests`, other tests are left out. A reading of the result is the median of a run. So the quartiles of the result
+tell how much runs differ, and report.py says so. A benchmark that is not in all runs is left out.
 """
 
+import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 
 
-def merged(runs):
-    """The combined content of the files of several runs, in the order of the first."""
+def merged(runs, tests=None):
+    """The combined content of the files of several runs, in the order of the first: of some tests, or of all."""
     first, *others = runs
     for other in others:
         for key in ("gpu", "driver", "versions", "command"):
@@ -21,6 +22,7 @@ def merged(runs):
                 raise SystemExit(f"the runs differ in {key}; run the same command on the same kind of machine")
     by_name = [{entry["name"]: entry for entry in run["benchmarks"]} for run in runs]
     names = [name for name in by_name[0] if all(name in run for run in by_name)]
+    names = [name for name in names if tests is None or name.partition("[")[0] in tests]
     entries = [of_benchmark([run[name] for run in by_name]) for name in names]
     return {"machine_info": first["machine_info"] | {"runs": len(runs)}, "benchmarks": entries}
 
@@ -43,11 +45,15 @@ def middle(values):
 
 
 def main():
-    *paths, out = map(Path, sys.argv[1:])
-    if len(paths) < 2:
-        raise SystemExit("pass the files of two runs or more, and the file to write")
-    found = merged([json.loads(path.read_text()) for path in paths])
-    out.write_text(json.dumps(found, indent=1) + "\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the files of two runs or more")
+    parser.add_argument("out", type=Path, help="the file to write")
+    parser.add_argument("--tests", nargs="+", metavar="NAME", help="tests to keep; all if omitted")
+    asked = parser.parse_args()
+    if len(asked.runs) < 2:
+        parser.error("pass the files of two runs or more, and the file to write")
+    found = merged([json.loads(path.read_text()) for path in asked.runs], asked.tests)
+    asked.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,10 @@ RESULTS = HERE / "results"
 DTYPES = ("float16", "bfloat16", "float32")
 """The output types of the tables."""
 RUNS = {
+    "models": "h100-many.json",
+    "start": "h100-start.json",
+    "compiling": "h100-host.json",
+    "cpu": "h100-host.json",
     "loading": "h100-loading.json",
     "steps": "h100-steps.json",
     "operators": "h100-torch.json",
@@ -167,6 +171,37 @@ def sizes(results):
     return "\n\n".join([table(head, rows), spread_note(info for _, info in results.of("test_size"))])
 
 
+def small(results):
+    """What takes a short time: before it was made shorter, and now."""
+    before, load, started = (Results(RESULTS / f"h100-{name}.json") for name in ("before", "small", "start"))
+    model, way = {"model": "like Gemma-3-270M Q4_K_M", "way": "together"}, {"name": "Gemma-3-270M", "way": "ours"}
+    many, loaded = Results(RESULTS / "h100-many.json").one("test_host", **model), load.one("test_load_gpu", **way)
+    old_many, old_load = before.one("test_host", **model), before.one("test_load_gpu", **way)
+    first = started.one("test_first_value")
+
+    def row(what, old, new, least):
+        quartiles = " to ".join(f"{1e3 * seconds:.3g}" for seconds in new["quartiles"])
+        return [what, old and f"{1e3 * old['seconds']:.3g}", f"{1e3 * new['seconds']:.3g}", quartiles, least]
+
+    rows = [
+        row(
+            f"`dequantize_many` of {many['tensors']} tensors of a model like Gemma 3 270M",
+            old_many,
+            many,
+            f"{1e3 * many['seconds'] * many['share']:.3g}, at the roofline",
+        ),
+        row(
+            f"`load` of such a file, {loaded['bytes'] / 1e9:.3g} GB, in a process that has loaded one before",
+            old_load,
+            loaded,
+            f"{1e3 * loaded['seconds'] * loaded['share']:.3g}, at the speed of the bus",
+        ),
+        row("a new process, until it has printed the first value of 1 MiB of Q4_K", None, first, None),
+    ]
+    head = ["what", "before, ms", "now, ms", "quartiles", "at least"]
+    return f"{table(head, rows)}\n\n{spread_note([many, loaded, first])}\n\n{machine_line(load)}"
+
+
 def start(results):
     warm = results.one("test_warm_start")
     parts = [[part, f"{warm[part]:.1f}"] for part in warm if part not in ("seconds", "quartiles", "spread", "runs")]
@@ -250,7 +285,7 @@ def accuracy_table(found):
 
 PARTS = {
     HERE.parent / "README.md": (headline, comparison),
-    PERFORMANCE: (formats, machine, speed, models),
+    PERFORMANCE: (formats, machine, speed, models, small),
     HERE / "README.md": (
         machine,
         kernels,

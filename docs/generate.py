@@ -219,7 +219,8 @@ same run: a kernel that moves as many bytes and computes nothing. [Performance](
 measured.
 
 {table(["to", "GB/s", "of the roofline", "llama.cpp, GB/s"], rows)}"""
-    cpu, gguf = (results.one(test, name=fmt.name) for test in ("test_cpu", "test_gguf_py"))
+    host = Results(RESULTS / "h100-host.json")
+    cpu, gguf = (host.one(test, name=fmt.name) for test in ("test_cpu", "test_gguf_py"))
     if cpu:
         text += f"\n\nOn the CPU of this machine, with {cpu['threads']} threads: {cpu['GB/s']:.1f} GB/s to FP16"
         text += f"; gguf-py: {gguf['GB/s']:.2f} GB/s." if gguf else "."

@@ -181,7 +181,7 @@ def test_the_page_of_load_times_is_that_of_the_predictions(report_ranks):
 
 def test_the_page_of_load_times_shows_what_is_measured(report_ranks, tmp_path):
     """It has no measured loads until there is a result, and then the ratio to what was predicted."""
-    for name in ("ranks-machine.json", "h100-loading.json", "h100.json"):
+    for name in ("ranks-machine.json", "h100-loading.json", "h100-host.json"):
         (tmp_path / name).write_text((report_ranks.RESULTS / name).read_text())
     stored = json.loads((report_ranks.RESULTS / report_ranks.PREDICTED).read_text())
     page = report_ranks.page(stored, tmp_path)
