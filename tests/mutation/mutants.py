@@ -36,6 +36,7 @@ OPERATORS = {
 }
 # An exchange of their arguments changes nothing, or makes a call that always fails.
 SYMMETRIC = {"min", "max", "isinstance", "issubclass", "hasattr", "getattr", "setattr", "cast", "suppress"}
+SYMMETRIC |= {"np.maximum", "np.minimum", "scaled"}  # `scaled` multiplies
 GENERIC = {"dict", "list", "tuple", "set", "type", "NDArray", "Mapping", "Sequence", "Iterable", "Iterator", "Callable"}
 UNCHANGED = (ast.Import, ast.ImportFrom, ast.Assert, ast.Global, ast.Nonlocal, ast.JoinedStr)
 NOT_CODE = {"annotation", "returns", "ctx", "op", "ops", "type_params"}
@@ -195,18 +196,21 @@ class _Finder:
         content = source.encode().splitlines(keepends=True)
         self.starts = [sum(map(len, content[:row])) for row in range(len(content))]
         self.around = range(0)
-        self.walk(ast.parse(source), [], "", None, "")
+        tree = ast.parse(source)
+        self.zeros = set(_first_offsets(tree))
+        self.walk(tree, [], "", None, "")
 
     def walk(self, node, above, function, statement, name):
         """Collect what changes a node. `above` has its ancestors: node, field and place of the next one."""
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         if isinstance(node, UNCHANGED) or is_docstring or _is_any_size(node, above):
             return
+        adds_nothing = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and self.is_zero(node.right)
         if isinstance(node, ast.stmt | ast.ExceptHandler):
             statement = node
             name = _defined(node, name)
         # At import a definition that is missing makes everything fail, which says nothing.
-        if above and not (isinstance(node, ast.Assign | ast.AnnAssign) and name is not None):
+        if above and not (isinstance(node, ast.Assign | ast.AnnAssign) and name is not None) and not adds_nothing:
             for new in changes(node, above[-1][0]):
                 self.add(node, new, above, function, statement, name)
         elif isinstance(node, ast.AugAssign):
@@ -227,6 +231,10 @@ class _Finder:
                     self.walk(each, [*above, (node, field, place)], inside, statement, of)
                     self.around = outside
 
+    def is_zero(self, node):
+        """Whether a node is the name of an offset that is 0. To subtract it instead of adding it is the same."""
+        return isinstance(node, ast.Name) and node.id in self.zeros
+
     def add(self, node, new, above, function, statement, name):
         before, after = _described(node, new, above)
         text = _window(before, after)
@@ -243,6 +251,13 @@ class _Finder:
         lines = _lines(statement)
         around = lines if name is not None else self.around
         self.found.append(Mutant(0, function, text, first.lineno, lines, around, name, (start, end), code))
+
+
+def _first_offsets(tree):
+    """The names of the first fields of blocks, whose offsets are 0: D in ``D, QS = field_offsets(LAYOUT)``."""
+    for each in tree.body:
+        if isinstance(each, ast.Assign) and ast.unparse(each.value).startswith("field_offsets("):
+            yield each.targets[0].elts[0].id
 
 
 def _is_any_size(node, above):

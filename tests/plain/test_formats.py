@@ -95,6 +95,20 @@ def test_decode_in_plain_python(name):
     assert_same_bits(np.concatenate(runs), values[: n_steps * step])
 
 
+def test_decode_of_stored_floats_in_plain_python():
+    values = np.float32([0, -0.0, 1.5, -3e38, np.inf, -np.inf, 1e-45, 7])
+    assert_same_bits(nd.FORMATS["F32"].decode(np.concatenate([values, values]).view(np.uint32), 32, 0), values)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("n_blocks", [1, 3])
+def test_the_reference_gives_a_row_for_each_block(name, n_blocks):
+    source = nd.FORMATS[name]
+    with np.errstate(all="ignore"):
+        values = source.dequantize(random_blocks(name, n_blocks).view(source.layout))
+    assert (values.shape, values.dtype) == ((n_blocks, source.block_size), np.float32)
+
+
 @pytest.mark.parametrize("name", SCALES_OF_ONE_BYTE)
 def test_every_scale_is_decoded(name):
     source, data = nd.FORMATS[name], every_scale(name)
