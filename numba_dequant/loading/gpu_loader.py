@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from io import RawIOBase
-from itertools import pairwise
 from typing import Any
 
 from numba_dequant.arguments import with_tensor_name
@@ -26,7 +25,7 @@ from numba_dequant.kernels.native.records import FAULT_GPU
 from numba_dequant.loading import gpu_buffers, gpu_faults, native_threads
 from numba_dequant.loading.chunks import Chunk, TensorSlice, plan_chunks, round_robin_by_disk
 from numba_dequant.loading.files import check_unchanged, open_unchanged, read_tensor
-from numba_dequant.loading.groups import Groups, GroupsOfGenerator
+from numba_dequant.loading.groups import Groups, GroupsOfGenerator, GroupsOfLoad
 from numba_dequant.loading.python_threads import POLL_SECONDS
 from numba_dequant.loading.requests import Request
 from numba_dequant.loading.small_files import SmallFile
@@ -107,7 +106,7 @@ def load_groups(
     _check(requests, call)
     if _needs_python(requests, call):
         return GroupsOfGenerator(partial(_load_alone, requests, call), ends, on_bytes_read, has_thread=False)
-    return _Groups(_Load(requests, call, threads, on_bytes_read, is_whole=False), ends)
+    return GroupsOfLoad(_Load(requests, call, threads, on_bytes_read, is_whole=False), ends)
 
 
 def _needs_python(requests: Sequence[Request], call: CallStream) -> bool:
@@ -382,24 +381,3 @@ class _Load:
         # After a failure, the GPU may never release a buffer.
         if self._is_sound:
             gpu_buffers.give_back(self._buffers)
-
-
-class _Groups:
-    """The groups of a load. Its threads start with the first group."""
-
-    def __init__(self, load: _Load, ends: Sequence[int]) -> None:
-        self._load, self._to_begin, self._to_finish = load, iter(ends), pairwise((0, *ends))
-        self._has_started = False
-
-    def begin(self) -> None:
-        if not self._has_started:
-            self._load.start()
-            self._has_started = True
-        self._load.plan(next(self._to_begin))
-
-    def finish(self) -> list[Any]:
-        return self._load.finish(*next(self._to_finish))
-
-    def close(self) -> None:
-        if self._has_started:
-            self._load.stop()

@@ -94,3 +94,43 @@ class GroupsOfGenerator:
         if self._pool is not None and os.getpid() == self._process:
             self._pool.shutdown(cancel_futures=True)
         self._results.close()
+
+
+class Load(Protocol):
+    """A load whose tensors are planned and finished in order."""
+
+    def start(self) -> None:
+        """Begin the load."""
+
+    def plan(self, end: int) -> None:
+        """Begin to read all tensors before number `end`."""
+
+    def finish(self, first: int, end: int) -> list[Any]:
+        """Wait for some tensors, and return their results."""
+
+    def stop(self) -> None:
+        """End the load."""
+
+
+class GroupsOfLoad:
+    """The groups of a `Load`. Its threads start with the first group."""
+
+    def __init__(self, load: Load, ends: Sequence[int]) -> None:
+        self._load, self._to_begin, self._to_finish = load, iter(ends), pairwise((0, *ends))
+        self._has_started = False
+
+    def begin(self) -> None:
+        """Begin to read the next group."""
+        if not self._has_started:
+            self._load.start()
+            self._has_started = True
+        self._load.plan(next(self._to_begin))
+
+    def finish(self) -> list[Any]:
+        """Wait for the first group that has not been finished, and return its results."""
+        return self._load.finish(*next(self._to_finish))
+
+    def close(self) -> None:
+        """Stop reading."""
+        if self._has_started:
+            self._load.stop()
