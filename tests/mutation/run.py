@@ -36,6 +36,7 @@ TESTS = [
     "arguments",
     "bfloat16",
     "changed_files",
+    "cursor",
     "data_and_out",
     "explanation",
     "factors",
