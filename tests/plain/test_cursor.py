@@ -158,3 +158,16 @@ def test_a_window_is_read_once(monkeypatch):
     monkeypatch.setattr(header.Cursor, "_load_window", load_window)
     nd.open(gguf([(f"t{number}", *floats(2)) for number in range(500)], [value("tokens", STRING, TOKENS)]))
     assert len(reads) == len(set(reads)) < 12
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("n_short", [0, 30, 100])
+def test_empty_strings_before_a_tensor_without_a_name(monkeypatch, is_compiled, n_short):
+    """The length of its name is eight zero bytes, too."""
+    if is_compiled:
+        native.ensure_compiled()
+    monkeypatch.setattr(native, "is_loaded", lambda: is_compiled)
+    strings = ["x"] * n_short + [""] * 100
+    model = nd.open(gguf([("", *floats(2))], [value("strings", STRING, strings)]))
+    assert list(model.tensors) == [""]
+    assert list(model.metadata["strings"]) == strings
