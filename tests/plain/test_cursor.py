@@ -10,7 +10,7 @@ import numba_dequant as nd
 from numba_dequant.gguf import header
 from numba_dequant.gguf.header import MAX_KEY, WINDOW, Cursor
 from numba_dequant.gguf.limits import Allowance
-from numba_dequant.gguf.source import checksum, source_of
+from numba_dequant.gguf.source import checksum, identity_of, source_of
 from numba_dequant.kernels import native
 
 TOKENS = [f"token {number:05}" for number in range(60_000)]
@@ -171,3 +171,51 @@ def test_empty_strings_before_a_tensor_without_a_name(monkeypatch, is_compiled, 
     model = nd.open(gguf([("", *floats(2))], [value("strings", STRING, strings)]))
     assert list(model.tensors) == [""]
     assert list(model.metadata["strings"]) == strings
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("shift", range(4))
+@pytest.mark.parametrize("end", ["\0", "\0\0", "\0\0\0", "a\0\0\0\0"])
+def test_strings_that_end_with_zero_bytes(monkeypatch, is_compiled, shift, end):
+    """These come before the length of the next string, which is 1 or more."""
+    if is_compiled:
+        native.ensure_compiled()
+    monkeypatch.setattr(native, "is_loaded", lambda: is_compiled)
+    strings = ["x" * shift, *([end, "b", "c" * 255, end, "dd"] * 40)]
+    model = nd.open(gguf([("t", *floats(2))], [value("strings", STRING, strings), value("last", UINT32, 7)]))
+    assert list(model.metadata["strings"]) == strings
+    assert model.metadata["last"] == 7
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("shift", range(8))
+@pytest.mark.parametrize("byte", range(2, 8))
+def test_a_length_of_which_one_high_bit_is_set(monkeypatch, is_compiled, shift, byte):
+    """Seven bytes of it seem to be the length of a short string."""
+    if is_compiled:
+        native.ensure_compiled()
+    monkeypatch.setattr(native, "is_loaded", lambda: is_compiled)
+    strings = [text("x" * (shift + 1)), *[text("hello")] * 200]
+    for bit in (0x01, 0x80):
+        wrong = bytearray(text("hello"))
+        wrong[byte] = bit
+        payload = STRING.to_bytes(4, "little") + (201).to_bytes(8, "little") + b"".join([*strings[:150], wrong])
+        with pytest.raises(nd.GgufError, match="bytes"):
+            nd.open(gguf([], [entry("k", ARRAY, payload + b"".join(strings[151:]))]))
+
+
+def test_the_identity_of_a_file(large):
+    status = os.stat(large)
+    with source_of(large).open() as file:
+        identity = identity_of(file)
+    expected = status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
+    assert (identity.size, identity.mtime_ns, identity.inode, identity.device) == expected
+
+
+def test_the_largest_number_of_shards():
+    one = gguf([("t", *floats(2))], [value("split.count", UINT32, 65535), value("split.no", UINT32, 0)])
+    with pytest.raises(nd.GgufError, match=r"split\.count is 65535; it must be 1, the number of files in the list"):
+        nd.open([one])
+    other = gguf([("t", *floats(2))], [value("split.count", UINT32, 65536), value("split.no", UINT32, 0)])
+    with pytest.raises(nd.GgufError, match=r"split\.count is 65536; it must be 0 to 65535"):
+        nd.open(other)
