@@ -219,3 +219,34 @@ def test_the_largest_number_of_shards():
     other = gguf([("t", *floats(2))], [value("split.count", UINT32, 65536), value("split.no", UINT32, 0)])
     with pytest.raises(nd.GgufError, match=r"split\.count is 65536; it must be 0 to 65535"):
         nd.open(other)
+
+
+@pytest.mark.parametrize("offset", [1, 7, 31, 32, 33])
+def test_a_file_that_begins_at_any_byte_of_another(offset):
+    """Its data is aligned relative to its own start."""
+    file = gguf([("t", *floats(5)), ("u", *floats(7))], [value("k", UINT32, 1)])
+    model = nd.open(bytes(offset) + file, offset=offset)
+    for name, count in (("t", 5), ("u", 7)):
+        np.testing.assert_array_equal(model.load(name, "float32", device="reference"), np.arange(count))
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 4095, 4096, 4097, 8190, 8191, 8192, 12_290])
+def test_a_checksum_of_any_number_of_bytes(length):
+    data = np.arange(length, dtype=np.uint8)
+    found = checksum(data)
+    assert found == checksum(bytes(data))
+    for at in {0, length // 2, length - 1} if length else ():
+        changed = data.copy()
+        changed[at] ^= 1
+        assert checksum(changed) != found
+
+
+def test_a_shorter_file_in_its_place_is_another_file(tmp_path):
+    path, other = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    path.write_bytes(gguf([("t", *floats(500))]))
+    model = nd.open(path)
+    other.write_bytes(path.read_bytes()[:-100])
+    os.utime(other, (1, 1))
+    os.replace(other, path)
+    with pytest.raises(nd.ReadError, match="it has changed since it was opened"):
+        model.load("t", device="reference")
