@@ -100,6 +100,15 @@ def test_decode_of_stored_floats_in_plain_python():
     assert_same_bits(nd.FORMATS["F32"].decode(np.concatenate([values, values]).view(np.uint32), 32, 0), values)
 
 
+def test_every_byte_of_base_3_digits_is_decoded():
+    source = nd.FORMATS["TQ1_0"]
+    data = np.repeat(np.arange(256, dtype=np.uint8)[:, None], source.type_size, axis=1)
+    data.view(source.layout)["d"] = 1
+    block = units(data.reshape(-1).copy(), source)
+    found = [source.decode(block, number * source.type_size, run) for number in range(256) for run in range(32)]
+    assert_same_bits(np.concatenate(found), nd.dequantize(data, "TQ1_0", "float32", device="reference"))
+
+
 @pytest.mark.parametrize("name", QUANTIZED)
 @pytest.mark.parametrize("n_blocks", [1, 3])
 def test_the_reference_gives_a_row_for_each_block(name, n_blocks):
