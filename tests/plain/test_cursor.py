@@ -250,3 +250,11 @@ def test_a_shorter_file_in_its_place_is_another_file(tmp_path):
     os.replace(other, path)
     with pytest.raises(nd.ReadError, match="it has changed since it was opened"):
         model.load("t", device="reference")
+
+
+@pytest.mark.parametrize("count", [1, 20, 39])
+def test_entries_behind_the_last_one_are_no_tensors(count):
+    """What follows the table of tensors may look like more of it."""
+    file = bytearray(gguf([(f"t{number}", *floats(3)) for number in range(40)]))
+    file[8:16] = count.to_bytes(8, "little")
+    assert list(nd.open(bytes(file)).tensors) == [f"t{number}" for number in range(count)]

@@ -9,6 +9,7 @@ from gguf_bytes import floats, gguf
 
 import numba_dequant as nd
 from numba_dequant.errors import shown
+from numba_dequant.loading.requests import request_for
 
 TENSORS = {
     "token_embd.weight": ("Q8_0", (40, 64), random_blocks("Q8_0", 80)),
@@ -268,3 +269,12 @@ def test_tensors_behave_like_a_dictionary(model):
     with pytest.raises(KeyError) as raised:
         model.tensors["flt"]
     assert str(raised.value) == "there is no tensor 'flt' among the 7 tensors; did you mean 'flat'?"
+
+
+def test_what_a_request_gives_the_caller(tmp_path):
+    """The values themselves, or the blocks with what is needed to dequantize them."""
+    model = nd.open(write_model(tmp_path / "model.gguf", {"a": ("Q8_0", (2, 32), bytes(68))}))
+    result, tensor = object(), model.tensors["a"]
+    assert request_for(tensor, "float16").finished(result) is result
+    kept = request_for(tensor, None).finished(result)
+    assert (kept.data, kept.format, kept.shape) == (result, nd.FORMATS["Q8_0"], (2, 32))
