@@ -15,6 +15,7 @@ from three_tensors import BLOCKS, open_model
 import numba_dequant as nd
 from numba_dequant import formats
 from numba_dequant.backends import cpu
+from numba_dequant.bits import load_8_floats
 from numba_dequant.errors import shown
 from numba_dequant.format import block_layout
 
@@ -266,3 +267,23 @@ class TestRegister:
         right = {name: getattr(ours, name) for name in ("block_size", "layout", "summary", "dequantize", "decode")}
         with pytest.raises(nd.OptionError):
             nd.Format(**({"name": "OWN", "ggml_id": 910} | right | {field: value}))
+
+
+def twice_as_much(block, at, run):
+    return np.float32(2) * load_8_floats(block, at)
+
+
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+def test_a_format_of_one_s_own_with_the_name_of_stored_floats_is_computed(device):
+    own = nd.Format(
+        "F32",
+        5206,
+        1,
+        nd.FORMATS["F32"].layout,
+        "twice as much",
+        lambda blocks: 2 * blocks["x"][:, None],
+        twice_as_much,
+    )
+    data = np.arange(16, dtype=np.float32)
+    np.testing.assert_array_equal(nd.dequantize(data, own, "float32", device=device), 2 * data)
+    np.testing.assert_array_equal(nd.dequantize(data, "F32", "float32", device=device), data)
