@@ -1,13 +1,15 @@
 """The windows in which a header is read: what is read, what is kept of it, and what is never read."""
 
+import dataclasses
 import os
 
 import numpy as np
 import pytest
-from gguf_bytes import ARRAY, STRING, UINT32, entry, floats, gguf, text, value
+from gguf_bytes import ARRAY, INT32, STRING, UINT32, entry, floats, gguf, text, value
 
 import numba_dequant as nd
 from numba_dequant.gguf import header
+from numba_dequant.gguf.file import open_gguf
 from numba_dequant.gguf.header import MAX_KEY, WINDOW, Cursor
 from numba_dequant.gguf.limits import Allowance
 from numba_dequant.gguf.source import checksum, identity_of, source_of
@@ -258,3 +260,17 @@ def test_entries_behind_the_last_one_are_no_tensors(count):
     file = bytearray(gguf([(f"t{number}", *floats(3)) for number in range(40)]))
     file[8:16] = count.to_bytes(8, "little")
     assert list(nd.open(bytes(file)).tensors) == [f"t{number}" for number in range(count)]
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(nd.Limits)])
+def test_a_limit_is_1_or_more(name):
+    assert getattr(nd.Limits(**{name: 1}), name) == 1
+    with pytest.raises(nd.OptionError, match=f"{name} must be a whole number, 1 or more, got 0"):
+        nd.Limits(**{name: 0})
+
+
+def test_original_shapes_are_restored_only_if_asked_for():
+    shape = value("comfy.gguf.orig_shape.t", INT32, [2, 3])
+    file = gguf([("t", *floats(6))], [shape])
+    assert open_gguf(file).tensors["t"].shape == nd.open(file).tensors["t"].shape == (6,)
+    assert open_gguf(file, orig_shapes=True).tensors["t"].shape == (2, 3)
