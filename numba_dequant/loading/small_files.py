@@ -18,6 +18,7 @@ from numba_dequant.backends import cuda
 from numba_dequant.backends.cuda_batch import Blocks, allocate_together, prepared_blocks
 from numba_dequant.backends.device_tensor import DeviceTensor
 from numba_dequant.backends.devices import available_cores
+from numba_dequant.backends.gpu import OPEN
 from numba_dequant.backends.gpu_memory import DeviceBytes
 from numba_dequant.backends.host import HostBackend
 from numba_dequant.backends.streams import CallStream
@@ -38,11 +39,15 @@ def copy_of_file(source: Any, device: Any) -> SmallFile | None:
     If anything is wrong, the result is None. The load that follows raises the error.
     """
     with suppress(NumbaDequantError, OSError):
+        origin = source_of(source)
+        # Before the device is asked for, which warns if no GPU can be used.
+        if origin.data is not None or not any(gpu.idle_buffers for gpu in OPEN.values()):
+            return None
         backend = backend_for(device, None)
         if isinstance(backend, HostBackend) or library_that_captures() is not None:
             return None
-        gpu, origin = backend.gpu, source_of(source)
-        if not gpu.idle_buffers or gpu.thread_functions is None or origin.data is not None:
+        gpu = backend.gpu
+        if not gpu.idle_buffers or gpu.thread_functions is None:
             return None
         file = origin.open()
         if 0 < origin.size(file) <= gpu_buffers.TUNING.small_file_bytes:

@@ -272,7 +272,8 @@ def test_cve_2025_0312_a_model_without_tensors_or_keys_has_none():
 HOOKED = """
 import sys
 import numba_dequant as nd
-nd.open(sys.argv[1]).load_all(device="reference")  # imports what it needs
+model = nd.open(sys.argv[1])
+model.load_all(device="reference"), model._repr_html_()  # imports what they need
 events = []
 sys.addaudithook(lambda event, arguments: events.append((event, arguments)))
 model = nd.open(sys.argv[1])
