@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
@@ -205,8 +206,9 @@ def prepare_many(
 def _usual_results(tensors: Any, dtype: Any, device: Any, stream: Any) -> dict[Any, Any] | None:
     """The results on a GPU if all is as usual there; None if the arguments need all checks."""
     entry = next(iter(tensors.values()), None) if type(tensors) is dict else None
-    if not isinstance(entry, tuple) or not entry or not hasattr(entry[0], "copy_to_host") or is_simulated():
-        return None  # the first data is no `DeviceTensor`
+    own = sys.modules.get("numba_dequant.backends.device_tensor")  # requires the GPU packages
+    if own is None or not isinstance(entry, tuple) or not entry or type(entry[0]) is not own.DeviceTensor:
+        return None
     try:
         backend = backend_for(device, stream, entry[0])
         if isinstance(backend, HostBackend):

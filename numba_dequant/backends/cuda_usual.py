@@ -44,8 +44,6 @@ def dequantize(tensors: dict[Any, Any], dtype: str, gpu: Gpu, stream: Any) -> di
         NumbaDequantError: as for `numba_dequant.dequantize_many`.
     """
     first = next(iter(tensors.values()))[0]
-    if type(first) is not DeviceTensor:
-        return None
     call = streams.stream_for(stream, gpu, [first])
     handle, framework = call.handle, first.framework
     kinds: dict[Any, _Kind] = {}

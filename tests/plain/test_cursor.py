@@ -32,6 +32,14 @@ def large(tmp_path):
     return path
 
 
+@pytest.fixture(params=[False, True], ids=["plain", "compiled"])
+def each_walk(request, monkeypatch):
+    """Strings are passed without compiled code, and with it."""
+    if request.param:
+        native.ensure_compiled()
+    monkeypatch.setattr(native, "is_loaded", lambda: request.param)
+
+
 def test_there_is_a_checksum_of_each_byte_of_a_header(large):
     tensor = nd.open(large).tensors["t"]
     parts, content, end = tensor.source.header, large.read_bytes(), 0
@@ -134,13 +142,10 @@ def test_the_longest_name(kind):
                 nd.open(file)
 
 
-@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.usefixtures("each_walk")
 @pytest.mark.parametrize("missing", [1, 65, 200])
-def test_an_array_of_strings_that_the_file_ends_before(monkeypatch, is_compiled, missing):
+def test_an_array_of_strings_that_the_file_ends_before(missing):
     """The position is then at the end of the window, where there is no string to look for."""
-    if is_compiled:
-        native.ensure_compiled()
-    monkeypatch.setattr(native, "is_loaded", lambda: is_compiled)
     strings = b"".join(text(each) for each in ["a", "b" * 300] * 100)
     payload = STRING.to_bytes(4, "little") + (200 + missing).to_bytes(8, "little") + strings
     header_of = gguf([], [entry("k", ARRAY, payload)])
@@ -162,41 +167,32 @@ def test_a_window_is_read_once(monkeypatch):
     assert len(reads) == len(set(reads)) < 12
 
 
-@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.usefixtures("each_walk")
 @pytest.mark.parametrize("n_short", [0, 30, 100])
-def test_empty_strings_before_a_tensor_without_a_name(monkeypatch, is_compiled, n_short):
+def test_empty_strings_before_a_tensor_without_a_name(n_short):
     """The length of its name is eight zero bytes, too."""
-    if is_compiled:
-        native.ensure_compiled()
-    monkeypatch.setattr(native, "is_loaded", lambda: is_compiled)
     strings = ["x"] * n_short + [""] * 100
     model = nd.open(gguf([("", *floats(2))], [value("strings", STRING, strings)]))
     assert list(model.tensors) == [""]
     assert list(model.metadata["strings"]) == strings
 
 
-@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.usefixtures("each_walk")
 @pytest.mark.parametrize("shift", range(4))
 @pytest.mark.parametrize("end", ["\0", "\0\0", "\0\0\0", "a\0\0\0\0"])
-def test_strings_that_end_with_zero_bytes(monkeypatch, is_compiled, shift, end):
+def test_strings_that_end_with_zero_bytes(shift, end):
     """These come before the length of the next string, which is 1 or more."""
-    if is_compiled:
-        native.ensure_compiled()
-    monkeypatch.setattr(native, "is_loaded", lambda: is_compiled)
     strings = ["x" * shift, *([end, "b", "c" * 255, end, "dd"] * 40)]
     model = nd.open(gguf([("t", *floats(2))], [value("strings", STRING, strings), value("last", UINT32, 7)]))
     assert list(model.metadata["strings"]) == strings
     assert model.metadata["last"] == 7
 
 
-@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.usefixtures("each_walk")
 @pytest.mark.parametrize("shift", range(8))
 @pytest.mark.parametrize("byte", range(2, 8))
-def test_a_length_of_which_one_high_bit_is_set(monkeypatch, is_compiled, shift, byte):
+def test_a_length_of_which_one_high_bit_is_set(shift, byte):
     """Seven bytes of it seem to be the length of a short string."""
-    if is_compiled:
-        native.ensure_compiled()
-    monkeypatch.setattr(native, "is_loaded", lambda: is_compiled)
     strings = [text("x" * (shift + 1)), *[text("hello")] * 200]
     for bit in (0x01, 0x80):
         wrong = bytearray(text("hello"))
